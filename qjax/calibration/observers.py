@@ -1,0 +1,83 @@
+"""Pure observers: what is remembered of the activations that a site reads, in bounded memory.
+
+An observer is `init`, `update` and `merge` over a state that is a pytree; it runs under `jit`, `scan` and sharding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.calibration.rows import Rows
+
+S = TypeVar("S")
+
+
+class Observer(Protocol, Generic[S]):
+    """What the collectors need of an observer."""
+
+    def init(self, stack: int, columns: int) -> S:
+        """Returns the state before any data, for `stack` independent parts of `columns` values each."""
+        ...
+
+    def update(self, state: S, rows: Rows) -> S:
+        """Returns the state after one more call of the site."""
+        ...
+
+    def merge(self, a: S, b: S) -> S:
+        """Returns the state after the data of both."""
+        ...
+
+
+class Moments(NamedTuple):
+    """Sums of outer products.
+
+    Attributes:
+      total: float32 (stack, K, K), the sum of x x^T.
+      count: float32 (stack,), the number of rows.
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondMoment:
+    """Sums X^T X and counts rows, for the methods that weigh an error by H = 2/n X^T X.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> observer = SecondMoment()
+      >>> state = observer.update(observer.init(1, 2), Rows(jnp.array([[[1.0, 2.0], [0.0, 1.0]]])))
+      >>> state.total[0].tolist(), state.count.tolist()
+      ([[1.0, 2.0], [2.0, 5.0]], [2.0])
+    """
+
+    def init(self, stack: int, columns: int) -> Moments:
+        return Moments(jnp.zeros((stack, columns, columns), jnp.float32), jnp.zeros((stack,), jnp.float32))
+
+    def update(self, state: Moments, rows: Rows) -> Moments:
+        if rows.owner is None:
+            total = jnp.einsum("smk,smj->skj", rows.x, rows.x, precision=lax.Precision.HIGHEST)
+            return Moments(state.total + total, state.count + rows.x.shape[1])
+        x, owner = rows.x[0], rows.owner
+
+        # One expert at a time: all of them at once would hold `experts` copies of the rows.
+        def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            total, count, expert = part
+            mine = jnp.where((owner == expert)[:, None], x, 0)
+            return total + jnp.dot(mine.T, mine, precision=lax.Precision.HIGHEST), count + (owner == expert).sum()
+
+        return Moments(*lax.map(one, (state.total, state.count, jnp.arange(rows.experts))))
+
+    def merge(self, a: Moments, b: Moments) -> Moments:
+        return Moments(a.total + b.total, a.count + b.count)
+
+
+def hessian(state: Moments) -> jax.Array:
+    """Returns H = 2/n sum x x^T, (stack, K, K); zero where no row was seen."""
+    return 2 * state.total / jnp.maximum(state.count, 1)[:, None, None]

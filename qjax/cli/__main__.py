@@ -1,0 +1,5 @@
+"""`python -m qjax.cli`, the same as `qjax`."""
+
+from qjax.cli.main import main
+
+main()

@@ -1,0 +1,96 @@
+"""`qjax generate`: continues a text."""
+
+import time
+from typing import Any
+
+import click
+
+from qjax.cli.shared import SHIPPED, check_tokenizer, emit, json_option, open_model, platform
+
+
+@click.command("generate")
+@click.argument("model", default=SHIPPED)
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens at most.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=click.IntRange(min=1), default=40, show_default=True, help="Among the likeliest K; 1 is greedy too.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
+@json_option
+def command(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int, as_json: bool) -> None:
+    """Continues a text with MODEL (default: books-llama-4m), float or packed."""
+    import jax
+
+    from qjax.cli.measure import run
+    from qjax.evaluation import encode
+
+    started = time.perf_counter()
+    opened = open_model(model)
+    check_tokenizer(opened)
+    ids = [*opened.start_ids, *encode(opened.tokenizer, prompt).tolist()]
+    if not ids:
+        raise click.UsageError(f"--prompt {prompt!r} holds no token: give some text")
+    stream = Stream(opened.tokenizer, len(ids), ids)
+    if not as_json:
+        click.echo(prompt, nl=False)
+    made = run(
+        opened,
+        ids,
+        _fitting(opened, len(ids), max_new_tokens),
+        temperature=temperature,
+        top_k=min(top_k, opened.config.vocab_size),
+        key=jax.random.key(seed),
+        eos_ids=opened.config.eos_token_ids,
+        on_token=None if as_json else lambda tokens: click.echo(stream.push(int(tokens[0])), nl=False),
+    )
+    new = made.tokens[0, len(ids) :].tolist()
+    document = {
+        "model": opened.name,
+        "prompt": prompt,
+        "text": opened.tokenizer.decode([*ids, *new])[len(opened.tokenizer.decode(ids)) :],
+        "tokens": new,
+        "tokens_per_second": made.tokens_per_second,
+        "first_token_seconds": made.first_token_seconds,
+        "seed": seed,
+        "platform": platform(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    if as_json:
+        emit(document)
+    else:
+        click.echo(stream.end())
+        _speed(document)
+
+
+def _fitting(model: Any, prompt: int, wanted: int) -> int:
+    context = model.config.max_position_embeddings
+    if prompt + wanted > context:
+        raise click.UsageError(f"--max-new-tokens {wanted} after a prompt of {prompt} tokens exceeds the context of {model.name!r}, "
+                               f"{context}: give at most {max(context - prompt, 0)}, or a shorter prompt")  # fmt: skip
+    return wanted
+
+
+def _speed(document: dict[str, Any]) -> None:
+    rate = document["tokens_per_second"]
+    speed = "" if rate is None else f", {rate:.0f} a second once compiled"
+    click.echo(f"{len(document['tokens'])} tokens{speed} ({document['platform']})", err=True)
+
+
+class Stream:
+    """Turns tokens into text as they come; bytes of an unfinished character wait for the rest."""
+
+    def __init__(self, tokenizer: Any, prompt_length: int, ids: list[int]):
+        self.tokenizer, self.ids = tokenizer, list(ids)
+        self.shown = len(tokenizer.decode(self.ids))
+
+    def push(self, token: int) -> str:
+        """Takes a token; returns the text that is certain now."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd"):
+            return ""
+        new, self.shown = text[self.shown :], len(text)
+        return new
+
+    def end(self) -> str:
+        """Returns what is left."""
+        return self.tokenizer.decode(self.ids)[self.shown :]

@@ -1,0 +1,119 @@
+"""The measurements that `eval` and `demo` print."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.cli.shared import Model
+from qjax.core import QTensor
+from qjax.evaluation import divergence, perplexity_of, token_losses, tree_bytes
+from qjax.evaluation.text import padded_batches
+from qjax.models import generate, init_cache
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 64
+SPEED_NOTE = f"decode speed: one prompt of up to {PROMPT_TOKENS} tokens, up to {NEW_TOKENS} new ones, greedy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a model makes of a text.
+
+    Attributes:
+      losses: (N, T - 1) nats a token.
+      kl: (N, T - 1) nats against the reference; None of the reference itself.
+      agrees: (N, T - 1) whether the likeliest token is that of the reference; None of the reference itself.
+    """
+
+    losses: np.ndarray
+    kl: np.ndarray | None
+    agrees: np.ndarray | None
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The means, for a table or JSON."""
+        return {
+            "perplexity": perplexity_of(self.losses),
+            "kl": None if self.kl is None else float(np.mean(self.kl, dtype=np.float64)),
+            "top1_agreement": None if self.agrees is None else float(np.mean(self.agrees)),
+        }
+
+
+def score(
+    models: Sequence[Model], rows: np.ndarray, batch_size: int, reference: bool, advance: Callable[[int], Any]
+) -> list[Score]:
+    """Scores models on the same windows; each batch goes through every model once.
+
+    Args:
+      models: the models.
+      rows: (N, T) windows of tokens.
+      batch_size: windows at a time.
+      reference: the first model is what the others are compared with.
+      advance: called with the number of windows that a model has done.
+
+    Returns:
+      One score a model.
+    """
+    parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in models]
+    for batch, count in padded_batches(rows, batch_size):
+        first = None
+        for model, mine in zip(models, parts, strict=True):
+            logits = model.forward(model.params, batch)
+            values = [token_losses(_given, logits, batch, len(batch))]
+            if first is not None:
+                moved = divergence(_given, first, _given, logits, batch, len(batch))
+                values += [moved.kl, moved.agrees]
+            first = logits if first is None and reference else first
+            mine.append(tuple(value[:count] for value in values))
+            advance(count)
+    whole = [[np.concatenate(part) for part in zip(*mine, strict=True)] for mine in parts]
+    return [Score(*values) if len(values) == 3 else Score(values[0], None, None) for values in whole]
+
+
+def _given(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """A model for the functions of `qjax.evaluation` whose parameters are the logits."""
+    return logits
+
+
+def batch_count(rows: np.ndarray, models: Sequence[Any]) -> int:
+    """What `advance` of `score` will add up to."""
+    return len(rows) * len(models)
+
+
+def decode_speed(model: Model, ids: np.ndarray) -> float | None:
+    """Tokens a second of greedy decoding from the first of `ids`; None if the context is too short to tell."""
+    context = model.config.max_position_embeddings
+    prompt = ids[: max(1, min(PROMPT_TOKENS, context // 4))]
+    new = min(NEW_TOKENS, context - len(prompt))
+    return run(model, prompt, new).tokens_per_second
+
+
+def run(model: Model, ids: Any, new_tokens: int, **options: Any) -> Any:
+    """Generates from one prompt; the programs are compiled once for each length of prompt."""
+    context = model.config.max_position_embeddings
+    length = min(context, -(-(len(ids) + new_tokens) // 256) * 256)
+    cache = partial(_cache, model.config, length)
+    return generate(
+        model.apply, model.params, np.asarray(ids)[None], new_tokens, init_cache=cache, context_length=context, **options
+    )
+
+
+def _cache(config: Any, length: int, batch: int, _: int) -> Any:
+    return init_cache(config, batch, length)
+
+
+def packed_leaves(params: Any) -> Iterator[QTensor]:
+    """The packed leaves of a tree."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
+    return (leaf for leaf in leaves if isinstance(leaf, QTensor))
+
+
+def sizes(model: Model) -> dict[str, Any]:
+    """Bits a weight of what is packed (of everything, in a float model), bytes on disk, bytes in memory."""
+    packed = list(packed_leaves(model.params))
+    leaves = packed or jax.tree.leaves(model.params)
+    bits = sum(leaf.nbytes for leaf in leaves) * 8 / sum(leaf.size for leaf in leaves)
+    return {"bits_per_weight": bits, "disk_bytes": model.disk_bytes, "memory_bytes": tree_bytes(model.params)}

@@ -1,0 +1,286 @@
+"""`qjax quantize`: a float checkpoint becomes a packed one."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qjax.cli.shared import (
+    SHIPPED,
+    Model,
+    check_tokenizer,
+    describe_model,
+    emit,
+    json_option,
+    open_model,
+    packed_bytes,
+    progress,
+    read_text,
+    size,
+    window_length,
+)
+
+_INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
+_CASTS = ["bf16", "fp16"]
+WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
+
+
+@click.command("quantize")
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--weight", type=click.Choice(WEIGHTS), default="int4", show_default=True, metavar="SPEC",
+              help="int2 .. int8 (symmetric), uint2 .. uint8 (asymmetric), nf4, fp4, bf16 or fp16.")
+@click.option("--group-size", type=click.IntRange(min=1), help="Values along the contracted axis that share a scale; 64 for nf4 and fp4.")
+@click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
+@click.option("--method", type=click.Choice(["rtn", "gptq"]), default="rtn", show_default=True, help="Round to nearest, or GPTQ.")
+@click.option("--mse", is_flag=True, help="Search the range of each group instead of taking its extremes.")
+@click.option("--act-order", is_flag=True, help="gptq: columns with the largest activations first.")
+@click.option("--static-groups", is_flag=True, help="gptq: ranges before rounding; with --act-order no permutation is stored.")
+@click.option("--damping", type=float, help="gptq: share of the mean diagonal that is added to it.  [default: 0.01]")
+@click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help=f"gptq: a text file, a passage a line. {SHIPPED} has one of its own.")
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of calibration text at most.")
+@click.option("--window", type=click.IntRange(min=2), help="Tokens a window.  [default: the context, at most 2048]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--keep", multiple=True, metavar="PATTERN",
+              help="Leave these parameters float (a glob over paths, repeatable).  [default: '*embed*' and '*lm_head*']")
+@click.option("--keep-none", is_flag=True, help="Quantize the embedding and the head too.")
+@click.option("--overwrite", is_flag=True, help="Replace a packed checkpoint at DST.")
+@json_option
+def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
+    """Quantizes the float checkpoint SRC and writes the packed checkpoint DST.
+
+    DST stands alone: it holds the weights, the model's config, the tokenizer, the policy and the report.
+
+    A line of the calibration text that fills a window gives one, from its start; shorter lines are joined with those that
+    follow until a window is full. Every passage begins with the model's start token. Blank lines do not count.
+    """
+    _check_options(options)
+    check_destination(dst, options["overwrite"])
+    started = time.perf_counter()
+    model = open_float(src)
+    policy = make_policy(model, options)
+    with progress() as bar:
+        rows, text = _calibration(model, options)
+        task = bar.add_task("quantizing", total=None)
+        result = quantize_model(model, policy, batches_of(rows, options["batch_size"]), lambda done, total: bar.update(
+            task, completed=done, total=total))  # fmt: skip
+        metadata = {**describe_model(model), "calibration": text}
+        save(dst, result, model, metadata, overwrite=options["overwrite"])
+    document = describe_run(model, dst, result, metadata) | {"seconds": round(time.perf_counter() - started, 3)}
+    emit(document) if as_json else _show(document, result, model)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    weight = options["weight"]
+    if options["method"] != "gptq":
+        given = [f"--{name.replace('_', '-')}" for name in ("act_order", "static_groups", "damping", "calibration") if options[name]]
+        if given:
+            raise click.UsageError(f"{given[0]} goes with --method gptq, and the method is {options['method']}")
+    if options["per"] is not None and weight not in _INTEGERS:
+        raise click.UsageError(f"--per goes with integers, and the weight is {weight}: give --group-size, or nothing")
+    if options["per"] is not None and options["group_size"] is not None:
+        raise click.UsageError(f"--per {options['per']} and --group-size {options['group_size']} exclude each other: give one")
+    if weight in _CASTS:
+        for name in ("group_size", "mse"):
+            if options[name]:
+                raise click.UsageError(f"--{name.replace('_', '-')} has no meaning for the cast {weight}: leave it out")
+        if options["method"] == "gptq":
+            raise click.UsageError(f"--method gptq has nothing to choose for the cast {weight}: leave it out")
+    if options["keep"] and options["keep_none"]:
+        raise click.UsageError(f"--keep {options['keep'][0]} and --keep-none exclude each other: give one")
+
+
+def check_destination(dst: Path, overwrite: bool) -> None:
+    """Refuses a destination before any work is done, not after."""
+    from qjax.formats.checkpoint import DOCUMENT
+
+    if dst.exists() and not dst.is_dir():
+        raise FileExistsError(f"DST {str(dst)!r} is a file: give a folder")
+    if dst.is_dir() and any(dst.iterdir()):
+        if not (dst / DOCUMENT).is_file():
+            raise FileExistsError(f"DST {str(dst)!r} holds something that is no packed checkpoint: give a new folder")
+        if not overwrite:
+            raise FileExistsError(f"DST {str(dst)!r} holds a packed checkpoint already: give a new folder, or --overwrite")
+    parent = next(p for p in (dst.absolute(), *dst.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"DST {str(dst)!r} cannot be made, `{parent}` is not a folder one may write to: give another")
+
+
+def open_float(name: str) -> Model:
+    """Opens a model that is to be quantized; refuses a packed one."""
+    model = open_model(name)
+    if model.document is not None:
+        raise ValueError(f"SRC {name!r} is a packed checkpoint: quantize the float one that it was made from")
+    return model
+
+
+def make_policy(model: Model, options: dict[str, Any]) -> Any:
+    """The policy that the options describe."""
+    import qjax
+
+    keep = list(options["keep"])
+    if not keep and not options["keep_none"]:
+        keep = ["*embed*"] if model.config.tie_word_embeddings else ["*embed*", "*lm_head*"]
+    weight, spec_options = options["weight"], {name: options[name] for name in ("per", "group_size") if options[name] is not None}
+    spec = getattr(qjax, weight)(**spec_options)
+    method = qjax.rtn(mse=options["mse"])
+    if options["method"] == "gptq":
+        damping = 0.01 if options["damping"] is None else options["damping"]
+        method = qjax.gptq(damping, options["act_order"], options["static_groups"], mse=options["mse"])
+    if weight in _CASTS:
+        method = None
+    return qjax.Policy([*(qjax.Rule(pattern) for pattern in keep), qjax.Rule("*", weight=spec, method=method)])
+
+
+def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """The windows (shapes alone for a method that needs no data), and what they were made of."""
+    import jax
+    import numpy as np
+
+    window = window_length(model, options["window"])
+    if options["method"] != "gptq":
+        return jax.ShapeDtypeStruct((1, window), np.int32), None
+    path = options["calibration"]
+    if path is None and model.name == SHIPPED:
+        from qjax.models import books_llama_folder
+
+        path = books_llama_folder() / "calibration.txt"
+    if path is None:
+        raise click.UsageError("--method gptq needs --calibration FILE, a text like that of the model's use, a passage a line")
+    check_tokenizer(model)
+    rows, used = calibration_rows(model, read_text(path).splitlines(), options["samples"], window)
+    if not len(rows):
+        raise ValueError(f"--calibration `{path}` holds less than one window of {window} tokens: give more text, or a smaller --window")
+    return rows, {"file": str(path), "windows": len(rows), "window": window, "lines": used}
+
+
+def calibration_rows(model: Model, lines: Sequence[str], samples: int, window: int) -> tuple[Any, int]:
+    """Cuts passages into windows: a line that fills one gives its start, shorter ones are joined until one is full.
+
+    Args:
+      model: whose tokenizer and start token are used.
+      lines: the passages.
+      samples: windows at most.
+      window: tokens a window.
+
+    Returns:
+      (N, window) int32 with N from 0 to `samples`, and the number of lines that went in.
+    """
+    import numpy as np
+
+    from qjax.evaluation import encode
+
+    rows: list[Any] = []
+    begun: list[int] = []
+    used = begun_lines = 0
+    for line in filter(str.strip, lines):
+        if len(rows) == samples:
+            break
+        passage = [*model.start_ids, *encode(model.tokenizer, line).tolist()]
+        if len(passage) >= window:
+            rows.append(passage[:window])
+            used += 1
+            continue
+        begun, begun_lines = begun + passage, begun_lines + 1
+        if len(begun) >= window:
+            rows.append(begun[:window])
+            used += begun_lines
+            begun, begun_lines = [], 0
+    return np.asarray(rows, np.int32).reshape(-1, window), used
+
+
+def batches_of(rows: Any, batch_size: int) -> list[Any]:
+    """Batches of windows; shapes pass as one."""
+    import numpy as np
+
+    from qjax.evaluation import batches
+
+    return list(batches(rows, batch_size)) if isinstance(rows, np.ndarray) else [rows]
+
+
+def quantize_model(model: Model, policy: Any, batches: list[Any], advance: Callable[[int, int], Any]) -> Any:
+    """Quantizes in float32 what the policy quantizes, and leaves the rest in the dtype in which it is stored.
+
+    Args:
+      model: a float model.
+      policy: what becomes what.
+      batches: windows, or shapes.
+      advance: called with the number of parameters that are done, and of all.
+
+    Returns:
+      The `Result`. Its report counts as bytes before those of the stored dtype, not of the float32 copy.
+    """
+    import jax
+    import numpy as np
+
+    import qjax
+    from qjax.policy import path_str
+
+    planned = qjax.sites(model.apply, policy)(model.params, jax.ShapeDtypeStruct(batches[0].shape, np.int32))
+    chosen = {row.path for row in planned.rows if row.spec}
+    advance(0, len(chosen))
+    wide = jax.tree_util.tree_map_with_path(
+        lambda path, w: w.astype(np.float32) if path_str(path) in chosen else w, model.params
+    )
+    result = qjax.quantize(model.apply, wide, policy, batches, progress=lambda done, total, _: advance(done, total))
+    advance(len(chosen), len(chosen))
+    before = {row.path: row.float_nbytes for row in planned.rows}
+    rows = tuple(dataclasses.replace(row, float_nbytes=before[row.path]) for row in result.report.rows)
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, rows=rows))
+
+
+def save(dst: Path, result: Any, model: Model, metadata: dict[str, Any], overwrite: bool) -> None:
+    """Writes the packed checkpoint; leaves no folder behind when that fails."""
+    import qjax
+    from qjax.formats.checkpoint import fingerprint
+
+    with _removed_if_new(dst):
+        qjax.save(dst, result, metadata=metadata, overwrite=overwrite, source_sha256=fingerprint(model.params))
+
+
+@contextlib.contextmanager
+def _removed_if_new(dst: Path) -> Iterator[None]:
+    existed = dst.exists()
+    try:
+        yield
+    except BaseException:  # Ctrl-C too; it goes on
+        if not existed:
+            with contextlib.suppress(OSError):
+                dst.rmdir()
+        raise
+
+
+def describe_run(model: Model, dst: Path, result: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What `--json` says of a run."""
+    from qjax.cli.tables import describe_rows
+
+    return {
+        "source": model.name,
+        "destination": str(dst),
+        **describe_rows(result.report),
+        "policy": [repr(rule) for rule in result.policy.rules],
+        "calibration": metadata.get("calibration"),
+        "disk_bytes": packed_bytes(dst, metadata),
+        "float_disk_bytes": model.disk_bytes,
+    }
+
+
+def _show(document: dict[str, Any], result: Any, model: Model) -> None:
+    from rich.console import Console
+
+    from qjax.cli.tables import report_table
+
+    console = Console(highlight=False)
+    for part in report_table(result.report):
+        console.print(part)
+    text = document["calibration"]
+    if text is not None:
+        console.print(f"calibration: {text['windows']} windows of {text['window']} tokens from {text['lines']} lines of {text['file']}")
+    console.print(f"on disk: {size(model.disk_bytes)} -> {size(document['disk_bytes'])}")
+    console.print(f"saved {document['destination']} after {document['seconds']:.1f} s")

@@ -1,0 +1,206 @@
+"""What the commands share: opening a model, float or packed; progress; output."""
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+SHIPPED = "books-llama-4m"
+CONTEXT_LIMIT = 2048  # tokens of a window where a model could take more and the user did not say
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else there.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A language model that was opened.
+
+    Attributes:
+      name: as the user gave it.
+      config: sizes, a `LlamaConfig`.
+      params: {"params": tree}, `QTensor` where packed; the float ones as they are stored.
+      tokenizer: or None.
+      apply: `apply(params, tokens[, cache, position])`, in float32.
+      forward: `apply` without a cache, jitted.
+      disk_bytes: of the files that hold the weights.
+      document: what the packed checkpoint says of itself; None of a float one.
+    """
+
+    name: str
+    config: Any
+    params: Any
+    tokenizer: Any
+    apply: Callable[..., Any]
+    forward: Callable[..., Any]
+    disk_bytes: int
+    document: Any = None
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What stands before a text."""
+        return [] if self.config.bos_token_id is None else [self.config.bos_token_id]
+
+
+def open_model(name: str) -> Model:
+    """Opens a model.
+
+    Args:
+      name: a Hugging Face folder, a packed checkpoint, or the name of the shipped model.
+
+    Returns:
+      The model, with its parameters in memory.
+
+    Raises:
+      FileNotFoundError: there is no such model, or a file of it is missing.
+      ValueError: a damaged file, or an architecture that is not supported.
+    """
+    from qjax.formats.checkpoint import DOCUMENT
+    from qjax.formats.huggingface import CONFIG_FILE
+
+    folder = model_folder(name)
+    if (folder / DOCUMENT).is_file():
+        return _open_packed(name, folder)
+    if (folder / CONFIG_FILE).is_file():
+        return _open_float(name, folder)
+    what = f"holds neither {CONFIG_FILE} nor {DOCUMENT}" if folder.is_dir() else "is not a folder"
+    raise FileNotFoundError(f"model {name!r} {what}: give a Hugging Face Llama folder, a folder that `qjax quantize` made, "
+                            f"or {SHIPPED}")  # fmt: skip
+
+
+def model_folder(name: str) -> Path:
+    """The folder that the name of a model stands for."""
+    from qjax.models import books_llama_folder
+
+    return books_llama_folder() if name == SHIPPED else Path(name)
+
+
+def _open_float(name: str, folder: Path) -> Model:
+    import jax
+
+    from qjax.formats.huggingface import load_checkpoint
+    from qjax.formats.safetensors import FLOAT_DTYPES, tensor_index
+    from qjax.models import Llama
+
+    index = tensor_index(folder)
+    dtypes = {FLOAT_DTYPES.get(info.dtype) for info in index.values()}
+    stored = dtypes.pop() if len(dtypes) == 1 else None
+    checkpoint = load_checkpoint(folder, stored or FLOAT_DTYPES["F32"])
+    apply = Llama(checkpoint.config).apply
+    size = sum(file.stat().st_size for file in {info.file for info in index.values()})
+    return Model(name, checkpoint.config, {"params": checkpoint.params}, checkpoint.tokenizer, apply, jax.jit(apply), size)
+
+
+def _open_packed(name: str, folder: Path) -> Model:
+    import qjax
+    from qjax.formats.checkpoint import read_document
+
+    document = read_document(folder)
+    config, tokenizer = _described(name, document.metadata)
+    return packed_model(name, config, qjax.load(folder).params, tokenizer, packed_bytes(folder, document.metadata), document)
+
+
+def _described(name: str, metadata: dict[str, Any]) -> tuple[Any, Any]:
+    """Config and tokenizer from the metadata that `describe_model` made."""
+    from qjax.formats.huggingface import TOKENIZER_FILE, load_tokenizer
+    from qjax.formats.llama_config import LlamaConfig
+
+    values, text = metadata.get("config"), metadata.get("tokenizer")
+    if not isinstance(values, dict) or not isinstance(text, (str, type(None))):
+        raise ValueError(f"packed checkpoint {name!r} does not say what model it holds: it was saved by qjax.save alone; "
+                         "load it with qjax.load, or make it with `qjax quantize`")  # fmt: skip
+    config = LlamaConfig.from_hf(values)
+    if text is None:
+        return config, None
+    with tempfile.TemporaryDirectory() as folder:  # through a file, for its reader checks what it reads
+        Path(folder, TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        return config, load_tokenizer(folder, config)
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """The metadata with which a packed checkpoint stands alone: the model's config and tokenizer."""
+    tokenizer = None if model.tokenizer is None else model.tokenizer.to_str()
+    return {"model": model.name, "config": model.config.to_hf(), "tokenizer": tokenizer}
+
+
+def packed_model(name: str, config: Any, params: Any, tokenizer: Any, disk_bytes: int, document: Any = None) -> Model:
+    """A model whose parameters are packed."""
+    import jax
+
+    import qjax
+    from qjax.models import Llama
+
+    apply = qjax.quantized(Llama(config).apply)
+    return Model(name, config, params, tokenizer, apply, jax.jit(apply), disk_bytes, document)
+
+
+def packed_bytes(folder: Path, metadata: dict[str, Any]) -> int:
+    """Bytes of all files of a packed checkpoint, without the tokenizer that rides along."""
+    tokenizer = metadata.get("tokenizer")
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) - len(json.dumps(tokenizer or ""))
+
+
+def check_tokenizer(model: Model) -> None:
+    """Refuses a model that cannot read text."""
+    if model.tokenizer is None:
+        raise ValueError(f"model {model.name!r} has no tokenizer.json, which turns text into tokens: put it into the folder"
+                         + (" of the float model and quantize again" if model.document is not None else ""))  # fmt: skip
+
+
+def window_length(model: Model, window: int | None) -> int:
+    """Tokens a window: what the user said, or the context of the model up to a limit."""
+    context = model.config.max_position_embeddings
+    if window is not None and window > context:
+        raise ValueError(f"--window {window} exceeds the context of {model.name!r}, {context} tokens: give at most that")
+    return min(context, CONTEXT_LIMIT) if window is None else window
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a UTF-8 file, or says that it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not UTF-8 text (byte {error.start}): convert it") from error
+
+
+def progress() -> Progress:
+    """A context manager with a progress bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def emit(document: dict[str, Any]) -> None:
+    """Writes the JSON document of a command; what JSON has no number for (NaN) becomes null."""
+    click.echo(json.dumps(_plain(document), indent=1, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def platform() -> str:
+    """What ran it: the kind of device and how many, for a CPU its cores."""
+    import os
+
+    import jax
+
+    devices = jax.devices()
+    return f"cpu, {os.cpu_count()} cores" if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,99 @@
+"""A report for a terminal: parameters that differ only in the number of their layer are one row."""
+
+import dataclasses
+import re
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from qjax.cli.shared import size
+
+_NUMBER = re.compile(r"(?<![a-zA-Z0-9.])\d+(?![a-zA-Z0-9.])|(?<=_)\d+(?=/)")
+
+
+def describe_rows(report: Any) -> dict[str, Any]:
+    """The rows and totals of a report, for JSON."""
+    rows = [dataclasses.asdict(row) for row in report.rows]
+    return {"rows": rows, "notes": list(report.notes), **totals(report)}
+
+
+def totals(report: Any) -> dict[str, Any]:
+    """Sums over the rows of a report."""
+    quantized = [row for row in report.rows if row.spec]
+    return {
+        "parameters": len(report.rows),
+        "quantized": len(quantized),
+        "nbytes": report.nbytes,
+        "float_nbytes": report.float_nbytes,
+    }
+
+
+def report_table(report: Any, every: bool = False) -> list[Any]:
+    """What to print of a report.
+
+    Args:
+      report: rows of parameters.
+      every: a row a parameter, not a row a kind of parameter.
+
+    Returns:
+      Tables and lines, for a rich console.
+    """
+    sums = totals(report)
+    head = f"{sums['quantized']} of {sums['parameters']} parameters quantized, {size(sums['float_nbytes'])} -> {size(sums['nbytes'])}"
+    quantized = [row for row in report.rows if row.spec]
+    how = sorted({(row.spec, row.method) for row in quantized})
+    lines: list[Any] = [head + (f": {how[0][0]} by {how[0][1]}" if len(how) == 1 else "")]
+    if quantized:
+        lines.append(_table(quantized, show_how=len(how) > 1, every=every))
+    for reason, rows in _grouped(row for row in report.rows if not row.spec).items():
+        lines.append(f"float: {_names(rows, every)}, {size(sum(row.nbytes for row in rows))}: {reason}")
+    notes = _grouped_notes(quantized)
+    lines += [f"note: {_names(rows, every)}: {note}" for note, rows in notes.items()]
+    return [*lines, *(f"note: {note}" for note in report.notes)]
+
+
+def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("parameter", overflow="fold")
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    for name in ("spec", "method") if show_how else ():
+        table.add_column(name, overflow="fold")
+    for name in ("bits", "size", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    kinds: dict[Any, list[Any]] = {}
+    for row in rows:
+        kinds.setdefault((_kind(row.path, every), row.shape, row.spec, row.method), []).append(row)
+    for (path, shape, spec, method), members in kinds.items():
+        errors = [row.error for row in members if row.error is not None]
+        cells = [path, str(len(members)), "x".join(map(str, shape)), *((spec, method) if show_how else ())]
+        bits = sum(row.bits_per_weight for row in members) / len(members)
+        error = f"{sum(errors) / len(errors):.2e}" if errors else ""
+        table.add_row(*cells, f"{bits:.2f}", size(sum(row.nbytes for row in members)), error)
+    return table
+
+
+def _kind(path: str, every: bool) -> str:
+    return path if every else _NUMBER.sub("*", path)
+
+
+def _names(rows: list[Any], every: bool) -> str:
+    names = dict.fromkeys(_kind(row.path, every) for row in rows)
+    shown = ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return shown if len(rows) == 1 else f"{len(rows)} parameters ({shown})"
+
+
+def _grouped(rows: Any) -> dict[str, list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(row.reason, []).append(row)
+    return groups
+
+
+def _grouped_notes(rows: list[Any]) -> dict[str, list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for row in rows:
+        for note in row.notes:
+            groups.setdefault(note, []).append(row)
+    return groups

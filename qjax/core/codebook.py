@@ -1,0 +1,88 @@
+"""Codes that index a table: `w ~= levels[code] * absmax`, on arrays whose last axis is one block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.core.affine import round_scale
+from qjax.core.specs import CodebookSpec
+
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+_RECIPROCAL_IS_SUBNORMAL = 2.0**126  # above it 1 / absmax would be flushed to zero
+_MOST_COMPARISONS = 32
+
+
+def codebook_params(x: jax.Array, spec: CodebookSpec) -> jax.Array:
+    """The largest magnitude of each block, rounded to `spec.scale_dtype`. A block of zeros keeps 0.
+
+    Args:
+      x: (..., group), floating.
+      spec: a `CodebookSpec`.
+
+    Returns:
+      absmax, float32 (..., 1).
+
+    >>> from qjax.core.specs import nf4
+    >>> codebook_params(jnp.float32([[-3.0, 2.0]]), nf4()).tolist()
+    [[3.0]]
+    """
+    absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return round_scale(absmax, spec.scale_dtype)
+
+
+def _thresholds(spec: CodebookSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The midpoints between neighbouring levels, and the codes in the order of their levels."""
+    levels = np.asarray(spec.levels, np.float32)
+    order = np.argsort(levels, kind="stable")
+    return (levels[order][1:] + levels[order][:-1]) * np.float32(0.5), order
+
+
+def codebook_encode(x: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> jax.Array:
+    """The code of the level nearest to `x * float32(1 / absmax)`; a tie goes to the lower level.
+
+    Args:
+      x: (..., group), floating.
+      absmax: broadcasts against `x`.
+      spec: a `CodebookSpec`.
+
+    Returns:
+      int32 codes, the shape of `x`.
+
+    >>> from qjax.core.specs import nf4
+    >>> codebook_encode(jnp.float32([-2.0, 0.0, 0.1, 2.0]), jnp.float32([2.0]), nf4()).tolist()
+    [0, 7, 8, 15]
+
+    Source: bitsandbytes on CPU, which multiplies by the reciprocal too. Like there, a value that FP4 rounds to zero
+    gets code 8 if it is positive and code 0 if not; both stand for 0.
+    """
+    absmax = absmax.astype(jnp.float32)
+    shrink = jnp.where(absmax > _RECIPROCAL_IS_SUBNORMAL, 0.25, 1.0)
+    inverse = 1.0 / jnp.where(absmax < _SMALLEST_NORMAL, jnp.inf, absmax * shrink)
+    x = x.astype(jnp.float32) * shrink * jax.lax.optimization_barrier(inverse)
+    thresholds, order = _thresholds(spec)
+    if len(thresholds) > _MOST_COMPARISONS:
+        return jnp.asarray(order, jnp.int32)[jnp.searchsorted(jnp.asarray(thresholds), x, side="left")]
+    # Comparisons fuse into one pass and need no table: each threshold passed moves on to the next level's code.
+    code = jnp.full(x.shape, int(order[0]), jnp.int32)
+    for threshold, step in zip(thresholds, np.diff(order), strict=True):
+        code = code + jnp.where(x > threshold, int(step), 0)
+    return code
+
+
+def codebook_decode(codes: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> jax.Array:
+    """`levels[codes] * absmax` in float32.
+
+    Args:
+      codes: integers, (..., group).
+      absmax: broadcasts against `codes`.
+      spec: a `CodebookSpec`.
+
+    Returns:
+      float32, the shape of `codes`.
+
+    >>> from qjax.core.specs import nf4
+    >>> codebook_decode(jnp.uint8([0, 7, 15]), jnp.float32([2.0]), nf4()).tolist()
+    [-2.0, 0.0, 2.0]
+    """
+    levels = jnp.asarray(spec.levels, jnp.float32)
+    return jnp.take(levels, codes.astype(jnp.int32), mode="clip") * absmax.astype(jnp.float32)

@@ -1,0 +1,319 @@
+"""QTensor, a packed array that is a pytree, and how a float array becomes one."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from qjax.core.granularity import PerBlock
+from qjax.core.layout import (
+    canonicalize,
+    check_blocks,
+    group_length,
+    logical_blocks,
+    negative_axes,
+    padded_size,
+    uncanonicalize,
+)
+from qjax.core.packing import pack, unpack
+from qjax.core.rounding import block_decode, block_encode, block_params, checked, round_cast
+from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scale", "zero_point", "perm"],
+    meta_fields=["spec", "axes", "sizes", "dtype"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """A quantized array. Built by `quantize` or `assemble`, which validate; this constructor checks nothing.
+
+    Canonical layout: the kept axes in logical order, then one last axis with the contracted axes flattened (K values,
+    Kpad with padding). Leading axes may be added or removed by `vmap` and `scan`, so only the sizes of the contracted
+    axes are static and axes are counted from the end.
+
+    Invariants:
+      codes: uint8 (kept..., ceil(Kpad * bits / 8)), see `pack`; for 8 bits int8 or uint8 (kept..., Kpad); for a cast
+        the array itself (kept..., K).
+      scale: `spec.scale_dtype`, as many axes as `codes`: every kept axis full, 1, or divided by the block; the last one
+        counts blocks. None for a cast.
+      zero_point: int8 or uint8 like the codes, the shape of `scale`; None when symmetric.
+      perm: int32 (stacked axes full, others 1, K) or None: stored position j holds the flattened index perm[j].
+      spec: what it was quantized to.
+      axes: negative logical positions of the contracted axes, in the order in which they are flattened.
+      sizes: their sizes, in that order.
+      dtype: the logical dtype; `w = decode(codes)` in float32 and one cast to it.
+    """
+
+    codes: Any
+    scale: Any
+    zero_point: Any
+    perm: Any
+    spec: Spec
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        return _logical_shape(self.codes.shape[:-1], self.axes, self.sizes)
+
+    @property
+    def ndim(self) -> int:
+        """The number of logical axes."""
+        return len(self.codes.shape) - 1 + len(self.axes)
+
+    @property
+    def size(self) -> int:
+        """The number of logical elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all the arrays inside take, padding included."""
+        return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`nbytes * 8 / size`: scales, zero points, permutation and padding included."""
+        return self.nbytes * 8 / self.size if self.size else 0.0
+
+    def codes_unpacked(self) -> jax.Array:
+        """The codes (kept..., K) without padding: int8 or uint8, for a cast the 16-bit floats.
+
+        >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).codes_unpacked().tolist()
+        [[7, -8]]
+        """
+        return _unpack(self)[..., : math.prod(self.sizes)]
+
+    def dequantize(self) -> jax.Array:
+        """The array of `shape` and `dtype` that the codes stand for.
+
+        `(code - zero_point) * scale` or `levels[code] * scale` in float32, in this order, then one cast.
+
+        >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).dequantize().tolist()
+        [[7.0], [-8.0]]
+        """
+        return _dequantize(self)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.dequantize(), dtype=dtype)
+
+    def __repr__(self) -> str:
+        if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (self.codes, *jax.tree.leaves(self))):
+            return f"QTensor({self.spec}, holding {', '.join(type(a).__name__ for a in jax.tree.leaves(self))})"
+        shape = ",".join(map(str, self.shape))
+        cost = f"{self.nbytes:,} bytes, {self.bits_per_weight:.3g} bits/weight"
+        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost})"
+
+
+def _logical_shape(kept: Sequence[int], axes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    ndim = len(kept) + len(axes)
+    contracted = {axis + ndim: size for axis, size in zip(axes, sizes, strict=True)}
+    rest = iter(kept)
+    return tuple(contracted[i] if i in contracted else next(rest) for i in range(ndim))
+
+
+def quantize(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (), *, name: str = "w") -> QTensor:
+    """Round `w` to the nearest code, with scales from the extreme values of each block.
+
+    Integers: see `affine_params` and `affine_encode`. Tables: see `codebook_params` and `codebook_encode`.
+
+    Args:
+      w: floating array of any shape.
+      spec: what to quantize to.
+      axes: the axes that the operation contracts, in the order in which they are flattened: (-2,) for a kernel (K, N)
+        or stacked kernels (L, K, N), (-3, -2) for a projection (heads, head_dim, model), (-1,) for an embedding (V, D).
+      stacked: kept axes that hold independent arrays (layers of a scan, experts); per tensor they keep their own scale.
+      name: what an error calls the array.
+
+    Returns:
+      A `QTensor` with the shape and dtype of `w`.
+
+    Raises:
+      TypeError: `w` is not floating.
+      ValueError: `w` is empty, or holds NaN or infinity (checked on concrete arrays only, as is a scale that overflows
+        `scale_dtype`); an axis out of range; a group that does not divide the contracted values.
+
+    >>> from qjax.core.specs import int4
+    >>> quantize(jnp.ones((256, 16), jnp.bfloat16), int4(group_size=128), axes=(0,))
+    QTensor(int4(group_size=128), bfloat16[256,16], 2,176 bytes, 4.25 bits/weight)
+    """
+    w, axes, stacked = checked(w, spec, axes, stacked, name)
+    q = _quantize(w, spec, axes, stacked)
+    _check_overflow(q, name)
+    return q
+
+
+def _check_overflow(q: QTensor, name: str) -> None:
+    argument, array = ("dtype", q.codes) if q.scale is None else ("scale_dtype", q.scale)
+    if array.dtype == jnp.float32 or isinstance(array, Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        if bool(jnp.any(jnp.isinf(array))):
+            raise ValueError(f"`{argument}`={array.dtype.name!r} cannot hold the range of `{name}`; take a wider one")
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked"), inline=True)
+def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> QTensor:
+    sizes, dtype = tuple(w.shape[a] for a in axes), np.dtype(w.dtype)
+    if isinstance(spec, CastSpec):
+        return QTensor(round_cast(canonicalize(w, axes), spec), None, None, None, spec, axes, sizes, dtype)
+    blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
+    scale, zero_point = block_params(blocked, spec)
+    codes = block_encode(blocked, scale, zero_point, spec)
+    scale = scale[..., 0].astype(spec.scale_dtype)
+    if zero_point is not None:
+        zero_point = zero_point[..., 0].astype(_code_dtype(spec))
+    return QTensor(_pack(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype)
+
+
+def _is_signed(spec: IntSpec | CodebookSpec) -> bool:
+    return isinstance(spec, IntSpec) and spec.signed
+
+
+def _code_dtype(spec: IntSpec | CodebookSpec):
+    return jnp.int8 if _is_signed(spec) else jnp.uint8
+
+
+def _pack(codes: jax.Array, spec: IntSpec | CodebookSpec) -> jax.Array:
+    return codes.astype(_code_dtype(spec)) if spec.bits == 8 else pack(codes, spec.bits)
+
+
+def _unpack(q: QTensor) -> jax.Array:
+    if q.spec.bits >= 8 or isinstance(q.spec, CastSpec):
+        return jnp.asarray(q.codes)
+    return unpack(q.codes, q.spec.bits, padded_size(math.prod(q.sizes), q.spec), _is_signed(q.spec))
+
+
+def _decode(
+    codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec
+) -> jax.Array:
+    """Codes (kept..., Kpad) and scales (kept-like..., G) to float32 (kept..., Kpad)."""
+    split, spread = [], []
+    for n, count in zip(codes.shape, scale.shape, strict=True):
+        split += [n] if count in (1, n) else [count, n // count]
+        spread += [count] if count in (1, n) else [count, 1]
+    zero_point = None if zero_point is None else zero_point.reshape(spread)
+    return block_decode(codes.reshape(split), scale.reshape(spread), zero_point, spec).reshape(codes.shape)
+
+
+@functools.partial(jax.jit, inline=True)
+def _dequantize(q: QTensor) -> jax.Array:
+    if isinstance(q.spec, CastSpec):
+        w = _unpack(q).astype(jnp.float32)
+    else:
+        w = _decode(_unpack(q), q.scale, q.zero_point, q.spec)[..., : math.prod(q.sizes)]
+    if q.perm is not None:
+        w = jnp.take_along_axis(w, jnp.argsort(q.perm, axis=-1), axis=-1)
+    return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)
+
+
+def assemble(
+    codes: Any,
+    scale: Any,
+    zero_point: Any,
+    spec: Spec,
+    axes: Sequence[int],
+    sizes: Sequence[int],
+    dtype: Any,
+    perm: Any = None,
+    *,
+    name: str = "w",
+) -> QTensor:
+    """Pack codes that a method or a file gave into a `QTensor`.
+
+    Args:
+      codes: integers (kept..., K) or (kept..., Kpad), within the spec's range; for a cast the floats (kept..., K).
+      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast.
+      zero_point: integers of the shape of `scale`, or None when the spec is symmetric.
+      spec: what the codes mean.
+      axes: logical axes that are contracted, in the order in which they are flattened; negative.
+      sizes: their sizes.
+      dtype: the logical dtype.
+      perm: int32 (kept-like..., K), or None: stored position j holds the flattened index perm[j].
+      name: what an error calls the array.
+
+    Returns:
+      The `QTensor`.
+
+    Raises:
+      TypeError, ValueError: naming the argument whose dtype, shape or range does not fit.
+
+    >>> assemble(np.int8([[7, -8]]), np.ones((1, 1)), None, IntSpec(4), (-2,), (2,), jnp.float32).dequantize().tolist()
+    [[7.0], [-8.0]]
+    """
+    axes, sizes, dtype = tuple(map(int, axes)), tuple(map(int, sizes)), np.dtype(dtype)
+    codes, k = jnp.asarray(codes), math.prod(sizes)
+    ndim = codes.ndim - 1 + len(axes)
+    if len(sizes) != len(axes) or negative_axes(axes, ndim, "axes") != axes:
+        raise ValueError(f"`axes` must be negative, one for each of `sizes`, got {axes=}, {sizes=} for `{name}`")
+    if isinstance(spec, CastSpec):
+        _check_shape("codes", codes, [{n} for n in codes.shape[:-1]] + [{k}], name)
+        if scale is not None or zero_point is not None:
+            raise ValueError(f"`scale` and `zero_point` must be None for {spec}, the spec of `{name}`")
+        codes = codes.astype(spec.dtype)
+    else:
+        codes, scale, zero_point = _checked(codes, scale, zero_point, spec, k, name)
+    if perm is not None:
+        perm = jnp.asarray(perm, jnp.int32)
+        _check_shape("perm", perm, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
+        _check_permutation(perm, name)
+    return QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype)
+
+
+def _checked(codes, scale, zero_point, spec: IntSpec | CodebookSpec, k: int, name: str):
+    """The packed codes, scale and zero point of `assemble`, or an error that names the one that does not fit."""
+    check_blocks((*codes.shape[:-1], k), spec, name)
+    kept, padded = codes.shape[:-1], padded_size(k, spec)
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
+    _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
+    lo, hi = (spec.qmin, spec.qmax) if isinstance(spec, IntSpec) else (0, 2**spec.bits - 1)
+    _check_codes("codes", codes, lo, hi, name)
+    counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
+    if isinstance(spec.granularity, PerBlock) and kept:
+        counts[-2] = {1, kept[-1], kept[-1] // spec.granularity.kept}
+    scale = jnp.asarray(scale, spec.scale_dtype)
+    _check_shape("scale", scale, counts, name)
+    if (zero_point is None) == (isinstance(spec, IntSpec) and not spec.symmetric):
+        wanted = "given" if zero_point is None else "None"
+        raise ValueError(f"`zero_point` must be {wanted} for {spec}, the spec of `{name}`")
+    if zero_point is not None:
+        zero_point = jnp.asarray(zero_point)
+        _check_shape("zero_point", zero_point, [{n} for n in scale.shape], name)
+        _check_codes("zero_point", zero_point, lo, hi, name)
+        zero_point = zero_point.astype(_code_dtype(spec))
+    if codes.shape[-1] < padded:
+        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
+    return _pack(codes, spec), scale, zero_point
+
+
+def _check_shape(argument: str, array: jax.Array, allowed: list[set[int]], name: str) -> None:
+    if array.ndim != len(allowed) or any(n not in a for n, a in zip(array.shape, allowed, strict=True)):
+        wanted = ", ".join(" or ".join(map(str, sorted(a))) for a in allowed)
+        raise ValueError(f"`{argument}` of `{name}` must have the shape ({wanted}), got {array.shape}")
+
+
+def _check_codes(argument: str, codes: jax.Array, lo: int, hi: int, name: str) -> None:
+    if isinstance(codes, Tracer) or codes.size == 0:
+        return
+    with jax.ensure_compile_time_eval():
+        least, most = int(jnp.min(codes)), int(jnp.max(codes))
+    if least < lo or most > hi:
+        raise ValueError(f"`{argument}` of `{name}` must lie in {lo} .. {hi}, got {least} .. {most}; clamp them")
+
+
+def _check_permutation(perm: jax.Array, name: str) -> None:
+    if isinstance(perm, Tracer):
+        return
+    if np.any(np.sort(np.asarray(perm), axis=-1) != np.arange(perm.shape[-1])):
+        raise ValueError(f"`perm` of `{name}` must hold each of 0 .. {perm.shape[-1] - 1} once along its last axis")

@@ -1,0 +1,181 @@
+"""Rounding to any spec, block by block and for a whole array: what `quantize` packs and what training computes with."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from qjax.core.affine import affine_decode, affine_encode, affine_params, divide
+from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
+from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes
+from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+
+
+def check_finite(w: Any, name: str) -> None:
+    """Refuse NaN and infinity. Looks at concrete arrays only: inside `jit` there is nothing to look at.
+
+    Args:
+      w: an array.
+      name: what the error calls it.
+
+    Raises:
+      ValueError: naming the array and how many values are bad.
+
+    >>> check_finite(jnp.float32([1.0, jnp.nan]), "layers/0/kernel")
+    Traceback (most recent call last):
+    ValueError: `layers/0/kernel` holds 1 NaN and 0 infinite values of 2; repair or exclude it before quantizing
+    """
+    if isinstance(w, Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        w = jnp.asarray(w)
+        if bool(jnp.all(jnp.isfinite(w))):
+            return
+        nans, infinities = int(jnp.sum(jnp.isnan(w))), int(jnp.sum(jnp.isinf(w)))
+    raise ValueError(f"`{name}` holds {nans} NaN and {infinities} infinite values of {w.size}; "
+                     "repair or exclude it before quantizing")  # fmt: skip
+
+
+def checked(
+    w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int], name: str
+) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+    """The array and its negative axes, or the errors that `quantize` documents.
+
+    >>> checked([[1.0]], IntSpec(4), (0,), (1,), "w")[1:]
+    ((-2,), (-1,))
+    """
+    given, w = w, jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating to be quantized, got {w.dtype}")
+    if w.size == 0:
+        raise ValueError(f"`{name}` has the shape {w.shape}: there is nothing to quantize")
+    axes = negative_axes(axes, w.ndim, "axes")
+    stacked = negative_axes(stacked, w.ndim, "stacked")
+    if not axes or set(axes) & set(stacked):
+        raise ValueError(f"`axes` must name at least one axis and none of `stacked`, got {axes=}, {stacked=}")
+    check_finite(given, name)
+    check_blocks(jax.eval_shape(lambda w: canonicalize(w, axes), w).shape, spec, name)
+    return w, axes, stacked
+
+
+def block_params(x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of each block: `affine_params` or `codebook_params`.
+
+    >>> block_params(jnp.float32([[-15.0, 3.0]]), IntSpec(4))[0].tolist()
+    [[2.0]]
+    """
+    return (codebook_params(x, spec), None) if isinstance(spec, CodebookSpec) else affine_params(x, spec)
+
+
+def block_encode(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec
+) -> jax.Array:
+    """The codes of each block, int32: `affine_encode` or `codebook_encode`.
+
+    >>> block_encode(jnp.float32([[-15.0, 3.0]]), jnp.float32([[2.0]]), None, IntSpec(4)).tolist()
+    [[-8, 2]]
+    """
+    if isinstance(spec, CodebookSpec):
+        return codebook_encode(x, scale, spec)
+    return affine_encode(x, scale, zero_point, spec)
+
+
+def block_decode(
+    codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec
+) -> jax.Array:
+    """What the codes stand for, float32: `affine_decode` or `codebook_decode`.
+
+    >>> block_decode(jnp.int32([[-8, 2]]), jnp.float32([[2.0]]), None, IntSpec(4)).tolist()
+    [[-16.0, 4.0]]
+    """
+    if isinstance(spec, CodebookSpec):
+        return codebook_decode(codes, scale, spec)
+    return affine_decode(codes, scale, zero_point)
+
+
+def round_cast(w: jax.Array, spec: CastSpec) -> jax.Array:
+    """`w` in the 16-bit dtype; the barrier keeps XLA from dropping the cast when it sees the cast back.
+
+    >>> round_cast(jnp.float32(1.001), CastSpec("bfloat16")).item()
+    1.0
+    """
+    return jax.lax.optimization_barrier(w.astype(spec.dtype))
+
+
+def round_trip(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (), *, name: str = "w") -> jax.Array:
+    """`quantize(w, spec, axes, stacked).dequantize()` to the bit, without packing.
+
+    Args:
+      w: floating array of any shape.
+      spec: what to round to.
+      axes: the axes that the operation contracts, as for `quantize`.
+      stacked: kept axes that hold independent arrays, as for `quantize`.
+      name: what an error calls the array.
+
+    Returns:
+      The shape and dtype of `w`.
+
+    Raises:
+      TypeError, ValueError: as `quantize`.
+
+    >>> round_trip(jnp.float32([[7.5], [-3.2]]), IntSpec(4), (0,)).tolist()
+    [[7.0], [-3.0]]
+    """
+    w, axes, stacked = checked(w, spec, axes, stacked, name)
+    return _round_trip(w, spec, axes, stacked)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked"), inline=True)
+def _round_trip(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
+    if isinstance(spec, CastSpec):
+        return round_cast(w, spec).astype(jnp.float32).astype(w.dtype)
+    blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
+    scale, zero_point = block_params(blocked, spec)
+    codes = block_encode(blocked, scale, zero_point, spec)
+    return to_logical(block_decode(codes, scale, zero_point, spec)).astype(w.dtype)
+
+
+def in_range(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (), *, name: str = "w") -> jax.Array:
+    """Where `qmin <= w / scale + zero_point <= qmax`: the values that rounding does not clip.
+
+    Symmetric with `scale_rule="half"`: half a step more on both sides, because there the range ends half a step beyond
+    the codes. The bounds are wider by the rounding of the scale, so that a block's extreme value is inside. A table and
+    a cast clip nothing.
+
+    Args:
+      w: floating array of any shape.
+      spec: what to round to.
+      axes: the axes that the operation contracts, as for `quantize`.
+      stacked: kept axes that hold independent arrays, as for `quantize`.
+      name: what an error calls the array.
+
+    Returns:
+      bool, the shape of `w`.
+
+    Raises:
+      TypeError, ValueError: as `quantize`.
+
+    >>> in_range(jnp.float32([[3.0], [-3.0]]), IntSpec(4, signed=False), (0,)).tolist()
+    [[True], [False]]
+
+    Source: the mask of the straight-through estimator, e.g. LSQ (arXiv 1902.08153), there without the half step.
+    """
+    w, axes, stacked = checked(w, spec, axes, stacked, name)
+    return _in_range(w, spec, axes, stacked)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked"), inline=True)
+def _in_range(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
+    if not isinstance(spec, IntSpec):
+        return jnp.ones(w.shape, bool)
+    blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
+    scale, zero_point = affine_params(blocked, spec)
+    zero = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
+    beyond = 0.5 if spec.symmetric and spec.scale_rule == "half" else 0.0
+    wider = 1.0 + float(jnp.finfo(spec.scale_dtype).eps)
+    steps = divide(blocked.astype(jnp.float32), scale)
+    least, most = (spec.qmin - beyond - zero) * wider, (spec.qmax + beyond - zero) * wider
+    return to_logical((steps >= least) & (steps <= most))

@@ -1,0 +1,321 @@
+"""What a number is quantized to: frozen, hashable, validated when built. A spec holds no array and computes nothing."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from qjax.core.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+
+ScaleRule = Literal["half", "full"]
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
+Per = Literal["tensor", "channel", "token"]
+
+# The table of bitsandbytes (`get_4bit_type("nf4")`), every digit. It is not Phi^-1((2i+1)/32), which has no exact zero.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# Not sorted: a sign bit, then 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4. Codes 0 and 8 both stand for 0.
+FP4_LEVELS = tuple(sign * v / 12.0 + 0.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+
+
+def _check_choice(argument: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_common(granularity: object, scale_dtype: object, pad: object) -> None:
+    if not isinstance(granularity, Granularity):
+        raise TypeError(f"`granularity` must be one of the Per... classes, e.g. PerGroup(128), got {granularity!r}")
+    _check_choice("scale_dtype", scale_dtype, get_args(ScaleDtype))
+    if not isinstance(pad, bool):
+        raise TypeError(f"`pad` must be True or False, got {pad!r}")
+
+
+def _describe(granularity: Granularity) -> str:
+    match granularity:
+        case PerGroup(size):
+            return f"group_size={size}"
+        case PerBlock(kept, contracted):
+            return f"block=({kept}, {contracted})"
+        case _:
+            return f'per="{type(granularity).__name__.removeprefix("Per").lower()}"'
+
+
+@dataclasses.dataclass(frozen=True)
+class IntSpec:
+    """Integers of 2 to 8 bits: `w ~= (code - zero_point) * scale`.
+
+    Symmetric: the zero point is exactly 0 and `scale = absmax / (qmax + 1/2)` (`scale_rule="half"`) or `absmax / qmax`
+    (`"full"`, which also gives up the code -2^(bits-1)). Symmetric and unsigned is for data that is never negative:
+    negative values become 0 and only the largest value sets the scale. Asymmetric: `scale = (hi - lo) / (2^bits - 1)`
+    with `lo = min(w, 0)` and `hi = max(w, 0)`, whatever `scale_rule` says. Codes round half to even, then clip.
+
+    Args:
+      bits: 2 to 8.
+      signed: codes in -2^(bits-1) .. 2^(bits-1)-1, else in 0 .. 2^bits-1.
+      symmetric: without a zero point.
+      granularity: which values share a scale.
+      scale_rule: "half" (compressed-tensors, GPTQ: int4 divides by 7.5) or "full" (AWQ: by 7).
+      scale_dtype: the dtype that scales are stored in; they are rounded to it before codes are computed. Below 6e-5
+        float16 has fewer and fewer digits.
+      pad: pad the contracted axis with zeros up to a multiple of the group instead of refusing.
+
+    Raises:
+      ValueError, TypeError: naming the argument.
+
+    >>> IntSpec(4).qmin, IntSpec(4).qmax
+    (-8, 7)
+    >>> IntSpec(9)
+    Traceback (most recent call last):
+    ValueError: `bits` must be an int from 2 to 8, got 9
+    """
+
+    bits: int
+    signed: bool = True
+    symmetric: bool = True
+    granularity: Granularity = PerChannel()  # noqa: RUF009  # frozen
+    scale_rule: ScaleRule = "half"
+    scale_dtype: ScaleDtype = "float32"
+    pad: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"`bits` must be an int from 2 to 8, got {self.bits!r}")
+        for argument in ("signed", "symmetric"):
+            if not isinstance(getattr(self, argument), bool):
+                raise TypeError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}")
+        _check_choice("scale_rule", self.scale_rule, get_args(ScaleRule))
+        _check_common(self.granularity, self.scale_dtype, self.pad)
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        narrow = self.symmetric and self.scale_rule == "full"
+        return (-(2 ** (self.bits - 1)) + narrow) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def __str__(self):
+        parts = [_describe(self.granularity)]
+        parts += [f"symmetric={self.symmetric}"] * (self.symmetric != self.signed)
+        parts += ['scale_rule="full"'] * (self.symmetric and self.scale_rule == "full")
+        parts += [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32") + ["pad=True"] * self.pad
+        return f"{'' if self.signed else 'u'}int{self.bits}({', '.join(parts)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookSpec:
+    """A table of levels: `w ~= levels[code] * scale`, where `scale` is the largest magnitude of the block.
+
+    Args:
+      name: what reports call it.
+      levels: 2^bits finite numbers in -1 .. 1, in the order of the codes (not necessarily sorted), all different as
+        float32 numbers; only zero may repeat.
+      granularity, scale_dtype, pad: as for `IntSpec`.
+
+    Raises:
+      ValueError, TypeError: naming the argument.
+
+    >>> CodebookSpec("ternary", (-1.0, 0.0, 1.0))
+    Traceback (most recent call last):
+    ValueError: `levels` must hold 2^bits numbers with bits from 2 to 8, got 3
+    """
+
+    name: str
+    levels: tuple[float, ...]
+    granularity: Granularity = PerGroup(64)  # noqa: RUF009  # frozen
+    scale_dtype: ScaleDtype = "float32"
+    pad: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.levels, tuple):
+            raise TypeError(f"`levels` must be a tuple (a spec is hashable), got {type(self.levels).__name__}")
+        if len(self.levels) not in [2**bits for bits in range(2, 9)]:
+            raise ValueError(f"`levels` must hold 2^bits numbers with bits from 2 to 8, got {len(self.levels)}")
+        if not all(math.isfinite(v) and abs(v) <= 1 for v in self.levels):
+            raise ValueError(f"`levels` must lie in -1 .. 1 (they multiply the block's absmax), got {self.levels}")
+        ordered = np.sort(np.asarray(self.levels, np.float32))
+        if np.any((np.diff(ordered) == 0) & (ordered[1:] != 0)):
+            raise ValueError(f"`levels` must differ as float32 numbers (only zero may repeat), got {self.levels}")
+        _check_common(self.granularity, self.scale_dtype, self.pad)
+
+    @property
+    def bits(self) -> int:
+        """Bits a code takes."""
+        return len(self.levels).bit_length() - 1
+
+    def __str__(self):
+        parts = [_describe(self.granularity)]
+        parts += [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32") + ["pad=True"] * self.pad
+        return f"{self.name}({', '.join(parts)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class CastSpec:
+    """A plain cast to a 16-bit float, without scales.
+
+    >>> CastSpec("float64")
+    Traceback (most recent call last):
+    ValueError: `dtype` must be one of 'bfloat16', 'float16', got 'float64'
+    """
+
+    dtype: Literal["bfloat16", "float16"]
+
+    def __post_init__(self):
+        _check_choice("dtype", self.dtype, ("bfloat16", "float16"))
+
+    @property
+    def bits(self) -> int:
+        """Bits a value takes."""
+        return 16
+
+    def __str__(self):
+        return {"bfloat16": "bf16()", "float16": "fp16()"}[self.dtype]
+
+
+Spec = IntSpec | CodebookSpec | CastSpec
+
+
+def _granularity(per: Per | None, group_size: int | None, block: tuple[int, int] | None) -> Granularity:
+    if sum(v is not None for v in (per, group_size, block)) > 1:
+        raise ValueError(f"give one of `per`, `group_size` and `block`, got {per=}, {group_size=}, {block=}")
+    if group_size is not None:
+        return PerGroup(group_size)
+    if block is not None:
+        if not isinstance(block, tuple) or len(block) != 2:
+            raise TypeError(f"`block` must be a tuple (kept, contracted), got {block!r}")
+        return PerBlock(*block)
+    _check_choice("per", per, (None, *get_args(Per)))
+    return {None: PerChannel(), "channel": PerChannel(), "tensor": PerTensor(), "token": PerToken()}[per]
+
+
+def integer(
+    bits: int,
+    *,
+    signed: bool = True,
+    symmetric: bool | None = None,
+    per: Per | None = None,
+    group_size: int | None = None,
+    block: tuple[int, int] | None = None,
+    scale_rule: ScaleRule = "half",
+    scale_dtype: ScaleDtype = "float32",
+    pad: bool = False,
+) -> IntSpec:
+    """Integers of 2 to 8 bits; `int4(...)` is `integer(4, ...)` and `uint4(...)` is `integer(4, signed=False, ...)`.
+
+    Args:
+      bits: 2 to 8.
+      signed: signed codes.
+      symmetric: without a zero point; by default signed codes are symmetric and unsigned ones are not.
+      per: "channel" (the default), "tensor" or "token".
+      group_size: values along the contracted axes that share a scale, instead of `per`.
+      block: (kept, contracted) tile that shares a scale, instead of `per`.
+      scale_rule: "half" or "full", see `IntSpec`.
+      scale_dtype: "float32", "float16" or "bfloat16".
+      pad: pad a contracted axis that the group does not divide.
+
+    Returns:
+      The spec.
+
+    Raises:
+      ValueError, TypeError: naming the argument.
+
+    >>> print(integer(3, group_size=64))
+    int3(group_size=64)
+    """
+    symmetric = signed if symmetric is None else symmetric
+    granularity = _granularity(per, group_size, block)
+    return IntSpec(bits, signed, symmetric, granularity, scale_rule, scale_dtype, pad)
+
+
+def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
+    def factory(
+        *,
+        per: Per | None = None,
+        group_size: int | None = None,
+        block: tuple[int, int] | None = None,
+        symmetric: bool = signed,
+        scale_rule: ScaleRule = "half",
+        scale_dtype: ScaleDtype = "float32",
+        pad: bool = False,
+    ) -> IntSpec:
+        return integer(
+            bits, signed=signed, symmetric=symmetric, per=per, group_size=group_size, block=block,
+            scale_rule=scale_rule, scale_dtype=scale_dtype, pad=pad,
+        )  # fmt: skip
+
+    kind = "signed, symmetric" if signed else "unsigned, asymmetric"
+    factory.__name__ = factory.__qualname__ = f"{'' if signed else 'u'}int{bits}"
+    factory.__doc__ = f"{bits}-bit integers, {kind}, per channel unless told otherwise; keywords as for `integer`."
+    return factory
+
+
+int2, int3, int4, int5, int6, int7, int8 = (_integer_factory(bits, signed=True) for bits in range(2, 9))
+uint2, uint3, uint4, uint5, uint6, uint7, uint8 = (_integer_factory(bits, signed=False) for bits in range(2, 9))
+
+
+def codebook(
+    levels: Sequence[float],
+    *,
+    name: str = "codebook",
+    per: Per | None = None,
+    group_size: int | None = None,
+    block: tuple[int, int] | None = None,
+    scale_dtype: ScaleDtype = "float32",
+    pad: bool = False,
+) -> CodebookSpec:
+    """A table of 2^bits levels in -1 .. 1, groups of 64 unless told otherwise; keywords as for `integer`.
+
+    >>> print(codebook([-1, -1/3, 1/3, 1], name="quaternary", group_size=32))
+    quaternary(group_size=32)
+    """
+    default = per is None and group_size is None and block is None
+    granularity = PerGroup(64) if default else _granularity(per, group_size, block)
+    return CodebookSpec(name, tuple(float(v) for v in levels), granularity, scale_dtype, pad)
+
+
+def nf4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool = False) -> CodebookSpec:
+    """NormalFloat, 4 bits: quantiles of a normal distribution with an exact zero.
+
+    Source: QLoRA (arXiv 2305.14314); the levels are those of bitsandbytes.
+
+    >>> print(nf4())
+    nf4(group_size=64)
+    """
+    return CodebookSpec("nf4", NF4_LEVELS, PerGroup(group_size), scale_dtype, pad)
+
+
+def fp4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool = False) -> CodebookSpec:
+    """bitsandbytes' FP4 (not OCP E2M1): a sign and eight magnitudes, in the order of its codes.
+
+    >>> fp4().levels[1] == 1 / 192
+    True
+    """
+    return CodebookSpec("fp4", FP4_LEVELS, PerGroup(group_size), scale_dtype, pad)
+
+
+def bf16() -> CastSpec:
+    """A plain cast to bfloat16.
+
+    >>> bf16().bits
+    16
+    """
+    return CastSpec("bfloat16")
+
+
+def fp16() -> CastSpec:
+    """A plain cast to float16.
+
+    >>> fp16().bits
+    16
+    """
+    return CastSpec("float16")

@@ -1,0 +1,4 @@
+"""Reading and writing models: packed checkpoints, and the formats that the world uses."""
+
+from qjax.formats.checkpoint import load as load
+from qjax.formats.checkpoint import save as save

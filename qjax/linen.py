@@ -1,0 +1,107 @@
+"""For people with a Linen module: the two verbs, `fake_quant` and `quantize`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from qjax.policy import Policy
+from qjax.ptq import Result
+from qjax.ptq import quantize as quantize_function
+from qjax.ptq.sequential import Progress
+from qjax.training import FakeQuant
+
+
+def quantize(
+    model: nn.Module,
+    variables: Any,
+    policy: Policy,
+    calibration: Iterable[Any],
+    *,
+    progress: Progress | None = None,
+    **apply_kwargs: Any,
+) -> Result:
+    """Quantizes a Linen module's variables; see `qjax.quantize`.
+
+    Run the result with `jax.jit(qjax.quantized(model.apply))(result.params, x)`.
+
+    Args:
+      model: the module; not changed.
+      variables: its variables, `{"params": ..., "batch_stats": ...}`; not changed.
+      policy: which parameters become what.
+      calibration: batches; a tuple is spread over the arguments of `__call__`.
+      progress: called with (parameters done, all, path).
+      **apply_kwargs: keyword arguments of `model.apply`, such as `train=False`.
+
+    Returns:
+      A `Result` whose `params` is `variables` with packed leaves.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.quantize")
+    return quantize_function(
+        functools.partial(model.apply, **apply_kwargs), variables, policy, calibration, progress=progress
+    )
+
+
+class FakeQuantModule(nn.Module):
+    """A module that computes with fake-quantized parameters. Built by `fake_quant`.
+
+    Attributes:
+      module: the module it stands for; parameters keep their paths.
+      policy: which parameters are fake-quantized.
+    """
+
+    module: nn.Module
+    policy: Policy
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_initializing():
+            return self.module(*args, **kwargs)
+        plain = self.module.clone(parent=None, name=None)
+        rngs = dict.fromkeys(self.scope.rngs, jax.random.key(0)) if self.scope is not None else {}
+        collections = dict(self.variables)
+        mutable = [name for name in collections if self.is_mutable_collection(name)]
+
+        # Only traced, to find the sites: which key a dropout gets does not matter for that.
+        def forward(variables: Any, *args: Any) -> Any:
+            return plain.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
+
+        weights = FakeQuant(forward, self.policy).leaves(collections, *args)
+
+        def fake(params: Any) -> Any:
+            return {**params, "params": weights({**collections, **params})["params"]}
+
+        run = nn.map_variables(
+            lambda module, *args: module(*args, **kwargs), "params", trans_in_fn=fake, mutable=False, init=False
+        )
+        return run(self.module, *args)
+
+
+def fake_quant(model: nn.Module, policy: Policy) -> nn.Module:
+    """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
+
+    Args:
+      model: any Linen module; not changed.
+      policy: which parameters are fake-quantized.
+
+    Returns:
+      A module with the same parameter tree: `init` gives the variables that `model.init` gives, and each may use the
+      other's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax, flax.linen as nn
+      >>> model = qjax.linen.fake_quant(nn.Dense(4), qjax.Policy([qjax.Rule("kernel", weight=qjax.int4())]))
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'bias': (4,), 'kernel': (8, 4)}}
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.fake_quant")
+    return FakeQuantModule(model.clone(parent=None), policy)

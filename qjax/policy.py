@@ -1,0 +1,165 @@
+"""Policy: ordered rules that say which parameters are quantized, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from typing import Any, Protocol, runtime_checkable
+
+from qjax.core import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.program import Leaf, Program
+from qjax.program.trace import path_str as path_str
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a rule's `method` must be: see `qjax.ptq` for the interface that the methods implement."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the parameters whose path matches a pattern are quantized.
+
+    Args:
+      pattern: a glob over parameter paths; `*` crosses `/`. A leading `params/` and a trailing `/value` are not part of a path.
+      weight: what the weights become, or None to leave them float.
+      method: how they get there; None rounds to nearest.
+
+    Raises:
+      TypeError: an argument of the wrong kind.
+
+    Example:
+      >>> import qjax
+      >>> Rule("*mlp*", weight=qjax.int4(group_size=128))
+      Rule('*mlp*', weight=int4(group_size=128))
+    """
+
+    pattern: str
+    weight: Spec | None = None
+    method: Method | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise TypeError(f"`pattern` must be a non-empty string such as '*mlp*', got {self.pattern!r}")
+        if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, CastSpec)):
+            raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
+        if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
+            raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}")
+        if self.weight is None and self.method is not None:
+            raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
+
+    def matches(self, path: str) -> bool:
+        return fnmatch.fnmatchcase(path, self.pattern)
+
+    def __repr__(self) -> str:
+        method = f", method={self.method!r}" if self.method is not None else ""
+        return f"Rule({self.pattern!r}, weight={self.weight}{method})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a policy decided for one parameter: the first rule that matches it, or none; and why."""
+
+    leaf: Leaf
+    rule: Rule | None
+    reason: str
+
+    @property
+    def spec(self) -> Spec | None:
+        return self.rule.weight if self.rule is not None and self.leaf.sites else None
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Policy:
+    """An ordered list of rules; for each parameter the first one that matches counts.
+
+    Only parameters that meet data in a matmul, a convolution or a lookup are ever touched: norms and biases stay float. So
+    does a parameter that no rule matches.
+
+    Args:
+      rules: a sequence of `Rule`.
+
+    Raises:
+      TypeError: `rules` holds something else than rules.
+      ValueError: `rules` is empty.
+
+    Example:
+      >>> import qjax
+      >>> Policy([Rule("*embed*", weight=None), Rule("*", weight=qjax.int8())])
+      Policy([Rule('*embed*', weight=None), Rule('*', weight=int8)])
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, rules: Any):
+        if isinstance(rules, Rule):
+            raise TypeError(f"`rules` must be a sequence, got one rule: write Policy([{rules!r}])")
+        rules = tuple(rules)
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"`rules` must hold qjax.Rule values, got {rule!r}")
+        if not rules:
+            raise ValueError("`rules` is empty: a policy needs at least one rule, such as Rule('*', weight=qjax.int8())")
+        object.__setattr__(self, "rules", rules)
+
+    def __repr__(self) -> str:
+        return f"Policy({list(self.rules)!r})"
+
+    def resolve(self, program: Program) -> tuple[Choice, ...]:
+        """Decides for every parameter of a program.
+
+        Args:
+          program: from `qjax.trace`.
+
+        Returns:
+          One `Choice` a parameter, in tree order.
+
+        Raises:
+          ValueError: a rule's pattern matches no parameter, or only parameters without a site.
+        """
+        for rule in self.rules:
+            _check_matches(rule, program)
+        return tuple(_choose(leaf, self.rules) for leaf in program.leaves)
+
+
+def _choose(leaf: Leaf, rules: tuple[Rule, ...]) -> Choice:
+    if not leaf.sites:
+        return Choice(leaf, None, no_site_reason(leaf))
+    rule = next((r for r in rules if r.matches(leaf.path)), None)
+    if rule is None:
+        return Choice(leaf, None, "no rule matches its path")
+    if rule.weight is None:
+        return Choice(leaf, rule, f"rule {rule.pattern!r} leaves it float")
+    return Choice(leaf, rule, "")
+
+
+def no_site_reason(leaf: Leaf) -> str:
+    """Says why a parameter is no candidate."""
+    if not leaf.consumers:
+        return "the function never uses it"
+    return f"meets no data in a matmul, convolution or lookup, only {', '.join(leaf.consumers)}"
+
+
+def _check_matches(rule: Rule, program: Program) -> None:
+    matched = [leaf for leaf in program.leaves if rule.matches(leaf.path)]
+    if not matched:
+        paths = [leaf.path for leaf in program.leaves if leaf.sites]
+        words = rule.pattern.strip("*")
+        parts = sorted({part for path in paths for part in (path, *path.split("/"))})
+        close = difflib.get_close_matches(words, parts, n=1, cutoff=0.5)
+        hint = f"did you mean {_like(rule.pattern, close[0])!r}?" if close else "its paths are such as " + ", ".join(paths[:3])
+        raise ValueError(f"rule `pattern` {rule.pattern!r} matches no parameter of the program; {hint}")
+    if not any(leaf.sites for leaf in matched):
+        leaf = matched[0]
+        raise ValueError(
+            f"rule `pattern` {rule.pattern!r} matches only parameters that cannot be quantized, such as {leaf.path!r}: it "
+            f"{no_site_reason(leaf)}; remove the rule or widen its pattern (these stay float in any case)"
+        )
+
+
+def _like(pattern: str, word: str) -> str:
+    return ("*" if pattern.startswith("*") else "") + word + ("*" if pattern.endswith("*") else "")

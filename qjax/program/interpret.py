@@ -1,0 +1,218 @@
+"""Evaluates a traced program with packed parameters, or with a rule at its sites, preserving its structure.
+
+Equations without anything to do in them are bound unchanged. Calls and control flow that hold a packed parameter or a watched site
+are rebuilt with the public combinators, so the result composes with every transformation. The cost is at trace time only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from qjax.core import QTensor
+from qjax.program import compat
+from qjax.program.packed import Packed, after_view, can_scan, materialize
+from qjax.program.primitives import VIEWS
+from qjax.program.sharded import shard_map_packed
+from qjax.program.sites import Key, Site, invariant_carries
+
+# What happens at a site: (site, equation, operands, side state) -> (results, new side state).
+# An operand that is a quantized parameter comes as `Packed`. State is None where nothing was threaded for the site.
+Rule = Callable[[Site, Any, list[Any], Any], tuple[list[Any], Any]]
+State = dict[Key, Any]
+
+
+def plain_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+    """Dequantizes the parameter and applies the equation as it stands."""
+    del site
+    return compat.bind(eqn, [materialize(v) for v in operands]), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """Evaluates one program.
+
+    Attributes:
+      sites: the program's sites by key.
+      rule: what to do at a site.
+      watched: keys of sites to visit even if their operands are ordinary arrays.
+      inline_custom: whether custom_jvp and custom_vjp functions with something to do in them are opened. Opening one drops its
+        derivative rule, so this is for inference and observation only; otherwise its packed operands are dequantized.
+    """
+
+    sites: Mapping[Key, Site]
+    rule: Rule = plain_rule
+    watched: frozenset[Key] = frozenset()
+    inline_custom: bool = False
+
+    @functools.cached_property
+    def above_watched(self) -> frozenset[Key]:
+        """Keys of the calls and loops that hold a watched site."""
+        return frozenset(key[:i] for key in self.watched for i in range(len(key)))
+
+    def __call__(self, jaxpr: Any, args: Sequence[Any], state: State | None = None) -> tuple[list[Any], State]:
+        """Evaluates `jaxpr` on flat `args`, threading `state` (one entry a watched site) through it."""
+        state = dict(state or {})
+        values = [Packed(a) if isinstance(a, QTensor) else a for a in args]
+        outs = self.program(jaxpr, values, (), state)
+        # A parameter that is handed back untouched (NNX state, mutable collections) stays packed.
+        return [v.q if isinstance(v, Packed) and not v.pending else materialize(v) for v in outs], state
+
+    def program(self, jaxpr: Any, args: Sequence[Any], prefix: Key, state: State) -> list[Any]:
+        body, consts = compat.parts(jaxpr)
+        env: dict[Any, Any] = dict(zip(body.constvars, consts, strict=True))
+        env.update(zip(body.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, compat.Literal) else env[atom]
+
+        last_use = _last_uses(body)
+        for index, eqn in enumerate(body.eqns):
+            operands = [read(atom) for atom in eqn.invars]
+            with jax.named_scope(str(eqn.source_info.name_stack)) if eqn.source_info.name_stack.stack else _NO_SCOPE:
+                outs = self.equation(eqn, operands, (*prefix, index), state)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for var in last_use.get(index, ()):
+                env.pop(var, None)
+        return [read(atom) for atom in body.outvars]
+
+    def equation(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
+        site = self.sites.get(key)
+        packed = any(isinstance(v, Packed) for v in operands)
+        if site is not None and (packed or key in self.watched):
+            outs, new = self.rule(site, eqn, operands, state.get(key))
+            if key in state:
+                state[key] = new
+            return outs
+        inside = key in self.above_watched
+        if not packed and not inside:
+            return compat.bind(eqn, operands)
+        name = eqn.primitive.name
+        if name in VIEWS and isinstance(operands[0], Packed):
+            view = after_view(operands[0], eqn, operands[1:])
+            if view is not None:
+                return [view]
+        if name in compat.INLINE or (name in compat.CUSTOM_RULES and self.inline_custom):
+            return self.program(eqn.params[compat.CALLS[name]], operands, (*key, 0), state)
+        if name in compat.REMAT:
+            return self.remat(eqn, operands, key, state)
+        if name == "scan":
+            return self.scan(eqn, operands, key, state)
+        if name == "while":
+            return self.while_loop(eqn, operands, key, state)
+        if name == "cond":
+            return self.cond(eqn, operands, key, state)
+        if name == "shard_map" and not inside:
+            outs = shard_map_packed(eqn, operands, lambda jaxpr, args: self.program(jaxpr, args, (*key, 0), {}))
+            if outs is not None:
+                return outs
+        return compat.bind(eqn, [materialize(v) for v in operands])
+
+    def remat(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
+        own = _below(state, key)
+
+        def body(operands: list[Any], own: State) -> tuple[list[Any], State]:
+            outs = self.program(eqn.params["jaxpr"], operands, (*key, 0), own)
+            return [materialize(v) for v in outs], own
+
+        call = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
+        outs, own = call(operands, own)
+        state.update(own)
+        return outs
+
+    def scan(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
+        n_consts, n_carry = compat.scan_counts(eqn)
+        fixed = invariant_carries(eqn.params["jaxpr"], n_consts, n_carry)
+        consts, init, xs = operands[:n_consts], operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
+        moving = [materialize(v) for i, v in enumerate(init) if i not in fixed]
+        xs = [v if not isinstance(v, Packed) or can_scan(v) else materialize(v) for v in xs]
+        own = _below(state, key)
+        stacked = {k: v for k, v in own.items() if key in self.sites[k].scans}
+        shared = {k: v for k, v in own.items() if k not in stacked}
+
+        def body(carry: tuple[list[Any], State], x: tuple[list[Any], State]) -> Any:
+            values = iter(carry[0])
+            full = [init[i] if i in fixed else next(values) for i in range(n_carry)]
+            inner = {**carry[1], **x[1]}
+            outs = [materialize(v) for v in self.program(eqn.params["jaxpr"], consts + full + x[0], (*key, 0), inner)]
+            new = [v for i, v in enumerate(outs[:n_carry]) if i not in fixed]
+            return (new, {k: inner[k] for k in carry[1]}), (outs[n_carry:], {k: inner[k] for k in x[1]})
+
+        settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+        (moved, shared), (ys, stacked) = lax.scan(body, (moving, shared), (xs, stacked), **settings)
+        state.update(shared)
+        state.update(stacked)
+        values = iter(moved)
+        return [init[i] if i in fixed else next(values) for i in range(n_carry)] + ys
+
+    def while_loop(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
+        init = operands[n_cond + n_body :]
+        fixed = invariant_carries(eqn.params["body_jaxpr"], n_body, len(init))
+        moving = [materialize(v) for i, v in enumerate(init) if i not in fixed]
+        own = _below(state, key)
+
+        def full(carry: list[Any]) -> list[Any]:
+            values = iter(carry)
+            return [init[i] if i in fixed else next(values) for i in range(len(init))]
+
+        def cond(carry: tuple[list[Any], State]) -> Any:
+            # What happens in the condition is not observed: it has no way to hand anything out.
+            (out,) = self.program(eqn.params["cond_jaxpr"], cond_consts + full(carry[0]), (*key, 0), dict(carry[1]))
+            return materialize(out)
+
+        def body(carry: tuple[list[Any], State]) -> tuple[list[Any], State]:
+            inner = dict(carry[1])
+            outs = self.program(eqn.params["body_jaxpr"], body_consts + full(carry[0]), (*key, 1), inner)
+            return [materialize(v) for i, v in enumerate(outs) if i not in fixed], inner
+
+        moved, own = lax.while_loop(cond, body, (moving, own))
+        state.update(own)
+        return full(moved)
+
+    def cond(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
+        own = _below(state, key)
+
+        def branch(index: int, jaxpr: Any) -> Callable[..., Any]:
+            def run(values: list[Any], own: State) -> tuple[list[Any], State]:
+                inner = dict(own)
+                outs = self.program(jaxpr, values, (*key, index), inner)
+                return [materialize(v) for v in outs], inner
+
+            return run
+
+        branches = [branch(i, jaxpr) for i, jaxpr in enumerate(eqn.params["branches"])]
+        outs, own = lax.switch(operands[0], branches, operands[1:], own)
+        state.update(own)
+        return outs
+
+
+class _NoScope:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+_NO_SCOPE = _NoScope()
+
+
+def _below(state: State, key: Key) -> State:
+    return {k: v for k, v in state.items() if k[: len(key)] == key}
+
+
+def _last_uses(body: Any) -> dict[int, list[Any]]:
+    """For each equation the variables nobody reads after it, so that eager evaluation frees them."""
+    seen = {atom for atom in body.outvars if not isinstance(atom, compat.Literal)}
+    out: dict[int, list[Any]] = {}
+    for index in range(len(body.eqns) - 1, -1, -1):
+        for atom in body.eqns[index].invars:
+            if not isinstance(atom, compat.Literal) and atom not in seen:
+                seen.add(atom)
+                out.setdefault(index, []).append(atom)
+    return out

@@ -1,0 +1,78 @@
+"""`Packed`: a QTensor on its way through a program, with the elementwise steps that wait for its dequantized value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from qjax.core import QTensor, views
+from qjax.program import compat
+from qjax.program.primitives import ELEMENTWISE_VIEWS, PLACEMENTS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A quantized parameter inside the interpreter.
+
+    It is a pytree, so `scan`, `cond` and `checkpoint` take it apart and put it together as they do any value.
+
+    Attributes:
+      q: the packed numbers, already rearranged by the views met so far.
+      pending: elementwise equations (casts) to apply to its dequantized value, oldest first.
+    """
+
+    q: QTensor
+    pending: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.q.shape)
+
+    def value(self) -> jax.Array:
+        """Dequantizes and applies what is pending."""
+        x = self.q.dequantize()
+        for eqn in self.pending:
+            (x,) = compat.bind(eqn, [x])
+        return x
+
+
+def after_view(packed: Packed, eqn: Any, rest: list[Any]) -> Packed | None:
+    """Applies a view primitive to the packed arrays; None if only the dequantized value can take it."""
+    name, params, q = eqn.primitive.name, eqn.params, packed.q
+    if name in ELEMENTWISE_VIEWS or name in PLACEMENTS:
+        return Packed(q, (*packed.pending, eqn))
+    if name == "transpose":
+        new = views.transpose(q, tuple(params["permutation"]))
+    elif name == "reshape" and params.get("dimensions") is None:
+        new = views.reshape(q, tuple(params["new_sizes"]))
+    elif name == "squeeze":
+        new = views.squeeze(q, tuple(params["dimensions"]))
+    elif name == "broadcast_in_dim":
+        new = views.broadcast_in_dim(q, tuple(params["shape"]), tuple(params["broadcast_dimensions"]))
+    elif name == "slice":
+        new = views.slice(q, tuple(params["start_indices"]), tuple(params["limit_indices"]), params["strides"])
+    elif name == "dynamic_slice":
+        new = views.dynamic_slice(q, tuple(rest), tuple(params["slice_sizes"]))
+    else:
+        new = None
+    if new is None:
+        return None
+    return Packed(new, tuple(e for e in packed.pending if e.primitive.name not in PLACEMENTS))
+
+
+def can_scan(packed: Packed) -> bool:
+    """Whether slicing every packed array along its first axis is slicing the parameter along its first axis."""
+    q = packed.q
+    if not q.shape or -len(q.shape) in q.axes:
+        return False
+    return all(leaf.shape[0] == q.shape[0] for leaf in jax.tree.leaves(q))
+
+
+def materialize(value: Any) -> Any:
+    """Returns the array that a value stands for."""
+    if isinstance(value, Packed):
+        return value.value()
+    return value.dequantize() if isinstance(value, QTensor) else value

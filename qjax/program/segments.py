@@ -1,0 +1,139 @@
+"""Cuts a flattened program into segments that are compiled once and run batch by batch.
+
+Sequential work never re-runs a program from its start: between two cuts only the values that are still needed stay. Segments that are
+the same program (the repeated layers of a model) share one compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.program import compat
+from qjax.program.flatten import STACK, FlatEqn, Graph, Lit, canonical
+from qjax.program.primitives import VIEWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A stretch of a flattened program.
+
+    Attributes:
+      eqns: its equations, with the views of parameters that they need.
+      inputs: variable numbers it reads.
+      outputs: variable numbers it makes that are needed after it.
+      key: equal for segments that compute the same.
+    """
+
+    eqns: tuple[FlatEqn, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    key: Hashable
+
+
+class Cutter:
+    """Answers, for one graph, what a stretch of equations reads and what must stay alive after it."""
+
+    def __init__(self, graph: Graph, n_params: int):
+        self.graph = graph
+        self.params = set(graph.inputs[:n_params])
+        self.views: dict[int, FlatEqn] = {}  # variables that are a view of a parameter, with the equation that makes them
+        self.last_use: dict[int, int] = {}
+        for position, eqn in enumerate(graph.eqns):
+            if eqn.name in VIEWS and self.is_parameter(eqn.inputs[0]):
+                self.views[eqn.outputs[0]] = eqn
+        for position, eqn in enumerate(graph.eqns):
+            if not self.is_view(eqn):
+                self.use(eqn.inputs, position)
+        self.use(graph.outputs, len(graph.eqns))
+
+    def is_parameter(self, atom: Any) -> bool:
+        """Whether a variable is a parameter, a view of one, or a layer of one."""
+        if isinstance(atom, Lit):
+            return False
+        sliced = self.graph.sliced.get(atom)
+        return atom in self.params or atom in self.views or (sliced is not None and self.is_parameter(sliced.parent))
+
+    def is_view(self, eqn: FlatEqn) -> bool:
+        return bool(eqn.outputs) and self.views.get(eqn.outputs[0]) is eqn
+
+    def use(self, atoms: Sequence[Any], position: int) -> None:
+        for atom in atoms:
+            if isinstance(atom, Lit):
+                continue
+            self.last_use[atom] = max(position, self.last_use.get(atom, -1))
+            if atom in self.views:
+                self.use(self.views[atom].inputs, position)
+            elif atom in self.graph.sliced:
+                self.use([self.graph.sliced[atom].parent], position)
+
+    def segment(self, start: int, stop: int) -> Segment:
+        """Builds the segment of equations `start` to `stop` (excluded)."""
+        eqns: dict[int, FlatEqn] = {}
+        made: set[int] = set()
+        inputs: dict[int, None] = {}
+
+        def add(eqn: FlatEqn) -> None:
+            for atom in eqn.inputs:
+                if isinstance(atom, Lit) or atom in made:
+                    continue
+                if atom in self.views:
+                    add(self.views[atom])
+                else:
+                    inputs[atom] = None
+            eqns[id(eqn)] = eqn
+            made.update(eqn.outputs)
+
+        for eqn in self.graph.eqns[start:stop]:
+            if not self.is_view(eqn):
+                add(eqn)
+        outputs = tuple(v for v in sorted(made) if v not in self.views and self.last_use.get(v, -1) >= stop)
+        ordered = tuple(eqns.values())
+        return Segment(ordered, tuple(inputs), outputs, self._key(ordered, tuple(inputs), outputs))
+
+    def _key(self, eqns: Sequence[FlatEqn], inputs: Sequence[int], outputs: Sequence[int]) -> Hashable:
+        numbers: dict[Any, int] = {}
+
+        def ref(atom: Any) -> Hashable:
+            if isinstance(atom, Lit):
+                return ("lit", canonical(np.asarray(atom.value)), str(atom.aval))
+            return numbers.setdefault(atom, len(numbers))
+
+        avals = tuple((ref(v), self.graph.avals[v].shape, str(self.graph.avals[v].dtype)) for v in inputs)
+        body = tuple(
+            (e.name, canonical(e.eqn.params) if e.eqn is not None else None, *map(ref, e.inputs), len(e.outputs), *map(ref, e.outputs))
+            for e in eqns
+        )
+        return (avals, body, tuple(map(ref, outputs)))
+
+
+def execute(segment: Segment, *values: Any) -> list[Any]:
+    """Computes a segment's outputs from its inputs."""
+    env = dict(zip(segment.inputs, values, strict=True))
+    for eqn in segment.eqns:
+        operands = [a.value if isinstance(a, Lit) else env[a] for a in eqn.inputs]
+        outs = [jnp.stack(operands)] if eqn.name == STACK else compat.bind(eqn.eqn, operands)
+        env.update(zip(eqn.outputs, outs, strict=True))
+    return [env[v] for v in segment.outputs]
+
+
+class Compiled:
+    """Compiled segments, by key: the same program is compiled once however often it stands in a model."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Hashable, Callable[..., list[Any]]] = {}
+
+    def __call__(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
+        run = self._compiled.get(segment.key)
+        if run is None:
+            run = self._compiled[segment.key] = jax.jit(functools.partial(execute, segment))
+        return run(*values)
+
+    def __len__(self) -> int:
+        return len(self._compiled)

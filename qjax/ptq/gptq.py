@@ -1,0 +1,165 @@
+"""GPTQ as a method: from a weight of any shape and its Hessians to a packed weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.calibration import SecondMoment, hessian
+from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, assemble
+from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
+from qjax.ptq.method import Outcome, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """See `gptq`."""
+
+    options: GPTQOptions = GPTQOptions()
+
+    @property
+    def name(self) -> str:
+        order = ", act_order" if self.options.act_order else ""
+        return f"gptq({'static_groups' if self.options.static_groups else 'groups'}{order})" if order else "gptq"
+
+    @property
+    def observer(self) -> SecondMoment:
+        return SecondMoment()
+
+    def quantize(self, problem: Problem, state: Any) -> Outcome:
+        _check(problem, self.options)
+        w = _matrices(problem)
+        h = hessian(state)
+        many = w.shape[0] > 1
+        if many:
+            h = jnp.tile(h, (w.shape[0] // h.shape[0], 1, 1))  # slices that share one list of activations
+            solution = _solve_many(w, h, problem.spec, self.options)
+        else:
+            solution = jax.tree.map(lambda x: x[None], solve(w[0], h[0], problem.spec, self.options))
+        check_solved(solution, problem.name)
+        return Outcome(_packed(problem, solution), _notes(solution, w.shape[2], many))
+
+
+def gptq(
+    damping: float = 0.01,
+    act_order: bool = False,
+    static_groups: bool = False,
+    block_size: int = 128,
+    mse: bool = False,
+) -> GPTQ:
+    """GPTQ: rounds column by column and lets the columns still to come make up for the error.
+
+    Minimises |X w - X w_hat|^2 over the calibration data through H = 2/n X^T X, sites in data-flow order, each on the activations
+    of the already quantized sites before it.
+
+    Args:
+      damping: share of the mean of diag(H) added to the diagonal; raised step by step, and reported, where the
+        factorization fails.
+      act_order: quantize the columns with the largest diag(H) first. Better; a permutation is stored unless
+        `static_groups`.
+      static_groups: fix every group's range before anything is rounded, so no permutation is needed at run time.
+      block_size: columns between two lazy updates; speed only.
+      mse: choose ranges by search (see `rtn`).
+
+    Returns:
+      A method for `qjax.Rule`. Needs calibration data.
+
+    Raises:
+      ValueError: an option out of range.
+
+    Example:
+      >>> import qjax
+      >>> rule = qjax.Rule("*", weight=qjax.int4(group_size=128), method=qjax.gptq(act_order=True, static_groups=True))
+
+    Source: Frantar et al., arXiv 2210.17323, and the authors' code; see `gptq_solver.solve` for where we differ.
+    """
+    return GPTQ(GPTQOptions(damping, act_order, static_groups, block_size, mse))
+
+
+_solve_many = jax.jit(
+    lambda w, h, spec, options: jax.vmap(lambda w, h: solve(w, h, spec, options))(w, h), static_argnums=(2, 3)
+)
+
+
+def _check(problem: Problem, options: GPTQOptions) -> None:
+    spec = problem.spec
+    if isinstance(spec, CastSpec):
+        raise ValueError(f"`method` gptq has nothing to choose for the cast {spec} of {problem.name!r}; leave `method` out")
+    kept = problem.w.ndim - len(problem.axes) - len(problem.stacked)
+    if isinstance(spec.granularity, PerBlock) and (kept > 1 or problem.groups > 1):
+        raise ValueError(
+            f"`block` granularity with gptq needs a weight with one kept axis, {problem.name!r} has {kept} "
+            f"(and {problem.groups} groups); use group_size= instead"
+        )
+    if isinstance(spec.granularity, PerTensor) and problem.groups > 1:
+        raise ValueError(f"gptq of the grouped convolution {problem.name!r} needs a scale per channel or group, not per tensor")
+    if options.act_order and not options.static_groups and problem.groups > 1:
+        raise ValueError(f"`act_order` of the grouped convolution {problem.name!r} needs `static_groups=True`")
+
+
+def _axes_order(problem: Problem) -> tuple[list[int], list[int], list[int]]:
+    ndim = problem.w.ndim
+    stacked = sorted(a + ndim for a in problem.stacked)
+    contracted = [a + ndim for a in problem.axes]
+    return stacked, [i for i in range(ndim) if i not in stacked and i not in contracted], contracted
+
+
+def _matrices(problem: Problem) -> jax.Array:
+    """Lays a weight out as (stack, N, K) float32."""
+    stacked, kept, contracted = _axes_order(problem)
+    w = problem.w.transpose(*stacked, *kept, *contracted).astype(jnp.float32)
+    stack = int(np.prod([problem.w.shape[a] for a in stacked], dtype=int)) * problem.groups
+    k = int(np.prod([problem.w.shape[a] for a in contracted], dtype=int))
+    return w.reshape(stack, -1, k)
+
+
+def _packed(problem: Problem, solution: Solution) -> QTensor:
+    """Puts matrices back where the weight's axes were."""
+    stacked, kept, contracted = _axes_order(problem)
+    shape = problem.w.shape
+    lead, rest = [shape[a] for a in stacked], [shape[a] for a in kept]
+    order = np.argsort([*stacked, *kept])
+    groups = problem.groups
+
+    def place(x: jax.Array | None, rows: bool) -> jax.Array | None:
+        if x is None:
+            return None
+        n = x.shape[1] if rows else 1
+        full = rows and n * groups == int(np.prod(rest, dtype=int))
+        # A block spec has fewer rows of scales than the one kept axis has positions.
+        sizes = rest if full else [1] * (len(rest) - 1) + [n * groups] if rest else []
+        x = x.reshape(*lead, *sizes, x.shape[-1])
+        return x.transpose(*order, x.ndim - 1)
+
+    perm = None if solution.perm is None else place(solution.perm[:, None, :], rows=False)
+    return assemble(
+        place(solution.codes, rows=True),
+        place(solution.scale, rows=True),
+        place(solution.zero_point, rows=True),
+        problem.spec,
+        problem.axes,
+        [shape[a] for a in contracted],
+        problem.w.dtype,
+        perm,
+        name=problem.name,
+    )
+
+
+def _notes(solution: Solution, k: int, many: bool) -> tuple[str, ...]:
+    retries, dead = np.asarray(solution.retries), np.asarray(solution.dead)
+    damping = np.asarray(solution.damping_used)
+    notes = []
+    if retries.any():
+        notes.append(f"damping raised to {damping.max():.3g} after {retries.max()} retries")
+    unseen = np.flatnonzero(dead == k)
+    if unseen.size:
+        which = f" in parts {', '.join(map(str, unseen))}" if many else ""
+        notes.append(f"no calibration data reached it{which}: rounded")
+    partly = dead[dead < k]
+    if partly.any():
+        notes.append(f"{partly.max()} dead columns")
+    return tuple(notes)

@@ -1,0 +1,288 @@
+"""The sweep over columns that is GPTQ's inner part: nested compiled loops over chunks of columns.
+
+Everything is transposed: an array (K, N) has a row for each column of the weight, so that a step touches contiguous
+memory. Write D for the rows of `weight - rounded` that are final and 0 for the others. The target of a row j is
+
+    weight[j] + coupling[j, :] @ D          (coupling is strictly lower triangular: only earlier rows count)
+
+so a level of the nest adds, for each of its chunks, the part of that sum that lies in the level's own rows, and hands
+the chunk down. At the lowest level a chunk has some 16 rows, which stay in the processor's cache while they are rounded
+one by one. Where scales come from the updated weights one level's chunks are the groups, so that every update is in.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.core import CodebookSpec, IntSpec, PerBlock, block_decode, block_encode, block_params
+from qjax.ptq.range_search import search_range
+
+_ROWS = 16  # of the lowest level
+_FAN_OUT = 4  # blocks in a superblock
+_MOST_MASKED = 1024  # rows of a level whose products include rows that are still zero; a larger one loops over chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where each of K columns goes, in a number of rows that the levels of the nest divide.
+
+    Attributes:
+      k: columns.
+      group: columns that share a scale taken from the updated weights, or None when all scales are known beforehand.
+      padded_group: rows of a group. What is added is zero, has no coupling and changes nothing.
+      sizes: rows of a chunk at each level, each dividing the one before; the first is all of them.
+    """
+
+    k: int
+    group: int | None
+    padded_group: int
+    sizes: tuple[int, ...]
+
+    def spread(self, x: jax.Array, axis: int) -> jax.Array:
+        """`x` with the K entries of `axis` in their rows, zeros between."""
+        if self.group is not None and self.group != self.padded_group:
+            before, after, groups = x.shape[:axis], x.shape[axis + 1 :], -(-self.k // self.group)
+            x = _pad(x, axis, groups * self.group).reshape(*before, groups, self.group, *after)
+            x = _pad(x, axis + 1, self.padded_group).reshape(*before, groups * self.padded_group, *after)
+        return _pad(x, axis, self.sizes[0])
+
+    def collect(self, rows: jax.Array) -> jax.Array:
+        """The inverse of `spread` on the first axis."""
+        if self.group is not None and self.group != self.padded_group:
+            groups = -(-self.k // self.group)
+            rows = rows[: groups * self.padded_group].reshape(groups, self.padded_group, *rows.shape[1:])
+            rows = rows[:, : self.group].reshape(groups * self.group, *rows.shape[2:])
+        return rows[: self.k]
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
+
+
+def plan(k: int, group: int | None, block_size: int) -> Plan:
+    """Levels for `k` columns: some 16 rows, about `block_size`, a few blocks, all; the group's size among them.
+
+    >>> plan(4096, 128, 128).sizes, plan(4096, None, 128).sizes, plan(700, 100, 128).sizes
+    ((4096, 512, 128, 16), (4096, 512, 128, 16), (700, 100, 10))
+    """
+    rows = _ROWS if group is None else _rows_of(group)
+    padded_group = rows if group is None else -(-group // rows) * rows
+    sizes = [rows]
+    if padded_group > block_size:
+        for target in (block_size, _FAN_OUT * block_size):
+            sizes.append(_largest_between(sizes[-1], padded_group, target))
+    sizes.append(padded_group)
+    sizes.append(padded_group * max(1, block_size // padded_group))
+    needed = k if group is None else -(-k // group) * padded_group
+    fan_outs = range(max(1, _FAN_OUT * block_size // sizes[-1]), 0, -1)
+    sizes.append(min((sizes[-1] * f for f in fan_outs), key=lambda size: -(-needed // size) * size))
+    below = [s for s in sizes if s <= needed] or [sizes[0]]
+    total = -(-needed // below[-1]) * below[-1]
+    return Plan(k, group, padded_group, tuple(sorted({total, *below}, reverse=True)))
+
+
+def _rows_of(group: int) -> int:
+    if group < 8:
+        return group
+    return min((d for d in range(8, 33) if group % d == 0), key=lambda d: abs(d - _ROWS), default=_ROWS)
+
+
+def _largest_between(step: int, whole: int, target: int) -> int:
+    """The largest multiple of `step` that divides `whole` and is at most `target` (at least `step`)."""
+    return max(n for n in range(step, max(step, target) + 1, step) if whole % n == 0)
+
+
+class Grid(NamedTuple):
+    """scale: float32. zero_point: int32 of the same shape, or None. Both broadcast against what they round."""
+
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+def fit(blocks: jax.Array, spec: IntSpec | CodebookSpec, mse: bool) -> Grid:
+    """The grid (..., 1) of each block (..., group): of its whole range, or of the best one (see `search_range`)."""
+    return Grid(*(search_range(blocks, spec) if mse else block_params(blocks, spec)))
+
+
+class Problem(NamedTuple):
+    """What is swept, in rows (see `Plan`).
+
+    Attributes:
+      weight: float32 (K, N).
+      coupling: float32 (K, K), strictly lower triangular, see `Factor`.
+      gain: float32 (K,), squared pivots: what a squared difference between target and rounded weight costs.
+      damped: float32 (K,), what damping added to the Hessian's diagonal: what the cost above has too much of.
+      known: grids (G, N) or (G, 1), or None when groups take theirs from the updated weights.
+      grid_of: int32 (K,), the row of `known` for each row.
+      free: float32 (groups, group, group), see `free_moves`; None when grids are known.
+    """
+
+    weight: jax.Array
+    coupling: jax.Array
+    gain: jax.Array
+    damped: jax.Array
+    known: Grid | None
+    grid_of: jax.Array
+    free: jax.Array | None
+
+
+class Swept(NamedTuple):
+    """What is known of some rows after they were swept.
+
+    Attributes:
+      difference: float32 (rows, N), weight minus rounded weight.
+      codes: int8 or uint8 (rows, N).
+      loss: float32 (1, N).
+      grids: `Grid` of (groups, N), or None below the level of the groups and when grids are known beforehand.
+    """
+
+    difference: jax.Array
+    codes: jax.Array
+    loss: jax.Array
+    grids: Grid | None
+
+
+class _Static(NamedTuple):
+    spec: IntSpec | CodebookSpec
+    mse: bool
+    plan: Plan
+
+
+def sweep(problem: Problem, spec: IntSpec | CodebookSpec, mse: bool, plan: Plan) -> Swept:
+    """Round every row of the problem, each from its target.
+
+    Args:
+      problem: see `Problem`.
+      spec: what to quantize to.
+      mse: search for the range of groups that take it from the updated weights.
+      plan: how the rows are laid out.
+
+    Returns:
+      A `Swept`; padding rows and groups included.
+    """
+    grid = problem.known if problem.known is not None and problem.known.scale.shape[0] == 1 else None
+    return _chunks(problem, _Static(spec, mse, plan), 0, problem.weight, 0, grid)
+
+
+def fit_rows(rows: jax.Array, spec: IntSpec | CodebookSpec, mse: bool) -> Grid:
+    """The grids (1, N) of a group (group, N)."""
+    kept = spec.granularity.kept if isinstance(spec.granularity, PerBlock) else 1
+    if not mse:
+        # Only the extreme values count: a reduction here spares transposing the group.
+        rows = jnp.stack([jnp.min(rows, axis=0), jnp.max(rows, axis=0)])
+    grid = fit(rows.T.reshape(rows.shape[1] // kept, kept * rows.shape[0]), spec, mse)
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, kept, axis=0).T, grid)
+
+
+def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: Any, grid: Grid | None) -> Swept:
+    """Sweep rows `start ..` whose `target` has every update from before `start`."""
+    sizes, group = static.plan.sizes, static.plan.padded_group if p.known is None else None
+    if level + 1 == len(sizes):
+        return _rows(p, static, target, start, grid)
+    size, chunk = sizes[level], sizes[level + 1]
+
+    def step(i, done: Swept) -> Swept:
+        first = i * chunk
+        rows = lax.dynamic_slice_in_dim(target, first, chunk) + _earlier(p, done.difference, start, i, chunk)
+        chosen = grid
+        if chunk == group:
+            chosen = fit_rows(_updated(p, rows, start + first), static.spec, static.mse)
+        part = _chunks(p, static, level + 1, rows, start + first, chosen)
+        grids = done.grids
+        if grids is not None and group is not None:
+            new = chosen if chunk == group else part.grids
+            grids = jax.tree.map(lambda all_, one: _put(all_, one, first // group), grids, new)
+        return Swept(_put(done.difference, part.difference, first), _put(done.codes, part.codes, first),
+                     done.loss + part.loss, grids)  # fmt: skip
+
+    n = target.shape[1]
+    start_grids = None
+    if group is not None and chunk >= group:
+        zeros = jnp.zeros((size // group, n), jnp.float32)
+        start_grids = Grid(zeros, zeros.astype(jnp.int32) if _has_zero_point(static.spec) else None)
+    return lax.fori_loop(0, size // chunk, step, _nothing(size, n, static.spec, start_grids))
+
+
+def _updated(p: Problem, target: jax.Array, start: Any) -> jax.Array:
+    """GPTQ's updated weights of a group, before any of its rows is rounded.
+
+    They are what free rows move to, at no cost, to make up for those that are final. With y for how far they move, no
+    cost means that every row meets its target: `y + coupling @ y = target - weight`. The target alone is something
+    else: it supposes that the free rows above it stay where they were.
+    """
+    size = target.shape[0]
+    weight = lax.dynamic_slice_in_dim(p.weight, start, size)
+    return target + _product(lax.dynamic_index_in_dim(p.free, start // size, keepdims=False), target - weight)
+
+
+def free_moves(coupling: jax.Array, group: int) -> jax.Array:
+    """`(I + coupling)^-1 - I` for the diagonal block of each group, float32 (K / group, group, group).
+
+    Without I the first row of a group adds exactly nothing, so a first row that sets the scale is also rounded with it.
+    """
+    groups = coupling.shape[0] // group
+    each = jnp.arange(groups)
+    diagonal = coupling.reshape(groups, group, groups, group)[each, :, each, :]
+    eye = jnp.broadcast_to(jnp.eye(group, dtype=jnp.float32), diagonal.shape)
+    return lax.linalg.triangular_solve(diagonal, eye, left_side=True, lower=True, unit_diagonal=True) - eye
+
+
+def _earlier(p: Problem, difference: jax.Array, start: Any, i: Any, chunk: int) -> jax.Array:
+    """What the first `i` chunks of this level add to the targets of the next one."""
+    size, first = difference.shape[0], start + i * chunk
+    if size <= _MOST_MASKED:
+        return _product(lax.dynamic_slice(p.coupling, (first, start), (chunk, size)), difference)
+
+    def add(j, total):
+        coupling = lax.dynamic_slice(p.coupling, (first, start + j * chunk), (chunk, chunk))
+        return total + _product(coupling, lax.dynamic_slice_in_dim(difference, j * chunk, chunk))
+
+    return lax.fori_loop(0, i, add, jnp.zeros((chunk, difference.shape[1]), jnp.float32))
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _rows(p: Problem, static: _Static, target: jax.Array, start: Any, grid: Grid | None) -> Swept:
+    """Round the rows of the lowest level one by one, each adding to the targets of those below it."""
+    size, n = target.shape
+    couplings = lax.dynamic_slice(p.coupling, (start, start), (size, size))
+
+    def step(j, state):
+        target, done = state
+        row = start + j
+        here = _grid_of(p, row) if grid is None else grid
+        goal = lax.dynamic_slice_in_dim(target, j, 1)
+        codes = block_encode(goal, *here, static.spec)
+        rounded = block_decode(codes, *here, static.spec)
+        difference = lax.dynamic_slice_in_dim(p.weight, row, 1) - rounded
+        loss = jnp.square(goal - rounded) * p.gain[row] - jnp.square(difference) * p.damped[row]
+        target = target + lax.dynamic_slice_in_dim(couplings, j, 1, axis=1) * difference
+        return target, Swept(_put(done.difference, difference, j), _put(done.codes, codes.astype(done.codes.dtype), j),
+                             done.loss + loss, None)  # fmt: skip
+
+    return lax.fori_loop(0, size, step, (target, _nothing(size, n, static.spec, None)))[1]
+
+
+def _grid_of(p: Problem, row: Any) -> Grid:
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, p.grid_of[row], 1), p.known)
+
+
+def _nothing(size: int, n: int, spec: IntSpec | CodebookSpec, grids: Grid | None) -> Swept:
+    signed = isinstance(spec, IntSpec) and spec.signed
+    codes = jnp.zeros((size, n), jnp.int8 if signed else jnp.uint8)
+    return Swept(jnp.zeros((size, n), jnp.float32), codes, jnp.zeros((1, n), jnp.float32), grids)
+
+
+def _has_zero_point(spec: IntSpec | CodebookSpec) -> bool:
+    return isinstance(spec, IntSpec) and not spec.symmetric
+
+
+def _put(whole: jax.Array, part: jax.Array, first: Any) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(whole, part, first, axis=0)

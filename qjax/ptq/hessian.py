@@ -1,0 +1,157 @@
+"""The Hessian of a linear layer's squared output error, gathered in a stream, and the factor that GPTQ needs of it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_EPS = float(np.finfo(np.float32).eps)
+
+
+class HessianState(NamedTuple):
+    """Sums over the samples seen. Adding two states is merging them, so a `psum` over devices merges too.
+
+    Attributes:
+      total: float32 (K, K), sum of x x^T.
+      count: int32, the number of samples (rows) seen.
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+
+def hessian_init(k: int) -> HessianState:
+    """No sample seen.
+
+    >>> hessian_init(3).total.shape
+    (3, 3)
+    """
+    return HessianState(jnp.zeros((k, k), jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def hessian_update(state: HessianState, x: jax.Array, mask: jax.Array | None = None) -> HessianState:
+    """Add the outer products of more samples: `total += sum_s x_s x_s^T`, in float32 whatever the dtype of `x`.
+
+    Args:
+      state: what was seen before.
+      x: (samples, K), floating; what the layer multiplies its weights with.
+      mask: bool (samples,): False leaves a sample out (padding tokens, tokens that went to another expert).
+
+    Returns:
+      The new state.
+
+    Raises:
+      ValueError: `x` is not (samples, K).
+
+    >>> hessian_update(hessian_init(2), jnp.float32([[1.0, 2.0]])).total.tolist()
+    [[1.0, 2.0], [2.0, 4.0]]
+    """
+    k = state.total.shape[-1]
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"`x` must have the shape (samples, {k}), got {x.shape}; flatten its leading axes first")
+    x = x.astype(jnp.float32)
+    count = jnp.int32(x.shape[0])
+    if mask is not None:
+        # A masked sample may hold anything, NaN included: select, do not multiply.
+        x = jnp.where(mask[:, None], x, 0.0)
+        count = jnp.sum(mask, dtype=jnp.int32)
+    total = jnp.matmul(x.T, x, precision=lax.Precision.HIGHEST)
+    return HessianState(state.total + total, state.count + count)
+
+
+def hessian_merge(a: HessianState, b: HessianState) -> HessianState:
+    """The state of all the samples of both.
+
+    >>> x = jnp.float32([[1.0, 2.0]])
+    >>> hessian_merge(hessian_update(hessian_init(2), x), hessian_update(hessian_init(2), x)).count.item()
+    2
+    """
+    return HessianState(a.total + b.total, a.count + b.count)
+
+
+def hessian_value(state: HessianState) -> jax.Array:
+    """`H = 2/n sum x x^T`, float32 (K, K); zeros when no sample was seen.
+
+    >>> hessian_value(hessian_update(hessian_init(2), jnp.float32([[1.0, 2.0]]))).tolist()
+    [[2.0, 4.0], [4.0, 8.0]]
+
+    Source: GPTQ (arXiv 2210.17323), eq. 1 and the authors' code, whose n counts sequences. GPTQ's codes do not depend
+    on the factor.
+    """
+    n = jnp.maximum(state.count, 1).astype(jnp.float32)
+    return state.total * (2.0 / n)
+
+
+class Factor(NamedTuple):
+    """`H + damping * mean(diag H) * I = R R^T` with R upper triangular, in the form the sweep over columns uses.
+
+    Attributes:
+      coupling: float32 (K, K), strictly lower: `coupling[j, i] = R[i, j] / R[j, j]`, what an error of 1 in column i
+        adds to the target of column j.
+      pivot: float32 (K,), R's diagonal; NaN where every attempt failed.
+      damping: float32, the share of the mean diagonal that was added; NaN when every attempt failed.
+      retries: int32, attempts that failed before.
+    """
+
+    coupling: jax.Array
+    pivot: jax.Array
+    damping: jax.Array
+    retries: jax.Array
+
+
+def factorize(hessian: jax.Array, mean: jax.Array, damping: float, increment: float, max_retries: int) -> Factor:
+    """Cholesky factor of the damped Hessian, with more damping until it exists.
+
+    Attempt t adds `(damping + (2^t - 1) * increment) * mean` to the diagonal. It fails when a squared pivot is not
+    finite, below half of what was added (no positive semi-definite matrix has such a pivot: the number is rounding
+    noise), or below `sqrt(K) * eps * mean`.
+
+    Args:
+      hessian: float32 (K, K), symmetric, with a positive diagonal, in the order in which columns are quantized.
+      mean: float32 scalar, the mean of the diagonal.
+      damping: share of `mean` that the first attempt adds.
+      increment: share that the first retry adds to it.
+      max_retries: attempts after the first.
+
+    Returns:
+      A `Factor`.
+
+    >>> factor = factorize(jnp.float32([[1.0, 1.0], [1.0, 1.0]]), jnp.float32(1.0), 0.0, 0.01, 5)
+    >>> factor.retries.item(), round(factor.damping.item(), 4)
+    (1, 0.01)
+
+    Source: GPTQ's authors take Cholesky, inverse and Cholesky of the inverse (U, with H^-1 = U^T U). R is U^-1, and the
+    Cholesky factor of H with rows and columns reversed: one factorization in place of three steps, no inverse. The
+    recursion with R is the same algorithm: see "The Geometry of LLM Quantization" (arXiv 2507.18553).
+    """
+    k = hessian.shape[-1]
+    floor = np.float32(np.sqrt(k) * _EPS)
+    reversed_hessian = lax.rev(hessian, (0, 1))
+
+    def share(attempt):
+        return damping + (jnp.exp2(attempt.astype(jnp.float32)) - 1.0) * increment
+
+    def attempt_once(state):
+        attempt, *_ = state
+        added = share(attempt) * mean
+        damped = jnp.where(jnp.eye(k, dtype=bool), reversed_hessian + added, reversed_hessian)
+        # Transposing changes nothing (it is symmetric) but spares LAPACK's column-major layout copies on both sides.
+        upper = lax.linalg.cholesky(damped.T, symmetrize_input=False).T
+        pivot = jnp.diagonal(upper)
+        enough = jnp.square(jnp.min(pivot)) >= jnp.maximum(0.5 * added, floor * mean)  # False for NaN
+        good = enough & jnp.isfinite(jnp.max(pivot))
+        return attempt + 1, good, upper
+
+    def goes_on(state):
+        attempt, good, _ = state
+        return ~good & (attempt <= max_retries)
+
+    start = (jnp.int32(0), jnp.bool_(False), jnp.zeros_like(hessian))
+    attempts, good, upper = lax.while_loop(goes_on, attempt_once, start)
+    transposed = lax.rev(upper, (0, 1))
+    pivot = jnp.diagonal(transposed)
+    coupling = jnp.where(jnp.tri(k, k=-1, dtype=bool), transposed / pivot[:, None], 0.0)
+    nan = jnp.float32(jnp.nan)
+    return Factor(coupling, jnp.where(good, pivot, nan), jnp.where(good, share(attempts - 1), nan), attempts - 1)

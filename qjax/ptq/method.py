@@ -1,0 +1,66 @@
+"""The interface that every post-training method implements."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from qjax.calibration import Observer
+from qjax.core import QTensor, Spec
+
+
+class Problem(NamedTuple):
+    """One weight, or one layer of a stack of weights, to quantize.
+
+    Attributes:
+      w: the float weight, logical shape.
+      spec: what it is to become.
+      axes: its contracted axes, negative.
+      stacked: its axes that hold independent parts (experts), negative.
+      groups: `feature_group_count`: the last kept axis splits into this many independent parts.
+      name: its path, for errors.
+    """
+
+    w: jax.Array
+    spec: Spec
+    axes: tuple[int, ...]
+    stacked: tuple[int, ...]
+    groups: int
+    name: str
+
+
+class Outcome(NamedTuple):
+    """What a method made of a `Problem`: the packed weight, and remarks for the report."""
+
+    q: QTensor
+    notes: tuple[str, ...] = ()
+
+
+class Method(Protocol):
+    """A way to choose the codes of a weight.
+
+    A method is a frozen dataclass of its options, built by a function of its name (`qjax.gptq(act_order=True)`).
+    """
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        ...
+
+    @property
+    def observer(self) -> Observer[Any] | None:
+        """What it needs to know of the activations that reach the weight; None: nothing."""
+        ...
+
+    def quantize(self, problem: Problem, state: Any) -> Outcome:
+        """Chooses the codes.
+
+        Args:
+          problem: the weight.
+          state: the observer's state, with a leading axis over the weight's independent parts; None if no data reached it.
+
+        Returns:
+          The packed weight and remarks.
+        """
+        ...

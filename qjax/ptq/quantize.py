@@ -1,0 +1,267 @@
+"""`quantize`: a function, float parameters, a policy and a little data become packed parameters and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.calibration import why_no_rows
+from qjax.core import QTensor, check_finite
+from qjax.policy import Choice, Policy
+from qjax.program import Program, Tracer, split_arguments
+from qjax.ptq.method import Method
+from qjax.ptq.parts import problem_of
+from qjax.ptq.rtn import rtn
+from qjax.ptq.sequential import Progress, Task, quantize_sequential
+from qjax.report import Report, Row
+from qjax.runtime.reference import KERNEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A quantized model.
+
+    Attributes:
+      params: the tree of parameters, `QTensor` where quantized: all that is needed to run it.
+      report: what was quantized, how, and what it cost.
+      policy: the policy it was made with.
+      metadata: the caller's own, kept by `qjax.save`.
+    """
+
+    params: Any
+    report: Report
+    policy: Policy
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def quantize(
+    fn: Callable[..., Any],
+    params: Any,
+    policy: Policy,
+    calibration: Iterable[Any],
+    *,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantizes the parameters of a function after training.
+
+    The function is traced with the first batch; every parameter that meets data in a matmul, convolution or lookup and that a
+    rule names becomes a `QTensor`. Methods that need data run in data-flow order, each site on the activations of the
+    quantized sites before it. `params` is not changed.
+
+    Args:
+      fn: any JAX function whose first argument is `params`: a Linen `model.apply`, or a plain function. For modules see
+        `qjax.linen.quantize` and `qjax.nnx.quantize`.
+      params: the float parameters.
+      policy: which parameters become what, and how.
+      calibration: batches, at least one, re-iterable. A tuple is spread over the function's arguments after `params`; a
+        dict or an array is one argument. Shapes (`jax.ShapeDtypeStruct`) are enough where no method needs data.
+      progress: called with (parameters done, parameters in all, path of the last one).
+
+    Returns:
+      A `Result` with `params` and `report`.
+
+    Raises:
+      TypeError: `policy` is no policy.
+      ValueError: `calibration` is empty or holds only shapes for a method that needs data; a rule matches nothing; a group does
+        not divide a weight; a weight holds NaN or infinity.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"])
+      >>> params = {"w": jnp.linspace(-1, 1, 64).reshape(16, 4), "b": jnp.zeros(4)}
+      >>> result = quantize(fn, params, qjax.Policy([qjax.Rule("*", weight=qjax.int8())]), calibration=[jnp.ones((2, 16))])
+      >>> result.params["w"]
+      QTensor(int8, float32[16,4], 80 bytes, 10 bits/weight)
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}: write qjax.Policy([qjax.Rule(...)])")
+    started = time.perf_counter()
+    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in _iterable(calibration)]
+    if not batches:
+        raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
+    tracer = Tracer(fn)
+    arguments = [split_arguments(params, batch, {}) for batch in batches]
+    flat = arguments[0].params
+    program = tracer(arguments[0])
+    choices = policy.resolve(program)
+    _check_leaves(flat, choices)
+    traced = time.perf_counter()
+
+    done: dict[int, tuple[QTensor, tuple[str, ...]]] = {}
+    tasks: dict[int, Task] = {}
+    for choice in choices:
+        if choice.spec is None or choice.rule is None:
+            continue
+        method, note = _method(choice)
+        if method.observer is None:
+            problem = problem_of(choice.leaf, choice.leaf.sites[0], choice.spec, jnp.asarray(flat[choice.leaf.index]))
+            outcome = method.quantize(problem, None)
+            done[choice.leaf.index] = outcome.q, (*outcome.notes, *note)
+        else:
+            # What a group that does not divide says, it says now, not after minutes of calibration.
+            _check_shapes(choice)
+            tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method)
+    if tasks:
+        _check_data(batches, tasks)
+        current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
+        streams = [(tracer(a), a.inputs) for a in arguments]
+        done |= quantize_sequential(current, tasks, streams, progress)
+    packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
+    jax.block_until_ready([jax.tree.leaves(x) for x in packed])
+    finished = time.perf_counter()
+    seconds = {"trace": round(traced - started, 3), "quantize": round(finished - traced, 3)}
+    report = describe(program, choices, flat, done, seconds)
+    new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
+    return Result(new_params, report, policy)
+
+
+def _iterable(calibration: Any) -> Iterable[Any]:
+    if calibration is None or isinstance(calibration, (dict, str, jax.Array, np.ndarray)) or not isinstance(calibration, Iterable):
+        raise TypeError(f"`calibration` must be a list of batches, got {type(calibration).__name__}: write calibration=[batch]")
+    return calibration
+
+
+def _method(choice: Choice) -> tuple[Method, tuple[str, ...]]:
+    """The rule's method, or rounding with the reason where the method cannot do anything for this parameter."""
+    method: Any = choice.rule.method if choice.rule is not None and choice.rule.method is not None else rtn()
+    if method.observer is None:
+        return method, ()
+    reasons = {site.op: why_no_rows(site, choice.leaf) for site in choice.leaf.sites}
+    refused = [reason for reason in reasons.values() if reason]
+    if "gather" in reasons and len(reasons) > 1:
+        return rtn(), (f"rounded, not {method.name}: it is also looked up as an embedding",)
+    if refused:
+        return rtn(), (f"rounded, not {method.name}: {refused[0]}",)
+    return method, ()
+
+
+def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        if choice.spec is None:
+            continue
+        w = flat[choice.leaf.index]
+        if isinstance(w, QTensor):
+            raise ValueError(f"`params` leaf {choice.leaf.path!r} is quantized already ({w.spec}); quantize the float parameters")
+        if not isinstance(w, (jax.Array, np.ndarray)):
+            raise TypeError(f"`params` leaf {choice.leaf.path!r} is a {type(w).__name__}: quantize needs numbers")
+        if not jnp.issubdtype(w.dtype, jnp.floating):
+            raise TypeError(f"`params` leaf {choice.leaf.path!r} is {w.dtype}: only floating weights can be quantized")
+        check_finite(w, choice.leaf.path)
+
+
+def _check_shapes(choice: Choice) -> None:
+    leaf = choice.leaf
+    w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    problem = problem_of(leaf, leaf.sites[0], choice.spec, w)  # pyright: ignore[reportArgumentType]
+    jax.eval_shape(lambda w: rtn().quantize(problem._replace(w=w)).q, w)
+
+
+def _check_data(batches: Sequence[tuple[Any, ...]], tasks: dict[int, Task]) -> None:
+    leaves = jax.tree.leaves(batches)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        task = next(iter(tasks.values()))
+        raise ValueError(f"`calibration` holds shapes, but {task.method.name} of {task.leaf.path!r} needs data: give batches of numbers")
+
+
+def describe(
+    program: Program,
+    choices: Sequence[Choice],
+    flat: Sequence[Any],
+    done: dict[int, tuple[QTensor, tuple[str, ...]]],
+    seconds: dict[str, float],
+) -> Report:
+    """Writes the report of a run: measures the error each parameter took."""
+    rows = []
+    for choice in choices:
+        q, notes = done.get(choice.leaf.index, (None, ()))
+        if q is None:
+            rows.append(planned_row(choice))
+            continue
+        method = _method(choice)[0].name
+        error = float(_relative_error(jnp.asarray(flat[choice.leaf.index]), q))
+        size = {"nbytes": q.nbytes, "bits_per_weight": q.bits_per_weight}
+        rows.append(dataclasses.replace(planned_row(choice), error=error, notes=notes, method=method, **size))
+    return Report(tuple(rows), program_notes(program), seconds)
+
+
+@jax.jit
+def _relative_error(w: jax.Array, q: QTensor) -> jax.Array:
+    w = w.astype(jnp.float32)
+    return jnp.sum(jnp.square(w - q.dequantize().astype(jnp.float32))) / jnp.maximum(jnp.sum(jnp.square(w)), 1e-30)
+
+
+def planned_row(choice: Choice) -> Row:
+    """What would become of a parameter, without touching a number."""
+    leaf, spec = choice.leaf, choice.spec
+    nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+    row = Row(
+        path=leaf.path,
+        shape=leaf.shape,
+        dtype=str(leaf.dtype),
+        ops=tuple(site.op for site in leaf.sites),
+        scopes=tuple(site.scope for site in leaf.sites),
+        spec="" if spec is None else str(spec),
+        method="",
+        bits_per_weight=leaf.dtype.itemsize * 8,
+        nbytes=nbytes,
+        float_nbytes=nbytes,
+        reason=choice.reason,
+    )
+    if spec is None:
+        return row
+    problem = problem_of(leaf, leaf.sites[0], spec, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))  # pyright: ignore[reportArgumentType]
+    q = jax.eval_shape(lambda w: rtn().quantize(problem._replace(w=w)).q, problem.w)
+    method, notes = _method(choice)
+    return dataclasses.replace(
+        row, method=method.name, nbytes=q.nbytes, bits_per_weight=q.bits_per_weight, kernel=KERNEL, notes=notes
+    )
+
+
+def program_notes(program: Program) -> tuple[str, ...]:
+    """Remarks on the whole program."""
+    notes = [
+        f"a closed-over {dtype} array of shape {shape} is no argument of the function: it stays float"
+        for shape, dtype in program.closed_over
+    ]
+    for leaf in program.leaves:
+        if any(site.custom_rule for site in leaf.sites):
+            notes.append(f"{leaf.path} is used inside a custom derivative rule: it is dequantized in front of it")
+        if leaf.sites and leaf.consumers:
+            notes.append(f"{leaf.path} is also read by {', '.join(leaf.consumers)}, which gets the dequantized value")
+    return tuple(notes)
+
+
+def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
+    """Transforms `fn(params, *args)` into a function that says what a policy would quantize, and touches no number.
+
+    Args:
+      fn: any JAX function whose first argument is the tree of parameters.
+      policy: the policy to try.
+
+    Returns:
+      A function of the same arguments (shapes are enough) that returns a `Report`.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> fn = lambda p, x: x @ p["w"] + p["b"]
+      >>> params = {"w": jnp.ones((16, 4)), "b": jnp.zeros(4)}
+      >>> report = sites(fn, qjax.Policy([qjax.Rule("*", weight=qjax.int8())]))(params, jnp.ones((2, 16)))
+      >>> [(row.path, row.spec, row.reason) for row in report.rows]
+      [('b', '', 'meets no data in a matmul, convolution or lookup, only add'), ('w', 'int8', '')]
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}")
+    tracer = Tracer(fn)
+
+    def call(params: Any, *args: Any, **kwargs: Any) -> Report:
+        program = tracer(split_arguments(params, args, kwargs))
+        return Report(tuple(map(planned_row, policy.resolve(program))), program_notes(program))
+
+    return call

@@ -1,0 +1,123 @@
+"""Report: what would be or was quantized, one row a parameter, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+      path: its path.
+      shape: its shape.
+      dtype: its float dtype.
+      ops: the primitives of its sites, `("gather", "dot_general")` for a tied embedding; empty if it has none.
+      scopes: the name stacks of its sites.
+      spec: what it becomes, "" if it stays float.
+      method: how, "" if it stays float.
+      bits_per_weight: with scales, zero points and permutations.
+      nbytes: bytes now.
+      float_nbytes: bytes before.
+      error: relative error of the weights |w - w_hat|^2 / |w|^2; None where nothing was computed.
+      kernel: what runs it.
+      reason: why it stays float, "" otherwise.
+      notes: what the method has to say (damping raised, dead columns, rounded because no data reached it).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    ops: tuple[str, ...]
+    scopes: tuple[str, ...]
+    spec: str
+    method: str
+    bits_per_weight: float
+    nbytes: int
+    float_nbytes: int
+    error: float | None = None
+    kernel: str = ""
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Rows and remarks. `print` shows a table; `rows` is the data; `to_json` for programs.
+
+    Attributes:
+      rows: one for each parameter.
+      notes: remarks on the whole program, such as arrays that were closed over.
+      seconds: time taken, by phase; empty where nothing ran.
+    """
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters now."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def float_nbytes(self) -> int:
+        """Bytes of all parameters before."""
+        return sum(row.float_nbytes for row in self.rows)
+
+    def to_json(self) -> str:
+        """Returns the report as a JSON document."""
+        document = dataclasses.asdict(self) | {"nbytes": self.nbytes, "float_nbytes": self.float_nbytes}
+        return json.dumps(document, indent=1)
+
+    def __rich__(self) -> Table:
+        quantized = [r for r in self.rows if r.spec]
+        title = f"{len(quantized)} of {len(self.rows)} parameters quantized, {_size(self.float_nbytes)} -> {_size(self.nbytes)}"
+        table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
+        for name in ("parameter", "shape", "op", "spec", "method"):
+            table.add_column(name, overflow="fold")
+        for name in ("bits", "bytes", "error"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("notes", overflow="fold")
+        for row in self.rows:
+            table.add_row(*_cells(row), style=None if row.spec else "dim")
+        return table
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def render(value: Any, width: int = 140) -> str:
+    """Renders anything rich can show as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(value)
+    return console.file.getvalue().rstrip("\n")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _cells(row: Row) -> Sequence[str]:
+    return (
+        row.path,
+        "x".join(map(str, row.shape)),
+        ", ".join(dict.fromkeys(row.ops)),
+        row.spec or row.dtype,
+        row.method,
+        f"{row.bits_per_weight:.2f}",
+        _size(row.nbytes),
+        "" if row.error is None else f"{row.error:.2e}",
+        row.reason or "; ".join(row.notes),
+    )
+
+
+def _size(n: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.2f} {unit}"
+    return f"{n} B"

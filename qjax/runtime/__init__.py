@@ -1,0 +1,3 @@
+"""Runs packed parameters."""
+
+from qjax.runtime.quantized import quantized as quantized

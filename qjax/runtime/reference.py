@@ -1,0 +1,60 @@
+"""The XLA reference path: what every spec can run on every platform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.core import CastSpec, QTensor
+from qjax.program import Packed, Site, compat, materialize
+
+KERNEL = "xla"
+
+
+def dequantize_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+    """Runs a site by dequantizing its weight in front of the float operation, which XLA fuses.
+
+    A lookup reads and dequantizes only the rows it needs.
+    """
+    weight = operands[site.operand]
+    if site.op == "gather" and isinstance(weight, Packed):
+        rows = gather_rows(weight, eqn, operands[1])
+        if rows is not None:
+            return [rows], state
+    return compat.bind(eqn, [materialize(v) for v in operands]), state
+
+
+def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | None:
+    """Looks rows up in a packed table; None if the table is not stored by rows."""
+    q, dims = weight.q, eqn.params["dimension_numbers"]
+    if q.ndim != 2 or q.axes != (-1,) or tuple(dims.start_index_map) != (0,) or isinstance(q.spec, CastSpec) or q.perm is not None:
+        return None
+
+    def rows(table: jax.Array | None, fill: Any) -> jax.Array | None:
+        if table is None or table.shape[0] == 1:
+            return table
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
+        )
+        return lax.gather(
+            table, indices, numbers, slice_sizes=(1, table.shape[1]), mode=eqn.params["mode"], fill_value=fill
+        )
+
+    # Rows out of range come as `fill_value`: NaN by way of the scale, as in the float program.
+    fill = eqn.params["fill_value"]
+    if q.scale.shape[0] == 1 or fill is not None:
+        return None
+    lead = indices.ndim - 1
+
+    def spread(part: jax.Array | None) -> jax.Array | None:
+        return None if part is None else part.reshape(-1, part.shape[-1])
+
+    picked = QTensor(
+        spread(rows(q.codes, 0)), spread(rows(q.scale, jnp.nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype
+    )
+    x = Packed(picked, weight.pending).value()
+    x = x.reshape(*indices.shape[:-1], x.shape[-1])
+    return jnp.moveaxis(x, lead, dims.offset_dims[0])

@@ -1,0 +1,5 @@
+"""Training through quantization."""
+
+from qjax.training.fake_quant import FakeQuant as FakeQuant
+from qjax.training.fake_quant import fake_quant as fake_quant
+from qjax.training.straight_through import straight_through as straight_through

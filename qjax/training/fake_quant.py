@@ -1,0 +1,107 @@
+"""`fake_quant`: trains through the rounding that the packed model will have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from qjax.core import Spec
+from qjax.policy import Policy
+from qjax.program import Tracer, split_arguments
+from qjax.training.straight_through import straight_through
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FakeQuant:
+    """A function of float parameters that computes with fake-quantized ones. Built by `fake_quant`.
+
+    Attributes:
+      fn: the float function.
+      policy: which parameters are fake-quantized.
+    """
+
+    fn: Callable[..., Any]
+    policy: Policy
+
+    @functools.cached_property
+    def tracer(self) -> Tracer:
+        return Tracer(self.fn)
+
+    def __call__(self, params: Any, *args: Any, quant: Any = None, **kwargs: Any) -> Any:
+        if quant:
+            raise ValueError(f"`quant` must be what `init` gave, which holds nothing for this policy; got {quant!r}")
+        return self.fn(self.leaves(params, *args, **kwargs)(params), *args, **kwargs)
+
+    def init(self, key: jax.Array, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the state of the quantizers, to be passed as `quant=` and trained beside the parameters.
+
+        Rounding to nearest with ranges from the extreme values has none: the state is an empty tree. Checks the policy
+        against the program.
+
+        Args:
+          key: a random key.
+          params: the float parameters.
+          *args: arguments of the function.
+          **kwargs: keyword arguments of the function.
+
+        Returns:
+          A tree of arrays.
+        """
+        del key
+        self.leaves(params, *args, **kwargs)
+        return {}
+
+    def leaves(self, params: Any, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        """Finds the sites, and returns the function that fake-quantizes a tree of parameters."""
+        program = self.tracer(split_arguments(params, args, kwargs))
+        plan: dict[int, tuple[Spec, tuple[int, ...], tuple[int, ...], str]] = {}
+        for choice in self.policy.resolve(program):
+            if choice.spec is not None:
+                site, ndim = choice.leaf.sites[0], len(choice.leaf.shape)
+                axes = tuple(a - ndim for a in site.contracted)
+                plan[choice.leaf.index] = (choice.spec, axes, tuple(a - ndim for a in site.stacked), choice.leaf.path)
+
+        def quantize_leaves(params: Any) -> Any:
+            arguments = split_arguments(params, (), {})
+            new = [straight_through(w, *plan[i]) if i in plan else w for i, w in enumerate(arguments.params)]
+            return arguments.rebuild(new, [])[0]
+
+        return quantize_leaves
+
+
+def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
+    """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
+
+    Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
+    after training; here every rule rounds to nearest). Backward, the straight-through estimator: the gradient passes where
+    q_min <= w / scale <= q_max and is zero outside; see `straight_through`.
+
+    Args:
+      fn: any JAX function whose first argument is the tree of float parameters.
+      policy: which parameters are fake-quantized, and to what.
+
+    Returns:
+      A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`; its
+      `init(key, params, *args)` gives the state of policies that have one.
+
+    Raises:
+      TypeError: `policy` is no policy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> fq = fake_quant(lambda p, x: x @ p["w"], qjax.Policy([qjax.Rule("*", weight=qjax.int4())]))
+      >>> params = {"w": jnp.array([[0.2], [-1.5]])}
+      >>> fq(params, jnp.eye(2)).tolist()
+      [[0.20000000298023224], [-1.600000023841858]]
+      >>> jax.grad(lambda p: fq(p, jnp.ones((1, 2))).sum())(params)["w"].tolist()
+      [[1.0], [1.0]]
+
+    Source: Bengio et al., arXiv 1308.3432; Jacob et al., arXiv 1712.05877.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}")
+    return FakeQuant(fn, policy)

@@ -1,0 +1,14 @@
+"""Every example in the docstrings of the room runs."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = ["affine", "codebook", "granularity", "layout", "packing", "qtensor", "rounding", "specs", "views"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(f"qjax.core.{name}"))
+    assert result.attempted > 0 and result.failed == 0

@@ -1,0 +1,43 @@
+"""The examples in docstrings and the README run, and the README prints what it says."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+import qjax
+
+ROOT = pathlib.Path(qjax.__file__).parent.parent
+MODULES = [m.name for m in pkgutil.walk_packages(qjax.__path__, "qjax.") if not m.name.endswith("__main__")]
+PUBLIC = [name for name in vars(qjax) if not name.startswith("_") and callable(getattr(qjax, name))]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module):
+    results = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented_with_an_example(name):
+    text = getattr(qjax, name).__doc__ or ""
+    assert text.strip(), name
+    if not isinstance(getattr(qjax, name), type):
+        assert ">>>" in text, f"{name} has no example"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python")
+    assert len(code) >= 3
+    scope: dict = {}
+    for block in code:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert scope["same"] is True

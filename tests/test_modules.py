@@ -1,0 +1,205 @@
+"""Linen, NNX and Equinox modules in one call each; nothing given is changed, the parameter tree keeps its paths."""
+
+import chex
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import qjax
+from qjax import Policy, Rule
+from qjax.core import QTensor
+
+from tests.program.cases import normal
+
+INT8 = Policy([Rule("*", weight=qjax.int8())])
+X = normal(4, 6, 6, 3)
+
+
+def is_q(x):
+    return isinstance(x, QTensor)
+
+
+def dequantized(tree):
+    return jax.tree.map(lambda x: x.dequantize() if is_q(x) else x, tree, is_leaf=is_q)
+
+
+class Block(nn.Module):
+    """Not named self, with batch norm, dropout and attention; odd sizes."""
+
+    @nn.compact
+    def __call__(this, x, train: bool = False):
+        x = nn.Conv(10, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = x.reshape(x.shape[0], -1, 10)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(x)
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        return nn.DenseGeneral((2, 3))(x.mean(1))
+
+
+class Stack(nn.Module):
+    """Scanned and rematerialized layers in bf16 with a tied embedding."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(23, 12, dtype=jnp.bfloat16)
+        layer = nn.scan(
+            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3, metadata_params={}
+        )
+        x, _ = layer(name="layers")(embed(tokens), None)
+        return embed.attend(x)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        h = nn.RMSNorm(dtype=jnp.bfloat16)(x)
+        return x + nn.Dense(12, dtype=jnp.bfloat16)(nn.gelu(nn.Dense(20, dtype=jnp.bfloat16)(h))), None
+
+
+def test_linen_quantize():
+    model = Block()
+    variables = model.init(jax.random.key(0), X)
+    before = jax.tree.map(np.array, variables)
+    result = qjax.linen.quantize(model, variables, INT8, [X], train=False)
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
+    assert {r.path for r in result.report.rows if r.spec} == {
+        "Conv_0/kernel",
+        "DenseGeneral_0/kernel",
+        *(f"MultiHeadDotProductAttention_0/{n}/kernel" for n in ("query", "key", "value", "out")),
+    }
+    got = jax.jit(qjax.quantized(model.apply))(result.params, X)
+    np.testing.assert_allclose(got, model.apply(dequantized(result.params), X), rtol=1e-4, atol=1e-5)
+
+
+def test_linen_state_is_updated_through_packed_parameters():
+    model = Block()
+    variables = model.init(jax.random.key(0), X)
+    params = qjax.linen.quantize(model, variables, INT8, [X]).params
+
+    def forward(apply, variables):
+        return apply(variables, X, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)})
+
+    got, state = forward(qjax.quantized(model.apply), params)
+    want, expected = forward(model.apply, dequantized(params))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(state, expected, rtol=1e-5)
+    assert (state["batch_stats"]["BatchNorm_0"]["mean"] != 0).any()
+
+
+def test_linen_scan_remat_bf16_tied():
+    model, tokens = Stack(), jnp.arange(10).reshape(2, 5)
+    variables = model.init(jax.random.key(0), tokens)
+    result = qjax.linen.quantize(model, variables, INT8, [tokens])
+    assert {r.path: r.shape for r in result.report.rows if r.spec} == {
+        "Embed_0/embedding": (23, 12),
+        "layers/Dense_1/kernel": (3, 12, 20),  # the argument of gelu is built first
+        "layers/Dense_0/kernel": (3, 20, 12),
+    }
+    got = jax.jit(qjax.quantized(model.apply))(result.params, tokens)
+    want = jax.jit(model.apply)(dequantized(result.params), tokens)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=2e-2, atol=2e-2)
+
+
+def test_linen_fake_quant_is_a_module_with_the_same_tree():
+    model = Block()
+    fq = qjax.linen.fake_quant(model, INT8)
+    variables = fq.init(jax.random.key(0), X)
+    chex.assert_trees_all_equal(variables, model.init(jax.random.key(0), X))
+    packed = qjax.linen.quantize(model, variables, INT8, [X]).params
+    np.testing.assert_allclose(fq.apply(variables, X), model.apply(dequantized(packed), X), rtol=1e-5, atol=1e-6)
+
+
+def test_linen_fake_quant_trains_with_state_and_dropout():
+    model = qjax.linen.fake_quant(Block(), INT8)
+    variables = model.init(jax.random.key(0), X)
+
+    @jax.jit
+    def step(variables, key):
+        def loss(params):
+            out, state = model.apply(
+                {**variables, "params": params}, X, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+            )
+            return jnp.sum((out - 1) ** 2), state
+
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
+        return value, {"params": params, **state}
+
+    values = []
+    for i in range(5):
+        value, variables = step(variables, jax.random.key(i))
+        values.append(float(value))
+    assert values[-1] < values[0]
+    assert (variables["batch_stats"]["BatchNorm_0"]["mean"] != 0).any()
+
+
+class NNXNet(nnx.Module):
+    def __init__(this, rngs):
+        this.conv = nnx.Conv(3, 10, (3, 3), rngs=rngs)
+        this.norm = nnx.BatchNorm(10, rngs=rngs)
+        this.drop = nnx.Dropout(0.1, rngs=rngs)
+        this.layers = nnx.List([nnx.Linear(10, 10, rngs=rngs) for _ in range(2)])
+
+    def __call__(this, x):
+        x = nnx.relu(this.norm(this.conv(x)))
+        for layer in this.layers:
+            x = layer(this.drop(x))
+        return x
+
+
+def test_nnx_quantize():
+    model = NNXNet(nnx.Rngs(0))
+    model.eval()
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    result = qjax.nnx.quantize(model, INT8, [X])
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    assert {r.path for r in result.report.rows if r.spec} == {"conv/kernel", "layers/0/kernel", "layers/1/kernel"}
+    got = jax.jit(qjax.quantized(qjax.nnx.function(model)))(result.params, X)
+    assert 0 < np.abs(got - model(X)).max() < 0.1
+
+
+def test_nnx_fake_quant_trains_and_updates_its_own_state():
+    model = NNXNet(nnx.Rngs(0))
+    fq = qjax.nnx.fake_quant(model, INT8)
+    assert isinstance(fq, NNXNet) and jax.tree.structure(nnx.state(fq)) == jax.tree.structure(nnx.state(model))
+    optimizer = nnx.Optimizer(fq, optax.sgd(1e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(X) - 1) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(fq, optimizer)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert (fq.norm.mean[...] != 0).any() and (model.norm.mean[...] == 0).all()
+    fq.eval()
+    assert fq(X).shape == (4, 6, 6, 10)
+
+
+def test_equinox_module_as_a_plain_function():
+    """Its leaves hold callables; they are static."""
+    mlp = eqx.nn.MLP(6, 4, 9, 2, key=jax.random.key(0))
+
+    def fn(model, x):
+        return jax.vmap(model)(x)
+
+    result = qjax.quantize(fn, mlp, INT8, [normal(5, 6)])
+    assert sum(bool(r.spec) for r in result.report.rows) == 3
+    got = jax.jit(lambda arrays, x: qjax.quantized(fn)(eqx.combine(arrays, static), x))
+    arrays, static = eqx.partition(result.params, eqx.is_array)
+    np.testing.assert_allclose(got(arrays, normal(5, 6)), fn(dequantized(result.params), normal(5, 6)), rtol=1e-5)
+    fq = qjax.fake_quant(fn, INT8)
+    np.testing.assert_allclose(fq(mlp, normal(5, 6)), fn(dequantized(result.params), normal(5, 6)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("verb", [qjax.linen.fake_quant, qjax.nnx.fake_quant])
+def test_the_wrong_kind_of_module_is_named(verb):
+    with pytest.raises(TypeError, match=r"`model` must be a flax\.(linen|nnx)\.Module, got dict"):
+        verb({}, INT8)

@@ -1,0 +1,91 @@
+"""Policies: first match wins, and a rule that does nothing is an error that names it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qjax
+from qjax import Policy, Rule
+
+PARAMS = {
+    "params": {
+        "embed": {"embedding": jnp.ones((9, 4))},
+        "attention": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
+        "norm": {"scale": jnp.ones(4)},
+        "head": {"kernel": jnp.ones((6, 3))},
+    }
+}
+
+
+def fn(v, tokens):
+    p = v["params"]
+    x = p["embed"]["embedding"][tokens] * p["norm"]["scale"]
+    return (x @ p["attention"]["kernel"] + p["attention"]["bias"]) @ p["head"]["kernel"]
+
+
+TOKENS = jnp.arange(5)
+
+
+def rows(*rules):
+    return {row.path: row for row in qjax.sites(fn, Policy(rules))(PARAMS, TOKENS).rows}
+
+
+def test_first_match_wins_and_the_rest_says_why():
+    found = rows(Rule("*embed*", weight=None), Rule("attention/*", weight=qjax.int4()), Rule("*", weight=qjax.int8()))
+    assert {p: r.spec for p, r in found.items() if r.spec} == {
+        "attention/kernel": str(qjax.int4()),
+        "head/kernel": str(qjax.int8()),
+    }
+    assert found["embed/embedding"].reason == "rule '*embed*' leaves it float"
+    assert found["attention/bias"].reason == "meets no data in a matmul, convolution or lookup, only add"
+    assert rows(Rule("head/*", weight=qjax.int8()))["attention/kernel"].reason == "no rule matches its path"
+
+
+def test_a_typo_is_named_with_what_it_may_have_meant():
+    with pytest.raises(ValueError, match=r"`pattern` '\*atention\*' matches no parameter.*did you mean '\*attention\*'"):
+        rows(Rule("*atention*", weight=qjax.int8()))
+
+
+def test_a_rule_for_biases_only_is_named():
+    with pytest.raises(ValueError, match=r"'\*bias' matches only parameters that cannot be quantized, such as 'attention/bias'"):
+        rows(Rule("*bias", weight=qjax.int8()))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Policy([]), ValueError, "`rules` is empty"),
+        (lambda: Policy(Rule("*", weight=qjax.int8())), TypeError, "must be a sequence, got one rule"),
+        (lambda: Policy([("*", qjax.int8())]), TypeError, "must hold qjax.Rule values"),
+        (lambda: Rule("", weight=qjax.int8()), TypeError, "`pattern` must be a non-empty string"),
+        (lambda: Rule("*", weight="int8"), TypeError, "`weight` must be a spec such as"),
+        (lambda: Rule("*", weight=qjax.int8), TypeError, "`weight` must be a spec such as"),
+        (lambda: Rule("*", weight=qjax.int8(), method="gptq"), TypeError, "`method` must be a method such as"),
+        (lambda: Rule("*", weight=qjax.int8(), method=qjax.gptq), TypeError, "`method` must be a method such as"),
+        (lambda: Rule("*", method=qjax.gptq()), TypeError, "has nothing to do"),
+    ],
+)
+def test_bad_rules_are_refused_by_name(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_sites_touches_no_number_and_counts_the_bytes_quantize_makes():
+    policy = Policy([Rule("*", weight=qjax.int4(group_size=2))])
+    shapes = jax.eval_shape(lambda: PARAMS)
+    planned = qjax.sites(fn, policy)(shapes, jax.ShapeDtypeStruct((5,), jnp.int32))
+    made = qjax.quantize(fn, PARAMS, policy, calibration=[TOKENS]).report
+    assert [(r.path, r.nbytes, r.bits_per_weight) for r in planned.rows] == [
+        (r.path, r.nbytes, r.bits_per_weight) for r in made.rows
+    ]
+    assert planned.nbytes == made.nbytes < planned.float_nbytes
+
+
+def test_report_is_data_and_prints():
+    import json
+
+    report = qjax.quantize(fn, PARAMS, Policy([Rule("head/*", weight=qjax.int8())]), calibration=[TOKENS]).report
+    document = json.loads(report.to_json())
+    assert [r["path"] for r in document["rows"] if r["spec"]] == ["head/kernel"]
+    assert "1 of 5 parameters quantized" in str(report)
+    assert all(row.path in str(report) for row in report.rows)

@@ -1,0 +1,144 @@
+"""Fake quantization: the packed model's weights, the published gradient, any program."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import qjax
+from qjax import Policy, Rule
+from qjax.core import IntSpec, QTensor
+from qjax.training import straight_through
+
+from tests.program.cases import CASES, doubled_backward, normal
+
+SPECS = [
+    qjax.int8(),
+    qjax.int4(group_size=4, pad=True),
+    qjax.uint3(),
+    qjax.int2(scale_rule="full"),
+    qjax.nf4(group_size=4, pad=True),
+    qjax.bf16(),
+]
+
+
+def is_q(x):
+    return isinstance(x, QTensor)
+
+
+@pytest.mark.parametrize(("case", "spec"), [(c, SPECS[i % 6]) for i, c in enumerate(CASES)], ids=str)
+def test_fake_quant_computes_with_the_packed_weights_bit_for_bit(case, spec):
+    policy = Policy([Rule("*", weight=spec)])
+    packed = qjax.quantize(case.fn, case.params, policy, calibration=[case.inputs]).params
+    dequantized = jax.tree.map(lambda x: x.dequantize() if is_q(x) else x, packed, is_leaf=is_q)
+    fq = qjax.fake_quant(case.fn, policy)
+    chex.assert_trees_all_equal(jax.jit(fq.leaves(case.params, *case.inputs))(case.params), dequantized)
+    # The products of equal numbers may still be summed in another order.
+    got, want = jax.jit(fq)(case.params, *case.inputs), jax.jit(case.fn)(dequantized, *case.inputs)
+    chex.assert_trees_all_close(got, want, rtol=1e-2 if "bf16" in case.name else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in ("tied_embedding", "loop_index")], ids=str)
+def test_gradients_reach_the_float_weights(case):
+    fq = qjax.fake_quant(case.fn, Policy([Rule("*", weight=qjax.int4())]))
+    rounded = fq.leaves(case.params, *case.inputs)(case.params)
+
+    def loss(fn):
+        return lambda p: sum(jnp.sum(jnp.square(y)) for y in jax.tree.leaves(fn(p, *case.inputs)))
+
+    got, want = jax.jit(jax.grad(loss(fq)))(case.params), jax.jit(jax.grad(loss(case.fn)))(rounded)
+    tolerance = 3e-2 if "bf16" in case.name else 1e-4
+    chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_a_custom_backward_rule_stays():
+    """The rule doubles the weight's gradient on purpose; inlining the function would lose that."""
+    w, x = normal(8, 5), normal(3, 8)
+    fq = qjax.fake_quant(lambda p, x: doubled_backward(p["w"], x), Policy([Rule("*", weight=qjax.int8())]))
+    got = jax.grad(lambda p: fq(p, x).sum())({"w": w})["w"]
+    np.testing.assert_allclose(got, 2 * x.T @ jnp.ones((3, 5)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["half", "full"])
+def test_the_mask_is_the_published_one(rule):
+    """An unsigned symmetric range does not cover the negative weights: half a step more under "half", none under "full"."""
+    spec = IntSpec(4, signed=False, symmetric=True, scale_rule=rule)
+    w = jnp.array([[-1.0], [-0.01], [0.0], [0.5], [2.0]])
+    grad = jax.grad(lambda w: straight_through(w, spec, (-2,), (), "w").sum())(w)
+    step = 2.0 / (15.5 if rule == "half" else 15)
+    least = -0.5 * step if rule == "half" else 0.0
+    np.testing.assert_array_equal(grad[:, 0], (np.asarray(w[:, 0]) >= least).astype(np.float32))
+
+
+def test_an_asymmetric_range_clips_what_rounding_its_zero_point_cut_off():
+    """Hand-made: range -1 .. 2.3, three bits: the zero point 2.12 rounds to 2, so the range ends at 5 steps, below 2.3."""
+    w = jnp.array([[-1.0], [0.7], [2.3]])
+    scale = 3.3 / 7
+    grad = jax.grad(lambda w: straight_through(w, qjax.uint3(), (-2,), (), "w").sum())(w)
+    np.testing.assert_array_equal(grad[:, 0], [float(0 <= x / scale + 2 <= 7) for x in (-1.0, 0.7, 2.3)])
+    assert grad[0, 0] == 0
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s != qjax.uint3()], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_every_weight_trains_under_ranges_from_the_extremes(spec, dtype):
+    w = normal(37, 5, dtype=dtype)
+    grad = jax.jit(jax.grad(lambda w: straight_through(w, spec, (-2,), (), "w").astype(jnp.float32).sum()))(w)
+    assert grad.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(grad, np.float32), 1)
+
+
+def test_forward_mode_and_vmap_over_seeds():
+    fq = qjax.fake_quant(lambda p, x: x @ p["w"], Policy([Rule("*", weight=qjax.int4())]))
+    x = normal(3, 8)
+    stacked = {"w": jnp.stack([normal(8, 5, seed=i) for i in range(3)])}
+    many = jax.vmap(fq, (0, None))(stacked, x)
+    for i in range(3):
+        np.testing.assert_allclose(many[i], fq({"w": stacked["w"][i]}, x), rtol=1e-6)
+    _, tangent = jax.jvp(lambda p: fq(p, x), ({"w": stacked["w"][0]},), ({"w": jnp.ones((8, 5))},))
+    np.testing.assert_allclose(tangent, x @ jnp.ones((8, 5)), rtol=1e-5)
+
+
+def test_a_qat_loop_ends_better_than_rounding_and_converts_exactly():
+    """Trains a three-bit regression; the packed model has the loss of the fake-quantized one to the bit."""
+    def model(p, x):
+        return jnp.tanh(x @ p["a"] + p["bias"]) @ p["b"]
+
+    teacher = {"a": normal(8, 32), "bias": normal(32), "b": normal(32, 4)}
+    x = normal(256, 8, seed=9)
+    y = model(teacher, x)
+    policy = Policy([Rule("*", weight=qjax.int3())])
+    fq = qjax.fake_quant(model, policy)
+    loss = jax.jit(lambda fn_params: jnp.mean((fq(fn_params, x) - y) ** 2))
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 300))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = teacher, optimizer.init(teacher)
+    before = loss(params)
+    for _ in range(300):
+        params, state = step(params, state)
+    assert loss(params) < 0.5 * before
+    packed = qjax.quantize(model, params, policy, calibration=[x]).params
+    dequantized = jax.tree.map(lambda v: v.dequantize() if is_q(v) else v, packed, is_leaf=is_q)
+    np.testing.assert_allclose(jnp.mean((jax.jit(model)(dequantized, x) - y) ** 2), loss(params), rtol=1e-6)
+
+
+def test_init_checks_the_policy_and_holds_nothing_for_rounding():
+    fq = qjax.fake_quant(lambda p, x: x @ p["w"], Policy([Rule("*", weight=qjax.int4())]))
+    params, x = {"w": normal(8, 5)}, normal(2, 8)
+    quant = fq.init(jax.random.key(0), params, x)
+    assert jax.tree.leaves(quant) == []
+    np.testing.assert_array_equal(fq(params, x, quant=quant), fq(params, x))
+    with pytest.raises(ValueError, match="`quant` must be what `init` gave"):
+        fq(params, x, quant={"scale": 1})
+    with pytest.raises(TypeError, match=r"`policy` must be a qjax\.Policy"):
+        qjax.fake_quant(lambda p, x: x, "int8")
+    with pytest.raises(ValueError, match="matches no parameter"):
+        qjax.fake_quant(lambda p, x: x @ p["w"], Policy([Rule("v", weight=qjax.int4())]))(params, x)
