@@ -50,7 +50,9 @@ def test_rooms_import_only_from_rooms_before_them():
         target = name.split(".")
         if target[0] != "qjax" or room == "__init__":
             continue
-        assert len(target) > 1, f"{file} imports the whole package"
+        if len(target) == 1:
+            assert room == "cli", f"{file} imports the whole package"
+            continue
         assert room in ROOMS and target[1] in ROOMS, f"{file}: {name} is in no room of the plan"
         assert ROOMS.index(target[1]) <= ROOMS.index(room), f"{file} ({room}) imports {name}"
         seen.add(room)

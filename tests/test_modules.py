@@ -13,7 +13,6 @@ from flax import nnx
 import qjax
 from qjax import Policy, Rule
 from qjax.core import QTensor
-
 from tests.program.cases import normal
 
 INT8 = Policy([Rule("*", weight=qjax.int8())])

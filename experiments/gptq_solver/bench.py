@@ -135,9 +135,7 @@ def cold(size: int, repeats: int) -> None:
             error = output_error(w, decode(result), hessian)
             print(f"  {name:10s} {took:6.2f} s, relative output error {error:.6f}", flush=True)
     for name, values in times.items():
-        print(
-            f"  {name:10s} median {statistics.median(values):6.2f} s, {min(values):.2f} .. {max(values):.2f}, n={repeats}"
-        )
+        print(f"  {name:10s} median {statistics.median(values):6.2f} s, {min(values):.2f} .. {max(values):.2f}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -225,13 +226,13 @@ def quantize_model(model: Model, policy: Any, batches: list[Any], advance: Calla
     planned = qjax.sites(model.apply, policy)(model.params, jax.ShapeDtypeStruct(batches[0].shape, np.int32))
     chosen = {row.path for row in planned.rows if row.spec}
     advance(0, len(chosen))
-    wide = jax.tree_util.tree_map_with_path(
-        lambda path, w: w.astype(np.float32) if path_str(path) in chosen else w, model.params
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, w: w if path_str(path) in chosen else w.astype(model.stored), model.params
     )
-    result = qjax.quantize(model.apply, wide, policy, batches, progress=lambda done, total, _: advance(done, total))
+    result = qjax.quantize(model.apply, params, policy, batches, progress=lambda done, total, _: advance(done, total))
     advance(len(chosen), len(chosen))
-    before = {row.path: row.float_nbytes for row in planned.rows}
-    rows = tuple(dataclasses.replace(row, float_nbytes=before[row.path]) for row in result.report.rows)
+    item = np.dtype(model.stored).itemsize
+    rows = tuple(dataclasses.replace(row, float_nbytes=math.prod(row.shape) * item) for row in result.report.rows)
     return dataclasses.replace(result, report=dataclasses.replace(result.report, rows=rows))
 
 

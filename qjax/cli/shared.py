@@ -25,11 +25,12 @@ class Model:
     Attributes:
       name: as the user gave it.
       config: sizes, a `LlamaConfig`.
-      params: {"params": tree}, `QTensor` where packed; the float ones as they are stored.
+      params: {"params": tree}, `QTensor` where packed; those of a float model in float32.
       tokenizer: or None.
       apply: `apply(params, tokens[, cache, position])`, in float32.
       forward: `apply` without a cache, jitted.
       disk_bytes: of the files that hold the weights.
+      stored: the dtype in which a float model is stored; float32 if its tensors differ.
       document: what the packed checkpoint says of itself; None of a float one.
     """
 
@@ -40,6 +41,7 @@ class Model:
     apply: Callable[..., Any]
     forward: Callable[..., Any]
     disk_bytes: int
+    stored: Any = None
     document: Any = None
 
     @property
@@ -89,12 +91,12 @@ def _open_float(name: str, folder: Path) -> Model:
     from qjax.models import Llama
 
     index = tensor_index(folder)
-    dtypes = {FLOAT_DTYPES.get(info.dtype) for info in index.values()}
-    stored = dtypes.pop() if len(dtypes) == 1 else None
-    checkpoint = load_checkpoint(folder, stored or FLOAT_DTYPES["F32"])
+    dtypes = {info.dtype for info in index.values()}
+    checkpoint = load_checkpoint(folder)
     apply = Llama(checkpoint.config).apply
     size = sum(file.stat().st_size for file in {info.file for info in index.values()})
-    return Model(name, checkpoint.config, {"params": checkpoint.params}, checkpoint.tokenizer, apply, jax.jit(apply), size)
+    stored = FLOAT_DTYPES[dtypes.pop() if len(dtypes) == 1 else "F32"]
+    return Model(name, checkpoint.config, {"params": checkpoint.params}, checkpoint.tokenizer, apply, jax.jit(apply), size, stored)
 
 
 def _open_packed(name: str, folder: Path) -> Model:
@@ -103,7 +105,8 @@ def _open_packed(name: str, folder: Path) -> Model:
 
     document = read_document(folder)
     config, tokenizer = _described(name, document.metadata)
-    return packed_model(name, config, qjax.load(folder).params, tokenizer, packed_bytes(folder, document.metadata), document)
+    size = packed_bytes(folder, document.metadata)
+    return dataclasses.replace(packed_model(name, config, qjax.load(folder).params, tokenizer, size), document=document)
 
 
 def _described(name: str, metadata: dict[str, Any]) -> tuple[Any, Any]:
@@ -129,7 +132,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     return {"model": model.name, "config": model.config.to_hf(), "tokenizer": tokenizer}
 
 
-def packed_model(name: str, config: Any, params: Any, tokenizer: Any, disk_bytes: int, document: Any = None) -> Model:
+def packed_model(name: str, config: Any, params: Any, tokenizer: Any, disk_bytes: int) -> Model:
     """A model whose parameters are packed."""
     import jax
 
@@ -137,7 +140,7 @@ def packed_model(name: str, config: Any, params: Any, tokenizer: Any, disk_bytes
     from qjax.models import Llama
 
     apply = qjax.quantized(Llama(config).apply)
-    return Model(name, config, params, tokenizer, apply, jax.jit(apply), disk_bytes, document)
+    return Model(name, config, params, tokenizer, apply, jax.jit(apply), disk_bytes)
 
 
 def packed_bytes(folder: Path, metadata: dict[str, Any]) -> int:

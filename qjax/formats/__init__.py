@@ -1,4 +1,6 @@
 """Reading and writing models: packed checkpoints, and the formats that the world uses."""
 
+from qjax.formats.checkpoint import fingerprint as fingerprint
 from qjax.formats.checkpoint import load as load
+from qjax.formats.checkpoint import read_document as read_document
 from qjax.formats.checkpoint import save as save

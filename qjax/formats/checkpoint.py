@@ -76,7 +76,7 @@ def save(
       >>> result.params["w"].tolist(), result.params["names"], result.metadata
       ([0.0, 1.0, 2.0], ('a', None), {'step': 7})
     """
-    folder = Path(os.path.abspath(path))
+    folder = _local(path)
     previous = _previous(folder, overwrite)
     given = result if isinstance(result, Result) else None
     if metadata is None:
@@ -92,7 +92,8 @@ def save(
     packed = Source(fingerprint_of(leaves, entries), "packed arrays")
     source = packed if source_sha256 is None else Source(source_sha256, "float parameters")
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder, previous)
+    if previous is not None or not (folder / DOCUMENT).exists():  # else a newer layout, whose folders we do not know
+        _sweep(folder, previous)
     with _removed_on_error(folder, name):
         files = {} if name is None else write_arrays(folder / name, full)
         document = Document(
@@ -148,7 +149,7 @@ def load(
       >>> qjax.load(path).params["w"]
       QTensor(int4(per="channel"), float32[8,8], 64 bytes, 8 bits/weight)
     """
-    folder = Path(os.path.abspath(path))
+    folder = _local(path)
     document = read_document(folder)
     where = f"`{folder / DOCUMENT}`"
     full = {name: entry for name, entry in document.arrays.items() if nbytes(entry)}
@@ -184,7 +185,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
       FileNotFoundError: no checkpoint there.
       ValueError: a damaged document, or one of a newer layout.
     """
-    file = Path(os.path.abspath(path)) / DOCUMENT
+    file = _local(path) / DOCUMENT
     try:
         document = doc.read_document(file)
     except RecursionError as error:
@@ -210,6 +211,7 @@ def fingerprint(params: Any) -> str:
       TypeError, ValueError: as `save`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> fingerprint({"w": np.zeros(2)}) == fingerprint({"w": jnp.zeros(2)})
       False
       >>> fingerprint({"w": np.zeros(2, "float32")}) == fingerprint({"w": jnp.zeros(2)})
@@ -220,6 +222,12 @@ def fingerprint(params: Any) -> str:
 
 
 # What is at the path.
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    if "://" in os.fspath(path):
+        raise ValueError(f"`path` {os.fspath(path)!r} is not a path of this machine: save locally and copy the folder")
+    return Path(os.path.abspath(path))
 
 
 def _listed(folder: Path) -> list[str]:

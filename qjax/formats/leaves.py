@@ -2,7 +2,7 @@
 
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,13 @@ from qjax.formats.placement import check_packed, place_array, place_packed
 
 _CHILDREN = ("codes", "scale", "zero_point", "perm")
 _KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
+
+
+class Shape(NamedTuple):
+    """What an array of the file is. A `jax.ShapeDtypeStruct` would narrow 64 bits where jax has only 32."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 def describe(flat: list[tuple[str, Any]]) -> tuple[tuple[Leaf, ...], dict[str, np.ndarray]]:
@@ -91,7 +98,7 @@ def fingerprint_of(leaves: tuple[Leaf, ...], entries: dict[str, ArrayEntry]) -> 
 
 def abstract_leaves(document: Document, where: str) -> list[Any]:
     """The leaves with shapes for arrays, checked against their specs."""
-    shapes = {name: jax.ShapeDtypeStruct(e.shape, np.dtype(e.dtype)) for name, e in document.arrays.items()}
+    shapes = {name: Shape(e.shape, np.dtype(e.dtype)) for name, e in document.arrays.items()}
     leaves = []
     for leaf in document.leaves:
         wanted = [leaf.array] if leaf.array else [] if leaf.packed is None else list(leaf.packed.children.values())
@@ -106,14 +113,19 @@ def abstract_leaves(document: Document, where: str) -> list[Any]:
         if leaf.key is not None and (leaf.key not in _KEYS or leaf.array is None):
             raise ValueError(f"{where} has random keys of {leaf.key!r} at {leaf.path!r}: a newer qjax may know them")
         try:
-            leaves.append(
-                jax.eval_shape(functools.partial(rebuild, leaf), shapes) if leaf.key else rebuild(leaf, shapes)
-            )
+            leaves.append(_key_shape(leaf.key, shapes[wanted[0]]) if leaf.key else rebuild(leaf, shapes))
             if leaf.packed is not None:
                 check_packed(leaves[-1], leaf.path)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where} is damaged at {leaf.path!r}: {error}") from error
     return leaves
+
+
+def _key_shape(key: str, data: Shape) -> jax.ShapeDtypeStruct:
+    if data.dtype != np.uint32:
+        raise ValueError(f"key data must be uint32, not {data.dtype}")
+    wrap = functools.partial(jax.random.wrap_key_data, impl=key)
+    return jax.eval_shape(wrap, jax.ShapeDtypeStruct(data.shape, data.dtype))
 
 
 def rebuild(leaf: Leaf, arrays: dict[str, Any]) -> Any:

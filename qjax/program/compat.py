@@ -79,10 +79,5 @@ def constants(jaxpr: Any) -> Iterator[Any]:
 
 def trace_context() -> tuple[Any, ...]:
     """Returns the settings, besides shapes, that decide what a function traces to."""
-    return (
-        jax.config.jax_enable_x64,
-        jax.config.jax_default_matmul_precision,
-        jax.config.jax_numpy_dtype_promotion,
-        jax.config.jax_numpy_rank_promotion,
-        jax.sharding.get_abstract_mesh(),
-    )
+    names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+    return (*(getattr(jax.config, name) for name in names), jax.sharding.get_abstract_mesh())

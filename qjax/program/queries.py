@@ -112,6 +112,6 @@ def _factors(atom: object, made: dict[object, FlatEqn]) -> list[object]:
 def _parameter(atom: object, graph: Graph, made: dict[object, FlatEqn], paths: dict[int, str]) -> str | None:
     """The path of the parameter that a value is a view of, if it is one."""
     atom = _root(atom, made)
-    while atom in graph.sliced:
+    while isinstance(atom, int) and atom in graph.sliced:
         atom = _root(graph.sliced[atom].parent, made)
     return paths.get(atom) if isinstance(atom, int) else None

@@ -45,7 +45,7 @@ class Cutter:
         self.params = set(graph.inputs[:n_params])
         self.views: dict[int, FlatEqn] = {}  # variables that are a view of a parameter, with the equation that makes them
         self.last_use: dict[int, int] = {}
-        for position, eqn in enumerate(graph.eqns):
+        for eqn in graph.eqns:
             if eqn.name in VIEWS and self.is_parameter(eqn.inputs[0]):
                 self.views[eqn.outputs[0]] = eqn
         for position, eqn in enumerate(graph.eqns):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from qjax.core import QTensor
 from qjax.program import compat
@@ -72,7 +73,7 @@ def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor))
 
 
-def path_str(path: Sequence[Any]) -> str:
+def path_str(path: tuple[Any, ...]) -> str:
     """Writes a tree path as `a/b/0`, without a leading `params/` and a trailing `/value`.
 
     Example:
@@ -185,7 +186,7 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Pro
     return trace_arguments(fn, split_arguments(params, args, kwargs))
 
 
-class Tracer:
+class ProgramCache:
     """Traces one function, remembering the last few programs by shapes, structure and settings.
 
     A program whose constants are tracers (the function closes over a traced value) belongs to one trace only
@@ -202,7 +203,7 @@ class Tracer:
         program = self._programs.pop(key, None)
         if program is None:
             program = trace_arguments(self.fn, arguments)
-            if any(isinstance(c, jax.core.Tracer) for c in compat.constants(program.jaxpr)):
+            if any(isinstance(c, Tracer) for c in compat.constants(program.jaxpr)):
                 return program
         self._programs[key] = program
         while len(self._programs) > self.size:

@@ -19,7 +19,7 @@ from qjax.ptq.method import Outcome, Problem
 class GPTQ:
     """See `gptq`."""
 
-    options: GPTQOptions = GPTQOptions()
+    options: GPTQOptions
 
     @property
     def name(self) -> str:

@@ -68,7 +68,7 @@ def plan(k: int, group: int | None, block_size: int) -> Plan:
     """Levels for `k` columns: some 16 rows, about `block_size`, a few blocks, all; the group's size among them.
 
     >>> plan(4096, 128, 128).sizes, plan(4096, None, 128).sizes, plan(700, 100, 128).sizes
-    ((4096, 512, 128, 16), (4096, 512, 128, 16), (700, 100, 10))
+    ((4096, 512, 128, 16), (4096, 512, 128, 16), (700, 100, 20))
     """
     rows = _ROWS if group is None else _rows_of(group)
     padded_group = rows if group is None else -(-group // rows) * rows

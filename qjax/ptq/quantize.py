@@ -15,7 +15,7 @@ import numpy as np
 from qjax.calibration import why_no_rows
 from qjax.core import QTensor, check_finite
 from qjax.policy import Choice, Policy
-from qjax.program import Program, Tracer, split_arguments
+from qjax.program import Program, ProgramCache, split_arguments
 from qjax.ptq.method import Method
 from qjax.ptq.parts import problem_of
 from qjax.ptq.rtn import rtn
@@ -86,10 +86,10 @@ def quantize(
     batches = [batch if isinstance(batch, tuple) else (batch,) for batch in _iterable(calibration)]
     if not batches:
         raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
-    tracer = Tracer(fn)
+    programs = ProgramCache(fn)
     arguments = [split_arguments(params, batch, {}) for batch in batches]
     flat = arguments[0].params
-    program = tracer(arguments[0])
+    program = programs(arguments[0])
     choices = policy.resolve(program)
     _check_leaves(flat, choices)
     traced = time.perf_counter()
@@ -111,7 +111,7 @@ def quantize(
     if tasks:
         _check_data(batches, tasks)
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-        streams = [(tracer(a), a.inputs) for a in arguments]
+        streams = [(programs(a), a.inputs) for a in arguments]
         done |= quantize_sequential(current, tasks, streams, progress)
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
     jax.block_until_ready([jax.tree.leaves(x) for x in packed])
@@ -258,10 +258,10 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}")
-    tracer = Tracer(fn)
+    programs = ProgramCache(fn)
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:
-        program = tracer(split_arguments(params, args, kwargs))
+        program = programs(split_arguments(params, args, kwargs))
         return Report(tuple(map(planned_row, policy.resolve(program))), program_notes(program))
 
     return call

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.core import CastSpec, assemble, block_encode, blocks, canonicalize, quantize
+from qjax.core import CastSpec, CodebookSpec, IntSpec, QTensor, assemble, block_encode, blocks, canonicalize, quantize
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.range_search import search_range
 
@@ -25,9 +25,10 @@ class RoundToNearest:
 
     def quantize(self, problem: Problem, state: Any = None) -> Outcome:
         del state
-        if not self.mse or isinstance(problem.spec, CastSpec):
-            return Outcome(quantize(problem.w, problem.spec, problem.axes, problem.stacked, name=problem.name))
-        return Outcome(_round_searched(problem))
+        spec = problem.spec
+        if not self.mse or isinstance(spec, CastSpec):
+            return Outcome(quantize(problem.w, spec, problem.axes, problem.stacked, name=problem.name))
+        return Outcome(_round_searched(problem, spec))
 
 
 def rtn(mse: bool = False) -> RoundToNearest:
@@ -48,8 +49,8 @@ def rtn(mse: bool = False) -> RoundToNearest:
     return RoundToNearest(mse)
 
 
-def _round_searched(problem: Problem) -> Any:
-    w, spec, ndim = problem.w, problem.spec, problem.w.ndim
+def _round_searched(problem: Problem, spec: IntSpec | CodebookSpec) -> QTensor:
+    w, ndim = problem.w, problem.w.ndim
     stacked = [a + ndim for a in problem.stacked]
     order = [i for i in range(ndim) if i - ndim not in problem.axes]
     blocked, unblock = blocks(canonicalize(w, problem.axes), spec, tuple(order.index(a) for a in stacked), problem.name)

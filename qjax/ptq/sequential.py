@@ -26,7 +26,7 @@ from qjax.core import QTensor, Spec
 from qjax.program import Leaf, Packed, Program, Site, compat
 from qjax.program.flatten import FlatEqn, Graph, Lit, flatten
 from qjax.program.packed import can_scan
-from qjax.program.segments import Compiled, Cutter
+from qjax.program.segments import Compiled, Cutter, Segment
 from qjax.ptq.method import Method, Outcome
 from qjax.ptq.parts import Layout, Part, join, layout_of, part_axes, part_of, problem_of, put, take
 
@@ -178,10 +178,9 @@ def quantize_sequential(
         group = [number]
         if visit.site.leaf in flat:
             group += [n for n in range(number + 1, len(visits)) if _together(visits[n], visit, flat) and n not in solved]
-            for i, batch in enumerate(streams):
-                stop = others[i][number].position
-                _advance(run, batch, positions[i], stop)
-                positions[i] = stop
+            stops = [mine[number].position for mine in others]
+            _advance(run, streams, positions, stops)
+            positions = stops
             _solve_flat(run, streams, others, group)
         elif visit.site.leaf not in run.done:
             _solve_pooled(run, streams, tasks[visit.site.leaf])
@@ -234,22 +233,26 @@ def _together(other: Visit, visit: Visit, flat: set[int]) -> bool:
     return other.site.leaf in flat and other.source == visit.source
 
 
-def _advance(run: Run, batch: Batch, start: int, stop: int) -> None:
-    """Runs one batch from one cut to the next."""
-    segment = batch.cutter.segment(start, stop)
-    values = [_input(run, batch, var) for var in segment.inputs]
-    batch.advance(segment.outputs, run.compiled(segment, values), stop)
+def _advance(run: Run, streams: list[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
+    """Runs every batch from one cut to the next. What batches of one shape share is made once."""
+    shared: dict[int, tuple[Segment, dict[int, Any]]] = {}
+    for batch, start, stop in zip(streams, starts, stops, strict=True):
+        if id(batch.cutter) not in shared:
+            segment = batch.cutter.segment(start, stop)
+            weights = {v: _weight(run, batch, v) for v in segment.inputs if batch.cutter.is_parameter(v)}
+            shared[id(batch.cutter)] = segment, weights
+        segment, weights = shared[id(batch.cutter)]
+        values = [weights[v] if v in weights else batch.value(v) for v in segment.inputs]
+        batch.advance(segment.outputs, run.compiled(segment, values), stop)
 
 
-def _input(run: Run, batch: Batch, var: int) -> Any:
-    """The value of a segment's input: a parameter as quantized so far, or a value of the batch."""
-    graph, n_params = batch.cutter.graph, len(batch.program.leaves)
-    where = {v: i for i, v in enumerate(graph.inputs[:n_params])}
+def _weight(run: Run, batch: Batch, var: int) -> Any:
+    """The value, as quantized so far, of a parameter or of a layer of one."""
+    graph = batch.cutter.graph
+    where = {v: i for i, v in enumerate(graph.inputs[: len(batch.program.leaves)])}
     if var in where:
         return run.parameter(where[var])
-    sliced = graph.sliced.get(var)
-    if sliced is None or not batch.cutter.is_parameter(var):
-        return batch.value(var)
+    sliced = graph.sliced[var]
     if sliced.parent in where:
         return run.layer(where[sliced.parent], sliced.index or 0)
     parent = _view_value(run, batch, sliced.parent)
@@ -259,7 +262,7 @@ def _input(run: Run, batch: Batch, var: int) -> Any:
 def _view_value(run: Run, batch: Batch, var: int) -> Any:
     """The value of a view of a parameter: its chain of views, applied."""
     if var not in batch.cutter.views:
-        return _input(run, batch, var)
+        return _weight(run, batch, var) if batch.cutter.is_parameter(var) else batch.value(var)
     eqn = batch.cutter.views[var]
     operands = [a.value if isinstance(a, Lit) else _view_value(run, batch, a) for a in eqn.inputs]
     return compat.bind(eqn.eqn, operands)[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from qjax.program import Interpreter, Tracer, split_arguments
+from qjax.program import Interpreter, ProgramCache, split_arguments
 from qjax.runtime.reference import dequantize_rule
 
 
@@ -34,12 +34,12 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
       >>> jax.jit(quantized(fn))(result.params, x).shape
       (2, 8)
     """
-    tracer = Tracer(fn)
+    programs = ProgramCache(fn)
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = split_arguments(params, args, kwargs)
-        program = tracer(arguments)
+        program = programs(arguments)
         interpreter = Interpreter({site.key: site for site in program.sites}, rule=dequantize_rule)
         outs, _ = interpreter(program.jaxpr, [*arguments.params, *arguments.inputs])
         return jax.tree.unflatten(program.out_tree, outs)

@@ -11,7 +11,7 @@ import jax
 
 from qjax.core import Spec
 from qjax.policy import Policy
-from qjax.program import Tracer, split_arguments
+from qjax.program import ProgramCache, split_arguments
 from qjax.training.straight_through import straight_through
 
 
@@ -28,8 +28,8 @@ class FakeQuant:
     policy: Policy
 
     @functools.cached_property
-    def tracer(self) -> Tracer:
-        return Tracer(self.fn)
+    def programs(self) -> ProgramCache:
+        return ProgramCache(self.fn)
 
     def __call__(self, params: Any, *args: Any, quant: Any = None, **kwargs: Any) -> Any:
         if quant:
@@ -57,7 +57,7 @@ class FakeQuant:
 
     def leaves(self, params: Any, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """Finds the sites, and returns the function that fake-quantizes a tree of parameters."""
-        program = self.tracer(split_arguments(params, args, kwargs))
+        program = self.programs(split_arguments(params, args, kwargs))
         plan: dict[int, tuple[Spec, tuple[int, ...], tuple[int, ...], str]] = {}
         for choice in self.policy.resolve(program):
             if choice.spec is not None:

@@ -10,7 +10,6 @@ import pytest
 
 import qjax
 from qjax.core import QTensor
-
 from tests.program.cases import CASES, jitted_helper, normal
 
 
@@ -165,7 +164,7 @@ def test_export_round_trip():
 
 def test_a_parameter_handed_back_stays_packed():
     params = packed(next(c for c in CASES if c.name == "jitted_helper"), qjax.int4())
-    out, same = jax.jit(qjax.quantized(lambda p, x: (x @ p["w"], p)))(params, normal(3, 8))
+    _, same = jax.jit(qjax.quantized(lambda p, x: (x @ p["w"], p)))(params, normal(3, 8))
     assert is_q(same["w"]) and same["w"].nbytes == params["w"].nbytes
 
 

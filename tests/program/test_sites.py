@@ -7,7 +7,6 @@ import pytest
 
 import qjax
 from qjax.program import producer, shared_inputs, trace
-
 from tests.program.cases import CASES, normal
 
 
@@ -67,7 +66,8 @@ def test_producers():
     assert (found["up"].kind, found["up"].name) == ("scale", "norm2")
     assert (found["o"].kind, found["o"].biases) == ("operation", ("bias",))
     assert (found["down"].kind, found["down"].name) == ("operation", "mul")
-    chain = trace(lambda p, x: (x @ p["a"] + p["b"]).reshape(-1, 4) @ p["c"], {"a": normal(8, 4), "b": normal(4), "c": normal(4, 3)}, normal(5, 8))
+    params = {"a": normal(8, 4), "b": normal(4), "c": normal(4, 3)}
+    chain = trace(lambda p, x: (x @ p["a"] + p["b"]).reshape(-1, 4) @ p["c"], params, normal(5, 8))
     last = producer(chain, chain.sites[-1])
     assert (last.kind, last.name, last.biases) == ("site", "a", ("b",))
 
@@ -87,7 +87,8 @@ def test_queries_see_into_scans():
 
 
 def test_a_leaf_without_a_site_says_what_reads_it():
-    program = trace(lambda p, x: (x @ p["w"]) * p["s"] + p["unused"] * 0, {"w": normal(8, 4), "s": normal(4), "unused": normal(4)}, normal(2, 8))
+    params = {"w": normal(8, 4), "s": normal(4), "unused": normal(4)}
+    program = trace(lambda p, x: (x @ p["w"]) * p["s"] + p["unused"] * 0, params, normal(2, 8))
     assert {leaf.path: leaf.consumers for leaf in program.leaves} == {"w": (), "s": ("mul",), "unused": ("mul",)}
 
 

@@ -9,7 +9,6 @@ import pytest
 import qjax
 from qjax import Policy, Rule
 from qjax.core import QTensor
-
 from tests.program.cases import CASES, normal
 
 GPTQ = Policy([Rule("*", weight=qjax.int4(), method=qjax.gptq())])

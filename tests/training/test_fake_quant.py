@@ -11,7 +11,6 @@ import qjax
 from qjax import Policy, Rule
 from qjax.core import IntSpec, QTensor
 from qjax.training import straight_through
-
 from tests.program.cases import CASES, doubled_backward, normal
 
 SPECS = [

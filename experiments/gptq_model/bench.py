@@ -1,0 +1,165 @@
+"""GPTQ of the whole shipped model beside gptqmodel's hooks and solver, in one process, in turns. See README.md."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qjax
+from qjax.evaluation import batches, calibration_windows, encode, perplexity, windows
+from qjax.models import Llama, books_llama, books_llama_folder, calibration_lines, heldout_text
+
+
+def ours(model, params, data, spec, method):
+    """Seconds to quantize, and the packed parameters. A new function each time: nothing is remembered between runs."""
+    policy = qjax.Policy([qjax.Rule("*embed*", weight=None), qjax.Rule("*", weight=spec, method=method)])
+    start = time.perf_counter()
+    result = qjax.quantize(lambda *a: model.apply(*a), params, policy, calibration=data)
+    return time.perf_counter() - start, result.params
+
+
+class CompileClock:
+    """Sums the seconds that jax spends tracing, lowering and compiling."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event, duration, **_):
+        if event.startswith("/jax/core/compile/"):
+            self.seconds += duration
+
+    def read(self):
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+class Peer:
+    """gptqmodel's solver on the same model in torch: Hessian hooks on each group of layers, and two forward passes."""
+
+    GROUPS = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+
+    def __init__(self, tokens):
+        import torch
+        from transformers import LlamaForCausalLM
+
+        self.torch, self.tokens = torch, torch.tensor(np.asarray(tokens), dtype=torch.long)
+        self.load = lambda: LlamaForCausalLM.from_pretrained(str(books_llama_folder()), dtype=torch.float32).eval()
+
+    def run(self, bits):
+        """Returns seconds in (forward pass, Hessian updates, solver) as gptqmodel's own loop spends them."""
+        import contextlib
+        import io
+
+        from gptqmodel.quantization import GPTQ, QuantizeConfig
+
+        torch = self.torch
+        model = self.load()
+        config = QuantizeConfig(bits=bits, group_size=128, desc_act=False, damp_percent=0.01)
+        linear = dict(model.named_modules())
+        names = [f"model.layers.{i}.{n}" for i in range(len(model.model.layers)) for group in self.GROUPS for n in group]
+        inputs = {}
+        hooks = [
+            linear[name].register_forward_hook(lambda _, x, y, name=name: inputs.setdefault(name, []).append((x[0], y)))
+            for name in names
+        ]
+        with torch.no_grad():
+            start = time.perf_counter()
+            for chunk in self.tokens.split(8):
+                model(chunk)
+            forward = time.perf_counter() - start
+            for hook in hooks:
+                hook.remove()
+            hessian = solver = 0.0
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                for name in names:
+                    task = GPTQ(linear[name], config)
+                    task.quantizer.configure(perchannel=True)
+                    start = time.perf_counter()
+                    for x, y in inputs.pop(name):
+                        task.add_batch(x, y)
+                    middle = time.perf_counter()
+                    task.quantize()
+                    hessian, solver = hessian + middle - start, solver + time.perf_counter() - middle
+        return {"forward": forward, "hessian": hessian, "solver": solver, "total": 2 * forward + hessian + solver}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer", action="store_true", help="time gptqmodel too (needs torch, transformers, gptqmodel)")
+    parser.add_argument("--perplexity", action="store_true", help="the table of perplexities too")
+    arguments = parser.parse_args()
+    checkpoint = books_llama()
+    model, params = Llama(checkpoint.config), {"params": checkpoint.params}
+    tokens = calibration_windows(checkpoint.tokenizer, calibration_lines())
+    data = [jnp.asarray(b) for b in batches(tokens, 8)]
+    clock, times = CompileClock(), {"ours": [], "compile": [], "peer": []}
+    peer = Peer(tokens) if arguments.peer else None
+    spec = qjax.int4(group_size=128)
+    for _ in range(arguments.repeats):  # in turns
+        clock.read()
+        times["ours"].append(ours(model, params, data, spec, qjax.gptq())[0])
+        times["compile"].append(clock.read())
+        if peer is not None:
+            times["peer"].append(peer.run(4))
+    document = {
+        "seconds": {
+            "ours, all": [round(t, 2) for t in times["ours"]],
+            "of that tracing, lowering and compiling": [round(t, 2) for t in times["compile"]],
+            "ours without": round(statistics.median(a - b for a, b in zip(times["ours"], times["compile"], strict=True)), 2),
+        },
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+    }
+    if peer is not None:
+        document["seconds"]["gptqmodel"] = {k: round(statistics.median(t[k] for t in times["peer"]), 2) for k in times["peer"][0]}
+    if arguments.perplexity:
+        document["perplexity"] = table(model, params, data, checkpoint)
+    print(json.dumps(document, indent=1))
+
+
+def table(model, params, data, checkpoint):
+    """Perplexity of every row of the reference table, by the same protocol."""
+    text = windows(encode(checkpoint.tokenizer, heldout_text()))
+    rows = {
+        "float32": None,
+        "int8 rtn": (qjax.int8(), None),
+        "int4 g128 rtn": (qjax.int4(group_size=128), None),
+        "int4 channel rtn": (qjax.int4(), None),
+        "int3 g128 rtn": (qjax.int3(group_size=128), None),
+        "int3 g64 rtn": (qjax.int3(group_size=64), None),
+        "int2 g64 rtn": (qjax.int2(group_size=64), None),
+    }
+    kinds = {
+        "gptq": qjax.gptq(),
+        "gptq act-order": qjax.gptq(act_order=True),
+        "gptq act-order static": qjax.gptq(act_order=True, static_groups=True),
+    }
+    specs = {
+        "int4 g128": qjax.int4(group_size=128),
+        "int3 g128": qjax.int3(group_size=128),
+        "int2 g64": qjax.int2(group_size=64),
+    }
+    for name, spec in specs.items():
+        rows |= {f"{name} {kind}": (spec, method) for kind, method in kinds.items()}
+    run = qjax.quantized(model.apply)
+    out = {}
+    for name, row in rows.items():
+        tree = params if row is None else ours(model, params, data, *row)[1]
+        out[name] = round(perplexity(run, tree, text), 4)
+        print(name, out[name], flush=True)
+    return out
+
+
+if __name__ == "__main__":
+    main()
