@@ -113,9 +113,7 @@ def warm(size: int, repeats: int, options: GPTQOptions) -> None:
         error = output_error(w, decode(result), hessian)
         print(f"  {name:10s} first call {first:6.2f} s, relative output error {error:.6f}")
     for name, times in in_turns(contestants, repeats).items():
-        print(
-            f"  {name:10s} median {statistics.median(times):6.3f} s, {min(times):.3f} .. {max(times):.3f}, n={repeats}"
-        )
+        print(f"  {name:10s} median {statistics.median(times):6.3f} s, {min(times):.3f} .. {max(times):.3f}, n={repeats}")
 
 
 def cold(size: int, repeats: int) -> None:

@@ -2,4 +2,4 @@
 
 from qjax.cli.main import main
 
-main()
+main(prog_name="qjax")

@@ -1,5 +1,7 @@
 """`qjax demo`: the whole way on the model inside the package, and the table that it leads to."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
@@ -7,9 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Recipe:
     @property
     def options(self) -> dict[str, Any]:
         """All options that make a policy."""
-        rest = {"per": None, "keep": (), "keep_none": False, "mse": False, "act_order": False, "static_groups": False, "damping": None}
+        rest = {"per": None, "pad": False, "keep": (), "keep_none": False, "mse": False, "act_order": False, "static_groups": False, "damping": None}
         return {"weight": self.weight, "method": self.method, "group_size": self.group_size, **rest}
 
 
@@ -94,31 +95,58 @@ class Stages:
         self.bar, self.seconds = bar, {}
 
     @contextlib.contextmanager
-    def __call__(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """Runs a stage; gives a callable that advances its bar."""
+    def __call__(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Runs a stage; gives a callable that takes how much is done, of how much."""
         started = time.perf_counter()
-        task = self.bar.add_task(name, total=total)
-        yield lambda n=1: self.bar.advance(task, n)
+        task = self.bar.add_task(name, total=None)
+        yield lambda done, total: self.bar.update(task, completed=done, total=total)
         self.seconds[name] = round(time.perf_counter() - started, 3)
+
+
+class Background:
+    """One thread for work that keeps one core busy, such as compilation, while another core has other work.
+
+    GPTQ must not run here while it runs elsewhere: its triangular solves, begun by two threads on a machine of two cores, wait
+    in XLA's thread pool for each other, for ever.
+    """
+
+    def __init__(self, stages: Stages):
+        self.stages, self.pool, self.futures = stages, ThreadPoolExecutor(1), []
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def __call__(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Adds work."""
+        self.futures.append(self.pool.submit(work, *arguments))
+
+    def results(self) -> list[Any]:
+        """Waits for all work; gives what it returned that is not None."""
+        return [result for result in (future.result() for future in self.futures) if result is not None]
 
 
 def _run(folder: Path, count: int | None, stages: Stages) -> dict[str, Any]:
     """All stages in turn; gives the document of `--json`."""
     from qjax.cli.measure import score, sizes
 
-    with stages("loading", 1) as advance:
+    with stages("loading") as update:
         model, rows, calibration = _inputs(count)
-        advance()
-    models = {FLOAT: model} | _quantized(model, calibration, folder, stages)
-    every = list(models.values())
-    second = _compiled(models, rows[:BATCH], folder, stages)
-    with stages("measuring", len(rows) * len(every)) as advance:
-        scores = score(every, rows, BATCH, True, advance)
+        update(1, 1)
+    with Background(stages) as later:
+        models = {FLOAT: model} | _quantized(model, calibration, rows[:BATCH], folder, stages, later)
+        with stages("compiling the rest") as update:
+            second = later.results()[0]
+            update(1, 1)
+    with stages("measuring") as update:
+        scores = score(list(models.values()), rows, BATCH, True, update)
     made = {}
-    with stages("writing", len(every)) as advance:
+    with stages("writing") as update:
         for name, each in models.items():
             made[name] = _generation(each, NEW_TOKENS)
-            advance()
+            update(len(made), len(models))
     return {
         "rows": [
             {"model": name, **found.numbers, **sizes(each), "tokens_per_second": made[name].tokens_per_second}
@@ -148,105 +176,51 @@ def _inputs(count: int | None) -> tuple[Model, Any, Any]:
     return model, rows, calibration
 
 
-def _quantized(model: Model, calibration: Any, folder: Path, stages: Stages) -> dict[str, Model]:
-    """The quantized models by name; each is saved."""
+def _quantized(
+    model: Model, calibration: Any, tokens: Any, parent: Path, stages: Stages, later: Background
+) -> dict[str, Model]:
+    """The quantized models by name. Each is saved, and the programs that will be timed are compiled meanwhile."""
+    import jax
+
     from qjax.cli.quantize import batches_of, describe_model, make_policy, quantize_model, save
     from qjax.cli.shared import packed_bytes, packed_model
 
-    metadata, batches = describe_model(model), batches_of(calibration, 8)
-    packed = packed_model("", model.config, None, model.tokenizer, 0)  # one program for all of one shape
-    bars = {recipe.name: stages.bar.add_task(f"  {recipe.name}", total=None, start=False) for recipe in RECIPES}
-
-    def make(recipe: Recipe, check: Callable[[], None]) -> Model:
-        stages.bar.start_task(bars[recipe.name])
-
-        def advance(done: int, total: int) -> None:
-            check()
-            stages.bar.update(bars[recipe.name], completed=done, total=total)
-
-        result = quantize_model(model, make_policy(model, recipe.options), batches, advance)
-        save(folder / recipe.folder, result, model, metadata, overwrite=False)
-        size = packed_bytes(folder / recipe.folder, metadata)
-        return dataclasses.replace(packed, name=recipe.name, params=result.params, disk_bytes=size)
-
-    with stages("quantizing", len(RECIPES)) as advance:
-        longest_first = sorted(RECIPES, key=lambda recipe: recipe.method != "gptq")
-        made = {each.name: each for each in _two_at_a_time(make, longest_first, advance)}
-    return {recipe.name: made[recipe.name] for recipe in RECIPES}
+    metadata, batches, made = describe_model(model), batches_of(calibration, 8), {}
+    packed = packed_model("", model.config, None, model.tokenizer, 0)  # one program for all of one structure
+    later(_compile, model, tokens)
+    compiled = set()
+    for recipe in RECIPES:
+        folder = parent / recipe.folder
+        with stages(f"quantizing {recipe.name}") as update:
+            result = quantize_model(model, make_policy(model, recipe.options), batches, update)
+            save(folder, result, model, metadata, overwrite=False)
+        size = packed_bytes(folder, metadata)
+        made[recipe.name] = dataclasses.replace(packed, name=recipe.name, params=result.params, disk_bytes=size)
+        structure = jax.tree.structure(result.params)
+        if structure not in compiled:
+            compiled.add(structure)
+            later(_compile, made[recipe.name], tokens)
+        if recipe.name == SHOWN:
+            later(_second_process, made[SHOWN], folder, tokens)
+    return made
 
 
-def _compiled(models: dict[str, Model], tokens: Any, folder: Path, stages: Stages) -> dict[str, Any]:
-    """Compiles what will be timed, while a second process loads a checkpoint; gives what that process found.
+def _compile(model: Model, tokens: Any) -> None:
+    """Runs what will be timed once, for its compilation."""
+    model.forward(model.params, tokens)
+    _generation(model, 2)
 
-    Models whose parameters have one structure share their programs, so one of them is enough.
-    """
-    import jax
 
+def _second_process(model: Model, folder: Path, tokens: Any) -> dict[str, Any]:
+    """Compares the logits of a model with those that a new process of the same interpreter computes from the checkpoint."""
     from qjax.cli.digest import digest
 
-    def second_process() -> dict[str, Any]:
-        there = _second_process(folder / next(r.folder for r in RECIPES if r.name == SHOWN), tokens)
-        here = digest(models[SHOWN], tokens)
-        return {"identical": here["sha256"] == there["sha256"], "here": here, "there": there}
-
-    def compile_programs(model: Model) -> None:
-        digest(model, tokens)
-        _generation(model, 2)
-
-    distinct = {jax.tree.structure(model.params): model for model in models.values()}
-    work = [second_process, *(lambda model=model: compile_programs(model) for model in distinct.values())]
-    with stages("compiling, and loading in a second process", len(work)) as advance:
-        return _two_at_a_time(lambda each, _: each(), work, advance)[0]
-
-
-def _two_at_a_time(work: Callable[[Any, Callable[[], None]], Any], items: Sequence[Any], advance: Callable[[], None]) -> list[Any]:
-    """Works on two items at once: compilation keeps one core busy, so two of them take half the time.
-
-    Args:
-      work: called with an item and a `check` to be called now and then: it raises when another item has failed.
-      items: in the order in which they are begun.
-      advance: called when an item is done.
-
-    Returns:
-      The results in the order of the items.
-    """
-    stop = threading.Event()
-
-    def check() -> None:
-        if stop.is_set():
-            raise _Stopped
-
-    def one(item: Any) -> Any:
-        check()
-        result = work(item, check)
-        advance()
-        return result
-
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(one, item) for item in items]
-        try:
-            # A timeout, for without one a thread that waits does not hear Ctrl-C on every system.
-            while not all(future.done() for future in futures):
-                failed = next((f for f in futures if f.done() and f.exception() is not None), None)
-                if failed is not None:
-                    failed.result()
-                time.sleep(0.02)
-            return [future.result() for future in futures]
-        finally:
-            stop.set()
-
-
-class _Stopped(Exception):
-    """Another thread has failed, or the user has had enough."""
-
-
-def _second_process(folder: Path, tokens: Any) -> dict[str, Any]:
-    """The digest of the logits of a saved checkpoint, from a new process of the same interpreter."""
     command = [sys.executable, "-m", "qjax.cli.digest", str(folder)]
     done = subprocess.run(command, input=json.dumps(tokens.tolist()), capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
         raise OSError(f"the second process could not run {str(folder)!r}: {' '.join(done.stderr.split())[-500:]}")
-    return json.loads(done.stdout)
+    here, there = digest(model, tokens), json.loads(done.stdout)
+    return {"identical": here["sha256"] == there["sha256"], "here": here, "there": there}
 
 
 def _environment() -> dict[str, str]:
@@ -276,12 +250,12 @@ def _show(document: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     rows, second = document["rows"], document["second_process"]
-    console.print(f"\n[bold]{SHIPPED}[/bold], {document['windows']} windows of {document['window']} tokens it never saw; "
-                  f"gptq calibrated with {document['calibration_windows']} windows of other books\n")  # fmt: skip
+    console.print(f"\n[bold]{SHIPPED}[/bold] on {document['windows']} windows of {document['window']} tokens that it never saw "
+                  f"(gptq: {document['calibration_windows']} windows of other text)\n")  # fmt: skip
     console.print(score_table(rows, [row["model"] for row in rows]))
     console.print(f"{document['speed_note']}; {document['platform']}\n", style="dim")
     verdict = "[bold green]bit-identical[/bold green]" if second["identical"] else "[bold red]DIFFERENT[/bold red]"
-    console.print(f"second process, from the {SHOWN} checkpoint: {second['there']['logits']:,} logits {verdict}")
+    console.print(f"second process, from the saved {SHOWN}: {second['there']['logits']:,} logits {verdict}")
     console.print(f"  sha256 here  {second['here']['sha256']}\n  sha256 there {second['there']['sha256']}\n")
     side = Table.grid(expand=True, padding=(0, 1))
     for _ in document["paragraphs"]:

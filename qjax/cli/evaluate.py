@@ -37,7 +37,7 @@ def command(model: str, text: Path | None, against: str | None, window: int | No
     The tokens of the text, the model's start token before them, are cut into windows without overlap; an incomplete one at
     the end is dropped. Perplexity is exp(mean loss) over all predicted tokens; KL divergence is in nats a token.
     """
-    from qjax.cli.measure import SPEED_NOTE, batch_count, decode_speed, score, sizes
+    from qjax.cli.measure import SPEED_NOTE, decode_speed, score, sizes
     from qjax.models import books_llama_folder
 
     started = time.perf_counter()
@@ -46,8 +46,8 @@ def command(model: str, text: Path | None, against: str | None, window: int | No
     if len(opened) == 2:
         _check_comparable(*opened)
     with progress() as bar:
-        task = bar.add_task("evaluating", total=batch_count(rows, opened))
-        scores = score(opened, rows, batch_size, len(opened) == 2, lambda n: bar.advance(task, n))
+        task = bar.add_task("evaluating", total=None)
+        scores = score(opened, rows, batch_size, len(opened) == 2, lambda done, total: bar.update(task, completed=done, total=total))
         speeds = [decode_speed(each, rows[0]) for each in opened]
     measured = [
         {"model": each.name, **found.numbers, **sizes(each), "tokens_per_second": speed}
@@ -117,14 +117,14 @@ def score_table(rows: list[dict[str, Any]], names: list[str]) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
-    for name in ("perplexity", "KL\nnats", "top-1\nagrees", "bits a\nweight", "on\ndisk", "in\nmemory", "tokens\na second"):
+    for name in ("perplexity", "KL\nnats", "top-1\nagrees", "bits a\nweight", "on\ndisk", "in\nmemory", "tokens\n/ s"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in zip(names, rows, strict=True):
         table.add_row(
             name,
             f"{row['perplexity']:.3f}",
             "" if row["kl"] is None else f"{row['kl']:.5f}",
-            "" if row["top1_agreement"] is None else f"{row['top1_agreement'] * 100:.2f} %",
+            "" if row["top1_agreement"] is None else f"{row['top1_agreement'] * 100:.2f}%",
             f"{row['bits_per_weight']:.2f}",
             size(row["disk_bytes"]),
             size(row["memory_bytes"]),

@@ -29,13 +29,14 @@ def command(model: str, prompt: str, max_new_tokens: int, temperature: float, to
     ids = [*opened.start_ids, *encode(opened.tokenizer, prompt).tolist()]
     if not ids:
         raise click.UsageError(f"--prompt {prompt!r} holds no token: give some text")
-    stream = Stream(opened.tokenizer, len(ids), ids)
+    _check_length(opened, len(ids), max_new_tokens)
+    stream = Stream(opened.tokenizer, ids)
     if not as_json:
         click.echo(prompt, nl=False)
     made = run(
         opened,
         ids,
-        _fitting(opened, len(ids), max_new_tokens),
+        max_new_tokens,
         temperature=temperature,
         top_k=min(top_k, opened.config.vocab_size),
         key=jax.random.key(seed),
@@ -61,12 +62,11 @@ def command(model: str, prompt: str, max_new_tokens: int, temperature: float, to
         _speed(document)
 
 
-def _fitting(model: Any, prompt: int, wanted: int) -> int:
+def _check_length(model: Any, prompt: int, new: int) -> None:
     context = model.config.max_position_embeddings
-    if prompt + wanted > context:
-        raise click.UsageError(f"--max-new-tokens {wanted} after a prompt of {prompt} tokens exceeds the context of {model.name!r}, "
+    if prompt + new > context:
+        raise click.UsageError(f"--max-new-tokens {new} after a prompt of {prompt} tokens exceeds the context of {model.name!r}, "
                                f"{context}: give at most {max(context - prompt, 0)}, or a shorter prompt")  # fmt: skip
-    return wanted
 
 
 def _speed(document: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def _speed(document: dict[str, Any]) -> None:
 class Stream:
     """Turns tokens into text as they come; bytes of an unfinished character wait for the rest."""
 
-    def __init__(self, tokenizer: Any, prompt_length: int, ids: list[int]):
+    def __init__(self, tokenizer: Any, ids: list[int]):
         self.tokenizer, self.ids = tokenizer, list(ids)
         self.shown = len(tokenizer.decode(self.ids))
 

@@ -1,5 +1,6 @@
 """`qjax inspect`: what a checkpoint holds."""
 
+import math
 from typing import Any
 
 import click
@@ -59,7 +60,13 @@ def _float(name: str) -> tuple[dict[str, Any], Any]:
     model = open_model(name)
     nothing = qjax.Policy([qjax.Rule("*")])
     report = qjax.sites(model.apply, nothing)(model.params, jax.ShapeDtypeStruct((1, 2), np.int32))
-    rows = tuple(dataclasses.replace(row, reason="can be quantized") if row.ops else row for row in report.rows)
+    item = np.dtype(model.stored).itemsize
+    stored = {"dtype": np.dtype(model.stored).name, "bits_per_weight": item * 8}
+    rows = tuple(
+        dataclasses.replace(row, **stored, nbytes=math.prod(row.shape) * item, float_nbytes=math.prod(row.shape) * item,
+                            reason="" if row.ops else row.reason)
+        for row in report.rows
+    )  # fmt: skip
     report = dataclasses.replace(report, rows=rows)
     document = {
         "model": name,

@@ -43,7 +43,7 @@ class Score:
 
 
 def score(
-    models: Sequence[Model], rows: np.ndarray, batch_size: int, reference: bool, advance: Callable[[int], Any]
+    models: Sequence[Model], rows: np.ndarray, batch_size: int, reference: bool, advance: Callable[[int, int], Any]
 ) -> list[Score]:
     """Scores models on the same windows; each batch goes through every model once.
 
@@ -52,12 +52,13 @@ def score(
       rows: (N, T) windows of tokens.
       batch_size: windows at a time.
       reference: the first model is what the others are compared with.
-      advance: called with the number of windows that a model has done.
+      advance: called with the number of windows that are done, of all, over all models.
 
     Returns:
       One score a model.
     """
     parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in models]
+    done, total = 0, len(rows) * len(models)
     for batch, count in padded_batches(rows, batch_size):
         first = None
         for model, mine in zip(models, parts, strict=True):
@@ -68,7 +69,8 @@ def score(
                 values += [moved.kl, moved.agrees]
             first = logits if first is None and reference else first
             mine.append(tuple(value[:count] for value in values))
-            advance(count)
+            done += count
+            advance(done, total)
     whole = [[np.concatenate(part) for part in zip(*mine, strict=True)] for mine in parts]
     return [Score(*values) if len(values) == 3 else Score(values[0], None, None) for values in whole]
 
@@ -76,11 +78,6 @@ def score(
 def _given(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """A model for the functions of `qjax.evaluation` whose parameters are the logits."""
     return logits
-
-
-def batch_count(rows: np.ndarray, models: Sequence[Any]) -> int:
-    """What `advance` of `score` will add up to."""
-    return len(rows) * len(models)
 
 
 def decode_speed(model: Model, ids: np.ndarray) -> float | None:

@@ -38,6 +38,7 @@ WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
               help="int2 .. int8 (symmetric), uint2 .. uint8 (asymmetric), nf4, fp4, bf16 or fp16.")
 @click.option("--group-size", type=click.IntRange(min=1), help="Values along the contracted axis that share a scale; 64 for nf4 and fp4.")
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
+@click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(["rtn", "gptq"]), default="rtn", show_default=True, help="Round to nearest, or GPTQ.")
 @click.option("--mse", is_flag=True, help="Search the range of each group instead of taking its extremes.")
 @click.option("--act-order", is_flag=True, help="gptq: columns with the largest activations first.")
@@ -88,7 +89,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["per"] is not None and options["group_size"] is not None:
         raise click.UsageError(f"--per {options['per']} and --group-size {options['group_size']} exclude each other: give one")
     if weight in _CASTS:
-        for name in ("group_size", "mse"):
+        for name in ("group_size", "pad", "mse"):
             if options[name]:
                 raise click.UsageError(f"--{name.replace('_', '-')} has no meaning for the cast {weight}: leave it out")
         if options["method"] == "gptq":
@@ -128,7 +129,7 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
     keep = list(options["keep"])
     if not keep and not options["keep_none"]:
         keep = ["*embed*"] if model.config.tie_word_embeddings else ["*embed*", "*lm_head*"]
-    weight, spec_options = options["weight"], {name: options[name] for name in ("per", "group_size") if options[name] is not None}
+    weight, spec_options = options["weight"], {name: options[name] for name in ("per", "group_size", "pad") if options[name]}
     spec = getattr(qjax, weight)(**spec_options)
     method = qjax.rtn(mse=options["mse"])
     if options["method"] == "gptq":
@@ -158,7 +159,7 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
     rows, used = calibration_rows(model, read_text(path).splitlines(), options["samples"], window)
     if not len(rows):
         raise ValueError(f"--calibration `{path}` holds less than one window of {window} tokens: give more text, or a smaller --window")
-    return rows, {"file": str(path), "windows": len(rows), "window": window, "lines": used}
+    return rows, {"file": Path(path).name, "windows": len(rows), "window": window, "lines": used}
 
 
 def calibration_rows(model: Model, lines: Sequence[str], samples: int, window: int) -> tuple[Any, int]:

@@ -1,10 +1,12 @@
 """What the commands share: opening a model, float or packed; progress; output."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def _described(name: str, metadata: dict[str, Any]) -> tuple[Any, Any]:
 def describe_model(model: Model) -> dict[str, Any]:
     """The metadata with which a packed checkpoint stands alone: the model's config and tokenizer."""
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_str()
-    return {"model": model.name, "config": model.config.to_hf(), "tokenizer": tokenizer}
+    return {"model": Path(model.name).name, "config": model.config.to_hf(), "tokenizer": tokenizer}
 
 
 def packed_model(name: str, config: Any, params: Any, tokenizer: Any, disk_bytes: int) -> Model:
@@ -172,10 +174,16 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"`{path}` is not UTF-8 text (byte {error.start}): convert it") from error
 
 
-def progress() -> Progress:
-    """A context manager with a progress bar on stderr."""
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress bar on stderr, which goes away when there is an error to read instead."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        try:
+            yield bar
+        except BaseException:
+            bar.live.transient = True
+            raise
 
 
 def emit(document: dict[str, Any]) -> None:
@@ -193,8 +201,6 @@ def _plain(value: Any) -> Any:
 
 def platform() -> str:
     """What ran it: the kind of device and how many, for a CPU its cores."""
-    import os
-
     import jax
 
     devices = jax.devices()

@@ -40,16 +40,18 @@ def report_table(report: Any, every: bool = False) -> list[Any]:
       Tables and lines, for a rich console.
     """
     sums = totals(report)
+    listed = [row for row in report.rows if row.spec]
+    how = sorted({(row.spec, row.method) for row in listed})
     head = f"{sums['quantized']} of {sums['parameters']} parameters quantized, {size(sums['float_nbytes'])} -> {size(sums['nbytes'])}"
-    quantized = [row for row in report.rows if row.spec]
-    how = sorted({(row.spec, row.method) for row in quantized})
-    lines: list[Any] = [head + (f": {how[0][0]} by {how[0][1]}" if len(how) == 1 else "")]
-    if quantized:
-        lines.append(_table(quantized, show_how=len(how) > 1, every=every))
-    for reason, rows in _grouped(row for row in report.rows if not row.spec).items():
+    if len(how) == 1:
+        head += f": {how[0][0]} by {how[0][1]}"
+    if not listed:  # a float model: what could be quantized
+        listed = [row for row in report.rows if row.ops]
+        head = f"{len(listed)} of {sums['parameters']} parameters can be quantized, {size(sums['nbytes'])} in all"
+    lines: list[Any] = [head, _table(listed, show_how=len(how) > 1, every=every)]
+    for reason, rows in _grouped(row for row in report.rows if row not in listed).items():
         lines.append(f"float: {_names(rows, every)}, {size(sum(row.nbytes for row in rows))}: {reason}")
-    notes = _grouped_notes(quantized)
-    lines += [f"note: {_names(rows, every)}: {note}" for note, rows in notes.items()]
+    lines += [f"note: {_names(rows, every)}: {note}" for note, rows in _grouped_notes(listed).items()]
     return [*lines, *(f"note: {note}" for note in report.notes)]
 
 
@@ -60,7 +62,8 @@ def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
     table.add_column("shape", no_wrap=True)
     for name in ("spec", "method") if show_how else ():
         table.add_column(name, overflow="fold")
-    for name in ("bits", "size", "error"):
+    measured = any(row.error is not None for row in rows)
+    for name in ("bits", "size", *(("error",) if measured else ())):
         table.add_column(name, justify="right", no_wrap=True)
     kinds: dict[Any, list[Any]] = {}
     for row in rows:
@@ -69,8 +72,8 @@ def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
         errors = [row.error for row in members if row.error is not None]
         cells = [path, str(len(members)), "x".join(map(str, shape)), *((spec, method) if show_how else ())]
         bits = sum(row.bits_per_weight for row in members) / len(members)
-        error = f"{sum(errors) / len(errors):.2e}" if errors else ""
-        table.add_row(*cells, f"{bits:.2f}", size(sum(row.nbytes for row in members)), error)
+        cells += [f"{bits:.2f}", size(sum(row.nbytes for row in members))]
+        table.add_row(*cells, *([f"{sum(errors) / len(errors):.2e}"] if errors else []))
     return table
 
 

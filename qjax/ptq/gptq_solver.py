@@ -23,7 +23,8 @@ class GPTQOptions:
         the solution has a `perm`, unless `static_groups`.
       static_groups: fix the scale of every group from the original weights beforehand, in the original order, so that
         no permutation is needed at run time.
-      block_size: columns between two lazy updates. Changes the time it takes, not the solution.
+      block_size: columns between two lazy updates. Groups smaller than a block take their scales at its start, all at
+        once; apart from that it changes the time it takes, not the solution.
       mse: search for the range with the least rounding error (see `search_range`).
       damping_increment: added to `damping` at the first retry, three times that at the second, seven at the third ...
       max_damping_retries: retries before giving up.
@@ -101,9 +102,7 @@ def check_solved(solution: Solution, name: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
-def solve(
-    w: jax.Array, hessian: jax.Array, spec: IntSpec | CodebookSpec, options: GPTQOptions = GPTQOptions()
-) -> Solution:
+def solve(w: jax.Array, hessian: jax.Array, spec: IntSpec | CodebookSpec, options: GPTQOptions = GPTQOptions()) -> Solution:
     """Codes that keep the layer's output, not its weights: `argmin_q trace((w - q) H (w - q)^T)`, one column at a time.
 
     With `H + damping = R R^T` (R upper triangular), column j is rounded from
@@ -129,10 +128,11 @@ def solve(
     [[7, 3, 2]]
 
     Source: GPTQ (arXiv 2210.17323), the authors' code and gptqmodel 7.7. Differences: no inverse of H is formed (see
-    `factorize`); a group inside a block takes its scale from weights with *all* updates so far, where theirs lacks
-    those of the current block; the mean that damping is a share of leaves dead columns out (theirs counts a stand-in 1
-    for each, which drowns a Hessian of small activations), and dead columns come last in act-order; a Hessian without
-    data gives plain rounding, not zeros; failing to factorize is reported, never answered with plain rounding.
+    `factorize`); a block is a whole number of groups or of parts of a group, so block boundaries move when `block_size`
+    is no multiple of the group or the reverse; the mean that damping is a share of leaves dead columns out (theirs
+    counts a stand-in 1 for each, which drowns a Hessian of small activations), and dead columns come last in act-order;
+    a Hessian without data gives plain rounding, not zeros; failing to factorize is reported, never answered with plain
+    rounding.
     """
     _check(w, hessian, spec)
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
@@ -185,10 +185,11 @@ class _Columns(NamedTuple):
 def _columns(hessian: jax.Array) -> _Columns:
     diagonal = jnp.diagonal(hessian)
     seen = diagonal != 0
-    dead = diagonal.shape[0] - jnp.sum(seen, dtype=jnp.int32)
-    no_data = dead == diagonal.shape[0]
-    mean = jnp.sum(diagonal) / jnp.maximum(diagonal.shape[0] - dead, 1).astype(jnp.float32)
+    count, total = jnp.sum(jnp.stack([seen.astype(jnp.float32), diagonal]), axis=1)
+    no_data = count == 0
+    mean = total / jnp.maximum(count, 1.0)
     # Without any data every column stays as it is, and the Hessian becomes the identity: that is plain rounding.
+    dead = diagonal.shape[0] - count.astype(jnp.int32)
     return _Columns(seen, seen | no_data, jnp.where(no_data, 1.0, mean), dead)
 
 
@@ -220,6 +221,6 @@ def _problem(
         damped=layout.spread(damped, 0),
         known=known,
         grid_of=layout.spread(place // group, 0),
-        free=free_moves(coupling, layout.padded_group) if known is None else None,
+        free=free_moves(coupling, layout.block) if known is None and layout.block < layout.sizes[0] else None,
     )
     return problem, factor

@@ -7,7 +7,7 @@ memory. Write D for the rows of `weight - rounded` that are final and 0 for the 
 
 so a level of the nest adds, for each of its chunks, the part of that sum that lies in the level's own rows, and hands
 the chunk down. At the lowest level a chunk has some 16 rows, which stay in the processor's cache while they are rounded
-one by one. Where scales come from the updated weights one level's chunks are the groups, so that every update is in.
+one by one. Where scales come from the updated weights, one level's chunks are the groups, or blocks of several groups.
 """
 
 import dataclasses
@@ -33,12 +33,14 @@ class Plan:
       k: columns.
       group: columns that share a scale taken from the updated weights, or None when all scales are known beforehand.
       padded_group: rows of a group. What is added is zero, has no coupling and changes nothing.
+      block: rows whose groups take their scales at the same time, a multiple of `padded_group`, one of `sizes`.
       sizes: rows of a chunk at each level, each dividing the one before; the first is all of them.
     """
 
     k: int
     group: int | None
     padded_group: int
+    block: int
     sizes: tuple[int, ...]
 
     def spread(self, x: jax.Array, axis: int) -> jax.Array:
@@ -65,10 +67,10 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def plan(k: int, group: int | None, block_size: int) -> Plan:
-    """Levels for `k` columns: some 16 rows, about `block_size`, a few blocks, all; the group's size among them.
+    """Levels for `k` columns: some 16 rows, about `block_size`, a few blocks, all; the group's size if it is larger.
 
-    >>> plan(4096, 128, 128).sizes, plan(4096, None, 128).sizes, plan(700, 100, 128).sizes
-    ((4096, 512, 128, 16), (4096, 512, 128, 16), (700, 100, 20))
+    >>> plan(4096, 32, 128).sizes, plan(4096, None, 128).sizes, plan(1200, 300, 128).sizes
+    ((4096, 512, 128, 16), (4096, 512, 128, 16), (1200, 300, 75, 15))
     """
     rows = _ROWS if group is None else _rows_of(group)
     padded_group = rows if group is None else -(-group // rows) * rows
@@ -76,14 +78,14 @@ def plan(k: int, group: int | None, block_size: int) -> Plan:
     if padded_group > block_size:
         for target in (block_size, _FAN_OUT * block_size):
             sizes.append(_largest_between(sizes[-1], padded_group, target))
-    sizes.append(padded_group)
     sizes.append(padded_group * max(1, block_size // padded_group))
+    block = sizes[-1]
     needed = k if group is None else -(-k // group) * padded_group
-    fan_outs = range(max(1, _FAN_OUT * block_size // sizes[-1]), 0, -1)
-    sizes.append(min((sizes[-1] * f for f in fan_outs), key=lambda size: -(-needed // size) * size))
-    below = [s for s in sizes if s <= needed] or [sizes[0]]
+    fan_outs = range(max(1, _FAN_OUT * block_size // block), 0, -1)
+    sizes.append(min((block * f for f in fan_outs), key=lambda size: -(-needed // size) * size))
+    below = [s for s in sizes if s <= needed] or [rows]
     total = -(-needed // below[-1]) * below[-1]
-    return Plan(k, group, padded_group, tuple(sorted({total, *below}, reverse=True)))
+    return Plan(k, group, padded_group, min(block, total), tuple(sorted({total, *below}, reverse=True)))
 
 
 def _rows_of(group: int) -> int:
@@ -119,7 +121,7 @@ class Problem(NamedTuple):
       damped: float32 (K,), what damping added to the Hessian's diagonal: what the cost above has too much of.
       known: grids (G, N) or (G, 1), or None when groups take theirs from the updated weights.
       grid_of: int32 (K,), the row of `known` for each row.
-      free: float32 (groups, group, group), see `free_moves`; None when grids are known.
+      free: float32 (blocks, block, block), see `free_moves`; None when it is not needed.
     """
 
     weight: jax.Array
@@ -138,7 +140,7 @@ class Swept(NamedTuple):
       difference: float32 (rows, N), weight minus rounded weight.
       codes: int8 or uint8 (rows, N).
       loss: float32 (1, N).
-      grids: `Grid` of (groups, N), or None below the level of the groups and when grids are known beforehand.
+      grids: `Grid` of (groups, N), or None below the level that fits them and when they are known beforehand.
     """
 
     difference: jax.Array
@@ -165,51 +167,59 @@ def sweep(problem: Problem, spec: IntSpec | CodebookSpec, mse: bool, plan: Plan)
     Returns:
       A `Swept`; padding rows and groups included.
     """
-    grid = problem.known if problem.known is not None and problem.known.scale.shape[0] == 1 else None
-    return _chunks(problem, _Static(spec, mse, plan), 0, problem.weight, 0, grid)
+    static = _Static(spec, mse, plan)
+    if problem.known is not None or plan.block < plan.sizes[0]:
+        return _chunks(problem, static, 0, problem.weight, 0, None)
+    # One block holds every group: nothing is updated before it.
+    grids = _fit_groups(problem.weight, static)
+    return _chunks(problem, static, 0, problem.weight, 0, (0, grids))._replace(grids=grids)
 
 
-def fit_rows(rows: jax.Array, spec: IntSpec | CodebookSpec, mse: bool) -> Grid:
-    """The grids (1, N) of a group (group, N)."""
-    kept = spec.granularity.kept if isinstance(spec.granularity, PerBlock) else 1
-    if not mse:
+def _fit_groups(rows: jax.Array, static: _Static) -> Grid:
+    """The grids (groups, N) of whole groups of rows."""
+    granularity, n, size = static.spec.granularity, rows.shape[1], static.plan.padded_group
+    kept = granularity.kept if isinstance(granularity, PerBlock) else 1
+    rows = rows.reshape(-1, size, n)
+    if not static.mse:
         # Only the extreme values count: a reduction here spares transposing the group.
-        rows = jnp.stack([jnp.min(rows, axis=0), jnp.max(rows, axis=0)])
-    grid = fit(rows.T.reshape(rows.shape[1] // kept, kept * rows.shape[0]), spec, mse)
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, kept, axis=0).T, grid)
+        rows = jnp.stack([jnp.min(rows, axis=1), jnp.max(rows, axis=1)], axis=1)
+    blocks = rows.swapaxes(1, 2).reshape(rows.shape[0], n // kept, kept * rows.shape[1])
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=1), fit(blocks, static.spec, static.mse))
 
 
-def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: Any, grid: Grid | None) -> Swept:
-    """Sweep rows `start ..` whose `target` has every update from before `start`."""
-    sizes, group = static.plan.sizes, static.plan.padded_group if p.known is None else None
-    if level + 1 == len(sizes):
-        return _rows(p, static, target, start, grid)
-    size, chunk = sizes[level], sizes[level + 1]
+def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: Any, block: tuple[Any, Grid] | None) -> Swept:
+    """Sweep rows `start ..` whose `target` has every update from before `start`; `block` is its first row and grids."""
+    plan, n = static.plan, target.shape[1]
+    if level + 1 == len(plan.sizes):
+        return _rows(p, static, target, start, block)
+    size, chunk = plan.sizes[level], plan.sizes[level + 1]
+    fits_here_or_below = p.known is None and block is None
+    fits_here = fits_here_or_below and chunk == plan.block
 
     def step(i, done: Swept) -> Swept:
         first = i * chunk
         rows = lax.dynamic_slice_in_dim(target, first, chunk) + _earlier(p, done.difference, start, i, chunk)
-        chosen = grid
-        if chunk == group:
-            chosen = fit_rows(_updated(p, rows, start + first), static.spec, static.mse)
-        part = _chunks(p, static, level + 1, rows, start + first, chosen)
+        inner = block
+        if fits_here:
+            inner = start + first, _fit_groups(_updated(p, rows, start + first), static)
+        part = _chunks(p, static, level + 1, rows, start + first, inner)
         grids = done.grids
-        if grids is not None and group is not None:
-            new = chosen if chunk == group else part.grids
-            grids = jax.tree.map(lambda all_, one: _put(all_, one, first // group), grids, new)
+        if fits_here_or_below:
+            new = part.grids if inner is None else inner[1]
+            grids = jax.tree.map(lambda all_, some: _put(all_, some, first // plan.padded_group), grids, new)
         return Swept(_put(done.difference, part.difference, first), _put(done.codes, part.codes, first),
                      done.loss + part.loss, grids)  # fmt: skip
 
-    n = target.shape[1]
-    start_grids = None
-    if group is not None and chunk >= group:
-        zeros = jnp.zeros((size // group, n), jnp.float32)
-        start_grids = Grid(zeros, zeros.astype(jnp.int32) if _has_zero_point(static.spec) else None)
-    return lax.fori_loop(0, size // chunk, step, _nothing(size, n, static.spec, start_grids))
+    nothing = _nothing(size, n, static.spec)
+    if fits_here_or_below:
+        zeros = jnp.zeros((size // plan.padded_group, n), jnp.float32)
+        has_zero_point = isinstance(static.spec, IntSpec) and not static.spec.symmetric
+        nothing = nothing._replace(grids=Grid(zeros, zeros.astype(jnp.int32) if has_zero_point else None))
+    return lax.fori_loop(0, size // chunk, step, nothing)
 
 
 def _updated(p: Problem, target: jax.Array, start: Any) -> jax.Array:
-    """GPTQ's updated weights of a group, before any of its rows is rounded.
+    """GPTQ's updated weights of a block, before any of its rows is rounded.
 
     They are what free rows move to, at no cost, to make up for those that are final. With y for how far they move, no
     cost means that every row meets its target: `y + coupling @ y = target - weight`. The target alone is something
@@ -220,15 +230,15 @@ def _updated(p: Problem, target: jax.Array, start: Any) -> jax.Array:
     return target + _product(lax.dynamic_index_in_dim(p.free, start // size, keepdims=False), target - weight)
 
 
-def free_moves(coupling: jax.Array, group: int) -> jax.Array:
-    """`(I + coupling)^-1 - I` for the diagonal block of each group, float32 (K / group, group, group).
+def free_moves(coupling: jax.Array, block: int) -> jax.Array:
+    """`(I + coupling)^-1 - I` for each diagonal block, float32 (K / block, block, block).
 
-    Without I the first row of a group adds exactly nothing, so a first row that sets the scale is also rounded with it.
+    Without I the first row of a block adds exactly nothing, so a first row that sets the scale is also rounded with it.
     """
-    groups = coupling.shape[0] // group
-    each = jnp.arange(groups)
-    diagonal = coupling.reshape(groups, group, groups, group)[each, :, each, :]
-    eye = jnp.broadcast_to(jnp.eye(group, dtype=jnp.float32), diagonal.shape)
+    count = coupling.shape[0] // block
+    each = jnp.arange(count)
+    diagonal = coupling.reshape(count, block, count, block)[each, :, each, :]
+    eye = jnp.broadcast_to(jnp.eye(block, dtype=jnp.float32), diagonal.shape)
     return lax.linalg.triangular_solve(diagonal, eye, left_side=True, lower=True, unit_diagonal=True) - eye
 
 
@@ -249,15 +259,17 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _rows(p: Problem, static: _Static, target: jax.Array, start: Any, grid: Grid | None) -> Swept:
+def _rows(p: Problem, static: _Static, target: jax.Array, start: Any, block: tuple[Any, Grid] | None) -> Swept:
     """Round the rows of the lowest level one by one, each adding to the targets of those below it."""
     size, n = target.shape
     couplings = lax.dynamic_slice(p.coupling, (start, start), (size, size))
+    # A chunk of this level lies in one group, unless act-order mixes groups that are known beforehand.
+    grid = None if block is None else _pick(block[1], (start - block[0]) // static.plan.padded_group)
 
     def step(j, state):
         target, done = state
         row = start + j
-        here = _grid_of(p, row) if grid is None else grid
+        here = grid or _pick(p.known, p.grid_of[row])
         goal = lax.dynamic_slice_in_dim(target, j, 1)
         codes = block_encode(goal, *here, static.spec)
         rounded = block_decode(codes, *here, static.spec)
@@ -267,21 +279,17 @@ def _rows(p: Problem, static: _Static, target: jax.Array, start: Any, grid: Grid
         return target, Swept(_put(done.difference, difference, j), _put(done.codes, codes.astype(done.codes.dtype), j),
                              done.loss + loss, None)  # fmt: skip
 
-    return lax.fori_loop(0, size, step, (target, _nothing(size, n, static.spec, None)))[1]
+    return lax.fori_loop(0, size, step, (target, _nothing(size, n, static.spec)))[1]
 
 
-def _grid_of(p: Problem, row: Any) -> Grid:
-    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, p.grid_of[row], 1), p.known)
+def _pick(grids: Grid | None, index: Any) -> Grid:
+    return jax.tree.map(lambda leaf: leaf if leaf.shape[0] == 1 else lax.dynamic_slice_in_dim(leaf, index, 1), grids)
 
 
-def _nothing(size: int, n: int, spec: IntSpec | CodebookSpec, grids: Grid | None) -> Swept:
+def _nothing(size: int, n: int, spec: IntSpec | CodebookSpec) -> Swept:
     signed = isinstance(spec, IntSpec) and spec.signed
     codes = jnp.zeros((size, n), jnp.int8 if signed else jnp.uint8)
-    return Swept(jnp.zeros((size, n), jnp.float32), codes, jnp.zeros((1, n), jnp.float32), grids)
-
-
-def _has_zero_point(spec: IntSpec | CodebookSpec) -> bool:
-    return isinstance(spec, IntSpec) and not spec.symmetric
+    return Swept(jnp.zeros((size, n), jnp.float32), codes, jnp.zeros((1, n), jnp.float32), None)
 
 
 def _put(whole: jax.Array, part: jax.Array, first: Any) -> jax.Array:

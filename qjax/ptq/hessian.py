@@ -140,8 +140,8 @@ def factorize(hessian: jax.Array, mean: jax.Array, damping: float, increment: fl
         # Transposing changes nothing (it is symmetric) but spares LAPACK's column-major layout copies on both sides.
         upper = lax.linalg.cholesky(damped.T, symmetrize_input=False).T
         pivot = jnp.diagonal(upper)
-        enough = jnp.square(jnp.min(pivot)) >= jnp.maximum(0.5 * added, floor * mean)  # False for NaN
-        good = enough & jnp.isfinite(jnp.max(pivot))
+        least = jnp.min(jnp.where(jnp.isfinite(pivot), pivot, -1.0))
+        good = least >= jnp.sqrt(jnp.maximum(0.5 * added, floor * mean))  # False where `mean` is NaN
         return attempt + 1, good, upper
 
     def goes_on(state):

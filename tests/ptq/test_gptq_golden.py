@@ -61,9 +61,7 @@ CASES = {
 def test_the_golden_data_is_what_it_says(case):
     data, mse = golden()
     scale, zero, g_idx = (data[f"{case}_{part}"] for part in ("scale", "zero", "g_idx"))
-    assert output_mse((data[f"{case}_codes"] - np.float64(zero[:, g_idx])) * scale[:, g_idx]) == pytest.approx(
-        mse[case], rel=1e-5
-    )
+    assert output_mse((data[f"{case}_codes"] - np.float64(zero[:, g_idx])) * scale[:, g_idx]) == pytest.approx(mse[case], rel=1e-5)
 
 
 def test_rounding_has_the_error_of_the_golden_rounding():

@@ -28,7 +28,8 @@ def check_plan(k, group, block_size):
     assert needed <= p.sizes[0]
     assert p.sizes[-1] <= 32 and (p.sizes[-1] >= 8 or group in (1, 3))
     if group is not None:
-        assert p.padded_group in p.sizes and group <= p.padded_group <= group + 15
+        assert group <= p.padded_group <= group + 15
+        assert p.block in p.sizes and p.block % p.padded_group == 0
     if k >= 1000 and block_size < 1000:
         assert p.sizes[0] <= 1.15 * needed
     rows = np.asarray(p.spread(jnp.arange(1, k + 1), 0))
