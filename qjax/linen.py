@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 
 from qjax.policy import Policy
-from qjax.ptq import Result
+from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq.sequential import Progress
 from qjax.training import FakeQuant
@@ -38,13 +38,21 @@ def quantize(
       **apply_kwargs: keyword arguments of `model.apply`, such as `train=False`.
 
     Returns:
-      A `Result` whose `params` is `variables` with packed leaves.
+      A `Result` whose `params` is `variables` with packed leaves in its collection "params".
+
+    Raises:
+      TypeError: `model` is no Linen module; see also `qjax.quantize`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.quantize")
-    return quantize_function(
-        functools.partial(model.apply, **apply_kwargs), variables, policy, calibration, progress=progress
-    )
+    params, rest = {"params": variables["params"]}, {k: v for k, v in variables.items() if k != "params"}
+
+    def fn(params: Any, rest: Any, *inputs: Any) -> Any:
+        return model.apply({**params, **rest}, *inputs, **apply_kwargs)
+
+    batches = [(rest, *batch) for batch in as_batches(calibration)]
+    result = quantize_function(fn, params, policy, batches, progress=progress)
+    return dataclasses.replace(result, params={**result.params, **rest})
 
 
 class FakeQuantModule(nn.Module):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from flax import nnx
 
 from qjax.policy import Policy
-from qjax.ptq import Result
+from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq.sequential import Progress
 from qjax.training import FakeQuant
@@ -54,21 +55,32 @@ def quantize(
       progress: called with (parameters done, all, path).
 
     Returns:
-      A `Result` whose `params` is the module's state with packed leaves.
+      A `Result` whose `params` is the module's state with packed `Param`s; other variables are as they were.
+
+    Raises:
+      TypeError: `model` is no NNX module; see also `qjax.quantize`.
     """
     _check(model, "quantize")
-    return quantize_function(function(model), nnx.state(model), policy, calibration, progress=progress)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def fn(params: Any, rest: Any, *inputs: Any) -> Any:
+        return nnx.merge(graphdef, params, rest)(*inputs)
+
+    batches = [(rest, *batch) for batch in as_batches(calibration)]
+    result = quantize_function(fn, params, policy, batches, progress=progress)
+    return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
 
 
-def fake_quant(model: nnx.Module, policy: Policy) -> Any:
+def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("__call__",)) -> Any:
     """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
 
     Args:
       model: any NNX module; not changed.
       policy: which parameters are fake-quantized.
+      methods: the methods that compute with fake-quantized parameters; all others compute in float.
 
     Returns:
-      A copy of the module whose `__call__` computes with fake-quantized parameters. Its state has the same paths, its
+      A copy of the module whose `methods` compute with fake-quantized parameters. Its state has the same paths, its
       `Param`s stay float, and what a call changes (batch statistics, random counts) is changed in it.
 
     Example:
@@ -81,23 +93,30 @@ def fake_quant(model: nnx.Module, policy: Policy) -> Any:
     """
     _check(model, "fake_quant")
     base = type(model)
+    for name in methods:
+        if not callable(getattr(base, name, None)):
+            raise ValueError(f"`methods` names {name!r}, which {base.__name__} does not have")
+    copy = nnx.clone(model)
+    # A subclass, so that the copy is what the original is, with the attributes and paths it has.
+    wrapped = {name: _fake_quantized(getattr(base, name), policy) for name in methods}
+    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), wrapped)
+    return copy
 
+
+def _fake_quantized(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         graphdef, params, rest = nnx.split(self, nnx.Param, ...)
 
         def forward(params: Any, rest: Any, *args: Any) -> Any:
-            return base.__call__(nnx.merge(graphdef, params, rest), *args, **kwargs)  # pyright: ignore[reportCallIssue]
+            return method(nnx.merge(graphdef, params, rest), *args, **kwargs)
 
         weights = FakeQuant(forward, policy).leaves(params, rest, *args)
         quantized = nnx.merge(graphdef, weights(params), rest)
-        out = base.__call__(quantized, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+        out = method(quantized, *args, **kwargs)
         nnx.update(self, nnx.split(quantized, nnx.Param, ...)[2])
         return out
 
-    copy = nnx.clone(model)
-    # A subclass, so that the copy is what the original is, with the attributes and paths it has.
-    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), {"__call__": call})
-    return copy
+    return call
 
 
 def _check(model: Any, verb: str) -> None:

@@ -7,6 +7,8 @@ import difflib
 import fnmatch
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
+
 from qjax.core import CastSpec, CodebookSpec, IntSpec, Spec
 from qjax.program import Leaf, Program
 from qjax.program.trace import path_str as path_str
@@ -70,7 +72,7 @@ class Choice:
 
     @property
     def spec(self) -> Spec | None:
-        return self.rule.weight if self.rule is not None and self.leaf.sites else None
+        return self.rule.weight if self.rule is not None else None
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -90,7 +92,7 @@ class Policy:
     Example:
       >>> import qjax
       >>> Policy([Rule("*embed*", weight=None), Rule("*", weight=qjax.int8())])
-      Policy([Rule('*embed*', weight=None), Rule('*', weight=int8)])
+      Policy([Rule('*embed*', weight=None), Rule('*', weight=int8(per="channel"))])
     """
 
     rules: tuple[Rule, ...]
@@ -127,7 +129,7 @@ class Policy:
 
 
 def _choose(leaf: Leaf, rules: tuple[Rule, ...]) -> Choice:
-    if not leaf.sites:
+    if not is_candidate(leaf):
         return Choice(leaf, None, no_site_reason(leaf))
     rule = next((r for r in rules if r.matches(leaf.path)), None)
     if rule is None:
@@ -137,26 +139,33 @@ def _choose(leaf: Leaf, rules: tuple[Rule, ...]) -> Choice:
     return Choice(leaf, rule, "")
 
 
+def is_candidate(leaf: Leaf) -> bool:
+    """Whether a parameter can be quantized: it is floating and meets data at a site."""
+    return bool(leaf.sites) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def no_site_reason(leaf: Leaf) -> str:
     """Says why a parameter is no candidate."""
+    if leaf.sites:
+        return f"it is {leaf.dtype}, not floating"
     if not leaf.consumers:
         return "the function never uses it"
-    return f"meets no data in a matmul, convolution or lookup, only {', '.join(leaf.consumers)}"
+    return f"it meets no data in a matmul, convolution or lookup, only {', '.join(leaf.consumers)}"
 
 
 def _check_matches(rule: Rule, program: Program) -> None:
     matched = [leaf for leaf in program.leaves if rule.matches(leaf.path)]
     if not matched:
-        paths = [leaf.path for leaf in program.leaves if leaf.sites]
+        paths = [leaf.path for leaf in program.leaves if is_candidate(leaf)]
         words = rule.pattern.strip("*")
         parts = sorted({part for path in paths for part in (path, *path.split("/"))})
         close = difflib.get_close_matches(words, parts, n=1, cutoff=0.5)
-        hint = f"did you mean {_like(rule.pattern, close[0])!r}?" if close else "its paths are such as " + ", ".join(paths[:3])
+        hint = f"did you mean {_like(rule.pattern, close[0])!r}?" if close else f"what can be quantized is {', '.join(paths[:3]) or 'nothing'}"
         raise ValueError(f"rule `pattern` {rule.pattern!r} matches no parameter of the program; {hint}")
-    if not any(leaf.sites for leaf in matched):
+    if not any(map(is_candidate, matched)):
         leaf = matched[0]
         raise ValueError(
-            f"rule `pattern` {rule.pattern!r} matches only parameters that cannot be quantized, such as {leaf.path!r}: it "
+            f"rule `pattern` {rule.pattern!r} matches only parameters that cannot be quantized, such as {leaf.path!r}: "
             f"{no_site_reason(leaf)}; remove the rule or widen its pattern (these stay float in any case)"
         )
 

@@ -76,4 +76,8 @@ def test_no_blanket_excepts_and_no_asserts_for_users():
         for node in ast.walk(ast.parse(file.read_text())):
             assert not isinstance(node, ast.Assert), f"{file}:{node.lineno}: assert"
             if isinstance(node, ast.ExceptHandler):
-                assert node.type is not None, f"{file}:{node.lineno}: bare except"
+                caught = ast.unparse(node.type) if node.type else "everything"
+                # `tokenizers` raises the bare class for a file it cannot read; what is narrower is raised again there.
+                allowed = file.name == "huggingface.py" and caught == "Exception"
+                allowed |= isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None  # tidies up and raises on
+                assert caught not in ("everything", "Exception", "BaseException") or allowed, f"{file}:{node.lineno}: {caught}"

@@ -37,7 +37,7 @@ def test_first_match_wins_and_the_rest_says_why():
         "head/kernel": str(qjax.int8()),
     }
     assert found["embed/embedding"].reason == "rule '*embed*' leaves it float"
-    assert found["attention/bias"].reason == "meets no data in a matmul, convolution or lookup, only add"
+    assert found["attention/bias"].reason == "it meets no data in a matmul, convolution or lookup, only add"
     assert rows(Rule("head/*", weight=qjax.int8()))["attention/kernel"].reason == "no rule matches its path"
 
 

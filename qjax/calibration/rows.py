@@ -48,6 +48,8 @@ def why_no_rows(site: Site, leaf: Leaf) -> str:
         return "it stands inside a shard_map, whose activations are split over devices; calibrate the function without it"
     if site.op == "conv_general_dilated":
         return ""
+    if any(atom.axis not in site.stacked for w, _ in site.batch for atom in site.view.dims[w]):
+        return "a part of a kept axis runs along with a batch axis of its activations (heads stored flat)"
     dims = [site.view.dims[w] for w, _ in site.pairs]
     seen = math.prod(atom.size for dim in dims for atom in dim)
     return "" if seen == columns(site, leaf) else "it is contracted over a part of its axis only"

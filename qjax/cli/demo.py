@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from qjax.cli.shared import SHIPPED, Model, emit, json_option, platform, progress
+from qjax.cli.shared import SHIPPED, Model, Update, emit, json_option, platform, progress
 
 PROMPT = "It was late in the evening when"
 NEW_TOKENS, TEMPERATURE, TOP_K, SEED = 110, 0.8, 40, 1
@@ -42,8 +42,8 @@ class Recipe:
     @property
     def options(self) -> dict[str, Any]:
         """All options that make a policy."""
-        rest = {"per": None, "pad": False, "keep": (), "keep_none": False, "mse": False, "act_order": False, "static_groups": False, "damping": None}
-        return {"weight": self.weight, "method": self.method, "group_size": self.group_size, **rest}
+        rest = dict.fromkeys(("per", "damping")) | dict.fromkeys(("pad", "mse", "act_order", "static_groups", "keep_none"), False)
+        return {"weight": self.weight, "method": self.method, "group_size": self.group_size, "keep": (), **rest}
 
 
 RECIPES = (
@@ -67,8 +67,8 @@ def command(directory: Path | None, quick: bool, as_json: bool) -> None:
     last bit, and float and int4 write a paragraph each.
     """
     started = time.perf_counter()
-    with _working_folder(directory) as folder, progress() as bar:
-        document = _run(folder, 32 if quick else None, Stages(bar))
+    with _working_folder(directory) as folder, progress() as begin:
+        document = _run(folder, 32 if quick else None, Stages(begin))
     document |= {"directory": None if directory is None else str(directory), "seconds": round(time.perf_counter() - started, 3)}
     emit(document) if as_json else _show(document)
     if not document["second_process"]["identical"]:
@@ -91,15 +91,14 @@ def _working_folder(directory: Path | None) -> Iterator[Path]:
 class Stages:
     """A progress bar a stage, and the seconds that each took."""
 
-    def __init__(self, bar: Any):
-        self.bar, self.seconds = bar, {}
+    def __init__(self, begin: Callable[[str], Update]):
+        self.begin, self.seconds = begin, {}
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Runs a stage; gives a callable that takes how much is done, of how much."""
+    def __call__(self, name: str) -> Iterator[Update]:
+        """Runs a stage; gives what to call with (done, all)."""
         started = time.perf_counter()
-        task = self.bar.add_task(name, total=None)
-        yield lambda done, total: self.bar.update(task, completed=done, total=total)
+        yield self.begin(name)
         self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
@@ -110,8 +109,8 @@ class Background:
     in XLA's thread pool for each other, for ever.
     """
 
-    def __init__(self, stages: Stages):
-        self.stages, self.pool, self.futures = stages, ThreadPoolExecutor(1), []
+    def __init__(self):
+        self.pool, self.futures = ThreadPoolExecutor(1), []
 
     def __enter__(self) -> Background:
         return self
@@ -135,7 +134,7 @@ def _run(folder: Path, count: int | None, stages: Stages) -> dict[str, Any]:
     with stages("loading") as update:
         model, rows, calibration = _inputs(count)
         update(1, 1)
-    with Background(stages) as later:
+    with Background() as later:
         models = {FLOAT: model} | _quantized(model, calibration, rows[:BATCH], folder, stages, later)
         with stages("compiling the rest") as update:
             second = later.results()[0]

@@ -45,9 +45,8 @@ def command(model: str, text: Path | None, against: str | None, window: int | No
     rows = text_rows(opened[-1], text or books_llama_folder() / "heldout.txt", window)[:limit]
     if len(opened) == 2:
         _check_comparable(*opened)
-    with progress() as bar:
-        task = bar.add_task("evaluating", total=None)
-        scores = score(opened, rows, batch_size, len(opened) == 2, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress() as begin:
+        scores = score(opened, rows, batch_size, len(opened) == 2, begin("evaluating"))
         speeds = [decode_speed(each, rows[0]) for each in opened]
     measured = [
         {"model": each.name, **found.numbers, **sizes(each), "tokens_per_second": speed}

@@ -1,5 +1,6 @@
 """`qjax`: the group of commands, and how an error leaves it: one line on stderr, without a traceback."""
 
+import importlib.metadata
 import importlib
 import sys
 from typing import Any
@@ -68,9 +69,7 @@ def _hint(error: click.ClickException) -> str:
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from qjax import __version__
-
-        click.echo(f"qjax {__version__}")
+        click.echo(f"qjax {importlib.metadata.version('qjax')}")
         ctx.exit()
 
 

@@ -67,11 +67,9 @@ def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
     started = time.perf_counter()
     model = open_float(src)
     policy = make_policy(model, options)
-    with progress() as bar:
-        rows, text = _calibration(model, options)
-        task = bar.add_task("quantizing", total=None)
-        result = quantize_model(model, policy, batches_of(rows, options["batch_size"]), lambda done, total: bar.update(
-            task, completed=done, total=total))  # fmt: skip
+    rows, text = _calibration(model, options)
+    with progress() as begin:
+        result = quantize_model(model, policy, batches_of(rows, options["batch_size"]), begin("quantizing"))
         metadata = {**describe_model(model), "calibration": text}
         save(dst, result, model, metadata, overwrite=options["overwrite"])
     document = describe_run(model, dst, result, metadata) | {"seconds": round(time.perf_counter() - started, 3)}
@@ -105,9 +103,10 @@ def check_destination(dst: Path, overwrite: bool) -> None:
     if dst.exists() and not dst.is_dir():
         raise FileExistsError(f"DST {str(dst)!r} is a file: give a folder")
     if dst.is_dir() and any(dst.iterdir()):
-        if not (dst / DOCUMENT).is_file():
-            raise FileExistsError(f"DST {str(dst)!r} holds something that is no packed checkpoint: give a new folder")
-        if not overwrite:
+        foreign = [path.name for path in dst.iterdir() if not path.name.startswith(("arrays.", DOCUMENT))]
+        if foreign and not (dst / DOCUMENT).is_file():
+            raise FileExistsError(f"DST {str(dst)!r} holds {foreign[0]!r}, and is no packed checkpoint: give a new folder")
+        if (dst / DOCUMENT).is_file() and not overwrite:
             raise FileExistsError(f"DST {str(dst)!r} holds a packed checkpoint already: give a new folder, or --overwrite")
     parent = next(p for p in (dst.absolute(), *dst.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -248,13 +247,13 @@ def save(dst: Path, result: Any, model: Model, metadata: dict[str, Any], overwri
 
 @contextlib.contextmanager
 def _removed_if_new(dst: Path) -> Iterator[None]:
-    existed = dst.exists()
+    new = [folder for folder in (dst, *dst.parents) if not folder.exists()]
     try:
         yield
     except BaseException:  # Ctrl-C too; it goes on
-        if not existed:
+        for folder in new:
             with contextlib.suppress(OSError):
-                dst.rmdir()
+                folder.rmdir()
         raise
 
 

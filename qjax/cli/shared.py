@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,16 +175,42 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"`{path}` is not UTF-8 text (byte {error.start}): convert it") from error
 
 
+Update = Callable[[int, int], None]
+
+
 @contextlib.contextmanager
-def progress() -> Iterator[Progress]:
-    """A progress bar on stderr, which goes away when there is an error to read instead."""
+def progress() -> Iterator[Callable[[str], Update]]:
+    """Shows progress on stderr: bars on a terminal, elsewhere a line when something is done.
+
+    Yields:
+      A callable that takes the name of a piece of work, begins it, and gives what to call with (done, all).
+    """
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        yield _line_at_end
+        return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         try:
-            yield bar
+            yield lambda name: _moving(bar, bar.add_task(name, total=None))
         except BaseException:
-            bar.live.transient = True
+            bar.live.transient = True  # what is to be read now is the error
             raise
+
+
+def _moving(bar: Progress, task: Any) -> Update:
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _line_at_end(name: str) -> Update:
+    started, said = time.perf_counter(), []
+
+    def update(done: int, total: int) -> None:
+        if done == total and not said:
+            said.append(True)
+            click.echo(f"{name}: {time.perf_counter() - started:.1f} s", err=True)
+
+    return update
 
 
 def emit(document: dict[str, Any]) -> None:

@@ -255,7 +255,11 @@ def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
 
     kind = "signed, symmetric" if signed else "unsigned, asymmetric"
     factory.__name__ = factory.__qualname__ = f"{'' if signed else 'u'}int{bits}"
-    factory.__doc__ = f"{bits}-bit integers, {kind}, per channel unless told otherwise; keywords as for `integer`."
+    factory.__doc__ = f"""{bits}-bit integers, {kind}, per channel unless told otherwise; keywords as for `integer`.
+
+    >>> {factory.__name__}(group_size=32).bits
+    {bits}
+    """
     return factory
 
 

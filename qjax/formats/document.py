@@ -115,10 +115,9 @@ class Document:
 
 def versions() -> dict[str, str]:
     """Returns the versions that a checkpoint is written with."""
-    from qjax import __version__
 
     orbax = importlib.metadata.version("orbax-checkpoint")
-    return {"qjax": __version__, "jax": jax.__version__, "orbax-checkpoint": orbax, "numpy": np.__version__}
+    return {"qjax": importlib.metadata.version("qjax"), "jax": jax.__version__, "orbax-checkpoint": orbax, "numpy": np.__version__}
 
 
 def write_document(document: Document) -> bytes:

@@ -179,7 +179,7 @@ class _Builder:
         if name in compat.INLINE or name in compat.REMAT or name in compat.CUSTOM_RULES:
             return self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
         inside = [k for k in self.sites if k[: len(key)] == key and k != key]
-        if name == "scan" and self.unroll and key in self.stepped:
+        if name == "scan" and self.unroll and key in self.stepped and eqn.params["length"]:
             return self.steps_of(eqn, inputs, key, steps)
         if not self.unroll and inside:
             return self.opened(eqn, inputs, key, steps)

@@ -16,7 +16,7 @@ from jax import lax
 
 from qjax.core import QTensor
 from qjax.program import compat
-from qjax.program.packed import Packed, after_view, can_scan, materialize
+from qjax.program.packed import Packed, after_view, materialize, scannable
 from qjax.program.primitives import VIEWS
 from qjax.program.sharded import shard_map_packed
 from qjax.program.sites import Key, Site, invariant_carries
@@ -130,7 +130,7 @@ class Interpreter:
         fixed = invariant_carries(eqn.params["jaxpr"], n_consts, n_carry)
         consts, init, xs = operands[:n_consts], operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
         moving = [materialize(v) for i, v in enumerate(init) if i not in fixed]
-        xs = [v if not isinstance(v, Packed) or can_scan(v) else materialize(v) for v in xs]
+        xs = [scannable(v) if isinstance(v, Packed) else v for v in xs]
         own = _below(state, key)
         stacked = {k: v for k, v in own.items() if key in self.sites[k].scans}
         shared = {k: v for k, v in own.items() if k not in stacked}

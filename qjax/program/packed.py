@@ -60,7 +60,7 @@ def after_view(packed: Packed, eqn: Any, rest: list[Any]) -> Packed | None:
         new = None
     if new is None:
         return None
-    return Packed(new, tuple(e for e in packed.pending if e.primitive.name not in PLACEMENTS))
+    return Packed(new, _anywhere(packed.pending))
 
 
 def can_scan(packed: Packed) -> bool:
@@ -69,6 +69,16 @@ def can_scan(packed: Packed) -> bool:
     if not q.shape or -len(q.shape) in q.axes:
         return False
     return all(leaf.shape[0] == q.shape[0] for leaf in jax.tree.leaves(q))
+
+
+def scannable(packed: Packed) -> Any:
+    """Returns what a `scan` may slice: the packed arrays where that is right, else the dequantized value."""
+    return Packed(packed.q, _anywhere(packed.pending)) if can_scan(packed) else packed.value()
+
+
+def _anywhere(pending: tuple[Any, ...]) -> tuple[Any, ...]:
+    # A sharding constraint is written for the shape it stood at.
+    return tuple(eqn for eqn in pending if eqn.primitive.name not in PLACEMENTS)
 
 
 def materialize(value: Any) -> Any:

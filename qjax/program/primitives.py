@@ -8,7 +8,7 @@ from qjax.program import labels
 from qjax.program.labels import View
 
 # Shape-preserving and elementwise: they commute with every view.
-ELEMENTWISE_VIEWS = frozenset({"convert_element_type", "copy", "copy_p", "pvary", "pbroadcast", "reduce_precision"})
+ELEMENTWISE_VIEWS = frozenset({"convert_element_type", "copy", "copy_p", "name", "pvary", "pbroadcast", "reduce_precision"})
 # A constraint on where a parameter lives says nothing about its numbers, but its sharding is written for one rank.
 PLACEMENTS = frozenset({"sharding_constraint"})
 VIEWS = ELEMENTWISE_VIEWS | PLACEMENTS | {"transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice"}

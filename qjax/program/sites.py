@@ -114,14 +114,19 @@ class _Walk:
             if name == "shard_map":
                 inner |= {"opaque": True, "sharded": True}
             outs = self.program(eqn.params[compat.CALLS[name]], operands, (*key, 0), inner)
-            return outs if name in compat.INLINE else none
+            if name in compat.INLINE:
+                return outs
+            for view in outs:
+                self.drop(view, f"output of {name}")
+            return none
         if name == "scan":
             return self.scan(eqn, operands, key, flags)
         if name == "while":
             return self.while_loop(eqn, operands, key, flags)
         if name == "cond":
             for suffix, branch in compat.subprograms(eqn):
-                self.program(branch, operands[1:], key + suffix, {**flags, "opaque": True})
+                for view in self.program(branch, operands[1:], key + suffix, {**flags, "opaque": True}):
+                    self.drop(view, "output of cond")
             return none
         if name in VIEWS and operands[0] is not None and not any(operands[1:]):
             out = view_after(eqn, operands[0])
@@ -129,9 +134,10 @@ class _Walk:
                 return [out]
         if name in SITES and self.site(eqn, operands, key, flags):
             return none
+        if name in SITES:
+            name += " of two parameters" if sum(v is not None for v in operands) > 1 else " in a form that has no packed product"
         for view in operands:
-            if view is not None:
-                self.consumers[view.leaf][name] = None
+            self.drop(view, name)
         return none
 
     def scan(self, eqn: Any, operands: list[View | None], key: Key, flags: dict[str, bool]) -> list[View | None]:
@@ -144,7 +150,9 @@ class _Walk:
             sliced = view and labels.scan_slice(view, key)
             inner.append(sliced or self.drop(view, "scan"))
         stepped = any(view and any(k == key for _, k in view.scans) for view in inner)
-        self.program(eqn.params["jaxpr"], inner, (*key, 0), {**flags, "opaque": flags["opaque"] or not stepped})
+        outs = self.program(eqn.params["jaxpr"], inner, (*key, 0), {**flags, "opaque": flags["opaque"] or not stepped})
+        for i, view in enumerate(outs):
+            self.drop(None if i in invariant else view, "output of scan")
         return [operands[consts + i] if i in invariant else None for i in range(len(eqn.outvars))]
 
     def while_loop(self, eqn: Any, operands: list[View | None], key: Key, flags: dict[str, bool]) -> list[View | None]:
@@ -203,9 +211,10 @@ def _leaf_axes(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Sorts the parameter's axes into contracted, kept and stacked; None if one axis would be in two places."""
     contracted = labels.axes_of([view.dims[d] for d in dims])
-    stacked = labels.axes_of([view.dims[d] for d in batch]) | view.stacked
-    others = [dim for i, dim in enumerate(view.dims) if i not in dims and i not in batch]
-    if not contracted or contracted & (stacked | labels.axes_of(others)):
+    others = labels.axes_of([dim for i, dim in enumerate(view.dims) if i not in dims and i not in batch])
+    # An axis of which a reshape made a batch and a kept one (heads stored flat) is kept.
+    stacked = (labels.axes_of([view.dims[d] for d in batch]) - others) | view.stacked
+    if not contracted or contracted & (stacked | others):
         return None
     kept = (a for a in range(ndim) if a not in contracted | stacked)
     return tuple(sorted(contracted)), tuple(kept), tuple(sorted(stacked))

@@ -74,7 +74,7 @@ def is_array(x: Any) -> bool:
 
 
 def path_str(path: tuple[Any, ...]) -> str:
-    """Writes a tree path as `a/b/0`, without a leading `params/` and a trailing `/value`.
+    """Writes a tree path as `a/b/0`, without a leading key `params` and the attribute `value` of a box around a leaf.
 
     Example:
       >>> import jax
@@ -82,8 +82,11 @@ def path_str(path: tuple[Any, ...]) -> str:
       >>> path_str(jax.tree_util.tree_flatten_with_path(tree)[0][0][0])
       'dense/0'
     """
-    text = jax.tree_util.keystr(path, simple=True, separator="/")
-    return text.removeprefix("params/").removesuffix("/value")
+    if len(path) > 1 and path[0] == jax.tree_util.DictKey("params"):
+        path = path[1:]
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def split_arguments(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -131,6 +134,8 @@ class _Same:
 
 def _static_key(value: Any) -> Hashable:
     # True == 1 == 1.0, so the type is part of the key.
+    if isinstance(value, float):
+        return (float, repr(value))  # 0.0 == -0.0
     return (type(value), value if isinstance(value, Hashable) else _Same(value))
 
 

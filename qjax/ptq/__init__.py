@@ -5,6 +5,7 @@ from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
 from qjax.ptq.method import Problem as Problem
 from qjax.ptq.quantize import Result as Result
+from qjax.ptq.quantize import as_batches as as_batches
 from qjax.ptq.quantize import quantize as quantize
 from qjax.ptq.quantize import sites as sites
 from qjax.ptq.rtn import rtn as rtn

@@ -23,8 +23,12 @@ class GPTQ:
 
     @property
     def name(self) -> str:
-        order = ", act_order" if self.options.act_order else ""
-        return f"gptq({'static_groups' if self.options.static_groups else 'groups'}{order})" if order else "gptq"
+        changed = []
+        for field in dataclasses.fields(self.options):
+            value = getattr(self.options, field.name)
+            if value != field.default:
+                changed.append(field.name if value is True else f"{field.name}={value}")
+        return f"gptq({', '.join(changed)})" if changed else "gptq"
 
     @property
     def observer(self) -> SecondMoment:

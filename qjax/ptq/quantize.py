@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qjax.calibration import why_no_rows
 from qjax.core import QTensor, check_finite
@@ -78,20 +79,19 @@ def quantize(
       >>> params = {"w": jnp.linspace(-1, 1, 64).reshape(16, 4), "b": jnp.zeros(4)}
       >>> result = quantize(fn, params, qjax.Policy([qjax.Rule("*", weight=qjax.int8())]), calibration=[jnp.ones((2, 16))])
       >>> result.params["w"]
-      QTensor(int8, float32[16,4], 80 bytes, 10 bits/weight)
+      QTensor(int8(per="channel"), float32[16,4], 80 bytes, 10 bits/weight)
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}: write qjax.Policy([qjax.Rule(...)])")
     started = time.perf_counter()
-    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in _iterable(calibration)]
-    if not batches:
-        raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
+    batches = as_batches(calibration)
     programs = ProgramCache(fn)
     arguments = [split_arguments(params, batch, {}) for batch in batches]
     flat = arguments[0].params
     program = programs(arguments[0])
     choices = policy.resolve(program)
     _check_leaves(flat, choices)
+    flat = [jnp.asarray(w) if c.spec is not None else w for c, w in zip(choices, flat, strict=True)]
     traced = time.perf_counter()
 
     done: dict[int, tuple[QTensor, tuple[str, ...]]] = {}
@@ -101,7 +101,7 @@ def quantize(
             continue
         method, note = _method(choice)
         if method.observer is None:
-            problem = problem_of(choice.leaf, choice.leaf.sites[0], choice.spec, jnp.asarray(flat[choice.leaf.index]))
+            problem = problem_of(choice.leaf, choice.leaf.sites[0], choice.spec, flat[choice.leaf.index])
             outcome = method.quantize(problem, None)
             done[choice.leaf.index] = outcome.q, (*outcome.notes, *note)
         else:
@@ -122,15 +122,23 @@ def quantize(
     return Result(new_params, report, policy)
 
 
-def _iterable(calibration: Any) -> Iterable[Any]:
+def as_batches(calibration: Any) -> list[tuple[Any, ...]]:
+    """Returns calibration batches as tuples of arguments, or the errors that `quantize` documents."""
     if calibration is None or isinstance(calibration, (dict, str, jax.Array, np.ndarray)) or not isinstance(calibration, Iterable):
         raise TypeError(f"`calibration` must be a list of batches, got {type(calibration).__name__}: write calibration=[batch]")
-    return calibration
+    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in calibration]
+    if not batches:
+        raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
+    return batches
 
 
 def _method(choice: Choice) -> tuple[Method, tuple[str, ...]]:
     """The rule's method, or rounding with the reason where the method cannot do anything for this parameter."""
     method: Any = choice.rule.method if choice.rule is not None and choice.rule.method is not None else rtn()
+    ways = dict.fromkeys((site.contracted, site.stacked) for site in choice.leaf.sites)
+    if len(ways) > 1:
+        note = "its sites contract different axes " + ", ".join(str(axes) for axes, _ in ways) + "; scales follow the first"
+        return (method, (note,)) if method.observer is None else (rtn(), (f"rounded, not {method.name}: {note}",))
     if method.observer is None:
         return method, ()
     reasons = {site.op: why_no_rows(site, choice.leaf) for site in choice.leaf.sites}
@@ -147,12 +155,12 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
         if choice.spec is None:
             continue
         w = flat[choice.leaf.index]
+        if isinstance(w, Tracer):
+            raise TypeError(f"`params` leaf {choice.leaf.path!r} is a tracer: call quantize outside jit, it needs numbers")
         if isinstance(w, QTensor):
             raise ValueError(f"`params` leaf {choice.leaf.path!r} is quantized already ({w.spec}); quantize the float parameters")
         if not isinstance(w, (jax.Array, np.ndarray)):
             raise TypeError(f"`params` leaf {choice.leaf.path!r} is a {type(w).__name__}: quantize needs numbers")
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise TypeError(f"`params` leaf {choice.leaf.path!r} is {w.dtype}: only floating weights can be quantized")
         check_finite(w, choice.leaf.path)
 
 
@@ -254,7 +262,7 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
       >>> params = {"w": jnp.ones((16, 4)), "b": jnp.zeros(4)}
       >>> report = sites(fn, qjax.Policy([qjax.Rule("*", weight=qjax.int8())]))(params, jnp.ones((2, 16)))
       >>> [(row.path, row.spec, row.reason) for row in report.rows]
-      [('b', '', 'meets no data in a matmul, convolution or lookup, only add'), ('w', 'int8', '')]
+      [('b', '', 'it meets no data in a matmul, convolution or lookup, only add'), ('w', 'int8(per="channel")', '')]
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}")

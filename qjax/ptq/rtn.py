@@ -17,7 +17,7 @@ class RoundToNearest:
     """See `rtn`."""
 
     mse: bool = False
-    observer: None = dataclasses.field(default=None, init=False)
+    observer: None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ def rtn(mse: bool = False) -> RoundToNearest:
     Example:
       >>> import qjax
       >>> qjax.Rule("*", weight=qjax.int4(group_size=64), method=qjax.rtn(mse=True))
-      Rule('*', weight=int4(group_size=64), method=RoundToNearest(mse=True, observer=None))
+      Rule('*', weight=int4(group_size=64), method=RoundToNearest(mse=True))
     """
     return RoundToNearest(mse)
 

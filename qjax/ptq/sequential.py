@@ -24,7 +24,7 @@ from qjax.calibration import (
 from qjax.calibration.rows import columns
 from qjax.core import QTensor, Spec
 from qjax.program import Leaf, Packed, Program, Site, compat
-from qjax.program.flatten import FlatEqn, Graph, Lit, flatten
+from qjax.program.flatten import FlatEqn, Graph, Lit, canonical, flatten
 from qjax.program.packed import can_scan
 from qjax.program.segments import Compiled, Cutter, Segment
 from qjax.ptq.method import Method, Outcome
@@ -56,13 +56,13 @@ class Visit:
       site: the site.
       position: index of its equation.
       part: which part of its parameter it sees; None if it stands in a loop or branch that stays whole.
-      source: variable that the site reads.
+      sources: what the site reads beside its parameter.
     """
 
     site: Site
     position: int
     part: Part | None
-    source: Any
+    sources: tuple[Any, ...]
 
 
 class Batch:
@@ -73,6 +73,9 @@ class Batch:
         first = len(program.leaves)
         self.live: dict[int, Any] = dict(zip(cutter.graph.inputs[first:], inputs, strict=True))
         self.inputs = list(inputs)
+
+    def eqn(self, visit: Visit) -> FlatEqn:
+        return self.cutter.graph.eqns[visit.position]
 
     def value(self, var: int) -> Any:
         graph = self.cutter.graph
@@ -204,8 +207,9 @@ def _visits(batch: Batch, tasks: dict[int, Task]) -> list[Visit]:
     for position, eqn in enumerate(graph.eqns):
         site = sites.get(eqn.key)
         if site is not None and eqn.eqn is not None:
-            visits.append(Visit(site, position, _part(site, eqn, graph), eqn.inputs[1 - site.operand]))
-        visits += [Visit(sites[k], position, None, None) for k in eqn.inside if k in sites]
+            sources = tuple(a for i, a in enumerate(eqn.inputs) if i != site.operand)
+            visits.append(Visit(site, position, _part(site, eqn, graph), sources))
+        visits += [Visit(sites[k], position, None, ()) for k in eqn.inside if k in sites]
     return visits
 
 
@@ -230,7 +234,7 @@ def _flat_leaves(visits: Sequence[Visit], tasks: dict[int, Task]) -> set[int]:
 
 
 def _together(other: Visit, visit: Visit, flat: set[int]) -> bool:
-    return other.site.leaf in flat and other.source == visit.source
+    return other.site.leaf in flat and other.sources == visit.sources
 
 
 def _advance(run: Run, streams: list[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
@@ -276,7 +280,7 @@ def _solve_flat(
     for number in group:
         site = visits[0][number].site
         task = run.tasks[site.leaf]
-        signature = (task.observer, site.op, site.pairs, site.batch, site.view.dims if site.op != "dot_general" else _k_dims(site))
+        signature = (task.observer, site.op, canonical(streams[0].eqn(visits[0][number]).eqn.params), _dims(site))
         if why_no_rows(site, task.leaf):
             state = None
         elif signature in shared:
@@ -292,12 +296,14 @@ def _solve_flat(
         run.finish_part(task, layout, part, task.method.quantize(problem, state))
 
 
-def _k_dims(site: Site) -> Any:
-    return tuple(site.view.dims[w] for w, _ in site.pairs)
+def _dims(site: Site) -> Any:
+    """What decides, beside the equation, in which order a site's activations run over the parameter."""
+    dims = range(len(site.view.dims)) if not site.pairs else [w for w, _ in (*site.pairs, *site.batch)]
+    return tuple(site.view.dims[d] for d in dims)
 
 
 def _update(run: Run, batch: Batch, visit: Visit, observer: Observer[Any], state: Any) -> Any:
-    eqn = batch.cutter.graph.eqns[visit.position]
+    eqn = batch.eqn(visit)
     operands = [None if i == visit.site.operand else _operand(batch, a) for i, a in enumerate(eqn.inputs)]
     shapes = tuple((x.shape, str(x.dtype)) for x in operands if x is not None)
     key = (observer, visit.site.key, shapes, visit.site.pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -30,12 +31,14 @@ def dequantize_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tu
 def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | None:
     """Looks rows up in a packed table; None if the table is not stored by rows."""
     q, dims = weight.q, eqn.params["dimension_numbers"]
-    if q.ndim != 2 or q.axes != (-1,) or tuple(dims.start_index_map) != (0,) or isinstance(q.spec, CastSpec) or q.perm is not None:
+    by_rows = q.ndim == 2 and q.axes == (-1,) and tuple(dims.start_index_map) == (0,)
+    # A scale for several rows (per tensor, 2-D blocks) is not indexed by the row.
+    if not by_rows or isinstance(q.spec, CastSpec) or q.perm is not None or q.scale.shape[0] != q.codes.shape[0]:
         return None
 
     def rows(table: jax.Array | None, fill: Any) -> jax.Array | None:
-        if table is None or table.shape[0] == 1:
-            return table
+        if table is None:
+            return None
         numbers = lax.GatherDimensionNumbers(
             offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
         )
@@ -43,9 +46,8 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
             table, indices, numbers, slice_sizes=(1, table.shape[1]), mode=eqn.params["mode"], fill_value=fill
         )
 
-    # Rows out of range come as `fill_value`: NaN by way of the scale, as in the float program.
-    fill = eqn.params["fill_value"]
-    if q.scale.shape[0] == 1 or fill is not None:
+    # Rows out of range come as NaN, by way of the scale; another value needs the float table.
+    if eqn.params["fill_value"] is not None and not math.isnan(eqn.params["fill_value"]):
         return None
     lead = indices.ndim - 1
 

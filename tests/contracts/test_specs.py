@@ -62,7 +62,10 @@ SPECS = [
     bf16(),
     fp16(),
 ]
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+# Every other one runs in the ordinary test line, all of them in the gate.
+every_spec = pytest.mark.parametrize(
+    "spec", [s if i % 2 == 0 else pytest.param(s, marks=pytest.mark.slow) for i, s in enumerate(SPECS)], ids=str
+)
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 

@@ -95,6 +95,7 @@ def test_parameter_tree(tied):
     assert shapes["layers_1"]["input_layernorm"]["scale"].shape == (20,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scan_layers", "remat"), [(False, True), (True, False), (True, True)])
 def test_scan_and_remat_give_the_same_numbers_and_gradients(odd, scan_layers, remat):
     params, tokens = odd

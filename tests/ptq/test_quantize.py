@@ -42,7 +42,12 @@ def spread(case, count=4):
     return batches
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+QUICK = ("scan_remat", "experts", "tied_embedding", "static_index")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c.name in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES], ids=str
+)
 def test_gptq_runs_through_every_program(case):
     batches = spread(case)
     result = qjax.quantize(case.fn, case.params, GPTQ, calibration=batches)

@@ -1,0 +1,71 @@
+"""`qjax generate`."""
+
+import jax.numpy as jnp
+import pytest
+
+from qjax.cli.generate import Stream
+from qjax.formats.huggingface import load_checkpoint
+from qjax.models import Llama
+
+from .conftest import byte_tokenizer, error_of, invoke, json_of
+
+
+def test_greedy_takes_the_likeliest_token(tiny):
+    checkpoint = load_checkpoint(tiny)
+    ids = [1, *checkpoint.tokenizer.encode("On the").ids]
+    model, wanted = Llama(checkpoint.config), []
+    for _ in range(6):
+        logits = model.apply({"params": checkpoint.params}, jnp.asarray([ids + wanted]))
+        wanted.append(int(jnp.argmax(logits[0, -1])))
+    found = json_of("generate", tiny, "--prompt", "On the", "--max-new-tokens", 6, "--temperature", 0)
+    assert found["tokens"] == wanted
+    assert found["tokens_per_second"] > 0
+
+
+def test_the_seed_decides(packed):
+    arguments = ("generate", packed, "--prompt", "On the", "--max-new-tokens", 12, "--temperature", 1.5)
+    first = json_of(*arguments, "--seed", 3)["tokens"]
+    assert json_of(*arguments, "--seed", 3)["tokens"] == first
+    assert json_of(*arguments, "--seed", 4)["tokens"] != first
+
+
+def test_the_text_streams_to_stdout_and_the_speed_to_stderr(packed):
+    arguments = ("generate", packed, "--prompt", "On the", "--max-new-tokens", 10)
+    result, found = invoke(*arguments), json_of(*arguments)
+    assert result.exit_code == 0
+    assert result.stdout == f"On the{found['text']}\n"
+    assert result.stderr.startswith(f"{len(found['tokens'])} tokens, ")
+
+
+def test_bytes_of_one_character_come_together():
+    tokenizer = byte_tokenizer()
+    prompt, new = tokenizer.encode("né").ids, tokenizer.encode("e→x").ids
+    stream = Stream(tokenizer, prompt)
+    assert [stream.push(token) for token in new] == ["e", "", "", "→", "x"]
+    assert stream.end() == ""
+
+
+def test_an_unfinished_character_comes_at_the_end():
+    tokenizer = byte_tokenizer()
+    stream = Stream(tokenizer, tokenizer.encode("a").ids)
+    assert stream.push(tokenizer.encode("→").ids[0]) == ""
+    assert stream.end() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ([], 2, ["--prompt"]),
+        (["--prompt", "On", "--max-new-tokens", "30"], 2, ["--max-new-tokens 30", "32", "at most 29"]),
+        (["--prompt", "On", "--max-new-tokens", "0"], 2, ["--max-new-tokens"]),
+        (["--prompt", "On", "--temperature", "-1"], 2, ["--temperature", "-1"]),
+        (["--prompt", "On", "--temperature", "inf", "--max-new-tokens", "2"], 1, ["temperature", "inf"]),
+        (["--prompt", "On", "--top-k", "0"], 2, ["--top-k"]),
+    ],
+)
+def test_bad_input(tiny, options, code, words):
+    result = invoke("generate", tiny, *options)
+    line = error_of("generate", tiny, *options, "--json", code=code)
+    assert result.stderr.splitlines()[-1] == line.rstrip("\n")
+    for word in words:
+        assert word in line, line

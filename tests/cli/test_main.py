@@ -1,0 +1,76 @@
+"""The group of commands: help without jax, errors as one line, JSON that is JSON."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+import qjax.cli.main
+from qjax.cli.shared import emit, size
+
+from .conftest import error_of, invoke
+
+CLI = Path(qjax.cli.main.__file__).parent
+COMMANDS = ["demo", "quantize", "eval", "inspect", "generate"]
+
+
+def test_help_lists_the_commands():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert f"  {name} " in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_json(name):
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: main {name}")
+    assert "--json" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["__init__", "main", "shared", "demo", "quantize", "evaluate", "inspect", "generate"])
+def test_help_needs_no_jax(name):
+    """What help imports may import nothing heavy at its top."""
+    light = {"click", "rich", "qjax.cli"}
+    for node in ast.parse((CLI / f"{name}.py").read_text()).body:
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for module in modules:
+            heavy = module.startswith(("qjax", "jax", "numpy", "flax")) and not module.startswith("qjax.cli.shared")
+            assert not heavy, f"{name}.py imports {module}"
+            assert module.split(".")[0] in light | {"qjax"} or "." not in module or module.startswith(("rich", "collections", "concurrent"))
+
+
+def test_version():
+    assert invoke("--version").stdout == f"qjax {qjax.__version__}\n"
+
+
+def test_no_command_shows_help_and_fails():
+    result = invoke()
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
+    assert result.stdout == ""
+
+
+def test_unknown_command_and_option():
+    assert "frobnicate" in error_of("frobnicate", code=2)
+    assert "--frobnicate" in error_of("eval", "--frobnicate", code=2)
+
+
+def test_traceback_is_shown_when_asked_for(tmp_path):
+    line = error_of("inspect", tmp_path / "nothing", code=1)
+    assert "nothing" in line
+    result = invoke("--traceback", "inspect", tmp_path / "nothing")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_emit_writes_json_for_numbers_that_json_lacks(capsys):
+    emit({"perplexity": float("nan"), "rows": [{"kl": float("inf")}, 1.5, "x"]})
+    assert json.loads(capsys.readouterr().out) == {"perplexity": None, "rows": [{"kl": None}, 1.5, "x"]}
+
+
+def test_size():
+    assert [size(n) for n in (999, 1000, 8397312, 16_000_000_000)] == ["999 B", "1.00 kB", "8.40 MB", "16.00 GB"]

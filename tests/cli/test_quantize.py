@@ -1,0 +1,246 @@
+"""`qjax quantize`: what it writes, what it refuses, and that it never leaves half a checkpoint."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import qjax
+from qjax.cli.quantize import calibration_rows
+from qjax.cli.shared import open_model
+from qjax.evaluation import calibration_windows
+from qjax.formats.huggingface import load_checkpoint
+
+from .conftest import error_of, invoke, json_of
+
+LINEAR = 14  # of two layers
+
+
+def quantized(params):
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, qjax.QTensor))
+    return [leaf for leaf in leaves if isinstance(leaf, qjax.QTensor)]
+
+
+def test_rounding_gives_what_the_library_gives(tiny, packed):
+    checkpoint, loaded = load_checkpoint(tiny), qjax.load(packed)
+    w = checkpoint.params["layers_1"]["mlp"]["down_proj"]["kernel"]
+    q = loaded.params["params"]["layers_1"]["mlp"]["down_proj"]["kernel"]
+    groups = np.asarray(w).reshape(3, 16, 32)
+    scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(7.5)
+    expected = (np.clip(np.rint(groups / scale), -8, 7) * scale).reshape(48, 32)
+    np.testing.assert_allclose(np.asarray(q), expected, rtol=1e-6)
+    assert len(quantized(loaded.params)) == LINEAR
+
+
+def test_what_stays_float_keeps_its_stored_dtype(tiny, packed):
+    params = qjax.load(packed).params["params"]
+    assert params["embed_tokens"]["embedding"].dtype == "bfloat16"
+    assert params["lm_head"]["kernel"].dtype == "bfloat16"
+    stored = load_checkpoint(tiny, "bfloat16").params["embed_tokens"]["embedding"]
+    assert (np.asarray(params["embed_tokens"]["embedding"]) == np.asarray(stored)).all()
+
+
+def test_the_document(tiny, tmp_path):
+    document = json_of("quantize", tiny, tmp_path / "out", "--weight", "int4", "--group-size", 16)
+    assert (document["quantized"], document["parameters"]) == (LINEAR, 21)
+    kinds = {row["path"]: row["spec"] for row in document["rows"]}
+    assert kinds["layers_0/self_attn/q_proj/kernel"] == "int4(group_size=16)"
+    assert kinds["embed_tokens/embedding"] == ""
+    elements = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    others = 2 * 264 * 32 + 5 * 32
+    assert document["float_nbytes"] == 2 * (elements + others)
+    assert document["nbytes"] == elements // 2 + elements // 16 * 4 + 2 * others
+    assert document["disk_bytes"] > document["nbytes"]
+    assert document["calibration"] is None
+
+
+def test_a_packed_checkpoint_stands_alone(tiny, text, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    json_of("quantize", source, tmp_path / "out", "--group-size", 16)
+    shutil.rmtree(source)
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert json_of("eval", tmp_path / "moved", "--text", text)["windows"] == 12
+    assert json_of("generate", tmp_path / "moved", "--prompt", "On ", "--max-new-tokens", 4)["text"] is not None
+    assert list(tmp_path.iterdir()) == [tmp_path / "moved"]
+
+
+@pytest.mark.parametrize(
+    ("options", "spec"),
+    [
+        (["--weight", "int8"], 'int8(per="channel")'),
+        (["--weight", "int8", "--per", "tensor"], 'int8(per="tensor")'),
+        (["--weight", "uint3", "--group-size", "8", "--mse"], "uint3(group_size=8)"),
+        (["--weight", "int2", "--group-size", "5", "--pad"], "int2(group_size=5, pad=True)"),
+        (["--weight", "nf4", "--group-size", "16"], "nf4(group_size=16)"),
+        (["--weight", "bf16"], "bf16()"),
+    ],
+)
+def test_weights(tiny, tmp_path, options, spec):
+    document = json_of("quantize", tiny, tmp_path / "out", *options)
+    assert {row["spec"] for row in document["rows"]} == {spec, ""}
+    assert {q.spec for q in quantized(qjax.load(tmp_path / "out").params)} == {q.spec for q in [_spec(spec)]}
+
+
+def _spec(text):
+    holder = type("Holder", (), {})()
+    holder.spec = eval(text, {name: getattr(qjax, name) for name in dir(qjax)})
+    return holder
+
+
+def test_keep(tiny, tmp_path):
+    kept = json_of("quantize", tiny, tmp_path / "a", "--keep", "*layers_0*", "--keep", "*mlp*")
+    assert {r["path"].split("/")[1] for r in kept["rows"] if r["spec"] and "layers" in r["path"]} == {"self_attn"}
+    assert [bool(r["spec"]) for r in kept["rows"] if r["path"].startswith(("embed", "lm_head"))] == [True, True]
+    everything = json_of("quantize", tiny, tmp_path / "b", "--keep-none")
+    assert everything["quantized"] == LINEAR + 2
+
+
+def test_gptq(tiny, passages, tmp_path):
+    arguments = ["--method", "gptq", "--calibration", passages, "--group-size", 16, "--act-order", "--samples", 12]
+    document = json_of("quantize", tiny, tmp_path / "out", *arguments)
+    assert document["calibration"] == {"file": "passages.txt", "windows": 12, "window": 32, "lines": 12}
+    assert {row["method"] for row in document["rows"] if row["spec"]} == {"gptq(groups, act_order)"}
+    assert all(q.perm is not None for q in quantized(qjax.load(tmp_path / "out").params))
+
+
+def test_the_report_for_people(tiny, tmp_path):
+    result = invoke("quantize", tiny, tmp_path / "out", "--group-size", 16)
+    assert result.exit_code == 0
+    assert "14 of 21 parameters quantized" in result.stdout
+    assert "layers_*/mlp/down_proj/kernel" in result.stdout
+    assert "lm_head/kernel" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert result.stderr.startswith("quantizing: ")
+
+
+# Calibration windows.
+
+
+def test_long_lines_follow_the_protocol(tiny, passages):
+    model, lines = open_model(str(tiny)), passages.read_text().splitlines()
+    rows, used = calibration_rows(model, lines, 7, 32)
+    assert used == 7
+    np.testing.assert_array_equal(rows, calibration_windows(model.tokenizer, lines, 7, 32))
+
+
+def test_short_lines_are_joined(tiny):
+    model = open_model(str(tiny))
+    lines = ["x" * 10, "", "y" * 10, "   ", "z" * 20, "w" * 50, "v" * 3]
+    rows, used = calibration_rows(model, lines, 128, 32)
+    assert used == 4  # the last one fills nothing
+    byte = {letter: model.tokenizer.encode(letter).ids[0] for letter in "xyzw"}
+    assert rows.tolist() == [
+        [1, *[byte["x"]] * 10, 1, *[byte["y"]] * 10, 1, *[byte["z"]] * 9],
+        [1, *[byte["w"]] * 31],
+    ]
+
+
+# What is refused.
+
+
+def bad_inputs():
+    gptq = ["--method", "gptq", "--calibration"]
+    yield ["SRC/none", "DST"], 1, ["SRC/none", "is not a folder"]
+    yield ["EMPTY", "DST"], 1, ["EMPTY", "config.json"]
+    yield ["SRC", "DST", "--weight", "int9"], 2, ["--weight", "int9", "uint8"]
+    yield ["SRC", "DST", "--group-size", "7"], 1, ["group_size", "7", "48", "down_proj"]
+    yield ["SRC", "DST", "--group-size", "7", *gptq, "PASSAGES"], 1, ["group_size", "7", "48", "down_proj"]
+    yield ["SRC", "DST", "--keep", "*q_porj*"], 1, ["*q_porj*", "*q_proj*"]
+    yield ["SRC", "DST", "--keep", "*norm*"], 1, ["*norm*", "cannot be quantized"]
+    yield ["SRC", "DST", "--keep", "*", "--keep-none"], 2, ["--keep", "--keep-none"]
+    yield ["SRC", "DST", "--method", "gptq"], 2, ["--calibration FILE"]
+    yield ["SRC", "DST", *gptq, "MISSING"], 2, ["MISSING", "does not exist"]
+    yield ["SRC", "DST", *gptq, "BLANK"], 1, ["BLANK", "32 tokens"]
+    yield ["SRC", "DST", *gptq, "SHORT"], 1, ["SHORT", "32 tokens"]
+    yield ["SRC", "DST", *gptq, "BINARY"], 1, ["BINARY", "UTF-8"]
+    yield ["SRC", "DST", *gptq, "PASSAGES", "--window", "33"], 1, ["--window 33", "32 tokens"]
+    yield ["SRC", "DST", *gptq, "PASSAGES", "--damping", "-1"], 1, ["damping", "-1"]
+    yield ["SRC", "DST", *gptq, "PASSAGES", "--weight", "bf16"], 2, ["gptq", "bf16"]
+    yield ["SRC", "DST", "--act-order"], 2, ["--act-order", "rtn"]
+    yield ["SRC", "DST", "--per", "tensor", "--group-size", "8"], 2, ["--per", "--group-size"]
+    yield ["SRC", "DST", "--weight", "nf4", "--per", "channel"], 2, ["--per", "nf4"]
+    yield ["SRC", "DST", "--weight", "fp16", "--group-size", "8"], 2, ["--group-size", "fp16"]
+    yield ["TRUNCATED", "DST"], 1, ["model.safetensors", "truncated"]
+    yield ["PACKED", "DST"], 1, ["PACKED", "packed"]
+    yield ["SRC", "SRC"], 1, ["SRC", "config.json"]
+    yield ["SRC", "SHORT"], 1, ["SHORT", "is a file"]
+    yield ["SRC", "SHORT/below"], 1, ["SHORT"]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), list(bad_inputs()), ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_bad_input(tiny, packed, passages, tmp_path, arguments, code, words):
+    names = {name: tmp_path / name for name in ("DST", "MISSING", "BLANK", "SHORT", "BINARY", "EMPTY", "TRUNCATED")}
+    names |= {"SRC": tiny, "PACKED": packed, "PASSAGES": passages}
+    names["BLANK"].write_text("\n  \n")
+    names["SHORT"].write_text("too short\n")
+    names["BINARY"].write_bytes(b"\xff\xfe\xff")
+    names["EMPTY"].mkdir()
+    shutil.copytree(tiny, names["TRUNCATED"])
+    os.truncate(names["TRUNCATED"] / "model.safetensors", 5000)
+    before = sorted(tmp_path.rglob("*"))
+
+    def filled(word):
+        head, _, rest = word.partition("/")
+        return str(names.get(head, head)) + (f"/{rest}" if rest else "")
+
+    line = error_of("quantize", *map(filled, arguments), code=code)
+    for word in words:
+        assert filled(word) in line, line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_existing_checkpoint_is_replaced_only_when_asked(tiny, tmp_path):
+    folder = tmp_path / "out"
+    json_of("quantize", tiny, folder, "--weight", "int8")
+    before = (folder / "qjax.json").read_bytes()
+    line = error_of("quantize", tiny, folder, "--weight", "int4", code=1)
+    assert str(folder) in line
+    assert "--overwrite" in line
+    assert (folder / "qjax.json").read_bytes() == before
+    json_of("quantize", tiny, folder, "--weight", "int4", "--overwrite")
+    assert {q.spec.bits for q in quantized(qjax.load(folder).params)} == {4}
+
+
+def test_an_error_leaves_the_previous_checkpoint(tiny, tmp_path):
+    folder = tmp_path / "out"
+    json_of("quantize", tiny, folder)
+    before = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
+    error_of("quantize", tiny, folder, "--group-size", 7, "--overwrite", code=1)
+    assert sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file()) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+def test_ctrl_c_leaves_nothing(tiny, tmp_path):
+    """The calibration text is a pipe, so that the command is at work, for certain, when it is interrupted."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "new" / "out"
+    os.mkfifo(pipe)
+    command = ["quantize", tiny, folder, "--method", "gptq", "--calibration", pipe]
+    with subprocess.Popen(
+        [sys.executable, "-m", "qjax.cli", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    ) as process:
+        with open(pipe, "w"):  # waits until the command reads
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"qjax: interrupted\n")
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def environment():
+    root = str(Path(qjax.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+
+
+def test_json_is_all_of_stdout_in_a_process_of_its_own(tiny, tmp_path):
+    command = [sys.executable, "-m", "qjax.cli", "quantize", str(tiny), str(tmp_path / "out"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    assert json.loads(done.stdout)["destination"] == str(tmp_path / "out")
+    assert done.stderr.startswith("quantizing: ")
+    assert done.stderr.count("\n") == 1
