@@ -185,7 +185,6 @@ def _quantized(
     from qjax.cli.shared import packed_bytes, packed_model
 
     metadata, batches, made = describe_model(model), batches_of(calibration, 8), {}
-    packed = packed_model("", model.config, None, model.tokenizer, 0)  # one program for all of one structure
     later(_compile, model, tokens)
     compiled = set()
     for recipe in RECIPES:
@@ -194,7 +193,7 @@ def _quantized(
             result = quantize_model(model, make_policy(model, recipe.options), batches, update)
             save(folder, result, model, metadata, overwrite=False)
         size = packed_bytes(folder, metadata)
-        made[recipe.name] = dataclasses.replace(packed, name=recipe.name, params=result.params, disk_bytes=size)
+        made[recipe.name] = packed_model(recipe.name, model.config, result.params, model.tokenizer, size)
         structure = jax.tree.structure(result.params)
         if structure not in compiled:
             compiled.add(structure)

@@ -1,7 +1,7 @@
 """`qjax`: the group of commands, and how an error leaves it: one line on stderr, without a traceback."""
 
-import importlib.metadata
 import importlib
+import importlib.metadata
 import sys
 from typing import Any
 

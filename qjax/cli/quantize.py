@@ -103,7 +103,7 @@ def check_destination(dst: Path, overwrite: bool) -> None:
     if dst.exists() and not dst.is_dir():
         raise FileExistsError(f"DST {str(dst)!r} is a file: give a folder")
     if dst.is_dir() and any(dst.iterdir()):
-        foreign = [path.name for path in dst.iterdir() if not path.name.startswith(("arrays.", DOCUMENT))]
+        foreign = sorted(path.name for path in dst.iterdir() if not path.name.startswith(("arrays.", DOCUMENT)))
         if foreign and not (dst / DOCUMENT).is_file():
             raise FileExistsError(f"DST {str(dst)!r} holds {foreign[0]!r}, and is no packed checkpoint: give a new folder")
         if (dst / DOCUMENT).is_file() and not overwrite:

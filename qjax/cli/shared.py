@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -87,19 +88,16 @@ def model_folder(name: str) -> Path:
 
 
 def _open_float(name: str, folder: Path) -> Model:
-    import jax
-
     from qjax.formats.huggingface import load_checkpoint
     from qjax.formats.safetensors import FLOAT_DTYPES, tensor_index
-    from qjax.models import Llama
 
     index = tensor_index(folder)
     dtypes = {info.dtype for info in index.values()}
     checkpoint = load_checkpoint(folder)
-    apply = Llama(checkpoint.config).apply
     size = sum(file.stat().st_size for file in {info.file for info in index.values()})
     stored = FLOAT_DTYPES[dtypes.pop() if len(dtypes) == 1 else "F32"]
-    return Model(name, checkpoint.config, {"params": checkpoint.params}, checkpoint.tokenizer, apply, jax.jit(apply), size, stored)
+    params, programs = {"params": checkpoint.params}, programs_of(checkpoint.config, packed=False)
+    return Model(name, checkpoint.config, params, checkpoint.tokenizer, *programs, size, stored)
 
 
 def _open_packed(name: str, folder: Path) -> Model:
@@ -137,13 +135,19 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 def packed_model(name: str, config: Any, params: Any, tokenizer: Any, disk_bytes: int) -> Model:
     """A model whose parameters are packed."""
+    return Model(name, config, params, tokenizer, *programs_of(config, packed=True), disk_bytes)
+
+
+@functools.lru_cache(maxsize=8)
+def programs_of(config: Any, packed: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`apply` and `forward` of a model: the same objects for the same config, for jit keeps what it compiled by them."""
     import jax
 
     import qjax
     from qjax.models import Llama
 
-    apply = qjax.quantized(Llama(config).apply)
-    return Model(name, config, params, tokenizer, apply, jax.jit(apply), disk_bytes)
+    apply = qjax.quantized(Llama(config).apply) if packed else Llama(config).apply
+    return apply, jax.jit(apply)
 
 
 def packed_bytes(folder: Path, metadata: dict[str, Any]) -> int:

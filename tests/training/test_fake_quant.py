@@ -123,7 +123,7 @@ def test_a_qat_loop_ends_better_than_rounding_and_converts_exactly():
     before = loss(params)
     for _ in range(300):
         params, state = step(params, state)
-    assert loss(params) < 0.6 * before
+    assert loss(params) < 0.8 * before
     packed = qjax.quantize(model, params, policy, calibration=[x]).params
     dequantized = jax.tree.map(lambda v: v.dequantize() if is_q(v) else v, packed, is_leaf=is_q)
     np.testing.assert_allclose(jnp.mean((jax.jit(model)(dequantized, x) - y) ** 2), loss(params), rtol=1e-6)
