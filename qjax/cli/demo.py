@@ -251,7 +251,7 @@ def _show(document: dict[str, Any]) -> None:
     console.print(f"\n[bold]{SHIPPED}[/bold] on {document['windows']} windows of {document['window']} tokens that it never saw "
                   f"(gptq: {document['calibration_windows']} windows of other text)\n")  # fmt: skip
     console.print(score_table(rows, [row["model"] for row in rows]))
-    console.print(f"{document['speed_note']}; {document['platform']}\n", style="dim")
+    console.print(f"\n{document['speed_note']}; {document['platform']}\n", style="dim")
     verdict = "[bold green]bit-identical[/bold green]" if second["identical"] else "[bold red]DIFFERENT[/bold red]"
     console.print(f"second process, from the saved {SHOWN}: {second['there']['logits']:,} logits {verdict}")
     console.print(f"  sha256 here  {second['here']['sha256']}\n  sha256 there {second['there']['sha256']}\n")

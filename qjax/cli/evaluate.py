@@ -100,9 +100,10 @@ def _show(document: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     rows = [document["against"], document] if document["against"] else [document]
-    console.print(f"{document['windows']} windows of {document['window']} tokens, {document['text']}")
+    console.print(f"{document['windows']} windows of {document['window']} tokens, {document['text']}\n")
     console.print(score_table(rows, [row["model"] for row in rows]))
     difference = document["loss_difference"]
+    console.print()
     if difference is not None:
         console.print(f"loss {difference['nats']:+.5f} nats a token against {document['against']['model']}, "
                       f"95 % interval {difference['low']:+.5f} .. {difference['high']:+.5f} (paired bootstrap over windows)")  # fmt: skip
@@ -114,7 +115,7 @@ def score_table(rows: list[dict[str, Any]], names: list[str]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     for name in ("perplexity", "KL\nnats", "top-1\nagrees", "bits a\nweight", "on\ndisk", "in\nmemory", "tokens\n/ s"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -48,7 +48,7 @@ def report_table(report: Any, every: bool = False) -> list[Any]:
     if not listed:  # a float model: what could be quantized
         listed = [row for row in report.rows if row.ops]
         head = f"{len(listed)} of {sums['parameters']} parameters can be quantized, {size(sums['nbytes'])} in all"
-    lines: list[Any] = [head, _table(listed, show_how=len(how) > 1, every=every)]
+    lines: list[Any] = [head, "", _table(listed, show_how=len(how) > 1, every=every), ""]
     for reason, rows in _grouped(row for row in report.rows if row not in listed).items():
         lines.append(f"float: {_names(rows, every)}, {size(sum(row.nbytes for row in rows))}: {reason}")
     lines += [f"note: {_names(rows, every)}: {note}" for note, rows in _grouped_notes(listed).items()]
@@ -56,7 +56,7 @@ def report_table(report: Any, every: bool = False) -> list[Any]:
 
 
 def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("parameter", overflow="fold")
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("shape", no_wrap=True)

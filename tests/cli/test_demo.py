@@ -13,29 +13,35 @@ import pytest
 
 import qjax
 from qjax.cli.demo import _second_process
+from qjax.cli.digest import digest
 from qjax.cli.shared import open_model
 
 from .conftest import error_of, json_of
 
-TOKENS = np.arange(40, dtype=np.int32).reshape(2, 20)
+TOKENS = np.arange(256, dtype=np.int32).reshape(8, 32)
 
 
-def test_a_second_process_gives_the_same_logits_to_the_last_bit(packed):
-    found = _second_process(open_model(str(packed)), packed, TOKENS)
+@pytest.fixture(scope="module")
+def found(packed):
+    return _second_process(open_model(str(packed)), packed, TOKENS)
+
+
+def test_a_second_process_gives_the_same_logits_to_the_last_bit(found):
     assert found["identical"] is True
     assert found["here"]["sha256"] == found["there"]["sha256"]
-    assert found["here"]["logits"] == 2 * 20 * 264
+    assert found["here"]["logits"] == 8 * 32 * 264
     assert found["there"]["process"] != found["here"]["process"] == os.getpid()
 
 
-def test_a_second_process_notices_another_weight(packed):
+def test_the_digest_notices_one_bit_of_one_weight(packed, found):
     model = open_model(str(packed))
     kernel = model.params["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
     changed = dataclasses.replace(kernel, codes=kernel.codes.at[0, 0].set(kernel.codes[0, 0] ^ 1))
     params = jax.tree.map(
         lambda q: changed if q is kernel else q, model.params, is_leaf=lambda x: isinstance(x, qjax.QTensor)
     )
-    assert _second_process(dataclasses.replace(model, params=params), packed, TOKENS)["identical"] is False
+    assert digest(model, TOKENS)["sha256"] == found["there"]["sha256"]
+    assert digest(dataclasses.replace(model, params=params), TOKENS)["sha256"] != found["there"]["sha256"]
 
 
 def test_a_second_process_that_fails_says_why(packed, tmp_path):

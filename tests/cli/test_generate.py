@@ -1,5 +1,6 @@
 """`qjax generate`."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,10 +14,11 @@ from .conftest import byte_tokenizer, error_of, invoke, json_of
 def test_greedy_takes_the_likeliest_token(tiny):
     checkpoint = load_checkpoint(tiny)
     ids = [1, *checkpoint.tokenizer.encode("On the").ids]
-    model, wanted = Llama(checkpoint.config), []
+    forward, wanted = jax.jit(Llama(checkpoint.config).apply), []
     for _ in range(6):
-        logits = model.apply({"params": checkpoint.params}, jnp.asarray([ids + wanted]))
-        wanted.append(int(jnp.argmax(logits[0, -1])))
+        seen = ids + wanted
+        logits = forward({"params": checkpoint.params}, jnp.asarray([seen + [0] * (32 - len(seen))]))  # causal: the rest is not seen
+        wanted.append(int(jnp.argmax(logits[0, len(seen) - 1])))
     found = json_of("generate", tiny, "--prompt", "On the", "--max-new-tokens", 6, "--temperature", 0)
     assert found["tokens"] == wanted
     assert found["tokens_per_second"] > 0

@@ -21,6 +21,7 @@ from qjax.formats.huggingface import load_checkpoint
 from .conftest import error_of, invoke, json_of
 
 LINEAR = 14  # of two layers
+ONE_SHAPE = ["--keep", "*mlp*", "--keep", "*[kv]_proj*", "--keep", "*embed*", "--keep", "*lm_head*"]  # to compile once
 
 
 def quantized(params):
@@ -77,14 +78,14 @@ def test_a_packed_checkpoint_stands_alone(tiny, text, tmp_path):
     [
         (["--weight", "int8"], 'int8(per="channel")'),
         (["--weight", "int8", "--per", "tensor"], 'int8(per="tensor")'),
-        (["--weight", "uint3", "--group-size", "8", "--mse"], "uint3(group_size=8)"),
+        (["--weight", "uint3", "--group-size", "8"], "uint3(group_size=8)"),
         (["--weight", "int2", "--group-size", "5", "--pad"], "int2(group_size=5, pad=True)"),
         (["--weight", "nf4", "--group-size", "16"], "nf4(group_size=16)"),
         (["--weight", "bf16"], "bf16()"),
     ],
 )
 def test_weights(tiny, tmp_path, options, spec):
-    document = json_of("quantize", tiny, tmp_path / "out", *options)
+    document = json_of("quantize", tiny, tmp_path / "out", *options, *ONE_SHAPE)
     assert {row["spec"] for row in document["rows"]} == {spec, ""}
     assert {str(q.spec) for q in quantized(qjax.load(tmp_path / "out").params)} == {spec}
 
@@ -97,8 +98,15 @@ def test_keep(tiny, tmp_path):
     assert everything["quantized"] == LINEAR + 2
 
 
+def test_mse(tiny, tmp_path):
+    found = [json_of("quantize", tiny, tmp_path / str(n), "--weight", "int2", *ONE_SHAPE, *mse) for n, mse in enumerate(([], ["--mse"]))]
+    errors = [sum(row["error"] for row in document["rows"] if row["spec"]) for document in found]
+    assert errors[1] < errors[0]
+    assert {row["method"] for row in found[1]["rows"] if row["spec"]} == {"rtn(mse)"}
+
+
 def test_gptq(tiny, passages, tmp_path):
-    arguments = ["--method", "gptq", "--calibration", passages, "--group-size", 16, "--act-order", "--samples", 12]
+    arguments = ["--method", "gptq", "--calibration", passages, "--group-size", 16, "--act-order", "--samples", 12, *ONE_SHAPE]
     document = json_of("quantize", tiny, tmp_path / "out", *arguments)
     assert document["calibration"] == {"file": "passages.txt", "windows": 12, "window": 32, "lines": 12}
     assert {row["method"] for row in document["rows"] if row["spec"]} == {"gptq(act_order)"}
