@@ -2,9 +2,17 @@
 
 from qjax import linen as linen
 from qjax import nnx as nnx
+from qjax.calibration import absmax as absmax
+from qjax.calibration import entropy as entropy
+from qjax.calibration import minmax as minmax
+from qjax.calibration import moving_average as moving_average
+from qjax.calibration import mse as mse
+from qjax.calibration import percentile as percentile
+from qjax.core import ActSpec as ActSpec
 from qjax.core import QTensor as QTensor
 from qjax.core import bf16 as bf16
 from qjax.core import codebook as codebook
+from qjax.core import dynamic as dynamic
 from qjax.core import fp4 as fp4
 from qjax.core import fp16 as fp16
 from qjax.core import int2 as int2
@@ -16,6 +24,7 @@ from qjax.core import int7 as int7
 from qjax.core import int8 as int8
 from qjax.core import integer as integer
 from qjax.core import nf4 as nf4
+from qjax.core import static as static
 from qjax.core import uint2 as uint2
 from qjax.core import uint3 as uint3
 from qjax.core import uint4 as uint4

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
 
-from qjax.policy import Policy
+from qjax.policy import Policy, check_policy, check_weights_only
 from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq.sequential import Progress
@@ -42,9 +42,21 @@ def quantize(
 
     Raises:
       TypeError: `model` is no Linen module; see also `qjax.quantize`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax, flax.linen as nn
+      >>> model, x = nn.Dense(4), jnp.ones((2, 8))
+      >>> policy = qjax.Policy([qjax.Rule("kernel", weight=qjax.int8())])
+      >>> result = qjax.linen.quantize(model, model.init(jax.random.key(0), x), policy, calibration=[x])
+      >>> result.params["params"]["kernel"]
+      QTensor(int8(per="channel"), float32[8,4], 48 bytes, 12 bits/weight)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.quantize")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        held = f"one with {', '.join(map(repr, variables))}" if isinstance(variables, Mapping) else type(variables).__name__
+        wanted = "a dictionary with 'params', as `model.init` gives"
+        raise ValueError(f"`variables` must be {wanted}, got {held}: wrap them, {{'params': ...}}")
     params, rest = {"params": variables["params"]}, {k: v for k, v in variables.items() if k != "params"}
 
     def fn(params: Any, rest: Any, *inputs: Any) -> Any:
@@ -103,6 +115,10 @@ def fake_quant(model: nn.Module, policy: Policy) -> nn.Module:
       A module with the same parameter tree: `init` gives the variables that `model.init` gives, and each may use the
       other's.
 
+    Raises:
+      TypeError: `model` is no module of this kind, or `policy` no policy.
+      ValueError: a rule with an `activation`, which a module cannot round yet.
+
     Example:
       >>> import jax, jax.numpy as jnp, qjax, flax.linen as nn
       >>> model = qjax.linen.fake_quant(nn.Dense(4), qjax.Policy([qjax.Rule("kernel", weight=qjax.int4())]))
@@ -112,4 +128,6 @@ def fake_quant(model: nn.Module, policy: Policy) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.fake_quant")
+    check_policy(policy)
+    check_weights_only(policy)
     return FakeQuantModule(model.clone(parent=None), policy)

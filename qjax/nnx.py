@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from qjax.policy import Policy
+from qjax.policy import Policy, check_policy, check_weights_only
 from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq.sequential import Progress
@@ -59,6 +59,15 @@ def quantize(
 
     Raises:
       TypeError: `model` is no NNX module; see also `qjax.quantize`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
+      >>> policy = qjax.Policy([qjax.Rule("kernel", weight=qjax.int8())])
+      >>> result = qjax.nnx.quantize(model, policy, calibration=[x])
+      >>> jax.jit(qjax.quantized(qjax.nnx.function(model)))(result.params, x).shape
+      (2, 4)
     """
     _check(model, "quantize")
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -83,6 +92,10 @@ def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("_
       A copy of the module whose `methods` compute with fake-quantized parameters. Its state has the same paths, its
       `Param`s stay float, and what a call changes (batch statistics, random counts) is changed in it.
 
+    Raises:
+      TypeError: `model` is no module of this kind, or `policy` no policy.
+      ValueError: a rule with an `activation`, which a module cannot round yet.
+
     Example:
       >>> import jax.numpy as jnp, qjax
       >>> from flax import nnx
@@ -92,6 +105,8 @@ def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("_
       (True, (2, 4))
     """
     _check(model, "fake_quant")
+    check_policy(policy)
+    check_weights_only(policy)
     base = type(model)
     for name in methods:
         if not callable(getattr(base, name, None)):

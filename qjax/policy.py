@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from qjax.core import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core import ActSpec, CastSpec, CodebookSpec, IntSpec, Spec
 from qjax.program import Leaf, Program
 from qjax.program.trace import path_str as path_str
 
@@ -21,6 +21,11 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def observer(self) -> Any: ...
+
+    def quantize(self, problem: Any, state: Any) -> Any: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -30,6 +35,8 @@ class Rule:
       pattern: a glob over parameter paths; `*` crosses `/`. A leading `params/` and a trailing `/value` are not part of a path.
       weight: what the weights become, or None to leave them float.
       method: how they get there; None rounds to nearest.
+      activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
+        product runs on integers. None leaves them float.
 
     Raises:
       TypeError: an argument of the wrong kind.
@@ -43,6 +50,7 @@ class Rule:
     pattern: str
     weight: Spec | None = None
     method: Method | None = None
+    activation: ActSpec | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
@@ -50,16 +58,26 @@ class Rule:
         if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, CastSpec)):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
-            raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}")
+            hint = "; a spec goes to `weight`" if isinstance(self.method, (IntSpec, CodebookSpec, CastSpec)) else ""
+            raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{hint}")
         if self.weight is None and self.method is not None:
             raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
+
+        if self.activation is None:
+            return
+        if not isinstance(self.activation, ActSpec):
+            raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}")
+        if not isinstance(self.weight, IntSpec):
+            what = f"`activation` {self.activation} of rule {self.pattern!r}"
+            raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
 
     def matches(self, path: str) -> bool:
         return fnmatch.fnmatchcase(path, self.pattern)
 
     def __repr__(self) -> str:
         method = f", method={self.method!r}" if self.method is not None else ""
-        return f"Rule({self.pattern!r}, weight={self.weight}{method})"
+        activation = f", activation={self.activation}" if self.activation is not None else ""
+        return f"Rule({self.pattern!r}, weight={self.weight}{method}{activation})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +91,12 @@ class Choice:
     @property
     def spec(self) -> Spec | None:
         return self.rule.weight if self.rule is not None else None
+
+    @property
+    def activation(self) -> ActSpec | None:
+        """What becomes of its activations; a parameter that is only looked up meets none."""
+        looked_up = all(site.op == "gather" for site in self.leaf.sites)
+        return self.rule.activation if self.rule is not None and not looked_up else None
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -125,7 +149,32 @@ class Policy:
         """
         for rule in self.rules:
             _check_matches(rule, program)
+        _check_reached(self.rules, program)
         return tuple(_choose(leaf, self.rules) for leaf in program.leaves)
+
+
+def check_policy(policy: Any) -> None:
+    """Refuses what is no `Policy`.
+
+    Raises:
+      TypeError: naming the argument and what to write.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}: write qjax.Policy([qjax.Rule(...)])")
+
+
+def check_weights_only(policy: Policy) -> None:
+    """Refuses a policy that rounds activations, where only weights can be.
+
+    Raises:
+      ValueError: naming the rule and the remedy.
+    """
+    for rule in policy.rules:
+        if rule.activation is not None:
+            raise ValueError(
+                f"rule {rule.pattern!r} has `activation` {rule.activation}, and a module trains with rounded weights only so far: "
+                "apply qjax.fake_quant to its function"
+            )
 
 
 def _choose(leaf: Leaf, rules: tuple[Rule, ...]) -> Choice:
@@ -164,11 +213,25 @@ def _check_matches(rule: Rule, program: Program) -> None:
         hint = meant or f"what can be quantized is {', '.join(paths[:3]) or 'nothing'}"
         raise ValueError(f"rule `pattern` {rule.pattern!r} matches no parameter of the program; {hint}")
     if not any(map(is_candidate, matched)):
-        leaf = matched[0]
+        leaf = next((leaf for leaf in matched if leaf.sites), matched[0])
         raise ValueError(
             f"rule `pattern` {rule.pattern!r} matches only parameters that cannot be quantized, such as {leaf.path!r}: "
             f"{no_site_reason(leaf)}; remove the rule or widen its pattern (these stay float in any case)"
         )
+
+
+def _check_reached(rules: tuple[Rule, ...], program: Program) -> None:
+    first = {}
+    for leaf in program.leaves:
+        if is_candidate(leaf):
+            matching = [i for i, rule in enumerate(rules) if rule.matches(leaf.path)]
+            first |= {i: matching[0] for i in matching if first.get(i) != i}
+    for i, rule in enumerate(rules):
+        if first[i] != i:
+            raise ValueError(
+                f"rule `pattern` {rule.pattern!r} is never reached: {rules[first[i]].pattern!r} stands before it and matches all that "
+                "it matches; put the narrower rule first, or remove it"
+            )
 
 
 def _like(pattern: str, word: str) -> str:

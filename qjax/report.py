@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class Row:
       nbytes: bytes now.
       float_nbytes: bytes before.
       error: relative error of the weights |w - w_hat|^2 / |w|^2; None where nothing was computed.
+      activation: what becomes of the activations that it meets, "" if they stay float.
       kernel: what runs it.
       reason: why it stays float, "" otherwise.
       notes: what the method has to say (damping raised, dead columns, rounded because no data reached it).
@@ -44,6 +46,7 @@ class Row:
     nbytes: int
     float_nbytes: int
     error: float | None = None
+    activation: str = ""
     kernel: str = ""
     reason: str = ""
     notes: tuple[str, ...] = ()
@@ -80,7 +83,10 @@ class Report:
 
     def __rich__(self) -> Table:
         quantized = [r for r in self.rows if r.spec]
-        title = f"{len(quantized)} of {len(self.rows)} parameters quantized, {_size(self.float_nbytes)} -> {_size(self.nbytes)}"
+        sizes = f"{format_bytes(self.float_nbytes)} -> {format_bytes(self.nbytes)}"
+        planned = bool(quantized) and all(row.error is None for row in quantized)
+        verb = "would be quantized" if planned else "quantized"
+        title = f"{len(quantized)} of {len(self.rows)} parameters {verb}, {sizes}"
         table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
         for name in ("parameter", "shape", "op", "spec", "method"):
             table.add_column(name, overflow="fold")
@@ -95,11 +101,12 @@ class Report:
         return render(self)
 
 
-def render(value: Any, width: int = 140) -> str:
-    """Renders anything rich can show as plain text."""
+def render(value: Any, width: int | None = None) -> str:
+    """Renders anything rich can show as plain text, as wide as the terminal unless told; 140 columns where there is none."""
+    width = width or max(80, shutil.get_terminal_size((140, 24)).columns)
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(value)
-    return console.file.getvalue().rstrip("\n")  # pyright: ignore[reportAttributeAccessIssue]
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip("\n").split("\n"))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _cells(row: Row) -> Sequence[str]:
@@ -107,16 +114,17 @@ def _cells(row: Row) -> Sequence[str]:
         row.path,
         "x".join(map(str, row.shape)),
         ", ".join(dict.fromkeys(row.ops)),
-        row.spec or row.dtype,
+        f"{row.spec} x {row.activation}" if row.activation else row.spec or row.dtype,
         row.method,
         f"{row.bits_per_weight:.2f}",
-        _size(row.nbytes),
+        format_bytes(row.nbytes),
         "" if row.error is None else f"{row.error:.2e}",
         row.reason or "; ".join(row.notes),
     )
 
 
-def _size(n: int) -> str:
+def format_bytes(n: int) -> str:
+    """Writes a number of bytes for people, `3.77 MB`."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= scale:
             return f"{n / scale:.2f} {unit}"

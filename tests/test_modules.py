@@ -202,3 +202,13 @@ def test_equinox_module_as_a_plain_function():
 def test_the_wrong_kind_of_module_is_named(verb):
     with pytest.raises(TypeError, match=r"`model` must be a flax\.(linen|nnx)\.Module, got dict"):
         verb({}, INT8)
+
+
+def test_what_a_module_cannot_do_is_refused_at_once():
+    activations = qjax.Policy([qjax.Rule("*", weight=qjax.int8(), activation=qjax.dynamic(qjax.int8()))])
+    with pytest.raises(ValueError, match=r"rule '\*' has `activation` dynamic.* apply qjax.fake_quant to its function"):
+        qjax.linen.fake_quant(nn.Dense(3), activations)
+    with pytest.raises(TypeError, match=r"`policy` must be a qjax.Policy, got IntSpec"):
+        qjax.linen.fake_quant(nn.Dense(3), qjax.int8())
+    with pytest.raises(ValueError, match=r"`variables` must be a dictionary with 'params'.* got one with 'kernel'"):
+        qjax.linen.quantize(nn.Dense(3), {"kernel": jnp.ones((8, 3))}, activations, calibration=[jnp.ones((2, 8))])

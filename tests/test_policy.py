@@ -81,9 +81,10 @@ def test_sites_touches_no_number_and_counts_the_bytes_quantize_makes():
     assert planned.nbytes == made.nbytes < planned.float_nbytes
 
 
-def test_report_is_data_and_prints():
+def test_report_is_data_and_prints(monkeypatch):
     import json
 
+    monkeypatch.setenv("COLUMNS", "140")
     report = qjax.quantize(fn, PARAMS, Policy([Rule("head/*", weight=qjax.int8())]), calibration=[TOKENS]).report
     document = json.loads(report.to_json())
     assert [r["path"] for r in document["rows"] if r["spec"]] == ["head/kernel"]

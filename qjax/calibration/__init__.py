@@ -1,11 +1,32 @@
 """Observers, and the collectors that run them."""
 
+from qjax.calibration.channels import Channels as Channels
+from qjax.calibration.channels import ChannelStats as ChannelStats
+from qjax.calibration.channels import channel_stats as channel_stats
+from qjax.calibration.entropy import Entropy as Entropy
+from qjax.calibration.entropy import entropy as entropy
+from qjax.calibration.histogram import Bins as Bins
+from qjax.calibration.histogram import Histogram as Histogram
+from qjax.calibration.histogram import histogram as histogram
+from qjax.calibration.mse import Mse as Mse
+from qjax.calibration.mse import mse as mse
 from qjax.calibration.observe import init_states as init_states
 from qjax.calibration.observe import observe_program as observe_program
 from qjax.calibration.observers import Moments as Moments
 from qjax.calibration.observers import Observer as Observer
+from qjax.calibration.observers import RangeObserver as RangeObserver
 from qjax.calibration.observers import SecondMoment as SecondMoment
 from qjax.calibration.observers import hessian as hessian
+from qjax.calibration.percentile import Percentile as Percentile
+from qjax.calibration.percentile import percentile as percentile
+from qjax.calibration.ranges import AbsMax as AbsMax
+from qjax.calibration.ranges import MinMax as MinMax
+from qjax.calibration.ranges import MovingAverage as MovingAverage
+from qjax.calibration.ranges import Peak as Peak
+from qjax.calibration.ranges import Range as Range
+from qjax.calibration.ranges import absmax as absmax
+from qjax.calibration.ranges import minmax as minmax
+from qjax.calibration.ranges import moving_average as moving_average
 from qjax.calibration.rows import Rows as Rows
 from qjax.calibration.rows import columns as columns
 from qjax.calibration.rows import site_rows as site_rows

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.calibration.rows import Rows
+from qjax.core import IntSpec
 
 S = TypeVar("S")
 
@@ -33,12 +34,24 @@ class Observer(Protocol, Generic[S]):
         ...
 
 
+class RangeObserver(Observer[S], Protocol[S]):
+    """An observer that chooses the range of values that a static activation grid covers."""
+
+    def range(self, state: S, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+        """Returns the range to cover, float32 (stack,) each.
+
+        A symmetric spec gets `-t .. t` (`0 .. t` if unsigned), an asymmetric one a range that holds zero; a part that saw no
+        data gets 0 .. 0, one whose data were not finite a range that is not finite.
+        """
+        ...
+
+
 class Moments(NamedTuple):
     """Sums of outer products.
 
     Attributes:
       total: float32 (stack, K, K), the sum of x x^T.
-      count: float32 (stack,), the number of rows.
+      count: int32 (stack,), the number of rows.
     """
 
     total: jax.Array
@@ -54,11 +67,11 @@ class SecondMoment:
       >>> observer = SecondMoment()
       >>> state = observer.update(observer.init(1, 2), Rows(jnp.array([[[1.0, 2.0], [0.0, 1.0]]])))
       >>> state.total[0].tolist(), state.count.tolist()
-      ([[1.0, 2.0], [2.0, 5.0]], [2.0])
+      ([[1.0, 2.0], [2.0, 5.0]], [2])
     """
 
     def init(self, stack: int, columns: int) -> Moments:
-        return Moments(jnp.zeros((stack, columns, columns), jnp.float32), jnp.zeros((stack,), jnp.float32))
+        return Moments(jnp.zeros((stack, columns, columns), jnp.float32), jnp.zeros((stack,), jnp.int32))
 
     def update(self, state: Moments, rows: Rows) -> Moments:
         if rows.owner is None:
@@ -70,7 +83,7 @@ class SecondMoment:
         def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             total, count, expert = part
             mine = jnp.where((owner == expert)[:, None], x, 0)
-            return total + jnp.dot(mine.T, mine, precision=lax.Precision.HIGHEST), count + (owner == expert).sum()
+            return total + jnp.dot(mine.T, mine, precision=lax.Precision.HIGHEST), count + jnp.sum(owner == expert, dtype=jnp.int32)
 
         return Moments(*lax.map(one, (state.total, state.count, jnp.arange(rows.experts))))
 
@@ -79,5 +92,19 @@ class SecondMoment:
 
 
 def hessian(state: Moments) -> jax.Array:
-    """Returns H = 2/n sum x x^T, (stack, K, K); zero where no row was seen."""
-    return 2 * state.total / jnp.maximum(state.count, 1)[:, None, None]
+    """Returns `H = 2/n sum x x^T`.
+
+    Args:
+      state: of a `SecondMoment`.
+
+    Returns:
+      float32 (stack, K, K); zero where no row was seen.
+
+    Example:
+      >>> hessian(Moments(jnp.array([[[3.0]]]), jnp.array([2]))).tolist()
+      [[[3.0]]]
+
+    Source: GPTQ (arXiv 2210.17323), eq. 1 and the authors' code, whose n counts sequences. GPTQ's codes do not depend on the
+    factor.
+    """
+    return state.total * (2.0 / jnp.maximum(state.count, 1).astype(jnp.float32))[:, None, None]

@@ -44,6 +44,8 @@ def why_no_rows(site: Site, leaf: Leaf) -> str:
     """Says why a site's input cannot be laid out as rows; "" if it can."""
     if site.op == "gather":
         return "it is looked up, and a lookup has no activations to calibrate on"
+    if site.condition:
+        return "it stands in the condition of a loop, which hands nothing out"
     if site.sharded:
         return "it stands inside a shard_map, whose activations are split over devices; calibrate the function without it"
     if site.op == "conv_general_dilated":
@@ -74,7 +76,8 @@ def site_rows(site: Site, eqn: Any, operands: Sequence[Any]) -> Rows:
     free = [d for d in range(x.ndim) if d not in batch and d not in contracted]
     x = x.transpose(*batch, *free, *contracted)
     lead = math.prod(x.shape[: len(batch)]), math.prod(x.shape[len(batch) : len(batch) + len(free)])
-    x = _order_columns(x.reshape(*lead, -1), [site.view.dims[w] for w, _ in site.pairs])
+    k = math.prod(x.shape[len(batch) + len(free) :])
+    x = _order_columns(x.reshape(*lead, k), [site.view.dims[w] for w, _ in site.pairs])
     if site.op != "ragged_dot_general":
         return Rows(x)
     sizes = operands[2]

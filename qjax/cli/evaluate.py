@@ -16,7 +16,6 @@ from qjax.cli.shared import (
     platform,
     progress,
     read_text,
-    size,
     window_length,
 )
 
@@ -115,6 +114,8 @@ def score_table(rows: list[dict[str, Any]], names: list[str]) -> Any:
     from rich import box
     from rich.table import Table
 
+    from qjax.report import format_bytes
+
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     for name in ("perplexity", "KL\nnats", "top-1\nagrees", "bits a\nweight", "on\ndisk", "in\nmemory", "tokens\n/ s"):
@@ -126,8 +127,8 @@ def score_table(rows: list[dict[str, Any]], names: list[str]) -> Any:
             "" if row["kl"] is None else f"{row['kl']:.5f}",
             "" if row["top1_agreement"] is None else f"{row['top1_agreement'] * 100:.2f}%",
             f"{row['bits_per_weight']:.2f}",
-            size(row["disk_bytes"]),
-            size(row["memory_bytes"]),
+            format_bytes(row["disk_bytes"]),
+            format_bytes(row["memory_bytes"]),
             "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}",
         )
     return table

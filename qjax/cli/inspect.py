@@ -82,12 +82,12 @@ def _float(name: str) -> tuple[dict[str, Any], Any]:
 def _show(document: dict[str, Any], report: Any, every: bool) -> None:
     from rich.console import Console
 
-    from qjax.cli.shared import size
     from qjax.cli.tables import report_table
+    from qjax.report import format_bytes
 
     console = Console(highlight=False)
     config = document["metadata"].get("config", {})
-    console.print(f"{document['model']}: {document['kind']}, {size(document['disk_bytes'])} on disk, "
+    console.print(f"{document['model']}: {document['kind']}, {format_bytes(document['disk_bytes'])} on disk, "
                   f"{'with' if document['tokenizer'] else 'without'} tokenizer")  # fmt: skip
     if config:
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",

@@ -22,7 +22,6 @@ from qjax.cli.shared import (
     packed_bytes,
     progress,
     read_text,
-    size,
     window_length,
 )
 
@@ -40,7 +39,8 @@ WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(["rtn", "gptq"]), default="rtn", show_default=True, help="Round to nearest, or GPTQ.")
-@click.option("--mse", is_flag=True, help="Search the range of each group instead of taking its extremes.")
+@click.option("--mse/--no-mse", default=None,
+              help="Search the range of each group instead of taking its extremes.  [default: gptq searches, rtn does not]")
 @click.option("--act-order", is_flag=True, help="gptq: columns with the largest activations first.")
 @click.option("--static-groups", is_flag=True, help="gptq: ranges before rounding; with --act-order no permutation is stored.")
 @click.option("--damping", type=float, help="gptq: share of the mean diagonal that is added to it.  [default: 0.01]")
@@ -79,7 +79,8 @@ def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
 def _check_options(options: dict[str, Any]) -> None:
     weight = options["weight"]
     if options["method"] != "gptq":
-        given = [f"--{name.replace('_', '-')}" for name in ("act_order", "static_groups", "damping", "calibration") if options[name]]
+        names = ("act_order", "static_groups", "damping", "calibration")
+        given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, False)]
         if given:
             raise click.UsageError(f"{given[0]} goes with --method gptq, and the method is {options['method']}")
     if options["per"] is not None and weight not in _INTEGERS:
@@ -130,10 +131,11 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
         keep = ["*embed*"] if model.config.tie_word_embeddings else ["*embed*", "*lm_head*"]
     weight, spec_options = options["weight"], {name: options[name] for name in ("per", "group_size", "pad") if options[name]}
     spec = getattr(qjax, weight)(**spec_options)
-    method = qjax.rtn(mse=options["mse"])
+    given = {name: options[name] for name in ("mse", "damping") if options[name] is not None}
     if options["method"] == "gptq":
-        damping = 0.01 if options["damping"] is None else options["damping"]
-        method = qjax.gptq(damping, options["act_order"], options["static_groups"], mse=options["mse"])
+        method = qjax.gptq(act_order=options["act_order"], static_groups=options["static_groups"], **given)
+    else:
+        method = qjax.rtn(**given)
     if weight in _CASTS:
         method = None
     return qjax.Policy([*(qjax.Rule(pattern) for pattern in keep), qjax.Rule("*", weight=spec, method=method)])
@@ -276,6 +278,7 @@ def _show(document: dict[str, Any], result: Any, model: Model) -> None:
     from rich.console import Console
 
     from qjax.cli.tables import report_table
+    from qjax.report import format_bytes
 
     console = Console(highlight=False)
     for part in report_table(result.report):
@@ -283,5 +286,5 @@ def _show(document: dict[str, Any], result: Any, model: Model) -> None:
     text = document["calibration"]
     if text is not None:
         console.print(f"calibration: {text['windows']} windows of {text['window']} tokens from {text['lines']} lines of {text['file']}")
-    console.print(f"on disk: {size(model.disk_bytes)} -> {size(document['disk_bytes'])}")
+    console.print(f"on disk: {format_bytes(model.disk_bytes)} -> {format_bytes(document['disk_bytes'])}")
     console.print(f"saved {document['destination']} after {document['seconds']:.1f} s")

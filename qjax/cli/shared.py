@@ -236,11 +236,3 @@ def platform() -> str:
 
     devices = jax.devices()
     return f"cpu, {os.cpu_count()} cores" if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}"
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"

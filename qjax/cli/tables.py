@@ -7,7 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from qjax.cli.shared import size
+from qjax.report import format_bytes
 
 _NUMBER = re.compile(r"(?<![a-zA-Z0-9.])\d+(?![a-zA-Z0-9.])|(?<=_)\d+(?=/)")
 
@@ -42,15 +42,16 @@ def report_table(report: Any, every: bool = False) -> list[Any]:
     sums = totals(report)
     listed = [row for row in report.rows if row.spec]
     how = sorted({(row.spec, row.method) for row in listed})
-    head = f"{sums['quantized']} of {sums['parameters']} parameters quantized, {size(sums['float_nbytes'])} -> {size(sums['nbytes'])}"
+    sizes = f"{format_bytes(sums['float_nbytes'])} -> {format_bytes(sums['nbytes'])}"
+    head = f"{sums['quantized']} of {sums['parameters']} parameters quantized, {sizes}"
     if len(how) == 1:
         head += f": {how[0][0]} by {how[0][1]}"
     if not listed:  # a float model: what could be quantized
         listed = [row for row in report.rows if row.ops]
-        head = f"{len(listed)} of {sums['parameters']} parameters can be quantized, {size(sums['nbytes'])} in all"
+        head = f"{len(listed)} of {sums['parameters']} parameters can be quantized, {format_bytes(sums['nbytes'])} in all"
     lines: list[Any] = [head, "", _table(listed, show_how=len(how) > 1, every=every), ""]
     for reason, rows in _grouped(row for row in report.rows if row not in listed).items():
-        lines.append(f"float: {_names(rows, every)}, {size(sum(row.nbytes for row in rows))}: {reason}")
+        lines.append(f"float: {_names(rows, every)}, {format_bytes(sum(row.nbytes for row in rows))}: {reason}")
     lines += [f"note: {_names(rows, every)}: {note}" for note, rows in _grouped_notes(listed).items()]
     return [*lines, *(f"note: {note}" for note in report.notes)]
 
@@ -72,7 +73,7 @@ def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
         errors = [row.error for row in members if row.error is not None]
         cells = [path, str(len(members)), "x".join(map(str, shape)), *((spec, method) if show_how else ())]
         bits = sum(row.bits_per_weight for row in members) / len(members)
-        cells += [f"{bits:.2f}", size(sum(row.nbytes for row in members))]
+        cells += [f"{bits:.2f}", format_bytes(sum(row.nbytes for row in members))]
         table.add_row(*cells, *([f"{sum(errors) / len(errors):.2e}"] if errors else []))
     return table
 

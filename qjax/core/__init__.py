@@ -1,4 +1,10 @@
 from qjax.core import views as views
+from qjax.core.activations import ActSpec as ActSpec
+from qjax.core.activations import RangeFinder as RangeFinder
+from qjax.core.activations import dynamic as dynamic
+from qjax.core.activations import encode_activation as encode_activation
+from qjax.core.activations import round_activation as round_activation
+from qjax.core.activations import static as static
 from qjax.core.affine import affine_decode as affine_decode
 from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params
@@ -22,6 +28,7 @@ from qjax.core.layout import uncanonicalize as uncanonicalize
 from qjax.core.packing import pack as pack
 from qjax.core.packing import packed_length as packed_length
 from qjax.core.packing import unpack as unpack
+from qjax.core.qtensor import ARRAYS as ARRAYS
 from qjax.core.qtensor import QTensor as QTensor
 from qjax.core.qtensor import assemble as assemble
 from qjax.core.qtensor import quantize as quantize

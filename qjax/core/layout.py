@@ -11,6 +11,22 @@ from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
 
 
 def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, ...]:
+    """Counts axes from the end.
+
+    Args:
+      axes: positions, negative or not.
+      ndim: of the array.
+      argument: what an error calls them.
+
+    Returns:
+      The same axes, all negative.
+
+    Raises:
+      ValueError: an axis out of range or given twice.
+
+    >>> negative_axes((0, -1), 3, "axes")
+    (-3, -1)
+    """
     negative = tuple(int(a) - ndim if a >= 0 else int(a) for a in axes)
     if any(not -ndim <= a < 0 for a in negative) or len(set(negative)) != len(negative):
         raise ValueError(f"`{argument}` must be different axes of an array with {ndim} axes, got {tuple(axes)}")
@@ -24,6 +40,13 @@ def _to_canonical(axes: Sequence[int], ndim: int) -> list[int]:
 
 def canonicalize(w: jax.Array, axes: Sequence[int]) -> jax.Array:
     """Move the contracted `axes` last and flatten them in the given order: (kept..., K).
+
+    Args:
+      w: any array.
+      axes: the contracted axes.
+
+    Returns:
+      An array of two or more axes, or of one if all are contracted.
 
     >>> canonicalize(jnp.zeros((2, 3, 5)), (0, 1)).shape
     (5, 6)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from qjax.core.activations import ActSpec
 from qjax.core.granularity import PerBlock
 from qjax.core.layout import (
     canonicalize,
@@ -22,14 +23,16 @@ from qjax.core.layout import (
     uncanonicalize,
 )
 from qjax.core.packing import pack, unpack
-from qjax.core.rounding import block_decode, block_encode, block_params, checked, round_cast
+from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, round_cast
 from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+
+ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point")
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "zero_point", "perm"],
-    meta_fields=["spec", "axes", "sizes", "dtype"],
+    data_fields=list(ARRAYS),
+    meta_fields=["spec", "axes", "sizes", "dtype", "act"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
@@ -50,6 +53,9 @@ class QTensor:
       axes: negative logical positions of the contracted axes, in the order in which they are flattened.
       sizes: their sizes, in that order.
       dtype: the logical dtype; `w = decode(codes)` in float32 and one cast to it.
+      act: what becomes of the activations that it meets; None leaves them as they are.
+      act_scale: float32 (stacked axes full, others 1, 1), the scale of static activations; else None.
+      act_zero_point: int32 of the shape of `act_scale`, or None.
     """
 
     codes: Any
@@ -60,6 +66,9 @@ class QTensor:
     axes: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: np.dtype
+    act: ActSpec | None = None
+    act_scale: Any = None
+    act_zero_point: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,6 +103,10 @@ class QTensor:
         """
         return _unpack(self)[..., : math.prod(self.sizes)]
 
+    def codes_padded(self) -> jax.Array:
+        """The codes (kept..., Kpad), in stored order: int8 or uint8, for a cast the 16-bit floats."""
+        return _unpack(self)
+
     def dequantize(self) -> jax.Array:
         """The array of `shape` and `dtype` that the codes stand for.
 
@@ -104,6 +117,12 @@ class QTensor:
         """
         return _dequantize(self)
 
+    def _packed(self, *_: Any) -> Any:
+        remedy = "run the function as qjax.quantized(fn)(params, ...), or .dequantize() it"
+        raise TypeError(f"{self!r} is packed and has no arithmetic: {remedy}")
+
+    __matmul__ = __rmatmul__ = __add__ = __radd__ = __mul__ = __rmul__ = __getitem__ = _packed
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.array(self.dequantize(), dtype=dtype)
 
@@ -112,7 +131,8 @@ class QTensor:
             return f"QTensor({self.spec}, holding {', '.join(type(a).__name__ for a in jax.tree.leaves(self))})"
         shape = ",".join(map(str, self.shape))
         cost = f"{self.nbytes:,} bytes, {self.bits_per_weight:.3g} bits/weight"
-        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost})"
+        act = "" if self.act is None else f", activations {self.act}"
+        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act})"
 
 
 def _logical_shape(kept: Sequence[int], axes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -122,7 +142,9 @@ def _logical_shape(kept: Sequence[int], axes: Sequence[int], sizes: Sequence[int
     return tuple(contracted[i] if i in contracted else next(rest) for i in range(ndim))
 
 
-def quantize(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (), *, name: str = "w") -> QTensor:
+def quantize(
+    w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (), *, name: str = "w", ranges: Ranges = block_params
+) -> QTensor:
     """Round `w` to the nearest code, with scales from the extreme values of each block.
 
     Integers: see `affine_params` and `affine_encode`. Tables: see `codebook_params` and `codebook_encode`.
@@ -134,6 +156,7 @@ def quantize(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (
         or stacked kernels (L, K, N), (-3, -2) for a projection (heads, head_dim, model), (-1,) for an embedding (V, D).
       stacked: kept axes that hold independent arrays (layers of a scan, experts); per tensor they keep their own scale.
       name: what an error calls the array.
+      ranges: another way to choose scales and zero points: a pure function of (blocks (..., group), spec).
 
     Returns:
       A `QTensor` with the shape and dtype of `w`.
@@ -148,7 +171,7 @@ def quantize(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (
     QTensor(int4(group_size=128), bfloat16[256,16], 2,176 bytes, 4.25 bits/weight)
     """
     w, axes, stacked = checked(w, spec, axes, stacked, name)
-    q = _quantize(w, spec, axes, stacked)
+    q = _quantize(w, spec, axes, stacked, ranges)
     _check_overflow(q, name)
     return q
 
@@ -162,13 +185,13 @@ def _check_overflow(q: QTensor, name: str) -> None:
             raise ValueError(f"`{argument}`={array.dtype.name!r} cannot hold the range of `{name}`; take a wider one")
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked"), inline=True)
-def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> QTensor:
+@functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked", "ranges"), inline=True)
+def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...], ranges: Ranges) -> QTensor:
     sizes, dtype = tuple(w.shape[a] for a in axes), np.dtype(w.dtype)
     if isinstance(spec, CastSpec):
         return QTensor(round_cast(canonicalize(w, axes), spec), None, None, None, spec, axes, sizes, dtype)
     blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
-    scale, zero_point = block_params(blocked, spec)
+    scale, zero_point = ranges(blocked, spec)
     codes = block_encode(blocked, scale, zero_point, spec)
     scale = scale[..., 0].astype(spec.scale_dtype)
     if zero_point is not None:

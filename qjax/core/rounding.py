@@ -1,7 +1,7 @@
 """Rounding to any spec, block by block and for a whole array: what `quantize` packs and what training computes with."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,9 @@ from qjax.core.affine import affine_decode, affine_encode, affine_params, divide
 from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
 from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes
 from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+
+# How scales and zero points of blocks (..., group) are chosen: both (..., 1), the second None where the spec has none.
+Ranges = Callable[[jax.Array, IntSpec | CodebookSpec], tuple[jax.Array, jax.Array | None]]
 
 
 def check_finite(w: Any, name: str) -> None:

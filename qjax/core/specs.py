@@ -277,7 +277,22 @@ def codebook(
     scale_dtype: ScaleDtype = "float32",
     pad: bool = False,
 ) -> CodebookSpec:
-    """A table of 2^bits levels in -1 .. 1, groups of 64 unless told otherwise; keywords as for `integer`.
+    """A table of 2^bits levels in -1 .. 1, groups of 64 unless told otherwise.
+
+    Args:
+      levels: in the order of the codes, see `CodebookSpec`.
+      name: what reports call it.
+      per: as for `integer`.
+      group_size: as for `integer`.
+      block: as for `integer`.
+      scale_dtype: as for `integer`.
+      pad: as for `integer`.
+
+    Returns:
+      A `CodebookSpec`.
+
+    Raises:
+      TypeError, ValueError: naming the argument.
 
     >>> print(codebook([-1, -1/3, 1/3, 1], name="quaternary", group_size=32))
     quaternary(group_size=32)
@@ -290,6 +305,14 @@ def codebook(
 def nf4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool = False) -> CodebookSpec:
     """NormalFloat, 4 bits: quantiles of a normal distribution with an exact zero.
 
+    Args:
+      group_size: values that share a scale.
+      scale_dtype: the dtype that scales are stored in.
+      pad: pad with zeros what the group does not divide.
+
+    Returns:
+      A `CodebookSpec`.
+
     Source: QLoRA (arXiv 2305.14314); the levels are those of bitsandbytes.
 
     >>> print(nf4())
@@ -301,6 +324,16 @@ def nf4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool 
 def fp4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool = False) -> CodebookSpec:
     """bitsandbytes' FP4 (not OCP E2M1): a sign and eight magnitudes, in the order of its codes.
 
+    Args:
+      group_size: as for `nf4`.
+      scale_dtype: as for `nf4`.
+      pad: as for `nf4`.
+
+    Returns:
+      A `CodebookSpec`.
+
+    Source: bitsandbytes' `get_4bit_type("fp4")`.
+
     >>> fp4().levels[1] == 1 / 192
     True
     """
@@ -310,6 +343,9 @@ def fp4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool 
 def bf16() -> CastSpec:
     """A plain cast to bfloat16.
 
+    Returns:
+      A `CastSpec`.
+
     >>> bf16().bits
     16
     """
@@ -318,6 +354,9 @@ def bf16() -> CastSpec:
 
 def fp16() -> CastSpec:
     """A plain cast to float16.
+
+    Returns:
+      A `CastSpec`.
 
     >>> fp16().bits
     16

@@ -13,9 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.core.qtensor import QTensor
-
-_ARRAYS = ("codes", "scale", "zero_point", "perm")
+from qjax.core.qtensor import ARRAYS, QTensor
 
 
 def _contracted(q: QTensor) -> list[int]:
@@ -30,7 +28,7 @@ def _kept(q: QTensor) -> list[int]:
 
 def _map_arrays(q: QTensor, f: Callable[[Any], Any], **static) -> QTensor:
     """`f` on codes, scale, zero point and permutation; they have one axis for each kept axis, then the last."""
-    arrays = {name: getattr(q, name) for name in _ARRAYS}
+    arrays = {name: getattr(q, name) for name in ARRAYS}
     return dataclasses.replace(q, **{n: None if a is None else f(a) for n, a in arrays.items()}, **static)
 
 
@@ -152,8 +150,8 @@ def reshape(q: QTensor, new_shape: Sequence[int]) -> QTensor | None:
             flat.append((places[0], new))
     axes = [i for _, new in sorted(flat) for i in new]
     kept_runs = [(old, new) for old, new in runs if old[0] not in contracted]
-    arrays = {n: _reshape_kept(getattr(q, n), q, kept_runs, new_shape, axes) for n in _ARRAYS}
-    if any(arrays[n] is None and getattr(q, n) is not None for n in _ARRAYS):
+    arrays = {n: _reshape_kept(getattr(q, n), q, kept_runs, new_shape, axes) for n in ARRAYS}
+    if any(arrays[n] is None and getattr(q, n) is not None for n in ARRAYS):
         return None
     sizes = tuple(new_shape[i] for i in axes)
     return dataclasses.replace(q, **arrays, axes=tuple(i - len(new_shape) for i in axes), sizes=sizes)
@@ -184,7 +182,7 @@ def _reshape_kept(a: Any, q: QTensor, runs, new_shape: tuple[int, ...], contract
 def _slice_kept(q: QTensor, window: Callable[[int, int, int], tuple | None], cut: Callable) -> QTensor | None:
     """Cut every array: `window(axis, n, count)` says where along a kept axis of size n that has `count` entries."""
     kept, shape, arrays = _kept(q), q.shape, {}
-    for name in _ARRAYS:
+    for name in ARRAYS:
         a = arrays[name] = getattr(q, name)
         if a is not None:
             windows = [window(i, shape[i], count) for i, count in zip(kept, a.shape[:-1], strict=True)]

@@ -169,7 +169,7 @@ def load(
     jax.block_until_ready(list(placed.values()))
     params = _joined(document.tree, [rebuild(leaf, placed) for leaf in document.leaves], like, where)
     report = Report(()) if document.report is None else document.report
-    return Result(params, report, document.policy, metadata=document.metadata)  # pyright: ignore[reportArgumentType]
+    return Result(params, report, document.policy, metadata=document.metadata)
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:

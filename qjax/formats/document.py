@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.core import Spec
+from qjax.core import ARRAYS, ActSpec, Spec
 from qjax.formats.typed_json import decode, encode
 from qjax.policy import Policy
 from qjax.report import Report
@@ -55,12 +55,14 @@ class Packed:
     scale: str | None
     zero_point: str | None
     perm: str | None
+    act_scale: str | None = None
+    act_zero_point: str | None = None
+    act: ActSpec | None = None
 
     @property
     def children(self) -> dict[str, str]:
         """Which array stands for which field."""
-        fields = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point, "perm": self.perm}
-        return {name: array for name, array in fields.items() if array is not None}
+        return {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding
 
-from qjax.core import QTensor
+from qjax.core import ARRAYS, QTensor
 from qjax.formats.arrays import DTYPES, sha256s
 from qjax.formats.document import ArrayEntry, Document, Leaf, Packed, digest
 from qjax.formats.placement import check_packed, place_array, place_packed
 
-_CHILDREN = ("codes", "scale", "zero_point", "perm")
 _KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -32,13 +31,13 @@ def describe(flat: list[tuple[str, Any]]) -> tuple[tuple[Leaf, ...], dict[str, n
     for i, (path, x) in enumerate(flat):
         name = f"{i:05d}.{re.sub(r'[^0-9A-Za-z_-]+', '.', path)[-80:].strip('.')}".strip(".")
         if isinstance(x, QTensor):
-            children = {field: getattr(x, field) for field in _CHILDREN}
+            children = {field: getattr(x, field) for field in ARRAYS}
             names: Any = {field: None if child is None else f"{name}.{field}" for field, child in children.items()}
             for field, child in children.items():
                 if child is not None:
                     arrays[names[field]] = _host(child, f"{path}.{field}")
             check_packed(x, path)
-            leaves.append(Leaf(path, packed=Packed(x.spec, x.axes, x.sizes, np.dtype(x.dtype).name, **names)))
+            leaves.append(Leaf(path, packed=Packed(x.spec, x.axes, x.sizes, np.dtype(x.dtype).name, **names, act=x.act)))
         elif type(x) in (bool, int, float, str):
             leaves.append(Leaf(path, value=x))
         else:
@@ -135,8 +134,8 @@ def rebuild(leaf: Leaf, arrays: dict[str, Any]) -> Any:
         return array if leaf.key is None else jax.random.wrap_key_data(array, impl=leaf.key)
     if leaf.packed is None:
         return leaf.value
-    p, children = leaf.packed, dict.fromkeys(_CHILDREN) | {f: arrays[name] for f, name in leaf.packed.children.items()}
-    return QTensor(**children, spec=p.spec, axes=p.axes, sizes=p.sizes, dtype=np.dtype(p.dtype))
+    p, children = leaf.packed, dict.fromkeys(ARRAYS) | {f: arrays[name] for f, name in leaf.packed.children.items()}
+    return QTensor(**children, spec=p.spec, axes=p.axes, sizes=p.sizes, dtype=np.dtype(p.dtype), act=p.act)
 
 
 def array_shardings(leaves: tuple[Leaf, ...], abstract: list[Any], sharding: Any) -> dict[str, Sharding]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from qjax.core import CastSpec, IntSpec, PerBlock, QTensor, check_blocks, group_length, packed_length, padded_size
+from qjax.core import ARRAYS, CastSpec, IntSpec, PerBlock, QTensor, check_blocks, group_length, packed_length, padded_size
 from qjax.core.layout import negative_axes
 
 Axes = tuple[str, ...]
@@ -52,6 +52,17 @@ def check_packed(q: QTensor, name: str) -> None:
         _check("zero_point", q.zero_point, "int8" if signed else "uint8", [{n} for n in q.scale.shape], name)
     if q.perm is not None:
         _check("perm", q.perm, "int32", [{1, n} for n in kept] + [{k}], name)
+    _check_activations(q, name)
+
+
+def _check_activations(q: QTensor, name: str) -> None:
+    static = q.act is not None and q.act.static
+    asymmetric = q.act is not None and static and not q.act.spec.symmetric
+    if (q.act_scale is not None) != static or (q.act_zero_point is not None) != asymmetric:
+        raise ValueError(f"`{name}` must have the ranges of static activations, and only those, for {q.act}")
+    for field, dtype in (("act_scale", "float32"), ("act_zero_point", "int32")):
+        if getattr(q, field) is not None:
+            _check(field, getattr(q, field), dtype, [{1, n} for n in q.codes.shape[:-1]] + [{1}], name)
 
 
 def _check(field: str, array: Any, dtype: str, allowed: list[set[int]], name: str) -> None:
@@ -100,7 +111,7 @@ def place_packed(q: QTensor, sharding: Sharding, name: str) -> dict[str, Shardin
       TypeError: another kind of sharding.
       ValueError: it does not divide the array, or would cut a padded or permuted axis, a byte, a group or a block.
     """
-    fields = {field: getattr(q, field) for field in ("codes", "scale", "zero_point", "perm")}
+    fields = {field: getattr(q, field) for field in ARRAYS}
     fields = {field: array for field, array in fields.items() if array is not None}
     if not isinstance(sharding, NamedSharding):
         if not sharding.is_fully_replicated:

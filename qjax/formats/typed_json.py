@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
+from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
 from qjax.policy import Method
 from qjax.ptq.gptq import GPTQ
 from qjax.ptq.rtn import RoundToNearest
@@ -47,8 +48,16 @@ KINDS: dict[str, type] = {
     "rtn": RoundToNearest,
     "gptq": GPTQ,
     "other_method": OtherMethod,
+    "minmax": MinMax,
+    "moving_average": MovingAverage,
+    "absmax": AbsMax,
+    "percentile": Percentile,
+    "entropy": Entropy,
+    "mse": Mse,
 }
 METHODS = (RoundToNearest, GPTQ, OtherMethod)
+OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
+_PROTOCOLS = {Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
 
@@ -110,8 +119,8 @@ def decode(hint: Any, data: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return data
-    if origin in (Union, types.UnionType) or hint is Method:
-        return _decode_union(args or METHODS, data, where)
+    if origin in (Union, types.UnionType) or hint in _PROTOCOLS:
+        return _decode_union(args or _PROTOCOLS[hint], data, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _decode_dataclass(hint, data, where)
     if origin is tuple and isinstance(data, list):
@@ -129,7 +138,7 @@ def decode(hint: Any, data: Any, where: str) -> Any:
 
 
 def _decode_union(members: tuple[Any, ...], data: Any, where: str) -> Any:
-    members = tuple(m for member in members for m in (METHODS if member is Method else (member,)))
+    members = tuple(m for member in members for m in _PROTOCOLS.get(member, (member,)))
     if data is None and type(None) in members:
         return None
     if isinstance(data, dict) and "kind" in data:

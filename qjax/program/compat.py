@@ -30,6 +30,18 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def abstract(aval: Any, shape: Any = None, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """Returns a stand-in for an array: its shape, dtype and, inside a `shard_map`, over which mesh axes it varies."""
+    shape, dtype = aval.shape if shape is None else shape, aval.dtype if dtype is None else dtype
+    varying = getattr(aval, "manual_axis_type", None)
+    more = {}
+    if varying is not None and not varying.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+        everywhere = jax.sharding.PartitionSpec(*[None] * len(shape))
+        more = {"manual_axis_type": varying, "sharding": jax.sharding.NamedSharding(mesh, everywhere)}
+    return jax.ShapeDtypeStruct(shape, dtype, weak_type=getattr(aval, "weak_type", False), **more)
+
+
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Applies an equation unchanged and returns the list of its results."""
     with eqn.ctx.manager:

@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from qjax.program import compat
+from qjax.program.primitives import BARRIER
 from qjax.program.sites import Key
 from qjax.program.trace import Program
 
-STACK = "stack"  # joins what the steps of an unrolled loop gave
-OPEN = "open"  # the result of a loop or branch whose body was opened once
+# No primitives: jax has a `stack` of its own.
+STACK = "(turns stacked)"  # joins what the steps of an unrolled loop gave
+OPEN = "(loop opened)"  # the result of a loop or branch whose body was opened once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Graph:
       sliced: variables that are one element of another.
       carries: variables that a loop opened once carries in.
       unrolled: keys of the scans that were laid out turn by turn.
+      entries: variables that loops opened once start from; no equation reads them.
     """
 
     eqns: list[FlatEqn]
@@ -84,6 +87,7 @@ class Graph:
     sliced: dict[int, Sliced]
     carries: set[int]
     unrolled: set[Key]
+    entries: set[int]
 
 
 def flatten(program: Program, unroll: bool) -> Graph:
@@ -144,7 +148,7 @@ def canonical_jaxpr(jaxpr: Any) -> Hashable:
 class _Builder:
     def __init__(self, program: Program, unroll: bool):
         self.unroll = unroll
-        self.graph = Graph([], [], [], [], {}, {}, set(), set())
+        self.graph = Graph([], [], [], [], {}, {}, set(), set(), set())
         self.known: dict[Hashable, tuple[int, ...]] = {}
         self.sites = {site.key: site for site in program.sites}
         self.stepped = {scan for site in program.sites if not site.opaque for scan in site.scans}
@@ -178,6 +182,8 @@ class _Builder:
         name = eqn.primitive.name
         if name in compat.INLINE or name in compat.REMAT or name in compat.CUSTOM_RULES:
             return self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
+        if name == BARRIER:
+            return inputs
         inside = [k for k in self.sites if k[: len(key)] == key and k != key]
         if name == "scan" and self.unroll and key in self.stepped and eqn.params["length"]:
             return self.steps_of(eqn, inputs, key, steps)
@@ -218,16 +224,18 @@ class _Builder:
 
     def opened(self, eqn: Any, inputs: list[Any], key: Key, steps: tuple[int, ...]) -> list[Any]:
         """Opens a loop or branch once; what comes out of it is a new value of unknown origin."""
-        name = eqn.primitive.name
+        name, first = eqn.primitive.name, []
         if name == "scan":
             n_consts, n_carry = compat.scan_counts(eqn)
             body, _ = compat.parts(eqn.params["jaxpr"])
+            first = inputs[n_consts : n_consts + n_carry]
             inner = inputs[:n_consts] + [self.carried(v.aval) for v in body.invars[n_consts : n_consts + n_carry]]
             rest = zip(inputs[n_consts + n_carry :], body.invars[n_consts + n_carry :], strict=True)
             inner += [self.slice(x, v.aval, None) for x, v in rest]
             outs = self.program(eqn.params["jaxpr"], inner, (*key, 0), steps)
         elif name == "while":
             n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+            first = inputs[n_cond + n_body :]
             carry = [self.carried(v.aval) for v in eqn.outvars]
             self.program(eqn.params["cond_jaxpr"], inputs[:n_cond] + carry, (*key, 0), steps)
             outs = self.program(eqn.params["body_jaxpr"], inputs[n_cond : n_cond + n_body] + carry, (*key, 1), steps)
@@ -236,6 +244,7 @@ class _Builder:
             outs = [out for branch in branches for out in branch]
         else:
             outs = self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
+        self.graph.entries.update(a for a in first if not isinstance(a, Lit))
         return self.emit(OPEN, None, outs, [v.aval for v in eqn.outvars], key, steps)
 
     def carried(self, aval: Any) -> int:

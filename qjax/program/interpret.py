@@ -6,6 +6,7 @@ are rebuilt with the public combinators, so the result composes with every trans
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from jax import lax
 from qjax.core import QTensor
 from qjax.program import compat
 from qjax.program.packed import Packed, after_view, materialize, scannable
-from qjax.program.primitives import VIEWS
+from qjax.program.primitives import BARRIER, VIEWS
 from qjax.program.sharded import shard_map_packed
 from qjax.program.sites import Key, Site, invariant_carries
 
@@ -60,8 +61,8 @@ class Interpreter:
         state = dict(state or {})
         values = [Packed(a) if isinstance(a, QTensor) else a for a in args]
         outs = self.program(jaxpr, values, (), state)
-        # A parameter that is handed back untouched (NNX state, mutable collections) stays packed.
-        return [v.q if isinstance(v, Packed) and not v.pending else materialize(v) for v in outs], state
+        # A parameter that is handed back as it came (NNX state, mutable collections) stays packed.
+        return [v.q if any(v is given for given in values if isinstance(given, Packed)) else materialize(v) for v in outs], state
 
     def program(self, jaxpr: Any, args: Sequence[Any], prefix: Key, state: State) -> list[Any]:
         body, consts = compat.parts(jaxpr)
@@ -74,7 +75,8 @@ class Interpreter:
         last_use = _last_uses(body)
         for index, eqn in enumerate(body.eqns):
             operands = [read(atom) for atom in eqn.invars]
-            with jax.named_scope(str(eqn.source_info.name_stack)) if eqn.source_info.name_stack.stack else _NO_SCOPE:
+            scope = str(eqn.source_info.name_stack)
+            with jax.named_scope(scope) if scope else contextlib.nullcontext():
                 outs = self.equation(eqn, operands, (*prefix, index), state)
             env.update(zip(eqn.outvars, outs, strict=True))
             for var in last_use.get(index, ()):
@@ -94,9 +96,11 @@ class Interpreter:
             return compat.bind(eqn, operands)
         name = eqn.primitive.name
         if name in VIEWS and isinstance(operands[0], Packed):
-            view = after_view(operands[0], eqn, operands[1:])
-            if view is not None:
-                return [view]
+            seen = after_view(operands[0], eqn, operands[1:])
+            if seen is not None:
+                return [*seen]
+        if name == BARRIER:
+            return list(lax.optimization_barrier(operands))
         if name in compat.INLINE or (name in compat.CUSTOM_RULES and self.inline_custom):
             return self.program(eqn.params[compat.CALLS[name]], operands, (*key, 0), state)
         if name in compat.REMAT:
@@ -191,15 +195,6 @@ class Interpreter:
         outs, own = lax.switch(operands[0], branches, operands[1:], own)
         state.update(own)
         return outs
-
-
-class _NoScope:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
-_NO_SCOPE = _NoScope()
 
 
 def _below(state: State, key: Key) -> State:

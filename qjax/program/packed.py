@@ -9,7 +9,7 @@ import jax
 
 from qjax.core import QTensor, views
 from qjax.program import compat
-from qjax.program.primitives import ELEMENTWISE_VIEWS, PLACEMENTS
+from qjax.program.primitives import ELEMENTWISE_VIEWS, PLACEMENTS, split_starts
 
 
 @jax.tree_util.register_dataclass
@@ -39,28 +39,40 @@ class Packed:
         return x
 
 
-def after_view(packed: Packed, eqn: Any, rest: list[Any]) -> Packed | None:
+def after_view(packed: Packed, eqn: Any, rest: list[Any]) -> list[Packed] | None:
     """Applies a view primitive to the packed arrays; None if only the dequantized value can take it."""
-    name, params, q = eqn.primitive.name, eqn.params, packed.q
+    name, q = eqn.primitive.name, packed.q
     if name in ELEMENTWISE_VIEWS or name in PLACEMENTS:
-        return Packed(q, (*packed.pending, eqn))
+        return [Packed(q, (*packed.pending, eqn))]
+    pieces = _split(q, eqn) if name == "split" else [_view(q, eqn, rest)]
+    pending = _anywhere(packed.pending)
+    whole = [Packed(piece, pending) for piece in pieces if piece is not None]
+    return whole if len(whole) == len(pieces) else None
+
+
+def _split(q: QTensor, eqn: Any) -> list[QTensor | None]:
+    shapes = [out.aval.shape for out in eqn.outvars]
+    return [
+        views.slice(q, start, [a + n for a, n in zip(start, shape, strict=True)])
+        for start, shape in zip(split_starts(eqn), shapes, strict=True)
+    ]
+
+
+def _view(q: QTensor, eqn: Any, rest: list[Any]) -> QTensor | None:
+    name, params = eqn.primitive.name, eqn.params
     if name == "transpose":
-        new = views.transpose(q, tuple(params["permutation"]))
-    elif name == "reshape" and params.get("dimensions") is None:
-        new = views.reshape(q, tuple(params["new_sizes"]))
-    elif name == "squeeze":
-        new = views.squeeze(q, tuple(params["dimensions"]))
-    elif name == "broadcast_in_dim":
-        new = views.broadcast_in_dim(q, tuple(params["shape"]), tuple(params["broadcast_dimensions"]))
-    elif name == "slice":
-        new = views.slice(q, tuple(params["start_indices"]), tuple(params["limit_indices"]), params["strides"])
-    elif name == "dynamic_slice":
-        new = views.dynamic_slice(q, tuple(rest), tuple(params["slice_sizes"]))
-    else:
-        new = None
-    if new is None:
-        return None
-    return Packed(new, _anywhere(packed.pending))
+        return views.transpose(q, tuple(params["permutation"]))
+    if name == "reshape" and params.get("dimensions") is None:
+        return views.reshape(q, tuple(params["new_sizes"]))
+    if name == "squeeze":
+        return views.squeeze(q, tuple(params["dimensions"]))
+    if name == "broadcast_in_dim":
+        return views.broadcast_in_dim(q, tuple(params["shape"]), tuple(params["broadcast_dimensions"]))
+    if name == "slice":
+        return views.slice(q, tuple(params["start_indices"]), tuple(params["limit_indices"]), params["strides"])
+    if name == "dynamic_slice":
+        return views.dynamic_slice(q, tuple(rest), tuple(params["slice_sizes"]))
+    return None
 
 
 def can_scan(packed: Packed) -> bool:

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 from qjax.program import labels
 from qjax.program.labels import View
 
 # Shape-preserving and elementwise: they commute with every view.
-ELEMENTWISE_VIEWS = frozenset({"convert_element_type", "copy", "copy_p", "name", "pvary", "pbroadcast", "reduce_precision"})
+ELEMENTWISE_VIEWS = frozenset(
+    {"convert_element_type", "copy", "copy_p", "name", "pvary", "pbroadcast", "reduce_precision", "stop_gradient"}
+)
 # A constraint on where a parameter lives says nothing about its numbers, but its sharding is written for one rank.
 PLACEMENTS = frozenset({"sharding_constraint"})
-VIEWS = ELEMENTWISE_VIEWS | PLACEMENTS | {"transpose", "reshape", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice"}
+PARTIAL_VIEWS = frozenset({"slice", "dynamic_slice", "split"})
+VIEWS = ELEMENTWISE_VIEWS | PLACEMENTS | PARTIAL_VIEWS | {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
+# Hands every operand on as it is.
+BARRIER = "optimization_barrier"
 SITES = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "gather"})
 
 
-def view_after(eqn: Any, view: View) -> View | None:
-    """Returns the view that a view primitive makes of its first operand, or None if it copies or mixes."""
+def views_after(eqn: Any, view: View) -> list[View] | None:
+    """Returns the views that a view primitive makes of its first operand, one a result, or None if it copies or mixes."""
+    outs = [_view_after(eqn, view)] if eqn.primitive.name != "split" else _pieces(eqn, view)
+    return None if any(out is None for out in outs) else [out for out in outs if out is not None]
+
+
+def split_starts(eqn: Any) -> list[tuple[int, ...]]:
+    """Returns where each result of a `split` begins in its operand."""
+    axis, ndim = eqn.params["axis"], len(eqn.invars[0].aval.shape)
+    ends = itertools.accumulate(eqn.params["sizes"], initial=0)
+    return [tuple(at if i == axis else 0 for i in range(ndim)) for at in ends][:-1]
+
+
+def _pieces(eqn: Any, view: View) -> list[View | None]:
+    return [labels.restrict(view, out.aval.shape, start) for out, start in zip(eqn.outvars, split_starts(eqn), strict=True)]
+
+
+def _view_after(eqn: Any, view: View) -> View | None:
     name, params = eqn.primitive.name, eqn.params
     if name in ELEMENTWISE_VIEWS or name in PLACEMENTS:
         return view
@@ -29,7 +51,7 @@ def view_after(eqn: Any, view: View) -> View | None:
     if name == "broadcast_in_dim":
         return labels.broadcast_in_dim(view, params["shape"], params["broadcast_dimensions"])
     if name == "slice":
-        return labels.restrict(view, eqn.outvars[0].aval.shape, params["start_indices"])
+        return labels.restrict(view, eqn.outvars[0].aval.shape, params["start_indices"], params["strides"])
     if name == "dynamic_slice":
         return labels.restrict(view, eqn.outvars[0].aval.shape)
     return None

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal as OneOf
 
 from qjax.program.flatten import OPEN, FlatEqn, Graph, flatten
-from qjax.program.primitives import VIEWS
+from qjax.program.primitives import PARTIAL_VIEWS, VIEWS
 from qjax.program.sites import Site
 from qjax.program.trace import Program
 
@@ -96,7 +96,7 @@ def _makers(graph: Graph) -> dict[object, FlatEqn]:
 
 def _root(atom: object, made: dict[object, FlatEqn]) -> object:
     """Walks back over equations that only rearrange or cast."""
-    while atom in made and made[atom].name in VIEWS - {"slice", "dynamic_slice"}:
+    while atom in made and made[atom].name in VIEWS - PARTIAL_VIEWS:
         atom = made[atom].inputs[0]
     return atom
 

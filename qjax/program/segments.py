@@ -47,7 +47,7 @@ class Cutter:
         self.last_use: dict[int, int] = {}
         for eqn in graph.eqns:
             if eqn.name in VIEWS and self.is_parameter(eqn.inputs[0]):
-                self.views[eqn.outputs[0]] = eqn
+                self.views |= dict.fromkeys(eqn.outputs, eqn)
         for position, eqn in enumerate(graph.eqns):
             if not self.is_view(eqn):
                 self.use(eqn.inputs, position)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qjax.program import compat, labels
 from qjax.program.labels import View
-from qjax.program.primitives import SITES, VIEWS, contraction, view_after
+from qjax.program.primitives import BARRIER, SITES, VIEWS, contraction, views_after
 
 Key = tuple[int, ...]
 
@@ -34,6 +34,7 @@ class Site:
       out_shape: shape of the result, per call.
       opaque: whether it stands in a loop or branch that cannot be laid flat.
       sharded: whether it stands inside a `shard_map`, where activations and weights are parts of the whole.
+      condition: whether it stands in the condition of a `while`.
       custom_rule: whether it stands inside a custom_jvp or custom_vjp function.
       groups: `feature_group_count` of a convolution, else 1.
     """
@@ -54,6 +55,7 @@ class Site:
     out_shape: tuple[int, ...]
     opaque: bool = False
     sharded: bool = False
+    condition: bool = False
     custom_rule: bool = False
     groups: int = 1
 
@@ -128,10 +130,12 @@ class _Walk:
                 for view in self.program(branch, operands[1:], key + suffix, {**flags, "opaque": True}):
                     self.drop(view, "output of cond")
             return none
+        if name == BARRIER:
+            return operands
         if name in VIEWS and operands[0] is not None and not any(operands[1:]):
-            out = view_after(eqn, operands[0])
-            if out is not None:
-                return [out]
+            outs = views_after(eqn, operands[0])
+            if outs is not None:
+                return [*outs]
         if name in SITES and self.site(eqn, operands, key, flags):
             return none
         if name in SITES:
@@ -161,7 +165,7 @@ class _Walk:
         invariant = invariant_carries(eqn.params["body_jaxpr"], n_body, len(carry))
         carry = [view if i in invariant else self.drop(view, "carry of while") for i, view in enumerate(carry)]
         opaque = {**flags, "opaque": True}
-        self.program(eqn.params["cond_jaxpr"], operands[:n_cond] + carry, (*key, 0), opaque)
+        self.program(eqn.params["cond_jaxpr"], operands[:n_cond] + carry, (*key, 0), {**opaque, "condition": True})
         self.program(eqn.params["body_jaxpr"], operands[n_cond : n_cond + n_body] + carry, (*key, 1), opaque)
         return carry
 
@@ -214,6 +218,9 @@ def _leaf_axes(
     others = labels.axes_of([dim for i, dim in enumerate(view.dims) if i not in dims and i not in batch])
     # An axis of which a reshape made a batch and a kept one (heads stored flat) is kept.
     stacked = (labels.axes_of([view.dims[d] for d in batch]) - others) | view.stacked
+    if not set(range(ndim)) - contracted - stacked:
+        # A column of a matrix, `w[:, 0]`, is one of its kept values.
+        stacked -= {axis for axis, _ in view.fixed}
     if not contracted or contracted & (stacked | others):
         return None
     kept = (a for a in range(ndim) if a not in contracted | stacked)
@@ -246,7 +253,7 @@ def discover(
     views: list[View | None] = [None] * len(body.invars)
     for index, shape in enumerate(shapes):
         views[index] = labels.whole(index, shape)
-    for view in walk.program(jaxpr, views, (), {"opaque": False, "sharded": False, "custom_rule": False}):
+    for view in walk.program(jaxpr, views, (), {"opaque": False, "sharded": False, "condition": False, "custom_rule": False}):
         walk.drop(view, "output")
     return tuple(
         Leaf(i, path, tuple(shapes[i]), dtypes[i], tuple(s for s in walk.sites if s.leaf == i), tuple(walk.consumers[i]))

@@ -141,10 +141,12 @@ def _static_key(value: Any) -> Hashable:
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """Returns the aval of an array; of a QTensor that of the array it stands for."""
-    if isinstance(x, (QTensor, jax.ShapeDtypeStruct)):
+    if isinstance(x, QTensor):
+        codes = x.codes if isinstance(x.codes, jax.ShapeDtypeStruct) else jax.typeof(x.codes)
+        return compat.abstract(codes, x.shape, x.dtype)
+    if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
-    aval = jax.typeof(x)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+    return compat.abstract(jax.typeof(x))
 
 
 def trace_arguments(fn: Callable[..., Any], arguments: Arguments) -> Program:
@@ -203,8 +205,8 @@ class ProgramCache:
         self._programs: dict[Hashable, Program] = {}
 
     def __call__(self, arguments: Arguments) -> Program:
-        avals = tuple((a.shape, a.dtype, a.weak_type) for a in map(abstract, (*arguments.params, *arguments.inputs)))
-        key = (arguments.key, avals, compat.trace_context())
+        avals = tuple(map(abstract, (*arguments.params, *arguments.inputs)))
+        key = (arguments.key, tuple((a, a.weak_type) for a in avals), compat.trace_context())
         program = self._programs.pop(key, None)
         if program is None:
             program = trace_arguments(self.fn, arguments)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core import CodebookSpec, IntSpec, PerBlock, PerGroup, blocks, check_blocks, group_length
+from qjax.ptq.factorize import Factor, factorize
 from qjax.ptq.gptq_sweep import Grid, Plan, Problem, fit, free_moves, plan, sweep
-from qjax.ptq.hessian import Factor, factorize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def solve(w: jax.Array, hessian: jax.Array, spec: IntSpec | CodebookSpec, option
 
     Args:
       w: (N, K), floating: outputs, inputs.
-      hessian: (K, K), floating, symmetric, positive semi-definite: see `hessian_value`. Only ratios of its entries
+      hessian: (K, K), floating, symmetric, positive semi-definite: see `qjax.calibration.hessian`. Only ratios of its entries
         matter, except for `loss`.
       spec: what to quantize to; every granularity but a cast.
       options: a `GPTQOptions`.

@@ -18,6 +18,7 @@ class Problem(NamedTuple):
       spec: what it is to become.
       axes: its contracted axes, negative.
       stacked: its axes that hold independent parts (experts), negative.
+      shared: those of the stacked axes whose parts share one set of statistics (layers that a loop picks by a traced index).
       groups: `feature_group_count`: the last kept axis splits into this many independent parts.
       name: its path, for errors.
     """
@@ -28,6 +29,7 @@ class Problem(NamedTuple):
     stacked: tuple[int, ...]
     groups: int
     name: str
+    shared: tuple[int, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -51,6 +53,20 @@ class Method(Protocol):
     @property
     def observer(self) -> Observer[Any] | None:
         """What it needs to know of the activations that reach the weight; None: nothing."""
+        ...
+
+    def shapes(self, problem: Problem) -> QTensor:
+        """Says what `quantize` will store, from shapes alone.
+
+        Args:
+          problem: the weight; `w` may be a `jax.ShapeDtypeStruct`.
+
+        Returns:
+          A `QTensor` of `jax.ShapeDtypeStruct`s.
+
+        Raises:
+          ValueError: the weight cannot be quantized like this; naming it.
+        """
         ...
 
     def quantize(self, problem: Problem, state: Any) -> Outcome:

@@ -36,7 +36,8 @@ def part_axes(site: Site) -> tuple[int, ...]:
 
 def part_of(site: Site, steps: Mapping[Any, int]) -> Part:
     """Which part a visit sees, given the turn of each scan by its key."""
-    where = {axis: steps[key] for axis, key in site.view.scans} | dict(site.view.fixed)
+    turns = zip(site.view.scans, site.view.steps, strict=True)
+    where = {axis: first + stride * steps[key] for (axis, key), (first, stride) in turns} | dict(site.view.fixed)
     return tuple(where[axis] for axis in part_axes(site))
 
 
@@ -81,6 +82,7 @@ def problem_of(leaf: Leaf, site: Site, spec: Spec, w: jax.Array, removed: Sequen
         stacked=tuple(rest.index(a) - ndim for a in site.stacked if a not in removed),
         groups=site.groups,
         name=leaf.path,
+        shared=tuple(rest.index(a) - ndim for a in site.stacked if a not in removed and a in site.view.stacked),
     )
 
 

@@ -14,15 +14,17 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.calibration import why_no_rows
-from qjax.core import QTensor, check_finite
-from qjax.policy import Choice, Policy
-from qjax.program import Program, ProgramCache, split_arguments
+from qjax.core import QTensor, Spec, check_finite
+from qjax.policy import Choice, Policy, check_policy
+from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
+from qjax.program.packed import can_scan
+from qjax.ptq.activations import with_activations
 from qjax.ptq.method import Method
-from qjax.ptq.parts import problem_of
+from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
 from qjax.ptq.rtn import rtn
 from qjax.ptq.sequential import Progress, Task, quantize_sequential
 from qjax.report import Report, Row
-from qjax.runtime.reference import KERNEL
+from qjax.runtime.select import kernel_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,13 @@ class Result:
     Attributes:
       params: the tree of parameters, `QTensor` where quantized: all that is needed to run it.
       report: what was quantized, how, and what it cost.
-      policy: the policy it was made with.
+      policy: the policy it was made with; None of a tree that was saved without one.
       metadata: the caller's own, kept by `qjax.save`.
     """
 
     params: Any
     report: Report
-    policy: Policy
+    policy: Policy | None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -81,8 +83,7 @@ def quantize(
       >>> result.params["w"]
       QTensor(int8(per="channel"), float32[16,4], 80 bytes, 10 bits/weight)
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}: write qjax.Policy([qjax.Rule(...)])")
+    check_policy(policy)
     started = time.perf_counter()
     batches = as_batches(calibration)
     programs = ProgramCache(fn)
@@ -101,9 +102,8 @@ def quantize(
             continue
         method, note = _method(choice)
         if method.observer is None:
-            problem = problem_of(choice.leaf, choice.leaf.sites[0], choice.spec, flat[choice.leaf.index])
-            outcome = method.quantize(problem, None)
-            done[choice.leaf.index] = outcome.q, (*outcome.notes, *note)
+            q, notes = _by_parts(choice.leaf, choice.spec, method, flat[choice.leaf.index])
+            done[choice.leaf.index] = q, (*notes, *note)
         else:
             # What a group that does not divide says, it says now, not after minutes of calibration.
             _check_shapes(choice)
@@ -113,6 +113,7 @@ def quantize(
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
         streams = [(programs(a), a.inputs) for a in arguments]
         done |= quantize_sequential(current, tasks, streams, progress)
+    done = with_activations(done, choices, flat, [(programs(a), a.inputs) for a in arguments])
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
     jax.block_until_ready([jax.tree.leaves(x) for x in packed])
     finished = time.perf_counter()
@@ -150,6 +151,25 @@ def _method(choice: Choice) -> tuple[Method, tuple[str, ...]]:
     return method, ()
 
 
+def _by_parts(leaf: Leaf, spec: Spec, method: Method, w: jax.Array) -> tuple[QTensor, tuple[str, ...]]:
+    """Quantizes a weight without data, a layer of a stack at a time: all of them at once would hold several float copies."""
+    site = leaf.sites[0]
+    layout = layout_of(leaf) if _same_parts(leaf) else Layout((), ())
+    if not layout.axes:
+        outcome = method.quantize(problem_of(leaf, site, spec, w), None)
+        return outcome.q, outcome.notes
+    outcomes = {}
+    for part in layout.all:
+        problem = problem_of(leaf, site, spec, take(w, layout, part), layout.axes)
+        outcomes[part] = method.quantize(problem, None)
+    notes = dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes)
+    return join(leaf, layout, {part: outcome.q for part, outcome in outcomes.items()}), tuple(notes)
+
+
+def _same_parts(leaf: Leaf) -> bool:
+    return len({part_axes(site) for site in leaf.sites}) == 1 and set(part_axes(leaf.sites[0])) <= set(leaf.sites[0].stacked)
+
+
 def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
     for choice in choices:
         if choice.spec is None:
@@ -168,7 +188,7 @@ def _check_shapes(choice: Choice) -> None:
     leaf = choice.leaf
     w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     problem = problem_of(leaf, leaf.sites[0], choice.spec, w)  # pyright: ignore[reportArgumentType]
-    jax.eval_shape(lambda w: rtn().quantize(problem._replace(w=w)).q, w)
+    _method(choice)[0].shapes(problem)
 
 
 def _check_data(batches: Sequence[tuple[Any, ...]], tasks: dict[int, Task]) -> None:
@@ -176,6 +196,11 @@ def _check_data(batches: Sequence[tuple[Any, ...]], tasks: dict[int, Task]) -> N
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         task = next(iter(tasks.values()))
         raise ValueError(f"`calibration` holds shapes, but {task.method.name} of {task.leaf.path!r} needs data: give batches of numbers")
+    for number, batch in enumerate(batches):
+        for x in jax.tree.leaves(batch):
+            if isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating) and bool(jnp.isnan(x).any()):
+                count = int(jnp.isnan(x).sum())
+                raise ValueError(f"`calibration` batch {number} holds {count} NaN in an array of shape {x.shape}: mend or drop that batch")
 
 
 def describe(
@@ -195,14 +220,24 @@ def describe(
         method = _method(choice)[0].name
         error = float(_relative_error(jnp.asarray(flat[choice.leaf.index]), q))
         size = {"nbytes": q.nbytes, "bits_per_weight": q.bits_per_weight}
-        rows.append(dataclasses.replace(planned_row(choice), error=error, notes=notes, method=method, **size))
+        row = planned_row(choice)
+        rows.append(dataclasses.replace(row, error=error, notes=tuple(dict.fromkeys((*notes, *row.notes))), method=method, **size))
     return Report(tuple(rows), program_notes(program), seconds)
 
 
 @jax.jit
 def _relative_error(w: jax.Array, q: QTensor) -> jax.Array:
-    w = w.astype(jnp.float32)
-    return jnp.sum(jnp.square(w - q.dequantize().astype(jnp.float32))) / jnp.maximum(jnp.sum(jnp.square(w)), 1e-30)
+    # Squares of very small and very large weights leave float32.
+    reach = jnp.max(jnp.abs(w)).astype(jnp.float32)
+    unit = 1 / jnp.where(reach > 0, reach, 1.0)
+
+    def sums(part: tuple[jax.Array, QTensor]) -> tuple[jax.Array, jax.Array]:
+        w = part[0].astype(jnp.float32)
+        return jnp.sum(jnp.square((w - part[1].dequantize().astype(jnp.float32)) * unit)), jnp.sum(jnp.square(w * unit))
+
+    # A stack one layer at a time, without a float copy of it.
+    error, whole = jax.lax.map(sums, (w, q)) if w.ndim > 2 and can_scan(Packed(q)) else sums((w, q))
+    return jnp.sum(error) / jnp.maximum(jnp.sum(whole), 1e-30)
 
 
 def planned_row(choice: Choice) -> Row:
@@ -225,10 +260,19 @@ def planned_row(choice: Choice) -> Row:
     if spec is None:
         return row
     problem = problem_of(leaf, leaf.sites[0], spec, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))  # pyright: ignore[reportArgumentType]
-    q = jax.eval_shape(lambda w: rtn().quantize(problem._replace(w=w)).q, problem.w)
     method, notes = _method(choice)
+    q = method.shapes(problem)
+    act = choice.activation
+    kernels = dict.fromkeys(kernel_of(site, spec, act) for site in leaf.sites)
+    reasons = tuple(reason for _, reason in kernels if reason)
     return dataclasses.replace(
-        row, method=method.name, nbytes=q.nbytes, bits_per_weight=q.bits_per_weight, kernel=KERNEL, notes=notes
+        row,
+        method=method.name,
+        nbytes=q.nbytes,
+        bits_per_weight=q.bits_per_weight,
+        activation="" if act is None else str(act),
+        kernel=", ".join(dict.fromkeys(kernel for kernel, _ in kernels)),
+        notes=(*notes, *reasons),
     )
 
 
@@ -256,6 +300,9 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
     Returns:
       A function of the same arguments (shapes are enough) that returns a `Report`.
 
+    Raises:
+      TypeError: `policy` is no policy.
+
     Example:
       >>> import jax.numpy as jnp, qjax
       >>> fn = lambda p, x: x @ p["w"] + p["b"]
@@ -264,8 +311,7 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
       >>> [(row.path, row.spec, row.reason) for row in report.rows]
       [('b', '', 'it meets no data in a matmul, convolution or lookup, only add'), ('w', 'int8(per="channel")', '')]
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}")
+    check_policy(policy)
     programs = ProgramCache(fn)
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:

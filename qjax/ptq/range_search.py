@@ -38,10 +38,12 @@ def search_range(blocks: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.A
     x = blocks.astype(jnp.float32)
     lo, hi = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
     shrink = jnp.asarray(_SHRINK)
+    # |error|^2.4 of very small and very large blocks leaves float32: errors are counted in units of the block's reach.
+    reach = jnp.log(jnp.maximum(jnp.maximum(-lo, hi), jnp.finfo(jnp.float32).tiny))
 
     def step(i, best):
         for candidate in _candidates(lo * shrink[i], hi * shrink[i], spec):
-            best = _keep_better(best, _error(x, *candidate, spec), candidate)
+            best = _keep_better(best, _error(x, reach, *candidate, spec), candidate)
         return best
 
     first = _candidates(lo, hi, spec)[0]
@@ -60,10 +62,10 @@ def _candidates(lo: jax.Array, hi: jax.Array, spec: IntSpec | CodebookSpec):
     return [(scale, zero_point), (scale, jnp.where(zero_point == below, above, below))]
 
 
-def _error(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec) -> jax.Array:
+def _error(x: jax.Array, reach: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec) -> jax.Array:
     rounded = block_decode(block_encode(x, scale, zero_point, spec), scale, zero_point, spec)
     # exp and log, not a power, for which XLA's CPU backend calls a scalar function (4 times slower). exp(log(0)) is 0.
-    return jnp.sum(jnp.exp(_NORM * jnp.log(jnp.abs(rounded - x))), axis=-1, keepdims=True)
+    return jnp.sum(jnp.exp(_NORM * (jnp.log(jnp.abs(rounded - x)) - reach)), axis=-1, keepdims=True)
 
 
 def _keep_better(best, error: jax.Array, params):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
-from qjax.core import CastSpec, CodebookSpec, IntSpec, QTensor, assemble, block_encode, blocks, canonicalize, quantize
+from qjax.core import QTensor, block_params, quantize
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.range_search import search_range
 
@@ -23,12 +23,14 @@ class RoundToNearest:
     def name(self) -> str:
         return "rtn(mse)" if self.mse else "rtn"
 
+    def shapes(self, problem: Problem) -> QTensor:
+        return jax.eval_shape(lambda w: self.quantize(problem._replace(w=w)).q, problem.w)
+
     def quantize(self, problem: Problem, state: Any = None) -> Outcome:
         del state
-        spec = problem.spec
-        if not self.mse or isinstance(spec, CastSpec):
-            return Outcome(quantize(problem.w, spec, problem.axes, problem.stacked, name=problem.name))
-        return Outcome(_round_searched(problem, spec))
+        ranges = search_range if self.mse else block_params
+        w, spec, axes, stacked = problem.w, problem.spec, problem.axes, problem.stacked
+        return Outcome(quantize(w, spec, axes, stacked, name=problem.name, ranges=ranges))
 
 
 def rtn(mse: bool = False) -> RoundToNearest:
@@ -48,16 +50,3 @@ def rtn(mse: bool = False) -> RoundToNearest:
     """
     return RoundToNearest(mse)
 
-
-def _round_searched(problem: Problem, spec: IntSpec | CodebookSpec) -> QTensor:
-    w, ndim = problem.w, problem.w.ndim
-    stacked = [a + ndim for a in problem.stacked]
-    order = [i for i in range(ndim) if i - ndim not in problem.axes]
-    blocked, unblock = blocks(canonicalize(w, problem.axes), spec, tuple(order.index(a) for a in stacked), problem.name)
-    scale, zero_point = search_range(blocked, spec)
-    codes = block_encode(blocked, scale, zero_point, spec)
-    sizes = [w.shape[a] for a in problem.axes]
-    zero_point = None if zero_point is None else jnp.squeeze(zero_point, -1)
-    return assemble(
-        unblock(codes), jnp.squeeze(scale, -1), zero_point, spec, problem.axes, sizes, w.dtype, name=problem.name
-    )

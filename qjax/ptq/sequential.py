@@ -115,6 +115,12 @@ class Run:
             w = put(w, layout_of(self.tasks[index].leaf), part, _dequantize(outcome.q))
         return w
 
+    def packed(self, index: int) -> Any:
+        """A parameter as the quantized model has it so far; packed once all of it is."""
+        if index in self.done:
+            return self.done[index][0]
+        return self.params[index] if isinstance(self.params[index], QTensor) else self.parameter(index)
+
     def layer(self, index: int, turn: int) -> jax.Array:
         """Element `turn` of a parameter along its first axis, without building the whole where that can be helped."""
         w = self.done[index][0] if index in self.done else self.params[index]
@@ -269,7 +275,7 @@ def _view_value(run: Run, batch: Batch, var: int) -> Any:
         return _weight(run, batch, var) if batch.cutter.is_parameter(var) else batch.value(var)
     eqn = batch.cutter.views[var]
     operands = [a.value if isinstance(a, Lit) else _view_value(run, batch, a) for a in eqn.inputs]
-    return compat.bind(eqn.eqn, operands)[0]
+    return compat.bind(eqn.eqn, operands)[eqn.outputs.index(var)]
 
 
 def _solve_flat(
@@ -280,7 +286,8 @@ def _solve_flat(
     for number in group:
         site = visits[0][number].site
         task = run.tasks[site.leaf]
-        signature = (task.observer, site.op, canonical(streams[0].eqn(visits[0][number]).eqn.params), _dims(site))
+        equation = canonical(streams[0].eqn(visits[0][number]).eqn.params)
+        signature = (task.observer, site.op, site.operand, site.pairs, site.batch, equation, _dims(site))
         if why_no_rows(site, task.leaf):
             state = None
         elif signature in shared:
@@ -306,9 +313,11 @@ def _update(run: Run, batch: Batch, visit: Visit, observer: Observer[Any], state
     eqn = batch.eqn(visit)
     operands = [None if i == visit.site.operand else _operand(batch, a) for i, a in enumerate(eqn.inputs)]
     shapes = tuple((x.shape, str(x.dtype)) for x in operands if x is not None)
-    key = (observer, visit.site.key, shapes, visit.site.pairs)
+    site, raw = visit.site, eqn.eqn
+    weight = raw.invars[site.operand].aval.shape
+    # Equal for the repeated layers of a model, so that they share a compilation.
+    key = (observer, site.op, site.operand, site.pairs, site.batch, site.view.dims, site.groups, canonical(raw.params), weight, shapes)
     if key not in run.updates:
-        site, raw = visit.site, eqn.eqn
 
         @jax.jit
         def update(state: Any, values: list[Any]) -> Any:
@@ -327,7 +336,7 @@ def _solve_pooled(run: Run, streams: list[Batch], task: Task) -> None:
     sites = [s for s in task.leaf.sites if not why_no_rows(s, task.leaf)]
     layout = Layout((), ())
     first = task.leaf.sites[0]
-    params = [run.parameter(i) for i in range(len(run.params))]
+    params = [run.packed(i) for i in range(len(run.params))]
     total = None
     for batch in streams:
         local = [s for s in batch.program.leaves[task.leaf.index].sites if s.key in {x.key for x in sites}]
@@ -341,9 +350,8 @@ def _solve_pooled(run: Run, streams: list[Batch], task: Task) -> None:
             total = state if total is None else task.observer.merge(total, state)
     problem = problem_of(task.leaf, first, task.spec, run.params[task.leaf.index])
     outcome = task.method.quantize(problem, total)
-    note = f"one set of statistics for its {len(sites)} uses"
-    if first.view.stacked:
-        note += " and all its layers"
+    uses = f"its {len(sites)} uses" if len(sites) > 1 else "all turns of its loop"
+    note = f"one set of statistics for {uses}" + (" and all its layers" if first.view.stacked else "")
     run.finish_part(task, layout, (), Outcome(outcome.q, (*outcome.notes, note)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from qjax.program import Interpreter, ProgramCache, split_arguments
-from qjax.runtime.reference import dequantize_rule
+from qjax.runtime.select import packed_rule
 
 
 def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,6 +26,9 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       The function, with the same arguments and results.
 
+    Raises:
+      TypeError: `fn` is no function.
+
     Example:
       >>> import jax, jax.numpy as jnp, qjax
       >>> fn = lambda p, x: x @ p["w"]
@@ -34,13 +37,15 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
       >>> jax.jit(quantized(fn))(result.params, x).shape
       (2, 8)
     """
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
     programs = ProgramCache(fn)
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
-        interpreter = Interpreter({site.key: site for site in program.sites}, rule=dequantize_rule)
+        interpreter = Interpreter({site.key: site for site in program.sites}, rule=packed_rule)
         outs, _ = interpreter(program.jaxpr, [*arguments.params, *arguments.inputs])
         return jax.tree.unflatten(program.out_tree, outs)
 

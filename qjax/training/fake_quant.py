@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from qjax.core import Spec
-from qjax.policy import Policy
-from qjax.program import ProgramCache, split_arguments
-from qjax.training.straight_through import straight_through
+from qjax.core import ActSpec, Spec
+from qjax.policy import Policy, check_policy
+from qjax.program import Interpreter, Program, ProgramCache, Site, compat, split_arguments
+from qjax.runtime.select import shared_axes
+from qjax.training.straight_through import straight_through, straight_through_activation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +35,15 @@ class FakeQuant:
     def __call__(self, params: Any, *args: Any, quant: Any = None, **kwargs: Any) -> Any:
         if quant:
             raise ValueError(f"`quant` must be what `init` gave, which holds nothing for this policy; got {quant!r}")
-        return self.fn(self.leaves(params, *args, **kwargs)(params), *args, **kwargs)
+        arguments = split_arguments(params, args, kwargs)
+        program = self.programs(arguments)
+        weights = self.leaves(params, *args, **kwargs)(params)
+        acts = {c.leaf.index: c.activation for c in self.policy.resolve(program) if c.activation is not None}
+        if not acts:
+            return self.fn(weights, *args, **kwargs)
+        run = _rounding(program, acts)
+        flat = split_arguments(weights, args, kwargs)
+        return jax.tree.unflatten(program.out_tree, run([*flat.params, *flat.inputs]))
 
     def init(self, key: jax.Array, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns the state of the quantizers, to be passed as `quant=` and trained beside the parameters.
@@ -73,11 +82,33 @@ class FakeQuant:
         return quantize_leaves
 
 
+def _rounding(program: Program, acts: Mapping[int, ActSpec]) -> Callable[[list[Any]], list[Any]]:
+    """The program with rounded activations at the sites of some parameters."""
+    sites = {site.key: site for site in program.sites if site.leaf in acts and site.op != "gather"}
+    for site in sites.values():
+        if acts[site.leaf].static:
+            raise ValueError(
+                f"`activation` {acts[site.leaf]} of {site.path!r} needs ranges, and training has none yet: train with qjax.dynamic(...)"
+            )
+        if site.sharded:
+            raise ValueError(f"`activation` of {site.path!r} stands inside a shard_map: apply fake_quant inside of it")
+
+    def rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+        act, other = acts[site.leaf], 1 - site.operand
+        x = operands[other]
+        rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim))
+        return compat.bind(eqn, [rounded if i == other else v for i, v in enumerate(operands)]), state
+
+    interpreter = Interpreter(sites, rule, watched=frozenset(sites))
+    return lambda values: interpreter(program.jaxpr, values)[0]
+
+
 def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
     """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
 
     Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
-    after training; here every rule rounds to nearest). Backward, the straight-through estimator: the gradient passes where
+    after training; here every rule rounds to nearest), and the activations of a rule that names them are rounded as the packed
+    model's integers are. Backward, the straight-through estimator: the gradient passes where
     q_min <= w / scale <= q_max and is zero outside; see `straight_through`.
 
     Args:
@@ -102,6 +133,5 @@ def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
 
     Source: Bengio et al., arXiv 1308.3432; Jacob et al., arXiv 1712.05877.
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}")
+    check_policy(policy)
     return FakeQuant(fn, policy)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qjax.cli.main
-from qjax.cli.shared import emit, size
+from qjax.cli.shared import emit
 
 from .conftest import error_of, invoke
 
@@ -69,7 +69,3 @@ def test_traceback_is_shown_when_asked_for(tmp_path):
 def test_emit_writes_json_for_numbers_that_json_lacks(capsys):
     emit({"perplexity": float("nan"), "rows": [{"kl": float("inf")}, 1.5, "x"]})
     assert json.loads(capsys.readouterr().out) == {"perplexity": None, "rows": [{"kl": None}, 1.5, "x"]}
-
-
-def test_size():
-    assert [size(n) for n in (999, 1000, 8397312, 16_000_000_000)] == ["999 B", "1.00 kB", "8.40 MB", "16.00 GB"]

@@ -120,6 +120,13 @@ def fused_qkv(p, x):
     return q * k + v
 
 
+def split_qkv(p, x):
+    """A fused kernel with heads of different counts, split behind a barrier."""
+    p, x = lax.optimization_barrier((p, x))
+    q, k, v = jnp.split(p["qkv"], (6, 9), axis=1)
+    return (x @ q)[:, :3] * (x @ k) + x @ v
+
+
 def vmapped(p, x):
     return jax.vmap(lambda w, x: jitted_helper(w, x))(p["w"], jnp.stack([x] * 3))
 
@@ -131,6 +138,37 @@ def sharded(p, x):
         lambda w, x: lax.psum(x @ w, "d"), mesh=mesh, in_specs=(P("d", None), P(None, "d")), out_specs=P()
     )
     return rows(p["rows"], jax.nn.relu(columns(p["columns"], x)))
+
+
+def while_loops(p, x):
+    """A trip that the data decides, a parameter in the condition, in the body and in the carry."""
+
+    def cond(carry):
+        _, x, i = carry
+        return (jnp.abs(x @ p["stop"]).max() < 40.0) & (i < 5)
+
+    def body(carry):
+        w, x, i = carry
+        return w, jnp.tanh(x @ w) @ p["body"] + x, i + 1
+
+    return lax.while_loop(cond, body, (p["carried"], x, 0))[1]
+
+
+def interleaved(p, x):
+    """Gate and up in alternate columns, and one column of a matrix."""
+    gate, up = p["w"].reshape(8, 5, 2)[..., 0], p["w"].reshape(8, 5, 2)[..., 1]
+    return jax.nn.silu(x @ gate) * (x @ up) + (x @ p["column"][:, :1]) + (x @ p["column"][:, 1])[:, None]
+
+
+def layers_apart(p, x):
+    """Layers of one stack: the first by hand, the others under scan; and a stack of which only the last two are used."""
+    x = jnp.tanh(x @ p["w"][0])
+    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"][1:])[0]
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["late"][2:4])[0] @ p["late"][2] @ p["late"][3]
+
+
+def frozen(p, x):
+    return x @ lax.stop_gradient(p["base"]) + x @ p["a"] @ p["b"]
 
 
 def params_in_carry(p, x):
@@ -194,6 +232,7 @@ CASES = [
         [("in", DOT, (0,), ()), ("rec", DOT, (0,), ())],
     ),
     Case("fused_qkv", fused_qkv, {"qkv": normal(8, 24)}, (X,), [("qkv", DOT, (0,), ())] * 3),
+    Case("split_qkv", split_qkv, {"qkv": normal(8, 12)}, (X,), [("qkv", DOT, (0,), ())] * 3),
     Case("vmapped", vmapped, {"w": normal(3, 8, 5)}, (X,), [("w", DOT, (1,), (0,))]),
     Case("custom_vjp", lambda p, x: doubled_backward(p["w"], x), {"w": normal(8, 5)}, (X,), [("w", DOT, (0,), ())]),
     Case("custom_jvp", lambda p, x: clipped_matmul(p["w"], x), {"w": normal(8, 5)}, (X,), [("w", DOT, (0,), ())]),
@@ -203,6 +242,34 @@ CASES = [
         {"columns": normal(8, 16), "rows": normal(16, 6, seed=1)},
         (X,),
         [("columns", DOT, (0,), ()), ("rows", DOT, (0,), ())],
+    ),
+    Case(
+        "while_loops",
+        while_loops,
+        {"stop": normal(8, 3), "body": 0.3 * normal(6, 8, seed=1), "carried": normal(8, 6, seed=2)},
+        (X,),
+        [("stop", DOT, (0,), ()), ("carried", DOT, (0,), ()), ("body", DOT, (0,), ())],
+    ),
+    Case(
+        "interleaved",
+        interleaved,
+        {"w": normal(8, 10), "column": normal(8, 2, seed=1)},
+        (X,),
+        [("w", DOT, (0,), ())] * 2 + [("column", DOT, (0,), ())] * 2,
+    ),
+    Case(
+        "layers_apart",
+        layers_apart,
+        {"w": 0.3 * normal(4, 8, 8), "late": 0.3 * normal(5, 8, 8, seed=1)},
+        (X,),
+        [("w", DOT, (1,), (0,))] * 2 + [("late", DOT, (1,), (0,))] * 3,
+    ),
+    Case(
+        "frozen",
+        frozen,
+        {"base": normal(8, 6), "a": normal(8, 2, seed=1), "b": normal(2, 6, seed=2)},
+        (X,),
+        [("base", DOT, (0,), ()), ("a", DOT, (0,), ()), ("b", DOT, (0,), ())],
     ),
     Case("params_in_carry", params_in_carry, {"w": normal(8, 8)}, (X,), [("w", DOT, (0,), ())]),
     Case(

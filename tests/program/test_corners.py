@@ -50,6 +50,7 @@ def error(fn, params, result, *inputs):
     return float(jnp.sum((jax.jit(qjax.quantized(fn))(result.params, *inputs) - fn(params, *inputs)) ** 2))
 
 
+@pytest.mark.slow
 def test_branches_that_read_one_value_differently_have_statistics_of_their_own():
     def conv(x, w, dilation):
         dims = ("NHWC", "HWIO", "NHWC")
@@ -169,3 +170,130 @@ def test_nnx_quantizes_params_only_and_the_methods_it_is_told():
     assert (both.encode(x) != model.encode(x)).any()
     with pytest.raises(ValueError, match="`methods` names 'decode'"):
         qjax.nnx.fake_quant(model, policy, methods=("decode",))
+
+
+@pytest.mark.parametrize("activation", [None, qjax.dynamic(qjax.int8())], ids=str)
+def test_quantized_inside_the_callers_shard_map(activation):
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    params, x = {"w": normal(8, 6), "v": normal(6, 3, seed=1)}, normal(4, 8, seed=2)
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), activation=activation)])
+    packed = qjax.quantize(fn, params, policy, calibration=[x]).params
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    run = jax.shard_map(qjax.quantized(fn), mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    np.testing.assert_allclose(jax.jit(run)(packed, x), jax.jit(qjax.quantized(fn))(packed, x), rtol=1e-5, atol=1e-5)
+
+
+def test_pieces_of_an_axis_share_what_the_axis_shares():
+    def fn(p, x):
+        w = p["w"].reshape(16, 5, 2)
+        return jax.nn.silu(x @ w[..., 0]) * (x @ w[..., 1])
+
+    params, x = {"w": normal(16, 10)}, normal(40, 16, seed=1)
+    per_tensor = qjax.quantize(fn, params, star(qjax.int4(per="tensor"), None), calibration=[x]).params["w"]
+    assert per_tensor.scale.size == 1
+    ordered = qjax.quantize(fn, params, star(qjax.int4(group_size=8), qjax.gptq(act_order=True)), calibration=[x]).params["w"]
+    assert ordered.perm.size == 16
+    plain = qjax.quantize(lambda p, x: x @ p["w"], params, star(qjax.int4(group_size=8), qjax.gptq(act_order=True)), calibration=[x])
+    np.testing.assert_array_equal(ordered.dequantize(), plain.params["w"].dequantize())
+
+
+def test_layers_of_a_slice_get_their_own_data():
+    def fn(p, x):
+        x = jnp.tanh(x @ p["w"][0])
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"][1:])[0]
+
+    def loop(p, x):
+        for i in range(4):
+            x = jnp.tanh(x @ p["w"][i])
+        return x
+
+    params, x = {"w": normal(4, 8, 8)}, normal(64, 8, seed=1)
+    found = [qjax.quantize(f, params, star(qjax.int3(), qjax.gptq()), calibration=[x]) for f in (fn, loop)]
+    np.testing.assert_array_equal(found[0].params["w"].dequantize(), found[1].params["w"].dequantize())
+    assert not any(row.notes for row in found[0].report.rows)
+
+
+def test_layers_that_are_used_twice_or_never_share_statistics_and_say_so():
+    def fn(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"][2:4])[0] @ p["w"][2] @ p["w"][3]
+
+    result = qjax.quantize(fn, {"w": normal(4, 8, 8)}, star(qjax.int3(), qjax.gptq()), calibration=[normal(64, 8, seed=1)])
+    assert "one set of statistics for its 3 uses and all its layers" in result.report.rows[0].notes
+
+
+@pytest.mark.parametrize("experts_first", [False, True])
+def test_experts_under_a_traced_layer_index_get_their_own_statistics(experts_first):
+    w, x = normal(3, 2, 8, 8), normal(3, 40, 8, seed=1) * jnp.exp(2 * normal(3, 1, 8, seed=2))
+
+    def fn(p, x):
+        def turn(i, x):
+            layer = p["w"][:, i] if experts_first else p["w"][i]
+            return jnp.tanh(jnp.einsum("ebk,ekn->ebn", x, layer))
+
+        return lax.fori_loop(0, 2 + 0 * jnp.int32(x[0, 0, 0]), turn, x)
+
+    stored = w if experts_first else w.swapaxes(0, 1)
+    packed = qjax.quantize(fn, {"w": stored}, star(qjax.int3(), qjax.gptq()), calibration=[x]).params["w"].dequantize()
+    error = jnp.sum((fn({"w": packed}, x) - fn({"w": stored}, x)) ** 2)
+    rounded = qjax.quantize(fn, {"w": stored}, star(qjax.int3(), None), calibration=[x]).params["w"].dequantize()
+    assert error < 0.9 * jnp.sum((fn({"w": rounded}, x) - fn({"w": stored}, x)) ** 2)
+
+
+def test_two_contractions_of_one_value_have_statistics_of_their_own():
+    x = normal(8, 8, seed=3) * jnp.exp(normal(8, 1, seed=4))
+    params = {"a": normal(8, 8), "b": normal(8, 8, seed=1)}
+    both = qjax.quantize(lambda p, x: (x @ p["a"]).sum() + (p["b"].T @ x).sum(), params, star(qjax.int3(), qjax.gptq()), calibration=[x])
+    alone = qjax.quantize(lambda p, x: (p["b"].T @ x).sum(), {"b": params["b"]}, star(qjax.int3(), qjax.gptq()), calibration=[x])
+    np.testing.assert_array_equal(both.params["b"].dequantize(), alone.params["b"].dequantize())
+
+
+def test_a_view_of_a_parameter_that_is_handed_back_is_an_array():
+    def fn(p, x):
+        return x @ p["a"], p["a"].T, p["a"]
+
+    packed = qjax.quantize(fn, {"a": normal(8, 3)}, star(qjax.int8(), None), calibration=[normal(2, 8)]).params
+    _, view, same = jax.jit(qjax.quantized(fn))(packed, normal(2, 8))
+    assert isinstance(view, jax.Array) and view.shape == (3, 8) and isinstance(same, qjax.QTensor)
+
+
+def test_what_newcomers_get_wrong_is_named():
+    fn, params, x = lambda p, x: x @ p["w"], {"w": normal(8, 3)}, normal(4, 8)
+    packed = qjax.quantize(fn, params, star(qjax.int8(), None), calibration=[x]).params
+    with pytest.raises(TypeError, match=r"is packed and has no arithmetic: run the function as qjax.quantized\(fn\)"):
+        fn(packed, x)
+    with pytest.raises(TypeError, match="`fn` must be a function"):
+        qjax.quantized(None)
+    with pytest.raises(ValueError, match="`calibration` batch 1 holds 1 NaN in an array of shape"):
+        qjax.quantize(fn, params, star(qjax.int8(), qjax.gptq()), calibration=[x, x.at[0, 0].set(jnp.nan)])
+    shadowed = qjax.Policy([qjax.Rule("*", weight=qjax.int8()), qjax.Rule("w", weight=qjax.int4())])
+    with pytest.raises(ValueError, match=r"'w' is never reached: '\*' stands before it"):
+        qjax.sites(fn, shadowed)(params, x)
+    with pytest.raises(TypeError, match=r"`method` must be a method such as .*a spec goes to `weight`"):
+        qjax.Rule("*", weight=qjax.int4(), method=qjax.nf4())
+
+
+@pytest.mark.parametrize("unit", [2.0**-60, 2.0**60])
+def test_errors_and_searched_ranges_do_not_depend_on_the_unit(unit):
+    w, x = normal(64, 5), normal(4, 64)
+    small, plain = (
+        qjax.quantize(lambda p, x: x @ p["w"], {"w": v}, star(qjax.int3(group_size=16), qjax.rtn(mse=True)), calibration=[x])
+        for v in (w * unit, w)
+    )
+    np.testing.assert_array_equal(small.params["w"].codes, plain.params["w"].codes)
+    assert small.report.rows[0].error == pytest.approx(plain.report.rows[0].error, rel=1e-5)
+
+
+def test_a_stack_of_the_users_own_is_not_that_of_an_unrolled_loop():
+    def fn(p, x):
+        pair = jnp.stack([x @ p["a"], x @ p["b"]], axis=1)
+        return jnp.tanh(pair).reshape(x.shape[0], -1) @ p["c"]
+
+    params, x = {"a": normal(8, 4), "b": normal(8, 4, seed=1), "c": normal(8, 3, seed=2)}, normal(40, 8, seed=3)
+    packed = qjax.quantize(fn, params, star(qjax.int3(), qjax.gptq()), calibration=[x]).params
+    first = {name: packed[name].dequantize() for name in ("a", "b")}
+    pair = jnp.stack([x @ first["a"], x @ first["b"]], axis=1)
+    hidden = jnp.tanh(pair).reshape(40, -1)
+    alone = qjax.quantize(lambda p, x: x @ p["c"], {"c": params["c"]}, star(qjax.int3(), qjax.gptq()), calibration=[hidden])
+    np.testing.assert_array_equal(packed["c"].dequantize(), alone.params["c"].dequantize())

@@ -41,10 +41,12 @@ def test_packed_equals_float_on_dequantized_weights(case, spec):
     chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Integer inputs and loops whose length the data decides have no gradient in the float program either.
+DIFFERENTIABLE = [c for c in CASES if c.name != "while_loops" and jnp.issubdtype(c.inputs[0].dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
 def test_gradients_to_the_inputs(case):
-    if not jnp.issubdtype(case.inputs[0].dtype, jnp.floating) or case.name == "loop_index":
-        return  # integer inputs and while loops have no gradient in the float program either
     params = packed(case, qjax.int8())
 
     def loss(fn, params):
@@ -52,7 +54,7 @@ def test_gradients_to_the_inputs(case):
 
     got = jax.jit(loss(qjax.quantized(case.fn), params))(case.inputs[0])
     want = jax.jit(loss(case.fn, dequantized(params)))(case.inputs[0])
-    np.testing.assert_allclose(got, want, rtol=3e-2 if "bf16" in case.name else 1e-3, atol=1e-3)
+    np.testing.assert_allclose(got, want, **({"rtol": 3e-2, "atol": 1e-2} if "bf16" in case.name else {"rtol": 1e-4, "atol": 1e-4}))
 
 
 # jax itself maps neither a shard_map over a mesh in use nor, so far, a ragged_dot.
@@ -62,7 +64,8 @@ def test_vmap_over_inputs(case):
     batch = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), case.inputs)
     got = jax.jit(jax.vmap(lambda *xs: qjax.quantized(case.fn)(params, *xs)))(*batch)
     one = jax.jit(qjax.quantized(case.fn))(params, *jax.tree.map(lambda x: x[1], batch))
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], got), one, rtol=2e-2, atol=2e-2 if "bf16" in case.name else 1e-4)
+    tolerance = 2e-2 if "bf16" in case.name else 1e-5
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], got), one, rtol=tolerance, atol=tolerance)
 
 
 def test_both_orders_of_first_trace():

@@ -149,7 +149,12 @@ REFERENCE_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("n", "k", "spec", "options"), REFERENCE_CASES, ids=describe)
+# Every other one runs in the ordinary test line, all of them in the gate.
+@pytest.mark.parametrize(
+    ("n", "k", "spec", "options"),
+    [c if i % 2 == 0 else pytest.param(*c, marks=pytest.mark.slow) for i, c in enumerate(REFERENCE_CASES)],
+    ids=describe,
+)
 def test_agrees_with_a_plain_numpy_gptq(n, k, spec, options):
     w, hessian = problem(n, k)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

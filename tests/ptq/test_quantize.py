@@ -13,6 +13,7 @@ from tests.program.cases import CASES, normal
 
 GPTQ = Policy([Rule("*", weight=qjax.int4(), method=qjax.gptq())])
 RTN = Policy([Rule("*", weight=qjax.int4())])
+WITHOUT_DATA = Policy([Rule("*", weight=qjax.int4(), method=qjax.rtn(mse=True))])  # what GPTQ then does
 
 
 def is_q(x):
@@ -76,10 +77,10 @@ def test_each_site_is_calibrated_on_the_quantized_prefix():
     params, x = {"a": normal(8, 16), "b": normal(16, 5, seed=1)}, normal(64, 8, seed=2)
     result = qjax.quantize(fn, params, GPTQ, calibration=[x[:32], x[32:]])
     hidden = jax.nn.relu(x @ result.params["a"].dequantize())
-    expected = solve(params["b"].T, 2 * hidden.T @ hidden / 64, int4(), GPTQOptions())
+    expected = solve(params["b"].T, 2 * hidden.T @ hidden / 64, int4(), GPTQOptions(mse=True))
     assert (np.asarray(result.params["b"].codes_unpacked()) == np.asarray(expected.codes)).mean() >= 0.98
     float_hidden = jax.nn.relu(x @ params["a"])
-    other = solve(params["b"].T, 2 * float_hidden.T @ float_hidden / 64, int4(), GPTQOptions())
+    other = solve(params["b"].T, 2 * float_hidden.T @ float_hidden / 64, int4(), GPTQOptions(mse=True))
     assert (np.asarray(other.codes) != np.asarray(expected.codes)).any()
 
 
@@ -128,7 +129,7 @@ def test_repeated_layers_share_their_compilations():
 def test_an_expert_without_data_is_rounded_and_named():
     case = next(c for c in CASES if c.name == "experts")
     result = qjax.quantize(case.fn, case.params, GPTQ, calibration=[case.inputs])
-    rounded = qjax.quantize(case.fn, case.params, RTN, calibration=[case.inputs])
+    rounded = qjax.quantize(case.fn, case.params, WITHOUT_DATA, calibration=[case.inputs])
     row = next(r for r in result.report.rows if r.path == "up")
     assert any("no calibration data reached it in parts 1" in note for note in row.notes)
     np.testing.assert_array_equal(result.params["up"].dequantize()[1], rounded.params["up"].dequantize()[1])

@@ -65,7 +65,7 @@ def test_experts_inside_scanned_layers():
     result = qjax.quantize(fn, params, GPTQ, calibration=[x])
     notes = [n for row in result.report.rows for n in row.notes]
     assert any("no calibration data reached it in parts 1" in n and "(layer 1)" in n for n in notes)
-    rounded = qjax.quantize(fn, params, qjax.Policy([qjax.Rule("w", weight=qjax.int4())]), calibration=[x])
+    rounded = qjax.quantize(fn, params, qjax.Policy([qjax.Rule("w", weight=qjax.int4(), method=qjax.rtn(mse=True))]), calibration=[x])
     want = fn(params, x)
     errors = [float(jnp.sum((jax.jit(qjax.quantized(fn))(r.params, x) - want) ** 2)) for r in (result, rounded)]
     assert errors[0] < errors[1]

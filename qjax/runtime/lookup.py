@@ -1,4 +1,4 @@
-"""The XLA reference path: what every spec can run on every platform."""
+"""Lookups in a packed table."""
 
 from __future__ import annotations
 
@@ -10,22 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.core import CastSpec, QTensor
-from qjax.program import Packed, Site, compat, materialize
-
-KERNEL = "xla"
-
-
-def dequantize_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
-    """Runs a site by dequantizing its weight in front of the float operation, which XLA fuses.
-
-    A lookup reads and dequantizes only the rows it needs.
-    """
-    weight = operands[site.operand]
-    if site.op == "gather" and isinstance(weight, Packed):
-        rows = gather_rows(weight, eqn, operands[1])
-        if rows is not None:
-            return [rows], state
-    return compat.bind(eqn, [materialize(v) for v in operands]), state
+from qjax.program import Packed
 
 
 def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | None:

@@ -1,4 +1,4 @@
-"""The Hessian of a linear layer's squared output error, gathered in a stream, and the factor that GPTQ needs of it."""
+"""The damped Hessian's Cholesky factor, in the form in which GPTQ sweeps over columns."""
 
 from typing import NamedTuple
 
@@ -8,80 +8,6 @@ import numpy as np
 from jax import lax
 
 _EPS = float(np.finfo(np.float32).eps)
-
-
-class HessianState(NamedTuple):
-    """Sums over the samples seen. Adding two states is merging them, so a `psum` over devices merges too.
-
-    Attributes:
-      total: float32 (K, K), sum of x x^T.
-      count: int32, the number of samples (rows) seen.
-    """
-
-    total: jax.Array
-    count: jax.Array
-
-
-def hessian_init(k: int) -> HessianState:
-    """No sample seen.
-
-    >>> hessian_init(3).total.shape
-    (3, 3)
-    """
-    return HessianState(jnp.zeros((k, k), jnp.float32), jnp.zeros((), jnp.int32))
-
-
-def hessian_update(state: HessianState, x: jax.Array, mask: jax.Array | None = None) -> HessianState:
-    """Add the outer products of more samples: `total += sum_s x_s x_s^T`, in float32 whatever the dtype of `x`.
-
-    Args:
-      state: what was seen before.
-      x: (samples, K), floating; what the layer multiplies its weights with.
-      mask: bool (samples,): False leaves a sample out (padding tokens, tokens that went to another expert).
-
-    Returns:
-      The new state.
-
-    Raises:
-      ValueError: `x` is not (samples, K).
-
-    >>> hessian_update(hessian_init(2), jnp.float32([[1.0, 2.0]])).total.tolist()
-    [[1.0, 2.0], [2.0, 4.0]]
-    """
-    k = state.total.shape[-1]
-    if x.ndim != 2 or x.shape[1] != k:
-        raise ValueError(f"`x` must have the shape (samples, {k}), got {x.shape}; flatten its leading axes first")
-    x = x.astype(jnp.float32)
-    count = jnp.int32(x.shape[0])
-    if mask is not None:
-        # A masked sample may hold anything, NaN included: select, do not multiply.
-        x = jnp.where(mask[:, None], x, 0.0)
-        count = jnp.sum(mask, dtype=jnp.int32)
-    total = jnp.matmul(x.T, x, precision=lax.Precision.HIGHEST)
-    return HessianState(state.total + total, state.count + count)
-
-
-def hessian_merge(a: HessianState, b: HessianState) -> HessianState:
-    """The state of all the samples of both.
-
-    >>> x = jnp.float32([[1.0, 2.0]])
-    >>> hessian_merge(hessian_update(hessian_init(2), x), hessian_update(hessian_init(2), x)).count.item()
-    2
-    """
-    return HessianState(a.total + b.total, a.count + b.count)
-
-
-def hessian_value(state: HessianState) -> jax.Array:
-    """`H = 2/n sum x x^T`, float32 (K, K); zeros when no sample was seen.
-
-    >>> hessian_value(hessian_update(hessian_init(2), jnp.float32([[1.0, 2.0]]))).tolist()
-    [[2.0, 4.0], [4.0, 8.0]]
-
-    Source: GPTQ (arXiv 2210.17323), eq. 1 and the authors' code, whose n counts sequences. GPTQ's codes do not depend
-    on the factor.
-    """
-    n = jnp.maximum(state.count, 1).astype(jnp.float32)
-    return state.total * (2.0 / n)
 
 
 class Factor(NamedTuple):

@@ -1,0 +1,1 @@
+"""Kernels on plain arrays: arrays in, arrays out. This package never imports qjax."""

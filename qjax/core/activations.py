@@ -1,0 +1,155 @@
+"""How the activations of a site are quantized: ranges taken as they come, or known beforehand."""
+
+import dataclasses
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core.affine import affine_decode, affine_encode, affine_params
+from qjax.core.granularity import PerChannel, PerTensor, PerToken
+from qjax.core.specs import IntSpec
+
+_PER = {"token": PerToken(), "tensor": PerTensor()}
+
+
+class RangeFinder(Protocol):
+    """What finds a static range: see `qjax.calibration`, whose observers do."""
+
+    def range(self, state: Any, spec: IntSpec) -> tuple[jax.Array, jax.Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ActSpec:
+    """What the activations of a site become. Built by `dynamic` and `static`.
+
+    Attributes:
+      spec: integers, per token or per tensor.
+      static: whether the range is known beforehand.
+      observer: what finds a static range (see `qjax.calibration`); None takes the extreme values, or there is nothing to find.
+    """
+
+    spec: IntSpec
+    static: bool = False
+    observer: RangeFinder | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.spec, IntSpec):
+            raise TypeError(f"`spec` of activations must be integers such as qjax.int8(), got {self.spec!r}")
+        if self.spec.granularity not in _PER.values() or (self.static and self.spec.granularity != PerTensor()):
+            raise ValueError(f"`spec` of activations must be per {'tensor' if self.static else 'token or tensor'}, got {self.spec}")
+        if self.observer is not None and (not hasattr(self.observer, "range") or isinstance(self.observer, type)):
+            raise TypeError(f"`observer` must find ranges, such as qjax.minmax() or qjax.entropy(), got {self.observer!r}")
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every row has a scale of its own."""
+        return self.spec.granularity == PerToken()
+
+    def __str__(self) -> str:
+        if not self.static:
+            return f"dynamic({self.spec})"
+        return f"static({self.spec})" if self.observer is None else f"static({self.spec}, {self.observer})"
+
+
+def dynamic(spec: IntSpec, per: Literal["token", "tensor"] = "token") -> ActSpec:
+    """Quantizes activations with ranges that are found anew in every call.
+
+    Args:
+      spec: integers of 2 to 8 bits without a granularity of their own, such as `qjax.int8()`.
+      per: "token": a scale for every row that meets the weight (for a convolution every example); "tensor": one for all.
+
+    Returns:
+      An `ActSpec` for `qjax.Rule(activation=...)`.
+
+    Raises:
+      TypeError: `spec` is not of integers.
+      ValueError: `per` is neither, or `spec` has groups or blocks.
+
+    Example:
+      >>> import qjax
+      >>> str(dynamic(qjax.int8()))
+      'dynamic(int8(per="token"))'
+    """
+    if per not in _PER:
+        raise ValueError(f"`per` must be 'token' or 'tensor', got {per!r}")
+    return ActSpec(_whole(spec, per))
+
+
+def static(spec: IntSpec, observer: RangeFinder | None = None) -> ActSpec:
+    """Quantizes activations with one range for all of a site's data, found by calibration and stored with the weight.
+
+    Args:
+      spec: integers of 2 to 8 bits, such as `qjax.int8()`, or `qjax.uint8()`, asymmetric, for what comes behind a ReLU.
+      observer: how the range is found; None takes the extreme values.
+
+    Returns:
+      An `ActSpec` for `qjax.Rule(activation=...)`.
+
+    Raises:
+      TypeError, ValueError: as `dynamic`.
+
+    Example:
+      >>> import qjax
+      >>> str(static(qjax.uint8()))
+      'static(uint8(per="tensor"))'
+    """
+    return ActSpec(_whole(spec, "tensor"), True, observer)
+
+
+def _whole(spec: Any, per: str) -> IntSpec:
+    if not isinstance(spec, IntSpec):
+        raise TypeError(f"`spec` of activations must be integers such as qjax.int8(), got {spec!r}")
+    if spec.granularity not in (PerChannel(), *_PER.values()):
+        raise ValueError(f"`spec` of activations must have no groups, got {spec}: write qjax.int{spec.bits}()")
+    return dataclasses.replace(spec, granularity=_PER[per])
+
+
+def encode_activation(
+    x: jax.Array, act: ActSpec, axes: tuple[int, ...], scale: jax.Array | None = None, zero_point: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Rounds activations: `clip(round(x / scale) + zero_point, qmin, qmax)`.
+
+    Args:
+      x: floating, any shape.
+      act: what it becomes.
+      axes: the axes that share a scale: the contracted ones per token, all of them per tensor. Not read where `scale` is given.
+      scale: the static scale, float32, broadcasts against `x`; None finds it.
+      zero_point: the static zero point, or None.
+
+    Returns:
+      (codes int8, scale float32 and zero point int32 or None, both with as many axes as `x`). Unsigned codes are moved
+      down by half their range, and the zero point with them, so that all codes are int8.
+
+    Example:
+      >>> import qjax
+      >>> codes, scale, _ = encode_activation(jnp.float32([[1.0, -2.0]]), dynamic(qjax.int8(scale_rule="full")), (1,))
+      >>> codes.tolist(), round(scale.item() * 127, 4)
+      ([[64, -127]], 2.0)
+    """
+    x = x.astype(jnp.float32)
+    if scale is None:
+        moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
+        scale, zero_point = affine_params(moved.reshape(*moved.shape[: x.ndim - len(axes)], -1), act.spec)
+        shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
+        scale = scale.reshape(shape)
+        zero_point = None if zero_point is None else zero_point.reshape(shape)
+    codes = affine_encode(x, scale, zero_point, act.spec)
+    if not act.spec.signed:
+        half = 2 ** (act.spec.bits - 1)
+        codes, zero_point = codes - half, (0 if zero_point is None else zero_point) - half
+        zero_point = jnp.broadcast_to(jnp.asarray(zero_point, jnp.int32), scale.shape)
+    return codes.astype(jnp.int8), scale, zero_point
+
+
+def round_activation(
+    x: jax.Array, act: ActSpec, axes: tuple[int, ...], scale: jax.Array | None = None, zero_point: jax.Array | None = None
+) -> jax.Array:
+    """What the codes of `encode_activation` stand for: the same arguments, the shape and dtype of `x`.
+
+    Example:
+      >>> import qjax
+      >>> round_activation(jnp.float32([[1.0, -2.0]]), dynamic(qjax.int2(scale_rule="full")), (1,)).tolist()
+      [[0.0, -2.0]]
+    """
+    return affine_decode(*encode_activation(x, act, axes, scale, zero_point)).astype(x.dtype)

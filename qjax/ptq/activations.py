@@ -1,0 +1,139 @@
+"""Gives packed weights their activation specs, and the ranges of static ones from calibration data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.calibration import init_states, minmax, observe_program, why_no_rows
+from qjax.core import ActSpec, QTensor, params_from_range
+from qjax.policy import Choice
+from qjax.program import Key, Leaf, Program, Site
+
+Done = dict[int, tuple[QTensor, tuple[str, ...]]]
+
+
+def with_activations(done: Done, choices: Sequence[Choice], flat: Sequence[Any], batches: Sequence[tuple[Program, Any]]) -> Done:
+    """Attaches activation specs.
+
+    Static ranges come from one pass over the data in which every weight is already quantized and activations are float.
+
+    Args:
+      done: packed weights and their notes, by the parameter's index.
+      choices: the policy's, one a parameter.
+      flat: the parameters as they were.
+      batches: (traced program, its inputs) for each calibration batch.
+
+    Returns:
+      `done` with the specs and ranges.
+
+    Raises:
+      ValueError: data that is not finite, naming the batch and the site; shapes in place of data; a site whose activations cannot
+        be observed.
+    """
+    wanted = {c.leaf.index: c.activation for c in choices if c.activation is not None and c.leaf.index in done}
+    new = dict(done)
+    for index, act in wanted.items():
+        q, notes = done[index]
+        new[index] = dataclasses.replace(q, act=dataclasses.replace(act, observer=None)), notes
+    static = {index: act for index, act in wanted.items() if act.static}
+    if not static:
+        return new
+    found = _observe(static, [done[i][0] if i in done else w for i, w in enumerate(flat)], batches)
+    program = batches[0][0]
+    for index, act in static.items():
+        leaf, (q, notes) = program.leaves[index], new[index]
+        lo, hi, more = _leaf_range(leaf, act, found)
+        scale, zero_point = params_from_range(lo, hi, act.spec)
+        new[index] = dataclasses.replace(q, act_scale=scale, act_zero_point=zero_point), (*notes, *more)
+    return new
+
+
+def _observe(static: Mapping[int, ActSpec], params: list[Any], batches: Sequence[tuple[Program, Any]]) -> dict[Key, Any]:
+    """Runs the data through; gives for each site (observer, state)."""
+    total: dict[Key, Any] = {}
+    runs: dict[int, Any] = {}
+    observers: dict[Key, Any] = {}
+    for number, (program, inputs) in enumerate(batches):
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
+            path = program.leaves[next(iter(static))].path
+            raise ValueError(f"`calibration` holds shapes, but the static activations of {path!r} need data: give batches of numbers")
+        if id(program) not in runs:
+            observers = {s.key: act.observer or minmax() for i, act in static.items() for s in _observed(program.leaves[i])}
+            runs[id(program)] = jax.jit(observe_program(program, observers)), init_states(program, observers)
+        run, start = runs[id(program)]
+        states = run(start, [*params, *inputs])
+        _check_finite(program, states, observers, static, number)
+        sites = {site.key: site for site in program.sites}
+        merge = {key: _over_scans(observers[key].merge, sites[key]) for key in states}
+        total = {key: merge[key](total[key], state) for key, state in states.items()} if total else states
+    return {key: (observers[key], state) for key, state in total.items()}
+
+
+def _observed(leaf: Leaf) -> list[Site]:
+    sites = [site for site in leaf.sites if site.op != "gather"]
+    for site in sites:
+        reason = why_no_rows(site, leaf)
+        if reason:
+            raise ValueError(f"the static activations of {leaf.path!r} cannot be observed: {reason}; make them qjax.dynamic(...)")
+    return sites
+
+
+def _check_finite(
+    program: Program, states: Mapping[Key, Any], observers: Mapping[Key, Any], static: Mapping[int, ActSpec], number: int
+) -> None:
+    for site in program.sites:
+        if site.key in states:
+            lo, hi = _ranges(observers[site.key], site, states[site.key], static[site.leaf])
+            if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
+                raise ValueError(
+                    f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
+                )
+
+
+def _ranges(observer: Any, site: Site, state: Any, act: ActSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The ranges of a site: (scans..., stack) each; (0, 0) where no data came."""
+    lo, hi = jax.jit(_over_scans(functools.partial(observer.range, spec=act.spec), site))(state)
+    return np.asarray(lo), np.asarray(hi)
+
+
+def _over_scans(f: Callable[..., Any], site: Site) -> Callable[..., Any]:
+    for _ in site.scans:
+        f = jax.vmap(f)
+    return f
+
+
+def _leaf_range(leaf: Leaf, act: ActSpec, found: Mapping[Key, Any]) -> tuple[jax.Array, jax.Array, tuple[str, ...]]:
+    """One range for each part of a parameter that a product sees alone, as wide as its widest site's: (kept-like..., 1)."""
+    stacked = sorted({axis for site in leaf.sites for axis in site.stacked})
+    lo, hi = (np.zeros([leaf.shape[a] if a in stacked else 1 for a in range(len(leaf.shape))], np.float32) for _ in range(2))
+    for site in _observed(leaf):
+        ends = _ranges(found[site.key][0], site, found[site.key][1], act)
+        own = [a for a in site.stacked if a not in site.view.stacked]
+        axes = [axis for axis, _ in site.view.scans] + own
+        turns = ends[0].shape[: len(site.scans)]
+        # Which positions of each axis the site sees: a scan's turns, a fixed index, or all of them.
+        where = [range(n) for n in lo.shape]
+        for (axis, _), (first, stride), n in zip(site.view.scans, site.view.steps, turns, strict=True):
+            where[axis] = range(first, first + stride * n, stride)
+        for axis, position in site.view.fixed:
+            where[axis] = range(position, position + 1) if axis in stacked else where[axis]
+        for whole, end, widest in ((lo, ends[0], np.minimum), (hi, ends[1], np.maximum)):
+            # Groups of a convolution share one range.
+            end = widest.reduce(end.reshape(*turns, *(leaf.shape[a] for a in own), -1), axis=-1)
+            end = end.transpose(np.argsort(axes)).reshape([len(where[a]) if a in axes else 1 for a in range(lo.ndim)])
+            whole[np.ix_(*where)] = widest(whole[np.ix_(*where)], end)
+    unseen = np.flatnonzero((lo == 0) & (hi == 0))
+    notes = ()
+    if unseen.size:
+        where = f" in parts {', '.join(map(str, unseen))}" if lo.size > 1 else ""
+        notes = (f"no calibration data reached its activations{where}: they have the widest range of the others",)
+        lo, hi = np.where((lo == 0) & (hi == 0), lo.min(), lo), np.where((lo == 0) & (hi == 0), hi.max(), hi)
+    kept = [lo.shape[a] for a in range(lo.ndim) if a not in leaf.sites[0].contracted]
+    return jnp.asarray(lo.reshape(*kept, 1)), jnp.asarray(hi.reshape(*kept, 1)), notes

@@ -1,0 +1,226 @@
+"""Products of integer activations and integer weights: int8 x int8 -> int32, the scales in the epilogue.
+
+    y = s_x s_w (sum_k x_k w_k - z_x sum_k w_k - z_w sum_k x_k + K z_x z_w)
+
+on codes x and w with scales s and zero points z. Everything here is stock XLA; it is what a faster kernel is compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.core import ActSpec, IntSpec, PerBlock, PerGroup, QTensor, affine_params, encode_activation, uncanonicalize
+from qjax.program import Site
+
+BLOCK = 16  # rows of one expert at a time
+
+
+class Codes(NamedTuple):
+    """A weight's codes, int8 (kept..., Kpad); scale (kept-like..., G); zero point int32 like the scale, or None."""
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+def weight_codes(q: QTensor) -> Codes:
+    """Unpacks a weight for an integer product. Unsigned 8-bit codes are moved down by 128, and their zero point with them."""
+    codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(jnp.int32)
+    if codes.dtype == jnp.uint8 and q.spec.bits == 8:
+        codes = lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)
+        zero_point = (jnp.zeros(q.scale.shape, jnp.int32) if zero_point is None else zero_point) - 128
+    return Codes(codes.astype(jnp.int8), q.scale.astype(jnp.float32), zero_point)
+
+
+def why_not(site: Site, spec: Any) -> str:
+    """Says why a site's product cannot run on integers; "" if it can. Its activations are then rounded in front of a float product."""
+    if not isinstance(spec, IntSpec):
+        return f"{spec} has no integers"
+    if isinstance(spec.granularity, PerBlock):
+        return "a 2-D block of weights shares a scale"
+    if site.op == "conv_general_dilated" and (not spec.symmetric or not spec.signed):
+        return "a convolution with a zero point in its weights"
+    if site.op == "conv_general_dilated" and isinstance(spec.granularity, PerGroup):
+        return "a convolution whose weights share scales in groups"
+    if site.op == "dot_general":
+        whole = {a for w, _ in site.pairs for a in (atom.axis for atom in site.view.dims[w])}
+        if whole != set(site.contracted):
+            return "it is contracted over a part of its axes"
+    return ""
+
+
+def dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, operand: int) -> jax.Array | None:
+    """The `dot_general` of an equation on integers; None if the weight's flattened axes are not those that it contracts."""
+    contract, batch = eqn.params["dimension_numbers"]
+    flat = [a + q.ndim for a in q.axes]
+    if sorted(flat) != sorted(contract[operand]) or not isinstance(q.spec, IntSpec) or isinstance(q.spec.granularity, PerBlock):
+        return None
+    pair = dict(zip(contract[operand], contract[1 - operand], strict=True))
+    free = [i for i in range(x.ndim) if i not in batch[1 - operand] and i not in contract[1 - operand]]
+    lead = [x.shape[i] for i in (*batch[1 - operand], *free)]
+    x = x.transpose(*batch[1 - operand], *free, *(pair[a] for a in flat)).reshape(*lead, -1)
+    kept = [i for i in range(q.ndim) if i not in flat]
+    places = [kept.index(b) for b in batch[operand]]
+    return _matmul(x, q, act, places, x_first=operand == 1)
+
+
+def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_first: bool) -> jax.Array:
+    """x (batch..., free..., K) by q (kept..., K), whose kept axes at `places` are the batch axes: (batch..., free..., rest...)."""
+    n_batch = len(places)
+    n_free, n_rest = x.ndim - 1 - n_batch, q.codes.ndim - 1 - n_batch
+    w = weight_codes(q)
+    order = [*places, *(i for i in range(q.codes.ndim - 1) if i not in places)]
+
+    def on_x(a: jax.Array) -> jax.Array:  # (batch..., free...) -> the rank of the result
+        lead, rest = a.shape[:n_batch], a.shape[n_batch:]
+        return a.reshape(*lead, *rest, *[1] * n_rest) if x_first else a.reshape(*lead, *[1] * n_rest, *rest)
+
+    def on_w(a: jax.Array) -> jax.Array:  # (kept...) -> the rank of the result
+        a = a.transpose(order)
+        lead, rest = a.shape[:n_batch], a.shape[n_batch:]
+        return a.reshape(*lead, *[1] * n_free, *rest) if x_first else a.reshape(*lead, *rest, *[1] * n_free)
+
+    def of_weight(a: jax.Array | None) -> jax.Array | None:  # (kept-like..., 1 or K) of the batch -> (batch..., 1..., last)
+        if a is None:
+            return None
+        a = a.transpose(*order, a.ndim - 1)
+        return a.reshape(*a.shape[:n_batch], *[1] * n_free, a.shape[-1])
+
+    perm = of_weight(q.perm)
+    if perm is not None:
+        x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (*x.shape[:n_batch], *[1] * n_free, x.shape[-1])), axis=-1)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.codes.shape[-1] - x.shape[-1])])
+    axes = (x.ndim - 1,) if act.per_token else tuple(range(x.ndim))
+    codes, scale, zero_point = encode_activation(x, act, axes, of_weight(q.act_scale), of_weight(q.act_zero_point))
+    numbers = _numbers(n_batch, places, codes.ndim - 1, w.codes.ndim - 1, x_first)
+    z_x = None if zero_point is None else zero_point[..., 0]
+
+    def group(x: jax.Array, w: Codes) -> jax.Array:
+        """One group of columns: `w.scale` and `w.zero_point` are (kept-like...)."""
+        operands = (x, w.codes) if x_first else (w.codes, x)
+        total = lax.dot_general(*operands, numbers, preferred_element_type=jnp.int32)
+        if z_x is not None:
+            total = total - on_x(z_x) * on_w(jnp.sum(w.codes, axis=-1, dtype=jnp.int32))
+        if w.zero_point is not None:
+            sums = jnp.sum(x, axis=-1, dtype=jnp.int32) - (0 if z_x is None else z_x * x.shape[-1])
+            total = total - on_x(sums) * on_w(w.zero_point)
+        return total.astype(jnp.float32) * on_w(w.scale)
+
+    return _over_groups(group, codes, w) * on_x(scale[..., 0])
+
+
+def _numbers(n_batch: int, places: Sequence[int], x_last: int, w_last: int, x_first: bool) -> Any:
+    contract, batch = ((x_last,), (w_last,)), (tuple(range(n_batch)), tuple(places))
+    return (contract, batch) if x_first else (contract[::-1], batch[::-1])
+
+
+def _over_groups(group: Any, x: jax.Array, w: Codes) -> jax.Array:
+    """Sums a function of one group of columns over all groups, one at a time: all at once would hold a result for each."""
+    count = w.scale.shape[-1]
+    if count == 1:
+        return group(x, jax.tree.map(lambda a: a if a is w.codes else a[..., 0], w))
+
+    def cut(a: jax.Array) -> jax.Array:  # (..., count * n) -> (count, ..., n)
+        return jnp.moveaxis(a.reshape(*a.shape[:-1], count, -1), -2, 0)
+
+    def step(total: jax.Array, part: tuple[jax.Array, Codes]) -> tuple[jax.Array, None]:
+        return total + group(*part), None
+
+    zero_point = None if w.zero_point is None else jnp.moveaxis(w.zero_point, -1, 0)
+    parts = cut(x), Codes(cut(w.codes), jnp.moveaxis(w.scale, -1, 0), zero_point)
+    first = group(*jax.tree.map(lambda a: a[0], parts))
+    return lax.scan(step, first, jax.tree.map(lambda a: a[1:], parts))[0]
+
+
+def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
+    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point or groups."""
+    params = eqn.params
+    dims = params["dimension_numbers"]
+    w = weight_codes(q)
+    one_scale = w.scale.shape[-1] == 1 and w.zero_point is None and q.perm is None
+    if not one_scale or [a + q.ndim for a in q.axes if a + q.ndim == dims.rhs_spec[0]]:
+        return None
+    asymmetric = not (act.spec.signed and act.spec.symmetric)
+    padding = params["padding"]
+    if asymmetric:
+        if any(d != 1 for d in params["lhs_dilation"]):
+            return None
+        # Zeros have a code of their own, so they are there before the rounding.
+        widths = [(0, 0)] * x.ndim
+        for axis, width in zip(dims.lhs_spec[2:], padding, strict=True):
+            if min(width) < 0:
+                return None
+            widths[axis] = tuple(width)
+        x, padding = jnp.pad(x, widths), [(0, 0)] * len(padding)
+    axes = tuple(i for i in range(x.ndim) if i != dims.lhs_spec[0] or not act.per_token)
+    static = [None if a is None else a.reshape([1] * x.ndim) for a in (q.act_scale, q.act_zero_point)]
+    codes, scale, zero_point = encode_activation(x, act, axes, *static)
+    kernel = uncanonicalize(w.codes[..., : math.prod(q.sizes)], q.axes, q.sizes)
+    names = ("window_strides", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
+    total = lax.conv_general_dilated(
+        codes, kernel, padding=padding, dimension_numbers=dims, preferred_element_type=jnp.int32, **{n: params[n] for n in names}
+    )
+
+    def place(a: jax.Array, out_axis: int) -> jax.Array:
+        return a.reshape([-1 if i == out_axis else 1 for i in range(total.ndim)])
+
+    if zero_point is not None:
+        sums = jnp.sum(w.codes[..., : math.prod(q.sizes)], axis=-1, dtype=jnp.int32)
+        total = total - place(zero_point, dims.out_spec[0]) * place(sums, dims.out_spec[1])
+    # Per tensor there is one scale for all channels, which broadcasts.
+    return total.astype(jnp.float32) * place(w.scale[..., 0], dims.out_spec[1]) * place(scale, dims.out_spec[0])
+
+
+def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Array) -> jax.Array | None:
+    """Experts that share a list of rows, on integers; None unless x is (rows, K), the weight (experts, K, N) in some order.
+
+    Works through blocks of rows that belong to one expert: rows / BLOCK + experts of them, so the arithmetic does not grow with
+    rows times experts, as it does in a masked product over all experts.
+    """
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (contract, batch) = dims.dot_dimension_numbers
+    plain = tuple(contract[0]) == (1,) and not batch[0] and tuple(dims.lhs_ragged_dimensions) == (0,) and x.ndim == 2
+    if not plain or q.ndim != 3 or tuple(a + 3 for a in q.axes) != tuple(contract[1]) or tuple(dims.rhs_group_dimensions) != (0,):
+        return None
+    if not act.static and not act.per_token:  # one range for all rows, not for those of a block
+        scale, zero_point = affine_params(x.reshape(1, -1), act.spec)
+        q = dataclasses.replace(q, act_scale=scale[None], act_zero_point=None if zero_point is None else zero_point[None])
+    rows, experts = x.shape[0], sizes.shape[0]
+    ends = jnp.cumsum(sizes)
+    counts = -(-sizes // BLOCK)
+    last = jnp.cumsum(counts)
+
+    def step(out: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
+        expert = jnp.minimum(jnp.searchsorted(last, block, side="right"), experts - 1)
+        first = ends[expert] - sizes[expert] + (block - last[expert] + counts[expert]) * BLOCK
+        one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, jnp.where(a.shape[0] == 1, 0, expert), 0, keepdims=False), q)
+        y = _matmul(lax.dynamic_slice_in_dim(padded, first, BLOCK), one, act, (), x_first=True)
+        mine = (first + jnp.arange(BLOCK) < ends[expert]) & (block < last[-1])
+        old = lax.dynamic_slice_in_dim(out, first, BLOCK)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], y, old), first, 0), None
+
+    padded = jnp.pad(x, ((0, BLOCK), (0, 0)))
+    out = jnp.zeros((rows + BLOCK, q.shape[-1] if q.axes == (-2,) else q.shape[-2]), jnp.float32)
+    return lax.scan(step, out, jnp.arange(-(-rows // BLOCK) + experts))[0][:rows]
+
+
+def product(site: Site, eqn: Any, operands: Sequence[Any]) -> jax.Array | None:
+    """The product of a site on integers, in the dtype that the equation gives; None if there is none for its form."""
+    q, x = operands[site.operand].q, operands[1 - site.operand]
+    act = q.act
+    if not isinstance(q.spec, IntSpec) or act is None:
+        return None
+    if site.op == "dot_general":
+        out = dot(eqn, x, q, act, site.operand)
+    elif site.op == "conv_general_dilated":
+        out = conv(eqn, x, q, act)
+    else:
+        out = ragged_dot(eqn, x, q, act, operands[2])
+    return None if out is None else out.astype(eqn.outvars[0].aval.dtype)

@@ -1,0 +1,96 @@
+"""What runs at a site: its lookup, its integer product, or a float product with the dequantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core import ActSpec, QTensor, Spec, round_activation
+from qjax.program import Packed, Site, compat, materialize
+from qjax.runtime.integer import product, why_not
+from qjax.runtime.lookup import gather_rows
+
+FLOAT, INTEGER = "xla", "xla int8"
+
+
+def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+    """Runs a site whose weight is packed.
+
+    A lookup reads and dequantizes only the rows it needs. A weight with an activation spec multiplies integers where the form of the
+    product has that (see `integer.why_not`), and rounds its activations in front of a float product where it has not. Any
+    other weight is dequantized in front of the float operation, which XLA fuses.
+    """
+    weight = operands[site.operand]
+    if isinstance(weight, Packed) and site.op == "gather":
+        rows = gather_rows(weight, eqn, operands[1])
+        if rows is not None:
+            return [rows], state
+    elif isinstance(weight, Packed) and weight.q.act is not None:
+        others = [None if i == site.operand else materialize(v) for i, v in enumerate(operands)]
+        return [_with_gradient(site, eqn, others, weight)], state
+    return compat.bind(eqn, [materialize(v) for v in operands]), state
+
+
+def kernel_of(site: Site, spec: Spec, act: ActSpec | None) -> tuple[str, str]:
+    """Returns which kernel a site gets, and why not a faster one."""
+    if act is None or site.op == "gather":
+        return FLOAT, ""
+    if site.custom_rule:
+        return FLOAT, "its activations stay float inside a custom derivative rule"
+    reason = why_not(site, spec)
+    return (FLOAT, f"its activations are rounded in front of a float product: {reason}") if reason else (INTEGER, "")
+
+
+def _with_gradient(site: Site, eqn: Any, operands: Sequence[Any], weight: Packed) -> jax.Array:
+    """The product, with the straight-through gradient of the float product for its activations."""
+
+    def float_product(x: jax.Array, others: Sequence[Any], weight: Packed) -> jax.Array:
+        values = [x if v is None else v for v in others]
+        values[site.operand] = weight.value()
+        return compat.bind(eqn, values)[0]
+
+    @jax.custom_vjp
+    def run(x: jax.Array, others: Sequence[Any], weight: Packed) -> jax.Array:
+        values = [x if i == 1 - site.operand else v for i, v in enumerate(others)]
+        values[site.operand] = weight
+        out = product(site, eqn, values)
+        return float_product(rounded(site, eqn, x, weight.q), others, weight) if out is None else out
+
+    def forward(x: jax.Array, others: Sequence[Any], weight: Packed) -> tuple[jax.Array, Any]:
+        return run(x, others, weight), (x, others, weight)
+
+    def backward(saved: Any, t: jax.Array) -> tuple[Any, None, None]:
+        x, others, weight = saved
+        (dx,) = jax.vjp(lambda x: float_product(x, others, weight), x)[1](t)
+        return dx, None, None
+
+    run.defvjp(forward, backward)
+    others = [None if i == 1 - site.operand else v for i, v in enumerate(operands)]
+    return run(operands[1 - site.operand], others, weight)
+
+
+def rounded(site: Site, eqn: Any, x: jax.Array, q: QTensor) -> jax.Array:
+    """Returns a site's activations as its integers stand for them, in float."""
+    act = q.act
+    if act is None:
+        return x
+    axes = shared_axes(site, eqn, act, x.ndim)
+    if q.act_scale is None:
+        return round_activation(x, act, axes)
+    # Parts of a stack may have ranges of their own; in float they share the widest.
+    at = jnp.argmax(q.act_scale)
+    scale = q.act_scale.reshape(-1)[at].reshape([1] * x.ndim)
+    zero_point = None if q.act_zero_point is None else q.act_zero_point.reshape(-1)[at].reshape([1] * x.ndim)
+    return round_activation(x, act, axes, scale, zero_point)
+
+
+def shared_axes(site: Site, eqn: Any, act: ActSpec, ndim: int) -> tuple[int, ...]:
+    """Returns the axes of a site's activation that share a scale: all of them, or per token those that the product contracts."""
+    if not act.per_token:
+        return tuple(range(ndim))
+    if site.op == "conv_general_dilated":
+        return tuple(i for i in range(ndim) if i != eqn.params["dimension_numbers"].lhs_spec[0])
+    return tuple(x for _, x in site.pairs)

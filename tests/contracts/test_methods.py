@@ -1,0 +1,177 @@
+"""What every post-training method promises, whatever it minimises: one suite, all methods pass it."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.calibration import Rows, hessian
+from qjax.core import QTensor
+from qjax.ptq.method import Problem
+
+K, N = 48, 10
+METHODS = [
+    qjax.rtn(),
+    qjax.rtn(mse=True),
+    qjax.gptq(),
+    qjax.gptq(mse=False),
+    qjax.gptq(act_order=True, mse=False),
+    qjax.gptq(act_order=True, static_groups=True),
+]
+SPECS = [qjax.int4(), qjax.int3(group_size=8), qjax.uint4(group_size=16), qjax.int4(group_size=32, pad=True), qjax.nf4(8)]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+# The first two run in the ordinary test line, all of them in the gate.
+every_spec = pytest.mark.parametrize("spec", [*SPECS[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in SPECS[2:])], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def weight(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def state_of(method, stack=1, columns=K, seed=1):
+    """Statistics of correlated activations; None for a method that needs no data."""
+    if method.observer is None:
+        return None
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((stack, 96, columns)) @ rng.standard_normal((stack, columns, columns))
+    return method.observer.update(method.observer.init(stack, columns), Rows(jnp.asarray(x, jnp.float32)))
+
+
+def problem(w, spec, axes=(-2,), stacked=(), groups=1):
+    return Problem(w, spec, axes, stacked, groups, "layers/w")
+
+
+def solved(method, w, spec, state, **how) -> QTensor:
+    return method.quantize(problem(w, spec, **how), state).q
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def plain(method):
+    """The rounding that a method falls back to."""
+    return method if method.observer is None else qjax.rtn(mse=method.options.mse)
+
+
+@every_method
+def test_it_is_a_value_with_a_name(method):
+    copy = dataclasses.replace(method)
+    assert copy == method and hash(copy) == hash(method)
+    assert sum(other == method for other in METHODS) == 1
+    assert len({other.name for other in METHODS}) == len(METHODS)
+
+
+@every_method
+@every_spec
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_result_stands_for_the_weight(method, spec, dtype):
+    w = weight(K, N, dtype=dtype)
+    q = solved(method, w, spec, state_of(method))
+    assert (q.shape, q.dtype, q.spec) == (w.shape, w.dtype, spec)
+    back = q.dequantize()
+    assert back.dtype == dtype
+    assert_same_bits(jax.jit(QTensor.dequantize)(q), back)
+    error = jnp.sum(jnp.square((w - back).astype(jnp.float32))) / jnp.sum(jnp.square(w.astype(jnp.float32)))
+    # Random codes would have an error of 1 or more; what moves codes for the sake of the output pays with weight error.
+    assert 0 < float(error) < 0.2
+    planned = method.shapes(problem(jax.ShapeDtypeStruct(w.shape, dtype), spec))
+    chex.assert_trees_all_equal_shapes_and_dtypes(planned, q)
+    assert planned.nbytes == q.nbytes
+
+
+@every_method
+@every_spec
+def test_on_its_data_it_is_no_worse_than_rounding(method, spec):
+    w, state = weight(K, N), state_of(method)
+    h = hessian(state if state is not None else state_of(qjax.gptq()))[0]
+
+    def loss(q):
+        delta = (q.dequantize() - w).T
+        if method.observer is None:  # knows the weight only
+            return float(jnp.sum(jnp.abs(delta) ** 2.4))
+        return float(jnp.einsum("nk,kj,nj->", delta, h, delta))
+
+    assert loss(solved(method, w, spec, state)) <= 1.0001 * loss(solved(qjax.rtn(), w, spec, None))
+
+
+@every_method
+@every_spec
+def test_without_data_it_rounds(method, spec):
+    w = weight(K, N)
+    state = None if method.observer is None else method.observer.init(1, K)
+    outcome = method.quantize(problem(w, spec), state)
+    assert_same_bits(outcome.q.dequantize(), solved(plain(method), w, spec, None).dequantize())
+    assert method.observer is None or any("no calibration data" in note for note in outcome.notes)
+
+
+@every_method
+@every_spec
+def test_stacked_parts_are_independent(method, spec):
+    w, state = weight(3, K, N), state_of(method, stack=3)
+    whole = solved(method, w, spec, state, stacked=(-3,))
+    for i in range(3):
+        mine = None if state is None else jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], state)
+        # One program over a stack sums in another order than one over a matrix.
+        np.testing.assert_allclose(whole.dequantize()[i], solved(method, w[i], spec, mine).dequantize(), atol=1e-5)
+
+
+@every_method
+@every_spec
+def test_how_the_weight_is_stored_does_not_matter(method, spec):
+    w, state = weight(K, N), state_of(method)
+    want = solved(method, w, spec, state).dequantize()
+    assert_same_bits(solved(method, w.T, spec, state, axes=(-1,)).dequantize(), want.T)
+    heads = solved(method, w.reshape(6, 8, N), spec, state, axes=(-3, -2))
+    assert_same_bits(heads.dequantize(), want.reshape(6, 8, N))
+    kept = solved(method, w.reshape(K, 5, 2), spec, state, axes=(-3,))
+    assert_same_bits(kept.dequantize(), want.reshape(K, 5, 2))
+
+
+@every_method
+@every_spec
+def test_zeros_stay_zeros(method, spec):
+    w = weight(K, N).at[:, 3].set(0.0)
+    back = solved(method, w, spec, state_of(method)).dequantize()
+    assert not np.asarray(back[:, 3]).any() and np.asarray(back[:, 4]).any()
+
+
+@every_method
+def test_twice_is_the_same_and_compiles_once(method):
+    spec, state, compiled = qjax.int4(group_size=8), state_of(method), []
+    first = solved(method, weight(K, N), spec, state)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    other = solved(method, weight(K, N, seed=5), spec, state_of(method))
+    assert not compiled, f"{len(compiled)} programs compiled for a weight of the same shape"
+    assert_same_bits(solved(method, weight(K, N), spec, state), first)
+    assert not np.array_equal(np.asarray(other.codes), np.asarray(first.codes))
+
+
+@every_method
+def test_a_weight_that_is_not_finite_is_refused_by_name(method):
+    params = {"up": {"kernel": weight(K, N).at[2, 3].set(jnp.nan)}}
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), method=method)])
+    with pytest.raises(ValueError, match="up/kernel"):
+        qjax.quantize(lambda p, x: x @ p["up"]["kernel"], params, policy, calibration=[jnp.ones((4, K))])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.observer is not None], ids=lambda m: m.name)
+def test_data_that_is_not_finite_is_refused_by_name(method):
+    x = weight(4, K).at[1, 2].set(jnp.inf)
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), method=method)])
+    with pytest.raises(ValueError, match=r"Hessian of `w`"):
+        qjax.quantize(lambda p, x: x @ p["w"], {"w": weight(K, N)}, policy, calibration=[x])
