@@ -1,0 +1,286 @@
+"""Batch-norm folding: an affine map per channel after a linear layer moves into its weight and bias."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qjax.graph.labels import Label, nonzero
+from qjax.graph.relations import Relation, atoms_of
+from qjax.graph.solve import System, build, index_readers, solve
+from qjax.graph.verify import verify
+from qjax.program import Program, Site, compat
+from qjax.program.flatten import FlatEqn, Lit
+
+VIEWS = frozenset({"reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "copy"})
+AFFINE = frozenset({"add", "sub", "mul", "div"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """One affine map that moved into the layer before it.
+
+    Attributes:
+      weight: path of the layer's weight.
+      scale: path of the parameter that was set so that the map multiplies by one.
+      shift: path of the parameter that holds all of the shift now: the layer's bias, if it has one.
+      zeroed: paths of the shifts that are zero now.
+    """
+
+    weight: str
+    scale: str
+    shift: str
+    zeroed: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchNormFold:
+    """What `fold_batch_norm` gives.
+
+    Attributes:
+      params: the parameters' new array leaves.
+      folded: one entry for each map that moved.
+      refused: (path of the weight, reason) for the layers that a map follows but cannot move into.
+      error: relative change of the results, see `verify`.
+    """
+
+    params: list[Any]
+    folded: tuple[Folded, ...]
+    refused: tuple[tuple[str, str], ...]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chain:
+    """The affine equations after a site: operands that depend on parameters only, one value a channel."""
+
+    site: Site
+    channel: int  # dim of the site's result
+    eqns: tuple[tuple[FlatEqn, Any], ...]  # with the operand that is no activation
+
+
+def fold_batch_norm(program: Program, params: Sequence[Any], inputs: Sequence[Any]) -> BatchNormFold:
+    """Moves every batch norm that runs on stored statistics into the convolution or dense layer before it.
+
+    y = (W x + b - mean) * k + beta,  k = gamma / sqrt(var + eps)
+    W' = k W,  b' = k (b - mean) + beta,  mean' = 0,  beta' = 0,  gamma' = sqrt(var + eps), so that k' = 1
+    The tree keeps its leaves and the program stays as it is. Without a bias, beta takes the shift. Any affine map
+    per channel that is proportional to a parameter is moved in the same way.
+
+    Args:
+      program: from `trace`; the statistics are among its parameters.
+      params: the parameters' array leaves.
+      inputs: the array leaves of the other arguments: a batch on which the rewrite is verified.
+
+    Returns:
+      A `BatchNormFold`.
+
+    Raises:
+      NotPreserved: the function changed by more than rounding.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from qjax.program import trace
+      >>> def layer(p, x):
+      ...     return (x @ p["w"] - p["mean"]) * (jax.lax.rsqrt(p["var"] + 1.0) * p["gamma"]) + p["beta"]
+      >>> p = {"beta": jnp.ones(1), "gamma": 4 * jnp.ones(1), "mean": jnp.ones(1), "var": 3 * jnp.ones(1), "w": jnp.ones((2, 1))}
+      >>> x = jnp.ones((1, 2))
+      >>> result = fold_batch_norm(trace(layer, p, x), jax.tree.leaves(p), [x])
+      >>> [leaf.ravel().tolist() for leaf in result.params]
+      [[-1.0], [2.0], [0.0], [3.0], [2.0, 2.0]]
+
+    Source: Jacob et al. 2017, arXiv 1712.05877, section 3.2; Nagel et al. 2021, arXiv 2106.08295, section 3.2.
+    """
+    system = build(program)
+    leaves, folded, refused = list(params), [], []
+    for site in program.sites:
+        chain = _chain(system, site)
+        if chain is None:
+            continue
+        answer = _fold_one(system, chain, leaves)
+        if isinstance(answer, str):
+            refused.append((site.path, answer))
+        else:
+            leaves, done = answer
+            folded.append(done)
+    return BatchNormFold(leaves, tuple(folded), tuple(refused), verify(program, params, leaves, inputs))
+
+
+def _chain(system: System, site: Site) -> _Chain | None:
+    """Follows a site's result through affine equations as long as nothing else reads it."""
+    if site.op == "gather" or site.sharded or site.opaque or site.scans:
+        return None
+    graph, constant = system.graph, _constants(system)
+    start = next(eqn for eqn in graph.eqns if eqn.key == site.key and eqn.eqn is not None)
+    channel = _channel(start, site)
+    readers: dict[int, list[FlatEqn]] = {}
+    for eqn in graph.eqns:
+        for atom in eqn.inputs:
+            if not isinstance(atom, Lit):
+                readers.setdefault(atom, []).append(eqn)
+    at, eqns = start.outputs[0], []
+    outputs = {v for v in graph.outputs if not isinstance(v, Lit)}
+    while channel is not None and at not in outputs and len(readers.get(at, [])) == 1:
+        eqn = readers[at][0]
+        if eqn.name not in AFFINE or graph.avals[eqn.outputs[0]].shape != graph.avals[start.outputs[0]].shape:
+            break
+        other = eqn.inputs[1] if eqn.inputs[0] == at else eqn.inputs[0]
+        reversed_ = eqn.name in ("sub", "div") and eqn.inputs[0] != at
+        if reversed_ or not (isinstance(other, Lit) or (other in constant and _per_channel(graph.avals[other].shape, channel))):
+            break
+        eqns.append((eqn, other))
+        at = eqn.outputs[0]
+    scaled = any(eqn.name in ("mul", "div") and not isinstance(other, Lit) for eqn, other in eqns)
+    return _Chain(site, channel, tuple(eqns)) if scaled and channel is not None else None
+
+
+def _channel(eqn: FlatEqn, site: Site) -> int | None:
+    """The dim of a site's result that the weight makes, if it is one."""
+    if site.op == "conv_general_dilated":
+        return eqn.eqn.params["dimension_numbers"].out_spec[1]
+    if site.op == "dot_general" and site.operand == 1 and len(site.view.dims) - len(site.pairs) - len(site.batch) == 1:
+        return len(site.out_shape) - 1
+    return None
+
+
+def _per_channel(shape: Sequence[int], channel: int) -> bool:
+    return all(n == 1 for i, n in enumerate(shape) if i != channel)
+
+
+def _constants(system: System) -> set[int]:
+    """Values that depend on parameters and constants only."""
+    graph = system.graph
+    out = {*graph.inputs[: len(system.program.leaves)], *graph.consts}
+    for eqn in graph.eqns:
+        if eqn.eqn is not None and eqn.inputs and all(isinstance(a, Lit) or a in out for a in eqn.inputs):
+            out.update(eqn.outputs)
+    return out
+
+
+def _value(system: System, atom: Any, leaves: Sequence[Any]) -> np.ndarray:
+    """Computes a value that depends on parameters only."""
+    graph, made = system.graph, {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
+    inputs = dict(zip(graph.inputs, leaves, strict=False))
+
+    def compute(atom: Any) -> Any:
+        if isinstance(atom, Lit):
+            return atom.value
+        if atom in inputs or atom in graph.consts:
+            return inputs[atom] if atom in inputs else graph.consts[atom]
+        eqn = made[atom]
+        return compat.bind(eqn.eqn, [compute(a) for a in eqn.inputs])[eqn.outputs.index(atom)]
+
+    return np.asarray(compute(atom), np.float64)
+
+
+def _affine(system: System, chain: _Chain, leaves: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The chain as (factor, shift), one number a channel."""
+    factor, shift = np.ones(()), np.zeros(())
+    for eqn, other in chain.eqns:
+        value = np.ravel(_value(system, other, leaves))
+        value = value if value.size > 1 else value.reshape(())
+        if eqn.name in ("mul", "div"):
+            value = value if eqn.name == "mul" else 1 / value
+            factor, shift = factor * value, shift * value
+        else:
+            shift = shift + (value if eqn.name == "add" else -value)
+    size = chain.site.out_shape[chain.channel]
+    return np.broadcast_to(factor, size), np.broadcast_to(shift, size)
+
+
+def _leaf_of(system: System, atom: Any) -> int | None:
+    """The parameter that a value is an unpermuted view of."""
+    made = {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
+    while not isinstance(atom, Lit) and atom in made and made[atom].name in VIEWS:
+        atom = made[atom].inputs[0]
+    inputs = system.graph.inputs[: len(system.program.leaves)]
+    if isinstance(atom, Lit) or atom not in inputs or len(system.readers[atom]) != 1:
+        return None
+    return inputs.index(atom)
+
+
+def _factor_leaf(system: System, atom: Any) -> int | None:
+    """A parameter that a value is proportional to."""
+    made = {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
+    leaf = _leaf_of(system, atom)
+    eqn = None if isinstance(atom, Lit) else made.get(atom)
+    if leaf is not None or eqn is None or eqn.name not in VIEWS | {"mul", "div"}:
+        return leaf
+    operands = eqn.inputs if eqn.name == "mul" else eqn.inputs[:1]
+    return next((found for a in operands if (found := _factor_leaf(system, a)) is not None), None)
+
+
+def _fold_one(system: System, chain: _Chain, leaves: Sequence[Any]) -> tuple[list[Any], Folded] | str:
+    """Folds one chain, or says why it cannot be."""
+    weight = system.program.leaves[chain.site.leaf]
+    if len(weight.sites) != 1 or weight.consumers:
+        return "its weight is used elsewhere, too"
+    new, size = list(leaves), chain.site.out_shape[chain.channel]
+    factor, shift = _affine(system, chain, leaves)
+    scale = _factor_leaf_of(system, chain, size, leaves)
+    if scale is None:
+        return "no parameter of one number a channel is a factor of its scale"
+    shifts = _shifts(system, chain, size, leaves)
+    if not shifts:
+        return "no parameter of one number a channel holds a shift"
+    new[scale] = np.ones_like(leaves[scale])
+    new[scale] = _cast(1 / _affine(system, chain, new)[0], leaves[scale])
+    for leaf in shifts:
+        new[leaf] = np.zeros_like(leaves[leaf])
+    left = _affine(system, chain, new)[1]
+    new[shifts[0]] = np.ones_like(leaves[shifts[0]])
+    weight_of_shift = _affine(system, chain, new)[1] - left  # -1 for a mean; more if factors follow that are not one
+    new[shifts[0]] = _cast((shift - left) / weight_of_shift, leaves[shifts[0]])
+    new[chain.site.leaf] = _scaled(system, chain, leaves[chain.site.leaf], factor)
+    paths = [leaf.path for leaf in system.program.leaves]
+    return new, Folded(weight.path, paths[scale], paths[shifts[0]], tuple(paths[leaf] for leaf in shifts[1:]))
+
+
+def _factor_leaf_of(system: System, chain: _Chain, size: int, leaves: Sequence[Any]) -> int | None:
+    """A parameter that the whole chain's factor is proportional to, with one number a channel."""
+    found = [_factor_leaf(system, other) for eqn, other in chain.eqns if eqn.name == "mul"]
+    return next((leaf for leaf in found if leaf is not None and np.size(leaves[leaf]) == size), None)
+
+
+def _shifts(system: System, chain: _Chain, size: int, leaves: Sequence[Any]) -> list[int]:
+    """The parameters that are added or subtracted as they are; first the one that can hold the shift: a bias, then beta, then a mean."""
+    groups: tuple[list[int], list[int], list[int]] = [], [], []
+    scaled = False
+    for eqn, other in chain.eqns:
+        scaled |= eqn.name in ("mul", "div")
+        leaf = _leaf_of(system, other) if eqn.name in ("add", "sub") else None
+        if leaf is not None and np.size(leaves[leaf]) == size:
+            groups[2 if eqn.name == "sub" else int(scaled)].append(leaf)
+    return [leaf for group in groups for leaf in group]
+
+
+def _scaled(system: System, chain: _Chain, weight: Any, factor: np.ndarray) -> Any:
+    """The weight times the factor of the channel that each of its elements makes."""
+    inner = _only_weight(system, chain.site)
+    ndim, size = len(chain.site.out_shape), len(factor)
+    label = Label(*(a.reshape([-1 if i == chain.channel else 1 for i in range(ndim)]) for a in (np.ones(size), np.arange(size))))
+    start = next(eqn for eqn in system.graph.eqns if eqn.key == chain.site.key and eqn.eqn is not None)
+    (solution, *_), _ = solve(inner, [(start.outputs[0], label)], size)
+    found = solution.labels[system.graph.inputs[chain.site.leaf]]
+    return _cast(np.asarray(weight, np.float64) * np.where(nonzero(found), factor[found.channel], 1.0), weight)
+
+
+def _only_weight(system: System, site: Site) -> System:
+    """The relations between a weight and its site's result, and no others."""
+    constant = _constants(system)
+    start = next(eqn for eqn in system.graph.eqns if eqn.key == site.key and eqn.eqn is not None)
+    x = start.inputs[1 - site.operand]
+
+    def inside(relation: Relation) -> bool:
+        return all(isinstance(a, Lit) or a in constant or a in (x, start.outputs[0]) for a in atoms_of(relation))
+
+    kept = [relation for relation in system.relations if inside(relation)]
+    fixed = {} if isinstance(x, Lit) else {x: "the layer's input"}
+    return dataclasses.replace(system, relations=kept, readers=index_readers(kept), fixed=fixed)
+
+
+def _cast(value: np.ndarray, like: Any) -> Any:
+    return np.asarray(value).reshape(like.shape).astype(like.dtype)
