@@ -104,25 +104,29 @@ def main():
     model, params = Llama(checkpoint.config), {"params": checkpoint.params}
     tokens = calibration_windows(checkpoint.tokenizer, calibration_lines())
     data = [jnp.asarray(b) for b in batches(tokens, 8)]
-    clock, times = CompileClock(), {"ours": [], "compile": [], "peer": []}
+    clock, peer_times = CompileClock(), []
+    ways = {"paper": qjax.gptq(mse=False), "range search": qjax.gptq()}
+    times = {name: [] for name in ways}
     peer = Peer(tokens) if arguments.peer else None
     spec = qjax.int4(group_size=128)
     for _ in range(arguments.repeats):  # in turns
-        clock.read()
-        times["ours"].append(ours(model, params, data, spec, qjax.gptq())[0])
-        times["compile"].append(clock.read())
+        for name, method in ways.items():
+            jax.clear_caches()
+            clock.read()
+            times[name].append((ours(model, params, data, spec, method)[0], clock.read()))
         if peer is not None:
-            times["peer"].append(peer.run(4))
-    document = {
-        "seconds": {
-            "ours, all": [round(t, 2) for t in times["ours"]],
-            "of that tracing, lowering and compiling": [round(t, 2) for t in times["compile"]],
-            "ours without": round(statistics.median(a - b for a, b in zip(times["ours"], times["compile"], strict=True)), 2),
-        },
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+            peer_times.append(peer.run(4))
+    seconds = {
+        f"qjax, {name}": {
+            "all": round(statistics.median(a for a, _ in pairs), 2),
+            "of that tracing, lowering and compiling": round(statistics.median(b for _, b in pairs), 2),
+            "without": round(statistics.median(a - b for a, b in pairs), 2),
+        }
+        for name, pairs in times.items()
     }
     if peer is not None:
-        document["seconds"]["gptqmodel"] = {k: round(statistics.median(t[k] for t in times["peer"]), 2) for k in times["peer"][0]}
+        seconds["gptqmodel"] = {k: round(statistics.median(t[k] for t in peer_times), 2) for k in peer_times[0]}
+    document = {"seconds": seconds, "versions": {"jax": jax.__version__, "python": platform.python_version()}}
     if arguments.perplexity:
         document["perplexity"] = table(model, params, data, checkpoint)
     print(json.dumps(document, indent=1))
@@ -141,9 +145,12 @@ def table(model, params, data, checkpoint):
         "int2 g64 rtn": (qjax.int2(group_size=64), None),
     }
     kinds = {
+        "gptq, paper": qjax.gptq(mse=False),
+        "gptq, paper, act-order": qjax.gptq(act_order=True, mse=False),
+        "gptq, paper, act-order, static groups": qjax.gptq(act_order=True, static_groups=True, mse=False),
         "gptq": qjax.gptq(),
-        "gptq act-order": qjax.gptq(act_order=True),
-        "gptq act-order static": qjax.gptq(act_order=True, static_groups=True),
+        "gptq, act-order": qjax.gptq(act_order=True),
+        "gptq, act-order, static groups": qjax.gptq(act_order=True, static_groups=True),
     }
     specs = {
         "int4 g128": qjax.int4(group_size=128),

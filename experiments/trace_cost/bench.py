@@ -1,5 +1,6 @@
 """Time from call to compiled program: interpreted int8, the same by hand, and float. See README.md."""
 
+import gc
 import json
 import platform
 import statistics
@@ -16,6 +17,7 @@ import qjax
 def measure(fn, *args):
     """Traces, lowers and compiles from nothing."""
     jax.clear_caches()
+    gc.collect()
     start = time.perf_counter()
     lowered = jax.jit(fn).lower(*args)
     middle = time.perf_counter()
@@ -23,7 +25,7 @@ def measure(fn, *args):
     return middle - start, time.perf_counter() - middle, instructions(compiled)
 
 
-def main(repeats=5):
+def main(repeats=9):
     params, tokens = init(jax.random.key(0)), jnp.zeros((1, 64), jnp.int32)
     policy = qjax.Policy([qjax.Rule("embed", weight=None), qjax.Rule("*", weight=qjax.int8())])
     packed = qjax.quantize(plain, params, policy, calibration=[tokens]).params
@@ -33,8 +35,10 @@ def main(repeats=5):
         "int8 interpreted": (lambda *a: qjax.quantized(plain)(*a), packed),
     }
     times = {name: [] for name in programs}
-    for _ in range(repeats):  # in turns
-        for name, (fn, p) in programs.items():
+    for turn in range(repeats):  # in turns, each first as often as last
+        names = list(programs)
+        for name in names[turn % 3 :] + names[: turn % 3]:
+            fn, p = programs[name]
             times[name].append(measure(fn, p, tokens))
     rows = {
         name: {

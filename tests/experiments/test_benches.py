@@ -1,0 +1,30 @@
+"""The benchmarks run as their READMEs say, at sizes at which a machine is not worn out; what they print is not judged."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
+ALONE = [
+    ("gptq_solver", ["--size", "128", "--small", "128", "--repeats", "2", "--cold-repeats", "1", "--all"], r"qjax +median +[\d.]+ s"),
+    ("gptq_model", ["--repeats", "1"], r'"without": [\d.]+'),
+    ("trace_cost", ["1"], r'"interpreted / by hand": [\d.]+'),
+]
+
+
+def test_every_experiment_is_here_and_has_a_record():
+    assert sorted(name for name, *_ in ALONE) == sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+    for name, *_ in ALONE:
+        text = (FOLDER / name / "README.md").read_text()
+        assert "**Question.**" in text and "**Command.**" in text and "\n|" in text, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments", "figure"), ALONE, ids=lambda v: v if isinstance(v, str) else "")
+def test_it_runs(name, arguments, figure):
+    done = subprocess.run([sys.executable, "bench.py", *arguments], cwd=FOLDER / name, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(figure, done.stdout), done.stdout
