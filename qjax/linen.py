@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from qjax.policy import Policy, check_policy, check_weights_only
+from qjax.policy import Policy, check_weights_only
 from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq.sequential import Progress
@@ -128,6 +128,5 @@ def fake_quant(model: nn.Module, policy: Policy) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.fake_quant")
-    check_policy(policy)
     check_weights_only(policy)
     return FakeQuantModule(model.clone(parent=None), policy)

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from qjax.policy import Policy, check_policy, check_weights_only
+from qjax.policy import Policy, check_weights_only
 from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq.sequential import Progress
@@ -105,7 +105,6 @@ def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("_
       (True, (2, 4))
     """
     _check(model, "fake_quant")
-    check_policy(policy)
     check_weights_only(policy)
     base = type(model)
     for name in methods:

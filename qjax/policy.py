@@ -164,11 +164,13 @@ def check_policy(policy: Any) -> None:
 
 
 def check_weights_only(policy: Policy) -> None:
-    """Refuses a policy that rounds activations, where only weights can be.
+    """Refuses what is no `Policy`, and a policy that rounds activations, where only weights can be.
 
     Raises:
+      TypeError: as `check_policy`.
       ValueError: naming the rule and the remedy.
     """
+    check_policy(policy)
     for rule in policy.rules:
         if rule.activation is not None:
             raise ValueError(
@@ -221,16 +223,13 @@ def _check_matches(rule: Rule, program: Program) -> None:
 
 
 def _check_reached(rules: tuple[Rule, ...], program: Program) -> None:
-    first = {}
-    for leaf in program.leaves:
-        if is_candidate(leaf):
-            matching = [i for i, rule in enumerate(rules) if rule.matches(leaf.path)]
-            first |= {i: matching[0] for i in matching if first.get(i) != i}
+    paths = [leaf.path for leaf in program.leaves if is_candidate(leaf)]
     for i, rule in enumerate(rules):
-        if first[i] != i:
+        winners = [next(j for j, first in enumerate(rules) if first.matches(path)) for path in paths if rule.matches(path)]
+        if i not in winners:
             raise ValueError(
-                f"rule `pattern` {rule.pattern!r} is never reached: {rules[first[i]].pattern!r} stands before it and matches all that "
-                "it matches; put the narrower rule first, or remove it"
+                f"rule `pattern` {rule.pattern!r} is never reached: {rules[winners[0]].pattern!r} stands before it and matches "
+                "all that it matches; put the narrower rule first, or remove it"
             )
 
 

@@ -34,8 +34,7 @@ class ActSpec:
     observer: RangeFinder | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.spec, IntSpec):
-            raise TypeError(f"`spec` of activations must be integers such as qjax.int8(), got {self.spec!r}")
+        _check_integers(self.spec)
         if self.spec.granularity not in _PER.values() or (self.static and self.spec.granularity != PerTensor()):
             raise ValueError(f"`spec` of activations must be per {'tensor' if self.static else 'token or tensor'}, got {self.spec}")
         if self.observer is not None and (not hasattr(self.observer, "range") or isinstance(self.observer, type)):
@@ -97,9 +96,13 @@ def static(spec: IntSpec, observer: RangeFinder | None = None) -> ActSpec:
     return ActSpec(_whole(spec, "tensor"), True, observer)
 
 
-def _whole(spec: Any, per: str) -> IntSpec:
+def _check_integers(spec: Any) -> None:
     if not isinstance(spec, IntSpec):
         raise TypeError(f"`spec` of activations must be integers such as qjax.int8(), got {spec!r}")
+
+
+def _whole(spec: IntSpec, per: str) -> IntSpec:
+    _check_integers(spec)
     if spec.granularity not in (PerChannel(), *_PER.values()):
         raise ValueError(f"`spec` of activations must have no groups, got {spec}: write qjax.int{spec.bits}()")
     return dataclasses.replace(spec, granularity=_PER[per])

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes  # importing it teaches NumPy the names of the small floats  # noqa: F401
 import numpy as np
 
+from qjax.formats.disk import flush_to_disk
 from qjax.formats.document import ArrayEntry, FileEntry
 
 # What both NumPy and the Zarr driver of TensorStore have.
@@ -277,13 +278,4 @@ def _file_sha256(path: Path) -> str:
 def _sync(folder: Path) -> None:
     """Waits until every file and folder is on the disk."""
     for path in (folder, *folder.rglob("*")):
-        sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Waits until a file, or the list of a folder's files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush_to_disk(path)

@@ -20,7 +20,8 @@ from jax.sharding import Sharding
 
 from qjax.core import QTensor
 from qjax.formats import document as doc
-from qjax.formats.arrays import check_arrays, check_entries, nbytes, read_arrays, sync_path, write_arrays
+from qjax.formats.arrays import check_arrays, check_entries, nbytes, read_arrays, write_arrays
+from qjax.formats.disk import flush_to_disk
 from qjax.formats.document import Document, Source
 from qjax.formats.leaves import (
     abstract_leaves,
@@ -47,19 +48,19 @@ def save(
     result: Any,
     *,
     metadata: dict[str, Any] | None = None,
-    overwrite: bool = True,
+    overwrite: bool = False,
     source_sha256: str | None = None,
 ) -> None:
     """Writes a packed checkpoint.
 
-    It is on the disk when this returns. A save that dies leaves the previous checkpoint as it was.
+    It is on the disk when this returns.
 
     Args:
       path: a folder; made if it is missing. Nothing in it is touched but what a save made.
       result: what `qjax.quantize` returned, or a tree of parameters: containers of any kind, arrays, `QTensor`s, Python
         numbers and strings.
       metadata: what else to keep, as JSON: dictionaries, lists, strings, finite numbers. By default that of `result`.
-      overwrite: replace a checkpoint at `path`.
+      overwrite: replace a checkpoint at `path`. A save that dies leaves the previous one as it was.
       source_sha256: `fingerprint` of the float parameters, to tell later what they were; by default the document has
         the one of the packed arrays.
 
@@ -286,14 +287,14 @@ def _removed_on_error(folder: Path, name: str | None) -> Iterator[None]:
 def _stage(folder: Path, content: bytes) -> None:
     temporary = folder / f"{DOCUMENT}.tmp"
     temporary.write_bytes(content)
-    sync_path(temporary)
-    sync_path(folder)
+    flush_to_disk(temporary)
+    flush_to_disk(folder)
 
 
 def _commit(folder: Path) -> None:
     """Replaces the document: from here on the new checkpoint is the one that is loaded."""
     os.replace(folder / f"{DOCUMENT}.tmp", folder / DOCUMENT)
-    sync_path(folder)
+    flush_to_disk(folder)
 
 
 def _array_folder(folder: Path, document: Document) -> Path:

@@ -19,6 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qjax.formats.disk import flush_to_disk
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -198,15 +200,6 @@ def write_tensors(
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def flush_to_disk(path: Path) -> None:
-    """Waits until a file's (or folder's entries') bytes are on the disk, so that a rename never outruns them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sharded_index(root: Path) -> dict[str, TensorInfo]:

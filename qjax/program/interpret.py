@@ -62,7 +62,8 @@ class Interpreter:
         values = [Packed(a) if isinstance(a, QTensor) else a for a in args]
         outs = self.program(jaxpr, values, (), state)
         # A parameter that is handed back as it came (NNX state, mutable collections) stays packed.
-        return [v.q if any(v is given for given in values if isinstance(given, Packed)) else materialize(v) for v in outs], state
+        given = {id(v) for v in values if isinstance(v, Packed)}
+        return [v.q if id(v) in given else materialize(v) for v in outs], state
 
     def program(self, jaxpr: Any, args: Sequence[Any], prefix: Key, state: State) -> list[Any]:
         body, consts = compat.parts(jaxpr)

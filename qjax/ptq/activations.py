@@ -49,31 +49,47 @@ def with_activations(done: Done, choices: Sequence[Choice], flat: Sequence[Any],
     program = batches[0][0]
     for index, act in static.items():
         leaf, (q, notes) = program.leaves[index], new[index]
-        lo, hi, more = _leaf_range(leaf, act, found)
+        lo, hi, more = _leaf_range(leaf, found)
         scale, zero_point = params_from_range(lo, hi, act.spec)
         new[index] = dataclasses.replace(q, act_scale=scale, act_zero_point=zero_point), (*notes, *more)
     return new
 
 
-def _observe(static: Mapping[int, ActSpec], params: list[Any], batches: Sequence[tuple[Program, Any]]) -> dict[Key, Any]:
-    """Runs the data through; gives for each site (observer, state)."""
+def _observe(
+    static: Mapping[int, ActSpec], params: list[Any], batches: Sequence[tuple[Program, Any]]
+) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
+    """Runs the data through; gives the range of each site: (scans..., stack) each, (0, 0) where no data came."""
     total: dict[Key, Any] = {}
+    found: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
     runs: dict[int, Any] = {}
-    observers: dict[Key, Any] = {}
     for number, (program, inputs) in enumerate(batches):
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
             path = program.leaves[next(iter(static))].path
             raise ValueError(f"`calibration` holds shapes, but the static activations of {path!r} need data: give batches of numbers")
         if id(program) not in runs:
             observers = {s.key: act.observer or minmax() for i, act in static.items() for s in _observed(program.leaves[i])}
-            runs[id(program)] = jax.jit(observe_program(program, observers)), init_states(program, observers)
-        run, start = runs[id(program)]
+            run = jax.jit(observe_program(program, observers))
+            runs[id(program)] = run, init_states(program, observers), _folds(program, observers, static)
+        run, start, (merge, ranges) = runs[id(program)]
         states = run(start, [*params, *inputs])
-        _check_finite(program, states, observers, static, number)
-        sites = {site.key: site for site in program.sites}
-        merge = {key: _over_scans(observers[key].merge, sites[key]) for key in states}
-        total = {key: merge[key](total[key], state) for key, state in states.items()} if total else states
-    return {key: (observers[key], state) for key, state in total.items()}
+        _check_finite(program, ranges(states), number)
+        total = merge(total, states) if total else states
+        found = ranges(total) if number == len(batches) - 1 else found
+    return {key: (np.asarray(lo), np.asarray(hi)) for key, (lo, hi) in found.items()}
+
+
+def _folds(program: Program, observers: Mapping[Key, Any], static: Mapping[int, ActSpec]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What joins the states of two batches, and what reads the ranges of all sites; compiled once, not for every batch."""
+    sites = [site for site in program.sites if site.key in observers]
+
+    def merge(total: dict[Key, Any], states: dict[Key, Any]) -> dict[Key, Any]:
+        return {s.key: _over_scans(observers[s.key].merge, s)(total[s.key], states[s.key]) for s in sites}
+
+    def ranges(states: dict[Key, Any]) -> dict[Key, Any]:
+        of = {s.key: functools.partial(observers[s.key].range, spec=static[s.leaf].spec) for s in sites}
+        return {s.key: _over_scans(of[s.key], s)(states[s.key]) for s in sites}
+
+    return jax.jit(merge), jax.jit(ranges)
 
 
 def _observed(leaf: Leaf) -> list[Site]:
@@ -85,22 +101,12 @@ def _observed(leaf: Leaf) -> list[Site]:
     return sites
 
 
-def _check_finite(
-    program: Program, states: Mapping[Key, Any], observers: Mapping[Key, Any], static: Mapping[int, ActSpec], number: int
-) -> None:
+def _check_finite(program: Program, ranges: Mapping[Key, tuple[Any, Any]], number: int) -> None:
     for site in program.sites:
-        if site.key in states:
-            lo, hi = _ranges(observers[site.key], site, states[site.key], static[site.leaf])
-            if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
-                raise ValueError(
-                    f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
-                )
-
-
-def _ranges(observer: Any, site: Site, state: Any, act: ActSpec) -> tuple[np.ndarray, np.ndarray]:
-    """The ranges of a site: (scans..., stack) each; (0, 0) where no data came."""
-    lo, hi = jax.jit(_over_scans(functools.partial(observer.range, spec=act.spec), site))(state)
-    return np.asarray(lo), np.asarray(hi)
+        if site.key in ranges and not all(np.isfinite(end).all() for end in ranges[site.key]):
+            raise ValueError(
+                f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
+            )
 
 
 def _over_scans(f: Callable[..., Any], site: Site) -> Callable[..., Any]:
@@ -109,12 +115,12 @@ def _over_scans(f: Callable[..., Any], site: Site) -> Callable[..., Any]:
     return f
 
 
-def _leaf_range(leaf: Leaf, act: ActSpec, found: Mapping[Key, Any]) -> tuple[jax.Array, jax.Array, tuple[str, ...]]:
+def _leaf_range(leaf: Leaf, found: Mapping[Key, tuple[np.ndarray, np.ndarray]]) -> tuple[jax.Array, jax.Array, tuple[str, ...]]:
     """One range for each part of a parameter that a product sees alone, as wide as its widest site's: (kept-like..., 1)."""
     stacked = sorted({axis for site in leaf.sites for axis in site.stacked})
     lo, hi = (np.zeros([leaf.shape[a] if a in stacked else 1 for a in range(len(leaf.shape))], np.float32) for _ in range(2))
     for site in _observed(leaf):
-        ends = _ranges(found[site.key][0], site, found[site.key][1], act)
+        ends = found[site.key]
         own = [a for a in site.stacked if a not in site.view.stacked]
         axes = [axis for axis, _ in site.view.scans] + own
         turns = ends[0].shape[: len(site.scans)]
@@ -132,8 +138,8 @@ def _leaf_range(leaf: Leaf, act: ActSpec, found: Mapping[Key, Any]) -> tuple[jax
     unseen = np.flatnonzero((lo == 0) & (hi == 0))
     notes = ()
     if unseen.size:
-        where = f" in parts {', '.join(map(str, unseen))}" if lo.size > 1 else ""
-        notes = (f"no calibration data reached its activations{where}: they have the widest range of the others",)
+        parts = f" in parts {', '.join(map(str, unseen))}" if lo.size > 1 else ""
+        notes = (f"no calibration data reached its activations{parts}: they have the widest range of the others",)
         lo, hi = np.where((lo == 0) & (hi == 0), lo.min(), lo), np.where((lo == 0) & (hi == 0), hi.max(), hi)
     kept = [lo.shape[a] for a in range(lo.ndim) if a not in leaf.sites[0].contracted]
     return jnp.asarray(lo.reshape(*kept, 1)), jnp.asarray(hi.reshape(*kept, 1)), notes

@@ -106,7 +106,7 @@ def quantize(
             done[choice.leaf.index] = q, (*notes, *note)
         else:
             # What a group that does not divide says, it says now, not after minutes of calibration.
-            _check_shapes(choice)
+            _shapes(choice)
             tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method)
     if tasks:
         _check_data(batches, tasks)
@@ -184,11 +184,11 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
         check_finite(w, choice.leaf.path)
 
 
-def _check_shapes(choice: Choice) -> None:
+def _shapes(choice: Choice) -> QTensor:
     leaf = choice.leaf
     w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     problem = problem_of(leaf, leaf.sites[0], choice.spec, w)  # pyright: ignore[reportArgumentType]
-    _method(choice)[0].shapes(problem)
+    return _method(choice)[0].shapes(problem)
 
 
 def _check_data(batches: Sequence[tuple[Any, ...]], tasks: dict[int, Task]) -> None:
@@ -198,8 +198,8 @@ def _check_data(batches: Sequence[tuple[Any, ...]], tasks: dict[int, Task]) -> N
         raise ValueError(f"`calibration` holds shapes, but {task.method.name} of {task.leaf.path!r} needs data: give batches of numbers")
     for number, batch in enumerate(batches):
         for x in jax.tree.leaves(batch):
-            if isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating) and bool(jnp.isnan(x).any()):
-                count = int(jnp.isnan(x).sum())
+            floating = isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating)
+            if floating and (count := int(jnp.isnan(x).sum())):
                 raise ValueError(f"`calibration` batch {number} holds {count} NaN in an array of shape {x.shape}: mend or drop that batch")
 
 
@@ -217,11 +217,9 @@ def describe(
         if q is None:
             rows.append(planned_row(choice))
             continue
-        method = _method(choice)[0].name
         error = float(_relative_error(jnp.asarray(flat[choice.leaf.index]), q))
-        size = {"nbytes": q.nbytes, "bits_per_weight": q.bits_per_weight}
-        row = planned_row(choice)
-        rows.append(dataclasses.replace(row, error=error, notes=tuple(dict.fromkeys((*notes, *row.notes))), method=method, **size))
+        row = planned_row(choice, q)
+        rows.append(dataclasses.replace(row, error=error, notes=tuple(dict.fromkeys((*notes, *row.notes)))))
     return Report(tuple(rows), program_notes(program), seconds)
 
 
@@ -240,8 +238,8 @@ def _relative_error(w: jax.Array, q: QTensor) -> jax.Array:
     return jnp.sum(error) / jnp.maximum(jnp.sum(whole), 1e-30)
 
 
-def planned_row(choice: Choice) -> Row:
-    """What would become of a parameter, without touching a number."""
+def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
+    """What would become of a parameter, without touching a number; `q` where it is known what did."""
     leaf, spec = choice.leaf, choice.spec
     nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
     row = Row(
@@ -259,9 +257,8 @@ def planned_row(choice: Choice) -> Row:
     )
     if spec is None:
         return row
-    problem = problem_of(leaf, leaf.sites[0], spec, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))  # pyright: ignore[reportArgumentType]
     method, notes = _method(choice)
-    q = method.shapes(problem)
+    q = _shapes(choice) if q is None else q
     act = choice.activation
     kernels = dict.fromkeys(kernel_of(site, spec, act) for site in leaf.sites)
     reasons = tuple(reason for _, reason in kernels if reason)

@@ -18,6 +18,7 @@ from jax import lax
 
 from qjax.core import ActSpec, IntSpec, PerBlock, PerGroup, QTensor, affine_params, encode_activation, uncanonicalize
 from qjax.program import Site
+from qjax.program.labels import axes_of
 
 BLOCK = 16  # rows of one expert at a time
 
@@ -49,10 +50,8 @@ def why_not(site: Site, spec: Any) -> str:
         return "a convolution with a zero point in its weights"
     if site.op == "conv_general_dilated" and isinstance(spec.granularity, PerGroup):
         return "a convolution whose weights share scales in groups"
-    if site.op == "dot_general":
-        whole = {a for w, _ in site.pairs for a in (atom.axis for atom in site.view.dims[w])}
-        if whole != set(site.contracted):
-            return "it is contracted over a part of its axes"
+    if site.op == "dot_general" and axes_of([site.view.dims[w] for w, _ in site.pairs]) != set(site.contracted):
+        return "it is contracted over a part of its axes"
     return ""
 
 
@@ -159,7 +158,7 @@ def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
                 return None
             widths[axis] = tuple(width)
         x, padding = jnp.pad(x, widths), [(0, 0)] * len(padding)
-    axes = tuple(i for i in range(x.ndim) if i != dims.lhs_spec[0] or not act.per_token)
+    axes = conv_axes(eqn, x.ndim) if act.per_token else tuple(range(x.ndim))
     static = [None if a is None else a.reshape([1] * x.ndim) for a in (q.act_scale, q.act_zero_point)]
     codes, scale, zero_point = encode_activation(x, act, axes, *static)
     kernel = uncanonicalize(w.codes[..., : math.prod(q.sizes)], q.axes, q.sizes)
@@ -176,6 +175,11 @@ def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
         total = total - place(zero_point, dims.out_spec[0]) * place(sums, dims.out_spec[1])
     # Per tensor there is one scale for all channels, which broadcasts.
     return total.astype(jnp.float32) * place(w.scale[..., 0], dims.out_spec[1]) * place(scale, dims.out_spec[0])
+
+
+def conv_axes(eqn: Any, ndim: int) -> tuple[int, ...]:
+    """The axes of a convolution's input that one example has for itself."""
+    return tuple(i for i in range(ndim) if i != eqn.params["dimension_numbers"].lhs_spec[0])
 
 
 def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Array) -> jax.Array | None:

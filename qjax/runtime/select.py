@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qjax.core import ActSpec, QTensor, Spec, round_activation
 from qjax.program import Packed, Site, compat, materialize
-from qjax.runtime.integer import product, why_not
+from qjax.runtime.integer import conv_axes, product, why_not
 from qjax.runtime.lookup import gather_rows
 
 FLOAT, INTEGER = "xla", "xla int8"
@@ -92,5 +92,5 @@ def shared_axes(site: Site, eqn: Any, act: ActSpec, ndim: int) -> tuple[int, ...
     if not act.per_token:
         return tuple(range(ndim))
     if site.op == "conv_general_dilated":
-        return tuple(i for i in range(ndim) if i != eqn.params["dimension_numbers"].lhs_spec[0])
+        return conv_axes(eqn, ndim)
     return tuple(x for _, x in site.pairs)

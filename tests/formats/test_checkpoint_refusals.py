@@ -90,7 +90,7 @@ def test_overwriting_leaves_nothing_of_the_old_one_and_all_that_is_not_ours(tmp_
     qjax.save(tmp_path, {"w": jnp.ones(3)})
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        qjax.save(tmp_path, {"w": jnp.zeros(3)}, overwrite=False)
+        qjax.save(tmp_path, {"w": jnp.zeros(3)})
     qjax.save(tmp_path, {"w": jnp.zeros(3)})
     assert sorted(os.listdir(tmp_path)) == ["README.md", "arrays.2", "qjax.json"]
     assert qjax.load(tmp_path).params["w"].tolist() == [0, 0, 0]

@@ -9,7 +9,6 @@ from jax import lax
 import qjax
 from tests.program.cases import CASES, normal
 
-IN_CUSTOM_RULE = ("custom_vjp", "custom_jvp")
 CANNOT_BE_SEEN = {"shard_map": "split over devices", "while_loops": "condition of a loop"}
 
 

@@ -121,7 +121,7 @@ def test_every_program_multiplies_integers(case):
 def test_the_compiled_program_keeps_integers():
     result = packed(lambda p, x: x @ p["w"], {"w": normal(64, 32)}, (normal(8, 64),), qjax.int8(), qjax.dynamic(qjax.int8()))
     text = jax.jit(qjax.quantized(lambda p, x: x @ p["w"])).lower(result.params, normal(8, 64)).compile().as_text()
-    assert re.search(r"s32\[8,32\]\S* (dot|custom-call|fusion)\(", text) or "s32[8,32]" in text
+    assert "s32[8,32]" in text
     assert not re.search(r"f32\[8,32\]\S* dot\(", text)
 
 
