@@ -1,9 +1,13 @@
-"""Two CPU devices for every test, so that sharding is tested for real; strict about what jax does silently."""
+"""Two CPU devices for every test, so that sharding is tested for real; little optimization, because most of the time is compilation.
+
+`.ci/run` runs its other lines with XLA's usual optimization: XLA_FLAGS=--xla_backend_optimization_level=3.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# The last of two equal flags counts: what the environment says.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest

@@ -16,6 +16,7 @@ from qjax.calibration.observers import Moments as Moments
 from qjax.calibration.observers import Observer as Observer
 from qjax.calibration.observers import RangeObserver as RangeObserver
 from qjax.calibration.observers import SecondMoment as SecondMoment
+from qjax.calibration.observers import Together as Together
 from qjax.calibration.observers import hessian as hessian
 from qjax.calibration.percentile import Percentile as Percentile
 from qjax.calibration.percentile import percentile as percentile
@@ -32,3 +33,6 @@ from qjax.calibration.rows import columns as columns
 from qjax.calibration.rows import site_rows as site_rows
 from qjax.calibration.rows import stack_size as stack_size
 from qjax.calibration.rows import why_no_rows as why_no_rows
+from qjax.calibration.sample import Sample as Sample
+from qjax.calibration.sample import SampleRows as SampleRows
+from qjax.calibration.sample import sample_rows as sample_rows

@@ -6,7 +6,7 @@ An observer is `init`, `update` and `merge` over a state that is a pytree; it ru
 from __future__ import annotations
 
 import dataclasses
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,29 @@ class Observer(Protocol, Generic[S]):
     def merge(self, a: S, b: S) -> S:
         """Returns the state after the data of both."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Several observers at one site; the state is a tuple of theirs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> both = Together((SecondMoment(), SecondMoment()))
+      >>> [moments.count.tolist() for moments in both.update(both.init(1, 2), Rows(jnp.ones((1, 3, 2))))]
+      [[3], [3]]
+    """
+
+    observers: tuple[Observer[Any], ...]
+
+    def init(self, stack: int, columns: int) -> tuple[Any, ...]:
+        return tuple(observer.init(stack, columns) for observer in self.observers)
+
+    def update(self, state: tuple[Any, ...], rows: Rows) -> tuple[Any, ...]:
+        return tuple(observer.update(part, rows) for observer, part in zip(self.observers, state, strict=True))
+
+    def merge(self, a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(observer.merge(x, y) for observer, x, y in zip(self.observers, a, b, strict=True))
 
 
 class RangeObserver(Observer[S], Protocol[S]):

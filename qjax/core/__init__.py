@@ -23,6 +23,7 @@ from qjax.core.layout import blocks as blocks
 from qjax.core.layout import canonicalize as canonicalize
 from qjax.core.layout import check_blocks as check_blocks
 from qjax.core.layout import group_length as group_length
+from qjax.core.layout import logical_blocks as logical_blocks
 from qjax.core.layout import padded_size as padded_size
 from qjax.core.layout import uncanonicalize as uncanonicalize
 from qjax.core.packing import pack as pack

@@ -14,11 +14,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from qjax import ptq
 from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
 from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
 from qjax.policy import Method
+from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
 from qjax.ptq.rtn import RoundToNearest
+from qjax.ptq.smoothquant import SmoothQuant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,8 @@ KINDS: dict[str, type] = {
     "cast": CastSpec,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
+    "smoothquant": SmoothQuant,
+    "awq": AWQ,
     "other_method": OtherMethod,
     "minmax": MinMax,
     "moving_average": MovingAverage,
@@ -55,9 +60,9 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, SmoothQuant, AWQ, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
-_PROTOCOLS = {Method: METHODS, RangeFinder: OBSERVERS}
+_PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
 

@@ -67,7 +67,7 @@ def _observe(
             path = program.leaves[next(iter(static))].path
             raise ValueError(f"`calibration` holds shapes, but the static activations of {path!r} need data: give batches of numbers")
         if id(program) not in runs:
-            observers = {s.key: act.observer or minmax() for i, act in static.items() for s in _observed(program.leaves[i])}
+            observers: dict[Key, Any] = {s.key: act.observer or minmax() for i, act in static.items() for s in _observed(program.leaves[i])}
             run = jax.jit(observe_program(program, observers))
             runs[id(program)] = run, init_states(program, observers), _folds(program, observers, static)
         run, start, (merge, ranges) = runs[id(program)]

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import SecondMoment, hessian
-from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, assemble, check_blocks
+from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, check_blocks
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
+from qjax.ptq.parts import axes_order, matrices, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +40,19 @@ class GPTQ:
         _check(problem, self.options)
 
         def solved(w: jax.Array) -> QTensor:
-            matrices = _matrices(problem._replace(w=w))
-            k = matrices.shape[2]
-            solution = _solve(matrices, jnp.zeros((1, k, k), jnp.float32), problem, self.options)
-            return _packed(problem._replace(w=w), solution)
+            laid_out = matrices(problem._replace(w=w))
+            k = laid_out.shape[2]
+            solution = _solve(laid_out, jnp.zeros((1, k, k), jnp.float32), problem, self.options)
+            return packed(problem._replace(w=w), *_arrays(solution))
 
         return jax.eval_shape(solved, problem.w)
 
     def quantize(self, problem: Problem, state: Any) -> Outcome:
         _check(problem, self.options)
-        w = _matrices(problem)
+        w = matrices(problem)
         solution = _solve(w, hessian(state), problem, self.options)
         check_solved(solution, problem.name)
-        return Outcome(_packed(problem, solution), _notes(solution, w.shape[2], w.shape[0] > 1))
+        return Outcome(packed(problem, *_arrays(solution)), _notes(solution, w.shape[2], w.shape[0] > 1))
 
 
 def gptq(
@@ -114,7 +115,7 @@ def _check(problem: Problem, options: GPTQOptions) -> None:
     spec = problem.spec
     if isinstance(spec, CastSpec):
         raise ValueError(f"`method` gptq has nothing to choose for the cast {spec} of {problem.name!r}; leave `method` out")
-    _, rows, columns = _axes_order(problem)
+    _, rows, columns = axes_order(problem)
     shape = problem.w.shape
     check_blocks((math.prod(shape[a] for a in rows) // problem.groups, math.prod(shape[a] for a in columns)), spec, problem.name)
     kept = len(rows)
@@ -129,52 +130,8 @@ def _check(problem: Problem, options: GPTQOptions) -> None:
         raise ValueError(f"`act_order` of the grouped convolution {problem.name!r} needs `static_groups=True`")
 
 
-def _axes_order(problem: Problem) -> tuple[list[int], list[int], list[int]]:
-    ndim = problem.w.ndim
-    stacked = sorted(a + ndim for a in problem.stacked)
-    contracted = [a + ndim for a in problem.axes]
-    return stacked, [i for i in range(ndim) if i not in stacked and i not in contracted], contracted
-
-
-def _matrices(problem: Problem) -> jax.Array:
-    """Lays a weight out as (stack, N, K) float32."""
-    stacked, kept, contracted = _axes_order(problem)
-    w = problem.w.transpose(*stacked, *kept, *contracted).astype(jnp.float32)
-    stack = int(np.prod([problem.w.shape[a] for a in stacked], dtype=int)) * problem.groups
-    k = int(np.prod([problem.w.shape[a] for a in contracted], dtype=int))
-    return w.reshape(stack, -1, k)
-
-
-def _packed(problem: Problem, solution: Solution) -> QTensor:
-    """Puts matrices back where the weight's axes were."""
-    stacked, kept, contracted = _axes_order(problem)
-    shape = problem.w.shape
-    lead, rest = [shape[a] for a in stacked], [shape[a] for a in kept]
-    order = np.argsort([*stacked, *kept])
-    groups = problem.groups
-
-    def place(x: jax.Array | None, rows: bool) -> jax.Array | None:
-        if x is None:
-            return None
-        n = x.shape[1] if rows else 1
-        full = rows and n * groups == int(np.prod(rest, dtype=int))
-        # A block spec has fewer rows of scales than the one kept axis has positions.
-        sizes = rest if full else [1] * (len(rest) - 1) + [n * groups] if rest else []
-        x = x.reshape(*lead, *sizes, x.shape[-1])
-        return x.transpose(*order, x.ndim - 1)
-
-    perm = None if solution.perm is None else place(solution.perm[:, None, :], rows=False)
-    return assemble(
-        place(solution.codes, rows=True),
-        place(solution.scale, rows=True),
-        place(solution.zero_point, rows=True),
-        problem.spec,
-        problem.axes,
-        [shape[a] for a in contracted],
-        problem.w.dtype,
-        perm,
-        name=problem.name,
-    )
+def _arrays(solution: Solution) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    return solution.codes, solution.scale, solution.zero_point, solution.perm
 
 
 def _notes(solution: Solution, k: int, many: bool) -> tuple[str, ...]:

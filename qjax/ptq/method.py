@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way to choose the codes of a weight.
 

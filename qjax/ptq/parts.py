@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qjax.core import QTensor, Spec
+from qjax.core import QTensor, Spec, assemble
 from qjax.program import Leaf, Site
 from qjax.ptq.method import Problem
 
@@ -101,3 +103,70 @@ def join(leaf: Leaf, layout: Layout, parts: Mapping[Part, QTensor]) -> QTensor:
 
     joined = jax.tree.map(stack, *(parts[p] for p in layout.all))
     return dataclasses.replace(joined, axes=tuple(a - ndim for a in site.contracted), sizes=first.sizes)
+
+
+def axes_order(problem: Problem) -> tuple[list[int], list[int], list[int]]:
+    """The stacked, the kept and the contracted axes of a problem's weight, not negative."""
+    ndim = problem.w.ndim
+    stacked = sorted(a + ndim for a in problem.stacked)
+    contracted = [a + ndim for a in problem.axes]
+    return stacked, [i for i in range(ndim) if i not in stacked and i not in contracted], contracted
+
+
+def matrices(problem: Problem) -> jax.Array:
+    """Lays a weight out as matrices.
+
+    Args:
+      problem: the weight.
+
+    Returns:
+      (stack, N, K) float32: the stacked axes and the groups of a convolution, the kept axes, the contracted ones.
+    """
+    stacked, kept, contracted = axes_order(problem)
+    w = problem.w.transpose(*stacked, *kept, *contracted).astype(jnp.float32)
+    stack = math.prod(problem.w.shape[a] for a in stacked) * problem.groups
+    return w.reshape(stack, -1, math.prod(problem.w.shape[a] for a in contracted))
+
+
+def packed(
+    problem: Problem, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, perm: jax.Array | None = None
+) -> QTensor:
+    """Puts what was found for `matrices(problem)` back where the weight's axes were.
+
+    Args:
+      problem: the weight.
+      codes: int (stack, N, K) or (stack, N, Kpad).
+      scale: (stack, N, G); 1 or N / block in place of N where rows share it.
+      zero_point: like `scale`, or None.
+      perm: (stack, K), or None.
+
+    Returns:
+      The packed weight.
+    """
+    stacked, kept, contracted = axes_order(problem)
+    shape = problem.w.shape
+    lead, rest = [shape[a] for a in stacked], [shape[a] for a in kept]
+    order = np.argsort([*stacked, *kept])
+    groups = problem.groups
+
+    def place(x: jax.Array | None, rows: bool) -> jax.Array | None:
+        if x is None:
+            return None
+        n = x.shape[1] if rows else 1
+        full = rows and n * groups == math.prod(rest)
+        # A block spec has fewer rows of scales than the one kept axis has positions.
+        sizes = rest if full else [1] * (len(rest) - 1) + [n * groups] if rest else []
+        x = x.reshape(*lead, *sizes, x.shape[-1])
+        return x.transpose(*order, x.ndim - 1)
+
+    return assemble(
+        place(codes, rows=True),
+        place(scale, rows=True),
+        place(zero_point, rows=True),
+        problem.spec,
+        problem.axes,
+        [shape[a] for a in contracted],
+        problem.w.dtype,
+        None if perm is None else place(perm[:, None, :], rows=False),
+        name=problem.name,
+    )

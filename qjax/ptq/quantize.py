@@ -21,6 +21,7 @@ from qjax.program.packed import can_scan
 from qjax.ptq.activations import with_activations
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
+from qjax.ptq.rescale import rescale
 from qjax.ptq.rtn import rtn
 from qjax.ptq.sequential import Progress, Task, quantize_sequential
 from qjax.report import Report, Row
@@ -95,6 +96,8 @@ def quantize(
     flat = [jnp.asarray(w) if c.spec is not None else w for c, w in zip(choices, flat, strict=True)]
     traced = time.perf_counter()
 
+    streams = [(programs(a), a.inputs) for a in arguments]
+    flat, rescaled = rescale(flat, choices, streams)
     done: dict[int, tuple[QTensor, tuple[str, ...]]] = {}
     tasks: dict[int, Task] = {}
     for choice in choices:
@@ -111,9 +114,9 @@ def quantize(
     if tasks:
         _check_data(batches, tasks)
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-        streams = [(programs(a), a.inputs) for a in arguments]
         done |= quantize_sequential(current, tasks, streams, progress)
-    done = with_activations(done, choices, flat, [(programs(a), a.inputs) for a in arguments])
+    done = with_activations(done, choices, flat, streams)
+    done = {i: (q, (*rescaled.get(i, ()), *notes)) for i, (q, notes) in done.items()}
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
     jax.block_until_ready([jax.tree.leaves(x) for x in packed])
     finished = time.perf_counter()

@@ -9,8 +9,7 @@ from jax import lax
 from qjax.calibration import Rows, SecondMoment, hessian, init_states, observe_program, why_no_rows
 from qjax.core import int8
 from qjax.program import trace
-from qjax.ptq.gptq import _matrices
-from qjax.ptq.parts import problem_of
+from qjax.ptq.parts import matrices, problem_of
 from tests.program.cases import CASES, normal
 
 DIMS = ("NHWC", "HWIO", "NHWC")
@@ -63,9 +62,9 @@ def test_second_moment_is_the_quadratic_form_of_the_output_error(name):
     states = jax.jit(observe_program(program, observers))(init_states(program, observers), [w, x])
     total = states[site.key].total
     delta = normal(*w.shape, seed=11)
-    matrices = _matrices(problem_of(program.leaves[0], site, int8(), delta))
+    deltas = matrices(problem_of(program.leaves[0], site, int8(), delta))
     total = total.reshape(-1, *total.shape[-2:])
-    quadratic = jnp.einsum("snk,skj,snj->", matrices, total, matrices)
+    quadratic = jnp.einsum("snk,skj,snj->", deltas, total, deltas)
     moved = fn({"w": w + delta}, x) - fn({"w": w}, x)
     np.testing.assert_allclose(quadratic, jnp.sum(moved**2), rtol=1e-3)
 

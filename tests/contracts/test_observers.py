@@ -9,6 +9,7 @@ import pytest
 from qjax.calibration import (
     MovingAverage,
     Rows,
+    SampleRows,
     SecondMoment,
     absmax,
     channel_stats,
@@ -18,14 +19,15 @@ from qjax.calibration import (
     moving_average,
     mse,
     percentile,
+    sample_rows,
 )
 from qjax.core import int8, integer, uint4
 
 STACK, K = 3, 7
 RANGES = [minmax(), moving_average(), absmax(), percentile(99), entropy(64, 16), mse(4)]
-OBSERVERS = [SecondMoment(), channel_stats(), histogram(64), *RANGES]
-# An average over calls knows where a call ends and which came first; it is tested by itself.
-BY_CALL = (MovingAverage,)
+OBSERVERS = [SecondMoment(), channel_stats(), histogram(64), sample_rows(600), *RANGES]
+# An average over calls knows where a call ends and which came first, a sample which row is which; they are tested by themselves.
+BY_CALL = (MovingAverage, SampleRows)
 every_observer = pytest.mark.parametrize("observer", OBSERVERS, ids=lambda o: type(o).__name__)
 every_range = pytest.mark.parametrize("observer", RANGES, ids=lambda o: type(o).__name__)
 every_observer_of_data = pytest.mark.parametrize(

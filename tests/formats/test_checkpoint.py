@@ -167,7 +167,7 @@ def test_a_result_comes_back_with_report_policy_and_metadata(tmp_path):
     assert_same(result.params, loaded.params)
     apply = jax.jit(qjax.quantized(fn))
     assert same(apply(result.params, x), apply(loaded.params, x))
-    qjax.save(tmp_path, loaded)  # what was loaded can be saved: nothing is lost
+    qjax.save(tmp_path, loaded, overwrite=True)  # what was loaded can be saved: nothing is lost
     assert qjax.load(tmp_path).metadata == loaded.metadata
     assert qjax.load(tmp_path).policy == result.policy
 
@@ -208,7 +208,7 @@ def test_a_method_of_a_third_party_is_kept_by_name(tmp_path):
     assert method.name == "own" and "OwnMethod" in method.text
     with pytest.raises(ValueError, match="keeps only its name"):
         method.quantize(None, None)
-    qjax.save(tmp_path, qjax.load(tmp_path))
+    qjax.save(tmp_path, qjax.load(tmp_path), overwrite=True)
     assert qjax.load(tmp_path).policy.rules[0].method == method
 
 
@@ -291,7 +291,7 @@ def test_a_module_runs_on_what_was_loaded(tmp_path):
     variables = module.init(jax.random.key(0), x)
     result = qjax.linen.quantize(module, variables, qjax.Policy([qjax.Rule("*", weight=qjax.int4())]), [x])
     run_linen = qjax.quantized(module.apply)
-    qjax.save(tmp_path, result)
+    qjax.save(tmp_path, result, overwrite=True)
     for like in (None, variables):
         assert same(run_linen(qjax.load(tmp_path, like=like).params, x), run_linen(result.params, x))
 

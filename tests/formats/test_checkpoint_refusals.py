@@ -91,10 +91,10 @@ def test_overwriting_leaves_nothing_of_the_old_one_and_all_that_is_not_ours(tmp_
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         qjax.save(tmp_path, {"w": jnp.zeros(3)})
-    qjax.save(tmp_path, {"w": jnp.zeros(3)})
+    qjax.save(tmp_path, {"w": jnp.zeros(3)}, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["README.md", "arrays.2", "qjax.json"]
     assert qjax.load(tmp_path).params["w"].tolist() == [0, 0, 0]
-    qjax.save(tmp_path, {"n": 1})  # no array, no folder
+    qjax.save(tmp_path, {"n": 1}, overwrite=True)  # no array, no folder
     assert sorted(os.listdir(tmp_path)) == ["README.md", "qjax.json"]
 
 
@@ -119,6 +119,6 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_rubbish(tmp_path):
         TypeError, match="a object cannot be stored"
     ):  # fails when the document is written, after the arrays
         report = qjax.Report((), (object(),))  # pyright: ignore[reportArgumentType]
-        qjax.save(tmp_path, qjax.Result({"w": jnp.zeros(3)}, report, qjax.Policy([qjax.Rule("*")])))
+        qjax.save(tmp_path, qjax.Result({"w": jnp.zeros(3)}, report, qjax.Policy([qjax.Rule("*")])), overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
     assert qjax.load(tmp_path).params["w"].tolist() == [1, 1, 1]

@@ -141,10 +141,10 @@ def test_one_sharding_for_all(tmp_path, mesh):
         assert all(a.sharding == sharding for a in jax.tree.leaves(loaded) if not isinstance(a, int))
     with pytest.raises(ValueError, match="of `odd` would cut a byte: 30 values of 3 bits"):
         qjax.load(tmp_path, sharding=NamedSharding(mesh, P("x")))
-    qjax.save(tmp_path, {"s": jnp.float32(2)})
+    qjax.save(tmp_path, {"s": jnp.float32(2)}, overwrite=True)
     with pytest.raises(ValueError, match=r"of `s` has more axes than its shape \(\)"):
         qjax.load(tmp_path, sharding=NamedSharding(mesh, P("x")))
-    qjax.save(tmp_path, tree())
+    qjax.save(tmp_path, tree(), overwrite=True)
     with pytest.raises(ValueError, match="of `odd` cuts an axis of 3 into 2"):
         qjax.load(tmp_path, sharding=lambda path, shape: NamedSharding(mesh, P(None, "x")) if path == "odd" else None)
 

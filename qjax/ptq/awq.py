@@ -1,0 +1,172 @@
+"""AWQ: scales up the input channels that matter before rounding the weights, and clips what clipping helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.calibration import Observer, Sample, sample_rows
+from qjax.core import (
+    CastSpec,
+    CodebookSpec,
+    IntSpec,
+    PerBlock,
+    PerTensor,
+    QTensor,
+    Spec,
+    block_decode,
+    block_encode,
+    codebook_params,
+    logical_blocks,
+    params_from_range,
+)
+from qjax.ptq.method import Method, Outcome, Problem
+from qjax.ptq.parts import matrices, packed
+from qjax.ptq.rescale import Member, means
+from qjax.ptq.rtn import rtn
+from qjax.ptq.smoothquant import checked_rows, checked_then
+
+CLIPS = tuple(round(1 - 0.05 * i, 2) for i in range(10))  # 1.00 down to .55
+
+
+@dataclasses.dataclass(frozen=True)
+class AWQ:
+    """See `awq`."""
+
+    grid: int
+    clip: bool
+    then: Method | None
+    rows: int
+
+    @property
+    def name(self) -> str:
+        inside = ([] if self.clip or self.then is not None else ["clip=False"]) + ([self.then.name] if self.then is not None else [])
+        return f"awq({', '.join(inside)})" if inside else "awq"
+
+    @property
+    def observer(self) -> Observer[Any] | None:
+        if self.then is not None:
+            return self.then.observer
+        return sample_rows(self.rows) if self.clip else None
+
+    def shapes(self, problem: Problem) -> QTensor:
+        return (self.then or rtn()).shapes(problem)
+
+    def quantize(self, problem: Problem, state: Any) -> Outcome:
+        if self.then is not None:
+            return self.then.quantize(problem, state)
+        if not self.clip or isinstance(problem.spec, CastSpec):
+            return rtn().quantize(problem, None)
+        if state is None or not bool(jnp.any(state.held)):
+            return Outcome(rtn().quantize(problem, None).q, ("no calibration data reached it: rounded",))
+        return _clipped(problem, state)
+
+    def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
+        x = means([member.stats.mean_abs for member in members], members, size)
+        w = means([_magnitude(member.w, spec) for member, spec in zip(members, specs, strict=True)], members, size)
+        dead = x == 0
+        ratios = jnp.arange(self.grid, dtype=jnp.float32)[:, None] / self.grid
+        log_s = ratios * jnp.log(jnp.where(dead, 1.0, x))[None] - jnp.log(w[None] ** (1 - ratios) + 1e-4)
+        low = jnp.min(jnp.where(dead[None], jnp.inf, log_s), axis=1, keepdims=True)
+        high = jnp.max(jnp.where(dead[None], -jnp.inf, log_s), axis=1, keepdims=True)
+        s = jnp.exp(jnp.where(dead[None], 0.0, log_s - (low + high) / 2))
+        return jnp.concatenate([jnp.ones((1, size), jnp.float32), s])
+
+
+def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int = 512) -> AWQ:
+    """Activation-aware weight quantization: tries scales for each input channel on the error of the outputs, then clips.
+
+    s_j = mean|x_j|^r / (mean|w_j / groupmax|^(1 - r) + 1e-4),  divided by sqrt(min s max s),  r = 0, 1/grid, ...
+    for every group of weights that share an input: the r with the least |x / s round(s w) - x w|^2 over all of them, no scaling
+    at all among the candidates. What makes x takes 1 / s (`qjax.graph.find_fold`). Then every group of weights gets the range,
+    of 1.00, .95 ... .55 times its largest value, that has the least error of the outputs.
+
+    Args:
+      grid: how many ratios are tried.
+      clip: search the ranges; else they are those of the extreme values.
+      then: how the rescaled weights are rounded, such as `qjax.gptq()`; None: to nearest, within the clipped ranges.
+      rows: rows of activations that candidates are tried on.
+
+    Returns:
+      A method for `qjax.Rule`. Needs calibration data.
+
+    Raises:
+      ValueError: `grid` or `rows` less than 1.
+      TypeError: `then` is no method.
+
+    Example:
+      >>> import qjax
+      >>> qjax.Rule("*", weight=qjax.int4(group_size=128), method=awq()).method.name
+      'awq'
+
+    Source: Lin et al. 2023, arXiv 2306.00978, and the authors' code. There the output compared is that of a block of layers listed for
+    each architecture, and query and key projections are not clipped; here it is the outputs of the weights that share the
+    input, whatever they are, and a group is clipped only where that lowers the error of its own part of the output.
+    """
+    if grid < 1:
+        raise ValueError(f"`grid` must be at least 1, got {grid}")
+    return AWQ(grid, clip, None if then is None else checked_then(then), checked_rows(rows))
+
+
+def _magnitude(w: jax.Array, spec: Spec) -> jax.Array:
+    """mean over rows of |w| / max|w| of its group: w (stack, N, K), result (stack, K)."""
+    if isinstance(spec, CastSpec):
+        return jnp.mean(jnp.abs(w) / _positive(jnp.max(jnp.abs(w), axis=-1, keepdims=True)), axis=1)
+    blocked, _, to_logical = logical_blocks(jnp.abs(w), spec, (-1,), (-3,))
+    return jnp.mean(to_logical(blocked / _positive(jnp.max(blocked, axis=-1, keepdims=True))), axis=1)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, 1.0, x)
+
+
+def _clipped(problem: Problem, state: Sample) -> Outcome:
+    """Rounds within the range of each group that has the least error of the outputs."""
+    spec = problem.spec
+    if isinstance(spec, CastSpec) or isinstance(spec.granularity, (PerTensor, PerBlock)):
+        return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: rows of it share a scale",))
+    if not bool(jnp.isfinite(state.x).all()):
+        raise ValueError(f"the sample of `{problem.name}`'s activations holds NaN or infinity: look at the calibration data")
+    w = matrices(problem)
+    stack = [problem.w.shape[a] for a in sorted(problem.stacked)]
+    own = [1 if a in problem.shared else n for a, n in zip(sorted(problem.stacked), stack, strict=True)]
+    x = state.x
+    if x.shape[0] != 1:
+        x = jnp.broadcast_to(x.reshape(*own, problem.groups, *x.shape[1:]), (*stack, problem.groups, *x.shape[1:]))
+    x = jnp.broadcast_to(x.reshape(-1, *x.shape[-2:]), (w.shape[0], *x.shape[-2:]))
+    return Outcome(packed(problem, *_clip_all(w, x, spec)))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _clip_all(w: jax.Array, x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`_clip` of every matrix of a stack, one at a time."""
+    return lax.map(lambda part: _clip(*part, spec), (w, x))
+
+
+def _clip(w: jax.Array, x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes (N, Kpad), scale and zero point (N, G) of a matrix (N, K) for rows (rows, K)."""
+    blocked, to_canonical, _ = logical_blocks(w, spec, (-1,), ())
+    groups, length = blocked.shape[-2:]
+    x = jnp.pad(x, ((0, 0), (0, groups * length - x.shape[1]))).reshape(-1, groups, length)
+    moment = jnp.einsum("mgk,mgj->gkj", x, x, precision=lax.Precision.HIGHEST)
+    low, high = jnp.min(blocked, axis=-1, keepdims=True), jnp.max(blocked, axis=-1, keepdims=True)
+
+    def grid(share: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        if isinstance(spec, CodebookSpec):
+            return codebook_params(jnp.maximum(-low, high) * share, spec), None
+        return params_from_range(low * share, high * share, spec)
+
+    def error(share: jax.Array) -> jax.Array:
+        off = block_decode(block_encode(blocked, *grid(share), spec), *grid(share), spec) - blocked
+        weighed = jnp.einsum("ngk,gkj->ngj", off, moment, precision=lax.Precision.HIGHEST)
+        return jnp.sum(weighed * off, axis=-1, keepdims=True)
+
+    shares = jnp.asarray(CLIPS, jnp.float32)
+    scale, zero_point = grid(shares[jnp.argmin(lax.map(error, shares), axis=0)])
+    codes = to_canonical(block_encode(blocked, scale, zero_point, spec))
+    return codes, scale[..., 0].astype(spec.scale_dtype), None if zero_point is None else zero_point[..., 0]

@@ -1,0 +1,300 @@
+"""Rescales input channels before anything is rounded: `x / s` meets `s w`, and whatever makes `x` takes `1 / s`.
+
+One implementation for every method that chooses such scales (AWQ, SmoothQuant) and every program: which parameters change is
+found by data flow (`qjax.graph.find_fold`), and the function that results is compared with the old one before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.calibration import Channels, Sample, Together, channel_stats, init_states, observe_program, sample_rows, why_no_rows
+from qjax.core import ActSpec, Spec, quantize, round_activation
+from qjax.graph import Fold, NoFold, NotPreserved, Scaling, apply_fold, build, find_fold, verifier
+from qjax.policy import Choice
+from qjax.program import Key, Leaf, Program, Site, shared_inputs
+from qjax.ptq.method import Method
+from qjax.ptq.parts import Layout, matrices, part_axes, part_of, problem_of, take
+
+SAMPLES_AT_ONCE = 2**30  # bytes of activations that are held at a time; more sites take more passes over the data
+
+
+class Member(NamedTuple):
+    """A weight that reads the input to be rescaled, and what it reads.
+
+    Attributes:
+      w: float32 (stack, N, K).
+      x: float32 (stack, rows, K), rows of the data; zero where there are fewer.
+      stats: of all rows, (stack, K) each.
+      channel: int32 (stack, K), the free scale of each column; the number of free scales where a column is not scaled.
+    """
+
+    w: jax.Array
+    x: jax.Array
+    stats: Channels
+    channel: jax.Array
+
+
+@runtime_checkable
+class Rescaling(Method, Protocol):
+    """A method that rescales the inputs of its weights before it rounds them."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows of activations it tries its candidates on."""
+        ...
+
+    def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
+        """Returns the scales to try, float32 (candidates, size), all positive; the first of the best is taken."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Sites that share an input, of which some are to be rescaled, and how that can be done."""
+
+    sites: tuple[Site, ...]
+    fold: Fold
+    method: Rescaling
+
+
+Notes = dict[int, tuple[str, ...]]
+
+
+def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tuple[Program, Any]]) -> tuple[list[Any], Notes]:
+    """Rescales what the policy's methods want rescaled.
+
+    Args:
+      flat: the float parameters.
+      choices: the policy's, one a parameter.
+      batches: (traced program, its inputs) for each calibration batch.
+
+    Returns:
+      The new parameters, which compute the same function; for each parameter with such a method a remark.
+
+    Raises:
+      ValueError: shapes in place of data; activations that are not finite.
+    """
+    wanted = {c.leaf.index: c for c in choices if c.rule is not None and isinstance(c.rule.method, Rescaling) and c.spec is not None}
+    if not wanted:
+        return list(flat), {}
+    program = batches[0][0]
+    groups, notes = _groups(program, wanted)
+    chosen: list[tuple[Group, jax.Array]] = []
+    for some in _at_once(groups, program):
+        states = _observe(some, wanted, list(flat), batches)
+        for group in some:
+            members = _members(group, wanted, program.leaves, flat, states)
+            chosen.append((group, jnp.stack([_best(group.method, *unit) for unit in members]).reshape(group.fold.shape)))
+    new, refused = _apply(program, flat, batches[0][1], chosen)
+    for group, _ in chosen:
+        method, reason = group.method.name, refused.get(id(group))
+        text = f"{method}: its input is rescaled" if reason is None else f"{method} without rescaling: {reason}"
+        notes |= {site.leaf: (*notes.get(site.leaf, ()), text) for site in group.sites}
+    return new, notes
+
+
+def _groups(program: Program, wanted: Mapping[int, Choice]) -> tuple[list[Group], Notes]:
+    """The groups that can be rescaled; for the others a remark that says why not."""
+    system, groups, notes = build(program), [], {}
+    taken: dict[int, list[tuple[np.ndarray, str]]] = {}
+    for sites in shared_inputs(program):
+        mine = tuple(site for site in sites if site.leaf in wanted)
+        if not mine:
+            continue
+        method: Any = wanted[mine[0].leaf].rule.method  # pyright: ignore[reportOptionalMemberAccess]
+        fold = find_fold(system, sites)
+        reason = _refusal(mine, fold, program.leaves, taken, [wanted[site.leaf].rule.method for site in mine])  # pyright: ignore
+        if reason or isinstance(fold, NoFold):
+            notes |= {s.leaf: (*notes.get(s.leaf, ()), f"{method.name} without rescaling: {reason}") for s in mine}
+            continue
+        for scaling in fold.scalings:
+            taken.setdefault(scaling.leaf, []).append((scaling.power > 0, mine[0].path))
+        groups.append(Group(mine, fold, method))
+    return groups, notes
+
+
+def _refusal(
+    sites: Sequence[Site], fold: Fold | NoFold, leaves: Sequence[Leaf], taken: Mapping[int, Any], methods: Sequence[Any]
+) -> str:
+    if isinstance(fold, NoFold):
+        return fold.reason
+    if fold.residual:
+        return f"its scale would go through {fold.residual} additions of the residual stream"
+    if len(set(methods)) > 1:
+        return "sites that share its input have other methods of this kind: " + ", ".join(sorted({m.name for m in methods}))
+    for site in sites:
+        reason = why_no_rows(site, leaves[site.leaf])
+        if reason:
+            return reason
+        others = [other for other in leaves[site.leaf].sites if other.key != site.key]
+        if any(dict(other.view.fixed) == dict(site.view.fixed) for other in others):
+            return "it is used more than once"
+        scaling = next((s for s in fold.scalings if s.leaf == site.leaf), None)
+        if scaling is not None:
+            earlier = [path for where, path in taken.get(site.leaf, ()) if (where & (scaling.power > 0)).any()]
+            if earlier:
+                return f"its input is already rescaled with that of {earlier[0]}"
+        kept = [a for a in site.kept if scaling is not None and scaling.power.shape[a] > 1]
+        if scaling is None or (kept and site.groups == 1) or {*scaling.exponents} - {1.0}:
+            return "its own results would be rescaled too"
+    return ""
+
+
+def _at_once(groups: Sequence[Group], program: Program) -> list[list[Group]]:
+    """Cuts groups into lists whose samples fit into the memory set aside for them."""
+    out: list[list[Group]] = []
+    room = 0
+    for group in groups:
+        need = 0
+        for site in group.sites:
+            shape = program.leaves[site.leaf].shape
+            need += 4 * group.method.rows * int(np.prod([shape[a] for a in (*site.stacked, *site.contracted)], dtype=np.int64))
+        if not out or need > room:
+            out.append([])
+            room = SAMPLES_AT_ONCE
+        out[-1].append(group)
+        room -= need
+    return out
+
+
+def _observe(groups: Sequence[Group], wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]]) -> Any:
+    observers = {s.key: Together((channel_stats(), sample_rows(group.method.rows))) for group in groups for s in group.sites}
+    states: dict[Key, Any] = init_states(batches[0][0], observers)
+    runs: dict[int, Any] = {}
+    for number, (program, inputs) in enumerate(batches):
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
+            choice = wanted[groups[0].sites[0].leaf]
+            name = choice.rule.method.name  # pyright: ignore[reportOptionalMemberAccess]
+            raise ValueError(f"`calibration` holds shapes, but {name} of {choice.leaf.path!r} needs data: give batches of numbers")
+        if id(program) not in runs:
+            runs[id(program)] = jax.jit(observe_program(program, observers))
+        states = runs[id(program)](states, [*flat, *inputs])
+        for site in program.sites:
+            if site.key in states and not bool(jnp.isfinite(states[site.key][0].absmax).all()):
+                raise ValueError(
+                    f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
+                )
+    return states
+
+
+def _members(
+    group: Group, wanted: Mapping[int, Choice], leaves: Sequence[Leaf], flat: Sequence[Any], states: Mapping[Key, Any]
+) -> list[tuple[tuple[Member, ...], int, tuple[tuple[Spec, ActSpec | None], ...]]]:
+    """For each layer that may have scales of its own: its members, the number of its scales, and the members' specs."""
+    size, how = group.fold.size, tuple((wanted[s.leaf].spec, wanted[s.leaf].activation) for s in group.sites)
+    per_site = []
+    for site in group.sites:
+        leaf, (stats, sample) = leaves[site.leaf], states[site.key]
+        scaling = next(s for s in group.fold.scalings if s.leaf == site.leaf)
+        turns = stats.absmax.shape[: len(site.scans)]
+        parts = [_member(leaf, site, scaling, flat[site.leaf], stats, sample, size, turn) for turn in np.ndindex(*turns)]
+        per_site.append(parts)
+    if group.fold.stack:
+        units = list(zip(*per_site, strict=True))
+    else:
+        units = [tuple(jax.tree.map(lambda *x: jnp.concatenate(x), *parts) for parts in per_site)]
+    return [(unit, size, how) for unit in units]  # pyright: ignore[reportReturnType]
+
+
+def _member(
+    leaf: Leaf, site: Site, scaling: Scaling, w: Any, stats: Channels, sample: Sample, size: int, turn: tuple[int, ...]
+) -> Member:
+    axes = part_axes(site)
+    layout, part = Layout(axes, tuple(leaf.shape[a] for a in axes)), part_of(site, dict(zip(site.scans, turn, strict=True)))
+
+    def laid_out(a: jax.Array) -> jax.Array:
+        # Along an axis of size one every part has the same.
+        where = tuple(0 if a.shape[axis] == 1 else i for axis, i in zip(axes, part, strict=True))
+        return matrices(problem_of(leaf, site, None, take(a, layout, where), axes))  # pyright: ignore[reportArgumentType]
+
+    full = [n if i not in site.kept or site.groups > 1 or i in site.stacked else 1 for i, n in enumerate(leaf.shape)]
+    channel = np.broadcast_to(np.where(scaling.power == 0, size, scaling.channel), full).astype(np.float32)
+    own: Any = jax.tree.map(lambda a: a[turn], (stats, sample.x))
+    return Member(laid_out(jnp.asarray(w)), own[1], own[0], laid_out(jnp.asarray(channel))[:, 0].astype(jnp.int32))
+
+
+def _best(method: Rescaling, members: tuple[Member, ...], size: int, how: tuple[tuple[Spec, ActSpec | None], ...]) -> jax.Array:
+    """The candidate with the least error of the members' outputs; the first of equals. A sample without rows has none."""
+    candidates = method.candidates(members, size, tuple(spec for spec, _ in how))
+    if candidates.shape[0] == 1:
+        return candidates[0]
+    return candidates[jnp.argmin(_errors(candidates, members, how))]
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _errors(candidates: jax.Array, members: tuple[Member, ...], how: tuple[tuple[Spec, ActSpec | None], ...]) -> jax.Array:
+    """sum over members of |act(x / s) round(s w) - x w|^2, for each candidate."""
+
+    def error(s: jax.Array) -> jax.Array:
+        total = jnp.float32(0)
+        for member, (spec, act) in zip(members, how, strict=True):
+            by = factors(s, member.channel)[:, None, :]
+            w = quantize(member.w * by, spec, (-1,), (-3,)).dequantize()
+            x = member.x / by
+            if act is not None:
+                x = round_activation(x, dataclasses.replace(act, static=False, observer=None), (2,) if act.per_token else (1, 2))
+            made, wanted = (
+                jnp.einsum("smk,snk->smn", a, b, precision=lax.Precision.HIGHEST) for a, b in ((x, w), (member.x, member.w))
+            )
+            total += jnp.sum(jnp.square(made - wanted))
+        return total
+
+    return lax.map(error, candidates)
+
+
+def factors(s: jax.Array, channel: jax.Array) -> jax.Array:
+    """The factor of each column: its free scale, 1 where it has none. s (size,), channel as `Member.channel`."""
+    return jnp.concatenate([s, jnp.ones((1,), s.dtype)])[channel]
+
+
+def peaks(values: Sequence[jax.Array], members: Sequence[Member], size: int) -> jax.Array:
+    """The largest value among the columns of each free scale, 0 where there is none: values (stack, K) >= 0, result (size,)."""
+    out = jnp.zeros((size,), jnp.float32)
+    for value, member in zip(values, members, strict=True):
+        out = out.at[member.channel].max(value, mode="drop")
+    return out
+
+
+def means(values: Sequence[jax.Array], members: Sequence[Member], size: int) -> jax.Array:
+    """The mean over the columns of each free scale, members counted by their rows: values (stack, K), result (size,)."""
+    total, count = (jnp.zeros((size,), jnp.float32) for _ in range(2))
+    for value, member in zip(values, members, strict=True):
+        rows = member.w.shape[1]
+        total, count = total.at[member.channel].add(rows * value, mode="drop"), count.at[member.channel].add(rows, mode="drop")
+    return total / jnp.maximum(count, 1)
+
+
+def _apply(
+    program: Program, flat: Sequence[Any], inputs: Sequence[Any], chosen: Sequence[tuple[Group, jax.Array]]
+) -> tuple[list[Any], dict[int, str]]:
+    """Applies what keeps the function, all at once or, where that does not, one by one; says which was refused and why."""
+    new = functools.reduce(lambda leaves, step: apply_fold(step[0].fold, leaves, step[1]), chosen, list(flat))
+    compare = verifier(program, flat, inputs)
+    if _difference(compare, new) is None:
+        return new, {}
+    new, refused = list(flat), {}
+    for group, s in chosen:
+        tried = apply_fold(group.fold, new, s)
+        reason = _difference(compare, tried)
+        if reason is None:
+            new = tried
+        else:
+            refused[id(group)] = reason
+    return new, refused
+
+
+def _difference(compare: Any, leaves: Sequence[Any]) -> str | None:
+    try:
+        compare(leaves)
+    except NotPreserved as error:
+        return str(error)
+    return None

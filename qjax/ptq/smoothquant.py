@@ -1,0 +1,104 @@
+"""SmoothQuant: moves the range of activation channels into the weights that read them, where rounding costs less."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.calibration import Observer
+from qjax.core import QTensor, Spec
+from qjax.ptq.method import Method, Outcome, Problem
+from qjax.ptq.rescale import Member, peaks
+from qjax.ptq.rtn import rtn
+
+SEARCHED = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))  # .30 to .90
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothQuant:
+    """See `smoothquant`."""
+
+    alphas: tuple[float, ...]
+    then: Method
+    rows: int
+
+    @property
+    def name(self) -> str:
+        how = "" if self.alphas == (0.5,) else f"alpha={self.alphas[0]:g}" if len(self.alphas) == 1 else "searched"
+        after = [] if self.then == rtn() else [self.then.name]
+        inside = ", ".join([*filter(None, [how]), *after])
+        return f"smoothquant({inside})" if inside else "smoothquant"
+
+    @property
+    def observer(self) -> Observer[Any] | None:
+        return self.then.observer
+
+    def shapes(self, problem: Problem) -> QTensor:
+        return self.then.shapes(problem)
+
+    def quantize(self, problem: Problem, state: Any) -> Outcome:
+        return self.then.quantize(problem, state)
+
+    def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
+        del specs
+        x = peaks([member.stats.absmax for member in members], members, size)
+        w = peaks([jnp.max(jnp.abs(member.w), axis=1) for member in members], members, size)
+        dead = (x == 0) | (w == 0)
+        log_x, log_w = (jnp.log(jnp.where(dead, 1.0, jnp.maximum(v, 1e-5))) for v in (x, w))
+        alphas = jnp.asarray(self.alphas, jnp.float32)[:, None]
+        return jnp.exp(alphas * log_x[None] - (1 - alphas) * log_w[None])
+
+
+def smoothquant(alpha: float | str | tuple[float, ...] = 0.5, then: Method | None = None, rows: int = 512) -> SmoothQuant:
+    """Rescales each input channel so that activations and weights share the difficulty, then rounds.
+
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha),  x_j -> x_j / s_j,  w_j -> w_j s_j
+    over the channels j of an input that one or several weights read; what makes the input takes 1 / s (`qjax.graph.find_fold`),
+    and the function stays the same. Give the rule an `activation`: without one there is nothing to gain.
+
+    Args:
+      alpha: 0 leaves the whole range with the activations, 1 moves it into the weights. "search", or a tuple of values, takes for
+        each group of weights that share an input the one with the least error of their outputs (.30, .35 ... .90).
+      then: how the rescaled weights are rounded; None: to nearest.
+      rows: rows of activations that a search tries its candidates on.
+
+    Returns:
+      A method for `qjax.Rule`. Needs calibration data.
+
+    Raises:
+      ValueError: an alpha outside of 0 to 1; `rows` less than 1.
+      TypeError: `then` is no method.
+
+    Example:
+      >>> import qjax
+      >>> qjax.Rule("*", weight=qjax.int8(), activation=qjax.static(qjax.int8()), method=smoothquant(alpha=0.6)).method.name
+      'smoothquant(alpha=0.6)'
+
+    Source: Xiao et al. 2022, arXiv 2211.10438, equation 4 and section 4 (the search is per model there). A channel that no data or
+    no weight uses keeps its scale; a weight whose input cannot be rescaled is rounded as it is, and the report says so.
+    """
+    if isinstance(alpha, str) and alpha != "search":
+        raise ValueError(f"`alpha` must be a number from 0 to 1, a tuple of them or 'search', got {alpha!r}")
+    alphas = SEARCHED if isinstance(alpha, str) else tuple(alpha) if isinstance(alpha, (tuple, list)) else (float(alpha),)
+    if not alphas or not all(0 <= a <= 1 for a in alphas):
+        raise ValueError(f"`alpha` must be from 0 to 1, got {alpha!r}")
+    return SmoothQuant(alphas, checked_then(then), checked_rows(rows))
+
+
+def checked_then(then: Any) -> Method:
+    """The method that follows a rescaling; None rounds to nearest."""
+    if then is None:
+        return rtn()
+    if not isinstance(then, Method) or isinstance(then, type):
+        raise TypeError(f"`then` must be a method such as qjax.gptq(), got {then!r}")
+    return then
+
+
+def checked_rows(rows: int) -> int:
+    """A number of rows to sample."""
+    if rows < 1:
+        raise ValueError(f"`rows` must be at least 1, got {rows}")
+    return rows
