@@ -1,0 +1,137 @@
+"""W8A8 and AWQ on the shipped model, with and without planted outlier channels. See README.md."""
+
+import argparse
+import json
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qjax
+from qjax.evaluation import (
+    batches,
+    calibration_windows,
+    divergence,
+    encode,
+    measure_speed,
+    paired_bootstrap,
+    perplexity_of,
+    token_losses,
+    tree_bytes,
+    windows,
+)
+from qjax.models import Llama, books_llama, calibration_lines, heldout_text
+
+INT8 = qjax.int8()
+
+
+def tables():
+    """Rows of each table: name -> (weight, activation, method)."""
+    w8a8 = {
+        "float": None,
+        "weights only": (INT8, None, None),
+        "static min-max": (INT8, qjax.static(INT8), None),
+        "static percentile 99.9": (INT8, qjax.static(INT8, qjax.percentile(99.9)), None),
+        "static entropy": (INT8, qjax.static(INT8, qjax.entropy()), None),
+        "static mse": (INT8, qjax.static(INT8, qjax.mse()), None),
+        "dynamic per tensor": (INT8, qjax.dynamic(INT8, per="tensor"), None),
+        "dynamic per token": (INT8, qjax.dynamic(INT8), None),
+        "static, smoothquant .5": (INT8, qjax.static(INT8), qjax.smoothquant()),
+        "static, smoothquant searched": (INT8, qjax.static(INT8), qjax.smoothquant("search")),
+        "dynamic, smoothquant searched": (INT8, qjax.dynamic(INT8), qjax.smoothquant("search")),
+    }
+    weights = {}
+    for bits, spec in {"4": qjax.int4, "3": qjax.int3}.items():
+        for group in (128, 64):
+            for method in (qjax.rtn(), qjax.rtn(mse=True), qjax.awq(clip=False), qjax.awq(), qjax.gptq(), qjax.awq(then=qjax.gptq())):
+                weights[f"{bits} bit g{group} {method.name}"] = (spec(group_size=group), None, method)
+    return {"w8a8": w8a8, "weights": weights}
+
+
+def planted(params, factor, seed=0, share=0.02):
+    """The same function with outlier channels: scales of norms times `factor`, the rows of what reads them divided by it."""
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda w: w, params)
+    for layer in (v for k, v in params["params"].items() if k.startswith("layers")):
+        for norm, readers in (
+            ("input_layernorm", [("self_attn", n) for n in ("q_proj", "k_proj", "v_proj")]),
+            ("post_attention_layernorm", [("mlp", n) for n in ("gate_proj", "up_proj")]),
+        ):
+            size = layer[norm]["scale"].shape[0]
+            by = np.where(rng.permutation(size) < share * size, factor, 1.0).astype(np.float32)
+            layer[norm] = {**layer[norm], "scale": layer[norm]["scale"] * by}
+            for part, name in readers:
+                layer[part] = {**layer[part], name: {**layer[part][name], "kernel": layer[part][name]["kernel"] / by[:, None]}}
+    return params
+
+
+class Bench:
+    """The model, its text and its calibration windows."""
+
+    def __init__(self, count):
+        checkpoint = books_llama()
+        self.apply, self.params = Llama(checkpoint.config).apply, {"params": checkpoint.params}
+        self.text = windows(encode(checkpoint.tokenizer, heldout_text()))[:count]
+        self.data = [jnp.asarray(b) for b in batches(calibration_windows(checkpoint.tokenizer, calibration_lines()), 8)]
+        self.keep = qjax.Rule("*embed*", weight=None)
+
+    def row(self, params, how):
+        started = time.perf_counter()
+        if how is None:
+            fn, packed, nbytes = self.apply, params, tree_bytes(params)
+        else:
+            weight, activation, method = how
+            policy = qjax.Policy([self.keep, qjax.Rule("*", weight=weight, activation=activation, method=method)])
+            result = qjax.quantize(self.apply, params, policy, calibration=self.data)
+            fn, packed, nbytes = qjax.quantized(self.apply), result.params, result.report.nbytes
+        seconds = time.perf_counter() - started
+        losses = token_losses(fn, packed, self.text)
+        moved = divergence(self.apply, params, fn, packed, self.text)
+        speed = measure_speed(jax.jit(fn), packed, jnp.asarray(self.text[:8]), repeats=5)
+        return {
+            "perplexity": perplexity_of(losses),
+            "kl": moved.mean_kl,
+            "bytes": int(nbytes),
+            "tokens_per_second": self.text[:8].size / float(np.median(speed.seconds)),
+            "seconds": seconds,
+            "losses": losses,
+        }
+
+
+def show(name, rows, base):
+    """Prints a table in Markdown; the interval is that of the perplexity's ratio to the row `base`, 95 % of a paired bootstrap."""
+    print(f"\n### {name}\n")
+    print(f"| | perplexity | ratio to {base} | KL | MB | tokens/s | s to quantize |\n|---|---|---|---|---|---|---|")
+    for key, row in rows.items():
+        interval = paired_bootstrap(rows[base]["losses"], row["losses"]) if key != base else None
+        ratio = "" if interval is None else f"{np.exp(interval.low):.4f} .. {np.exp(interval.high):.4f}"
+        print(f"| {key} | {row['perplexity']:.3f} | {ratio} | {row['kl']:.5f} | {row['bytes'] / 1e6:.2f} "
+              f"| {row['tokens_per_second']:,.0f} | {row['seconds']:.1f} |", flush=True)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, help="Windows of held-out text; all of them by default.")
+    parser.add_argument("--tables", nargs="*", default=["w8a8", "planted x30", "planted x100", "weights"])
+    parser.add_argument("--rows", nargs="*", help="Only rows whose name holds one of these.")
+    parser.add_argument("--json", help="Write the numbers here, too.")
+    options = parser.parse_args()
+    bench, all_rows = Bench(options.windows), {}
+    print(f"jax {jax.__version__}, {platform.machine()}, {platform.system()}, {len(bench.text)} windows of {bench.text.shape[1]} tokens")
+    for table in options.tables:
+        name, _, factor = table.partition(" x")
+        params = bench.params if not factor else planted(bench.params, float(factor))
+        recipes = tables()["w8a8" if name == "planted" else name]
+        wanted = [k for k in recipes if not options.rows or any(part in k for part in options.rows)]
+        rows = {key: bench.row(params, recipes[key]) for key in wanted}
+        show(table, rows, wanted[0])
+        all_rows[table] = {key: {k: v for k, v in row.items() if k != "losses"} for key, row in rows.items()}
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(all_rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
