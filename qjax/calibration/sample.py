@@ -90,7 +90,7 @@ def sample_rows(size: int = 512) -> SampleRows:
       >>> observer = sample_rows(2)
       >>> state = observer.update(observer.init(1, 1), Rows(jnp.arange(6.0).reshape(1, 6, 1)))
       >>> state.x[0, :, 0].tolist(), state.index.tolist(), state.count.tolist()
-      ([0.0, 5.0], [[0, 5]], [6])
+      ([0.0, 3.0], [[0, 3]], [6])
 
     Source: bottom-k sampling by hashed rank (Cohen and Kaplan 2007).
     """

@@ -28,6 +28,7 @@ from qjax.cli.shared import (
 _INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
 _CASTS = ["bf16", "fp16"]
 WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
+METHODS = ["rtn", "gptq", "awq", "smoothquant"]
 
 
 @click.command("quantize")
@@ -38,14 +39,17 @@ WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
 @click.option("--group-size", type=click.IntRange(min=1), help="Values along the contracted axis that share a scale; 64 for nf4 and fp4.")
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
-@click.option("--method", type=click.Choice(["rtn", "gptq"]), default="rtn", show_default=True, help="Round to nearest, or GPTQ.")
+@click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
+              help="Round to nearest, GPTQ, AWQ, or SmoothQuant (with --activation).")
+@click.option("--activation", type=click.Choice(["dynamic", "static"]),
+              help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
 @click.option("--mse/--no-mse", default=None,
               help="Search the range of each group instead of taking its extremes.  [default: gptq searches, rtn does not]")
 @click.option("--act-order", is_flag=True, help="gptq: columns with the largest activations first.")
 @click.option("--static-groups", is_flag=True, help="gptq: ranges before rounding; with --act-order no permutation is stored.")
 @click.option("--damping", type=float, help="gptq: share of the mean diagonal that is added to it.  [default: 0.01]")
 @click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help=f"gptq: a text file, a passage a line. {SHIPPED} has one of its own.")
+              help=f"All but rtn, and static activations: a text file, a passage a line. {SHIPPED} has one of its own.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of calibration text at most.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens a window.  [default: the context, at most 2048]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
@@ -78,11 +82,19 @@ def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     weight = options["weight"]
-    if options["method"] != "gptq":
-        names = ("act_order", "static_groups", "damping", "calibration")
+    method = options["method"]
+    for names, fits, what in (
+        (("act_order", "static_groups", "damping"), method == "gptq", "--method gptq"),
+        (("calibration",), _needs_data(options), "a --method other than rtn, or --activation static"),
+        (("mse",), method in ("rtn", "gptq"), "--method rtn or gptq"),
+    ):
         given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, False)]
-        if given:
-            raise click.UsageError(f"{given[0]} goes with --method gptq, and the method is {options['method']}")
+        if given and not fits:
+            raise click.UsageError(f"{given[0]} goes with {what}, and the method is {method}")
+    if method == "smoothquant" and options["activation"] is None:
+        raise click.UsageError("--method smoothquant is for quantized activations: give --activation static or dynamic")
+    if options["activation"] is not None and weight not in _INTEGERS:
+        raise click.UsageError(f"--activation {options['activation']} goes with integers, and the weight is {weight}")
     if options["per"] is not None and weight not in _INTEGERS:
         raise click.UsageError(f"--per goes with integers, and the weight is {weight}: give --group-size, or nothing")
     if options["per"] is not None and options["group_size"] is not None:
@@ -91,10 +103,14 @@ def _check_options(options: dict[str, Any]) -> None:
         for name in ("group_size", "pad", "mse"):
             if options[name]:
                 raise click.UsageError(f"--{name.replace('_', '-')} has no meaning for the cast {weight}: leave it out")
-        if options["method"] == "gptq":
-            raise click.UsageError(f"--method gptq has nothing to choose for the cast {weight}: leave it out")
+        if method != "rtn":
+            raise click.UsageError(f"--method {method} has nothing to choose for the cast {weight}: leave it out")
     if options["keep"] and options["keep_none"]:
         raise click.UsageError(f"--keep {options['keep'][0]} and --keep-none exclude each other: give one")
+
+
+def _needs_data(options: dict[str, Any]) -> bool:
+    return options["method"] != "rtn" or options["activation"] == "static"
 
 
 def check_destination(dst: Path, overwrite: bool) -> None:
@@ -132,13 +148,17 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
     weight, spec_options = options["weight"], {name: options[name] for name in ("per", "group_size", "pad") if options[name]}
     spec = getattr(qjax, weight)(**spec_options)
     given = {name: options[name] for name in ("mse", "damping") if options[name] is not None}
-    if options["method"] == "gptq":
-        method = qjax.gptq(act_order=options["act_order"], static_groups=options["static_groups"], **given)
-    else:
-        method = qjax.rtn(**given)
+    method: Any = {
+        "rtn": lambda: qjax.rtn(**given),
+        "gptq": lambda: qjax.gptq(act_order=options["act_order"], static_groups=options["static_groups"], **given),
+        "awq": qjax.awq,
+        "smoothquant": lambda: qjax.smoothquant("search"),
+    }[options["method"]]()
     if weight in _CASTS:
         method = None
-    return qjax.Policy([*(qjax.Rule(pattern) for pattern in keep), qjax.Rule("*", weight=spec, method=method)])
+    activation = {None: None, "dynamic": qjax.dynamic(qjax.int8()), "static": qjax.static(qjax.int8())}[options["activation"]]
+    rule = qjax.Rule("*", weight=spec, method=method, activation=activation)
+    return qjax.Policy([*(qjax.Rule(pattern) for pattern in keep), rule])
 
 
 def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
@@ -147,7 +167,7 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
     import numpy as np
 
     window = window_length(model, options["window"])
-    if options["method"] != "gptq":
+    if not _needs_data(options):
         return jax.ShapeDtypeStruct((1, window), np.int32), None
     path = options["calibration"]
     if path is None and model.name == SHIPPED:
@@ -155,7 +175,8 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
 
         path = books_llama_folder() / "calibration.txt"
     if path is None:
-        raise click.UsageError("--method gptq needs --calibration FILE, a text like that of the model's use, a passage a line")
+        which = f"--method {options['method']}" if options["method"] != "rtn" else f"--activation {options['activation']}"
+        raise click.UsageError(f"{which} needs --calibration FILE, a text like that of the model's use, a passage a line")
     check_tokenizer(model)
     rows, used = calibration_rows(model, read_text(path).splitlines(), options["samples"], window)
     if not len(rows):

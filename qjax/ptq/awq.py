@@ -145,7 +145,7 @@ def _clipped(problem: Problem, state: Sample) -> Outcome:
 @functools.partial(jax.jit, static_argnames="spec")
 def _clip_all(w: jax.Array, x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`_clip` of every matrix of a stack, one at a time."""
-    return lax.map(lambda part: _clip(*part, spec), (w, x))
+    return lax.map(lambda part: _clip(part[0], part[1], spec), (w, x))
 
 
 def _clip(w: jax.Array, x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:

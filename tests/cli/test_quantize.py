@@ -113,6 +113,18 @@ def test_gptq(tiny, passages, tmp_path):
     assert all(q.perm is not None for q in quantized(qjax.load(tmp_path / "out").params))
 
 
+def test_awq_and_integer_activations(tiny, passages, tmp_path):
+    given = ["--calibration", passages, "--samples", 12, *ONE_SHAPE]
+    document = json_of("quantize", tiny, tmp_path / "awq", "--method", "awq", "--group-size", 16, *given)
+    assert {row["method"] for row in document["rows"] if row["spec"]} == {"awq"}
+    assert any("its input is rescaled" in note for row in document["rows"] for note in row["notes"])
+    arguments = ["--weight", "int8", "--activation", "static", "--method", "smoothquant", *given]
+    document = json_of("quantize", tiny, tmp_path / "w8a8", *arguments)
+    assert {row["kernel"] for row in document["rows"] if row["spec"]} == {"xla int8"}
+    assert all(q.act_scale is not None for q in quantized(qjax.load(tmp_path / "w8a8").params))
+    assert json_of("eval", tmp_path / "w8a8", "--against", tiny, "--text", passages)["kl"] < 0.05
+
+
 def test_the_report_for_people(tiny, tmp_path):
     result = invoke("quantize", tiny, tmp_path / "out", "--group-size", 16)
     assert result.exit_code == 0
@@ -166,6 +178,10 @@ def bad_inputs():
     yield ["SRC", "DST", *gptq, "PASSAGES", "--window", "33"], 1, ["--window 33", "32 tokens"]
     yield ["SRC", "DST", *gptq, "PASSAGES", "--damping", "-1"], 1, ["damping", "-1"]
     yield ["SRC", "DST", *gptq, "PASSAGES", "--weight", "bf16"], 2, ["gptq", "bf16"]
+    yield ["SRC", "DST", "--method", "smoothquant", "--calibration", "PASSAGES"], 2, ["smoothquant", "--activation"]
+    yield ["SRC", "DST", "--activation", "static", "--weight", "nf4", "--calibration", "PASSAGES"], 2, ["--activation", "nf4"]
+    yield ["SRC", "DST", "--activation", "static"], 2, ["--activation static", "--calibration FILE"]
+    yield ["SRC", "DST", "--method", "awq", "--calibration", "PASSAGES", "--mse"], 2, ["--mse", "awq"]
     yield ["SRC", "DST", "--act-order"], 2, ["--act-order", "rtn"]
     yield ["SRC", "DST", "--per", "tensor", "--group-size", "8"], 2, ["--per", "--group-size"]
     yield ["SRC", "DST", "--weight", "nf4", "--per", "channel"], 2, ["--per", "nf4"]

@@ -11,6 +11,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 ALONE = [
     ("gptq_solver", ["--size", "128", "--small", "128", "--repeats", "2", "--cold-repeats", "1", "--all"], r"qjax +median +[\d.]+ s"),
     ("gptq_model", ["--repeats", "1"], r'"without": [\d.]+'),
+    ("w8a8", ["--windows", "8", "--tables", "w8a8", "--rows", "float", "static min-max"], r"static min-max \| [\d.]+ \|"),
     ("trace_cost", ["1"], r'"interpreted / by hand": [\d.]+'),
 ]
 

@@ -74,7 +74,7 @@ def rescaled_float(fn, params, result):
     return jax.tree.map(lambda q: q.dequantize() if isinstance(q, QTensor) else q, result.params, is_leaf=lambda q: isinstance(q, QTensor))
 
 
-@pytest.mark.parametrize("method", [SMOOTH, SEARCHED], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [SEARCHED, pytest.param(SMOOTH, marks=pytest.mark.slow)], ids=lambda m: m.name)
 @pytest.mark.parametrize("fn", [block, scanned, unrolled])
 def test_smoothquant_saves_static_activations_from_outliers(fn, method):
     params, data = block_params() if fn is block else stacked(), batches()
@@ -113,7 +113,9 @@ def test_the_float_function_is_kept():
     assert error(block, params, result, data[0]) < 0.02  # by what eight bits explain
 
 
-@pytest.mark.parametrize("spec", [qjax.int4(group_size=8), qjax.uint3(group_size=8), qjax.int3()], ids=str)
+@pytest.mark.parametrize(
+    "spec", [qjax.uint3(group_size=8), *(pytest.param(s, marks=pytest.mark.slow) for s in (qjax.int4(group_size=8), qjax.int3()))], ids=str
+)
 def test_every_output_of_awq_is_at_least_as_near_as_rounding(spec):
     params, data = block_params(), batches()
     x = jnp.concatenate(data)
@@ -192,7 +194,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("method", [SEARCHED, AWQ], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [SEARCHED, pytest.param(AWQ, marks=pytest.mark.slow)], ids=lambda m: m.name)
 def test_every_form(form, method):
     fn, params, inputs = FORMS[form]
     how = {"weight": qjax.int8(), "activation": qjax.dynamic(qjax.int8(), per="tensor")} if method is SEARCHED else {"weight": qjax.int4()}
