@@ -48,7 +48,7 @@ DRIVER = """
                 step()
         sys.addaudithook(hook)
         sys.setprofile(profile)
-        qjax.save(path, tree(2), metadata={"which": "new"})
+        qjax.save(path, tree(2), metadata={"which": "new"}, overwrite=True)
 
     def start(name, previous):
         path = os.path.join(root, name)
@@ -69,7 +69,7 @@ DRIVER = """
     random.seed(0)
     for i in range(8):
         path = start(f"over-time-{i}", True)
-        pid = child(lambda: qjax.save(path, tree(2), metadata={"which": "new"}))
+        pid = child(lambda: qjax.save(path, tree(2), metadata={"which": "new"}, overwrite=True))
         time.sleep(random.uniform(0.0, 0.5))
         os.kill(pid, signal.SIGKILL)
         status(pid)
@@ -140,6 +140,6 @@ def test_the_next_save_removes_what_a_killed_one_left(killed, tmp_path):
     for source in (crowded, max(folder.glob("fresh-*"), key=lambda path: (len(os.listdir(path)), path.name))):
         path = tmp_path / source.name
         shutil.copytree(source, path)
-        qjax.save(path, tree(1), metadata={"which": "old"})
+        qjax.save(path, tree(1), metadata={"which": "old"}, overwrite=True)
         check(path, tree, 1)
         assert len(os.listdir(path)) == 2
