@@ -119,7 +119,7 @@ def _cells(row: Row) -> Sequence[str]:
         f"{row.bits_per_weight:.2f}",
         format_bytes(row.nbytes),
         "" if row.error is None else f"{row.error:.2e}",
-        row.reason or "; ".join(row.notes),
+        "; ".join(filter(None, (row.reason, *row.notes))),
     )
 
 

@@ -52,7 +52,7 @@ def report_table(report: Any, every: bool = False) -> list[Any]:
     lines: list[Any] = [head, "", _table(listed, show_how=len(how) > 1, every=every), ""]
     for reason, rows in _grouped(row for row in report.rows if row not in listed).items():
         lines.append(f"float: {_names(rows, every)}, {format_bytes(sum(row.nbytes for row in rows))}: {reason}")
-    lines += [f"note: {_names(rows, every)}: {note}" for note, rows in _grouped_notes(listed).items()]
+    lines += [f"note: {_names(rows, every)}: {note}" for note, rows in _grouped_notes(report.rows).items()]
     return [*lines, *(f"note: {note}" for note in report.notes)]
 
 
@@ -95,7 +95,7 @@ def _grouped(rows: Any) -> dict[str, list[Any]]:
     return groups
 
 
-def _grouped_notes(rows: list[Any]) -> dict[str, list[Any]]:
+def _grouped_notes(rows: Any) -> dict[str, list[Any]]:
     groups: dict[str, list[Any]] = {}
     for row in rows:
         for note in row.notes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,8 @@ def quantize(
     """Quantizes the parameters of a function after training.
 
     The function is traced with the first batch; every parameter that meets data in a matmul, convolution or lookup and that a
-    rule names becomes a `QTensor`. Methods that need data run in data-flow order, each site on the activations of the
+    rule names becomes a `QTensor`. A method that rescales inputs changes what makes them in exchange, a norm's scale for one, and the
+    report names it. Methods that need data run in data-flow order, each site on the activations of the
     quantized sites before it. `params` is not changed.
 
     Args:
@@ -116,12 +117,11 @@ def quantize(
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
         done |= quantize_sequential(current, tasks, streams, progress)
     done = with_activations(done, choices, flat, streams)
-    done = {i: (q, (*rescaled.get(i, ()), *notes)) for i, (q, notes) in done.items()}
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
     jax.block_until_ready([jax.tree.leaves(x) for x in packed])
     finished = time.perf_counter()
     seconds = {"trace": round(traced - started, 3), "quantize": round(finished - traced, 3)}
-    report = describe(program, choices, flat, done, seconds)
+    report = describe(program, choices, flat, done, seconds, rescaled)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
     return Result(new_params, report, policy)
 
@@ -212,13 +212,15 @@ def describe(
     flat: Sequence[Any],
     done: dict[int, tuple[QTensor, tuple[str, ...]]],
     seconds: dict[str, float],
+    rescaled: Mapping[int, tuple[str, ...]],
 ) -> Report:
     """Writes the report of a run: measures the error each parameter took."""
     rows = []
     for choice in choices:
         q, notes = done.get(choice.leaf.index, (None, ()))
+        notes = (*rescaled.get(choice.leaf.index, ()), *notes)
         if q is None:
-            rows.append(planned_row(choice))
+            rows.append(dataclasses.replace(planned_row(choice), notes=notes))
             continue
         error = float(_relative_error(jnp.asarray(flat[choice.leaf.index]), q))
         row = planned_row(choice, q)

@@ -78,7 +78,8 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
       batches: (traced program, its inputs) for each calibration batch.
 
     Returns:
-      The new parameters, which compute the same function; for each parameter with such a method a remark.
+      The new parameters, which compute the same function; remarks for those with such a method and for those that changed in
+      exchange.
 
     Raises:
       ValueError: shapes in place of data; activations that are not finite.
@@ -99,6 +100,9 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
         method, reason = group.method.name, refused.get(id(group))
         text = f"{method}: its input is rescaled" if reason is None else f"{method} without rescaling: {reason}"
         notes |= {site.leaf: (*notes.get(site.leaf, ()), text) for site in group.sites}
+        if reason is None:
+            others = {s.leaf for s in group.fold.scalings} - {site.leaf for site in group.sites}
+            notes |= {leaf: (*notes.get(leaf, ()), f"{method}: changed in exchange for an input") for leaf in others}
     return new, notes
 
 

@@ -109,7 +109,8 @@ def test_layers_of_a_scan_get_the_scales_of_unrolled_ones():
 def test_the_float_function_is_kept():
     params, data = block_params(), batches()
     result = qjax.quantize(block, params, Policy([Rule("*", weight=qjax.int8(group_size=8), method=SMOOTH)]), data)
-    assert float(jnp.abs(result.params["norm"] / params["norm"] - 1).max()) > 0.5  # it did change
+    assert float(jnp.abs(result.params["norm"] / params["norm"] - 1).max()) > 0.5  # it did change, and that is said
+    assert [row.notes for row in result.report.rows if row.path == "norm"] == [("smoothquant: changed in exchange for an input",)]
     assert error(block, params, result, data[0]) < 0.02  # by what eight bits explain
 
 
