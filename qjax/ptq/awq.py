@@ -26,10 +26,9 @@ from qjax.core import (
     params_from_range,
 )
 from qjax.ptq.method import Method, Outcome, Problem
-from qjax.ptq.parts import matrices, packed
-from qjax.ptq.rescale import Member, means
+from qjax.ptq.parts import for_each_matrix, matrices, packed
+from qjax.ptq.rescale import Member, checked_rows, checked_then, means
 from qjax.ptq.rtn import rtn
-from qjax.ptq.smoothquant import checked_rows, checked_then
 
 CLIPS = tuple(round(1 - 0.05 * i, 2) for i in range(10))  # 1.00 down to .55
 
@@ -132,14 +131,7 @@ def _clipped(problem: Problem, state: Sample) -> Outcome:
         return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: rows of it share a scale",))
     if not bool(jnp.isfinite(state.x).all()):
         raise ValueError(f"the sample of `{problem.name}`'s activations holds NaN or infinity: look at the calibration data")
-    w = matrices(problem)
-    stack = [problem.w.shape[a] for a in sorted(problem.stacked)]
-    own = [1 if a in problem.shared else n for a, n in zip(sorted(problem.stacked), stack, strict=True)]
-    x = state.x
-    if x.shape[0] != 1:
-        x = jnp.broadcast_to(x.reshape(*own, problem.groups, *x.shape[1:]), (*stack, problem.groups, *x.shape[1:]))
-    x = jnp.broadcast_to(x.reshape(-1, *x.shape[-2:]), (w.shape[0], *x.shape[-2:]))
-    return Outcome(packed(problem, *_clip_all(w, x, spec)))
+    return Outcome(packed(problem, *_clip_all(matrices(problem), for_each_matrix(problem, state.x), spec)))
 
 
 @functools.partial(jax.jit, static_argnames="spec")

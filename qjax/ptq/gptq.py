@@ -14,7 +14,7 @@ from qjax.calibration import SecondMoment, hessian
 from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, check_blocks
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import axes_order, matrices, packed
+from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +97,7 @@ def _solve(w: jax.Array, h: jax.Array, problem: Problem, options: GPTQOptions) -
     """Solves a stack of matrices (stack, N, K)."""
     if w.shape[0] == 1:
         return jax.tree.map(lambda x: x[None], solve(w[0], h[0], problem.spec, options))
-    # One Hessian for each part that is not shared, and for each group of a convolution; the stack runs over all parts.
-    stacked = sorted(problem.stacked)
-    sizes = [problem.w.shape[a] for a in stacked]
-    own = [1 if a in problem.shared else n for a, n in zip(stacked, sizes, strict=True)]
-    if h.shape[0] != 1:
-        h = jnp.broadcast_to(h.reshape(*own, problem.groups, *h.shape[1:]), (*sizes, problem.groups, *h.shape[1:]))
-    return _solve_many(w, jnp.broadcast_to(h.reshape(-1, *h.shape[-2:]), (w.shape[0], *h.shape[-2:])), problem.spec, options)
+    return _solve_many(w, for_each_matrix(problem, h), problem.spec, options)
 
 
 _solve_many = jax.jit(

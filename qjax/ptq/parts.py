@@ -128,6 +128,25 @@ def matrices(problem: Problem) -> jax.Array:
     return w.reshape(stack, -1, math.prod(problem.w.shape[a] for a in contracted))
 
 
+def for_each_matrix(problem: Problem, statistic: jax.Array) -> jax.Array:
+    """Repeats a statistic for every matrix of `matrices(problem)`.
+
+    Args:
+      problem: the weight.
+      statistic: (parts, ...), one for each part that is not shared and for each group of a convolution; or (1, ...) for all.
+
+    Returns:
+      (stack, ...).
+    """
+    stacked = sorted(problem.stacked)
+    sizes = [problem.w.shape[a] for a in stacked]
+    own = [1 if a in problem.shared else n for a, n in zip(stacked, sizes, strict=True)]
+    rest = statistic.shape[1:]
+    if statistic.shape[0] != 1:
+        statistic = jnp.broadcast_to(statistic.reshape(*own, problem.groups, *rest), (*sizes, problem.groups, *rest))
+    return jnp.broadcast_to(statistic.reshape(-1, *rest), (math.prod(sizes) * problem.groups, *rest))
+
+
 def packed(
     problem: Problem, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, perm: jax.Array | None = None
 ) -> QTensor:

@@ -23,6 +23,7 @@ from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site, shared_inputs
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, matrices, part_axes, part_of, problem_of, take
+from qjax.ptq.rtn import rtn
 
 SAMPLES_AT_ONCE = 2**30  # bytes of activations that are held at a time; more sites take more passes over the data
 
@@ -275,6 +276,22 @@ def means(values: Sequence[jax.Array], members: Sequence[Member], size: int) -> 
         rows = member.w.shape[1]
         total, count = total.at[member.channel].add(rows * value, mode="drop"), count.at[member.channel].add(rows, mode="drop")
     return total / jnp.maximum(count, 1)
+
+
+def checked_then(then: Any) -> Method:
+    """The method that follows a rescaling; None rounds to nearest."""
+    if then is None:
+        return rtn()
+    if not isinstance(then, Method) or isinstance(then, type):
+        raise TypeError(f"`then` must be a method such as qjax.gptq(), got {then!r}")
+    return then
+
+
+def checked_rows(rows: int) -> int:
+    """A number of rows to sample."""
+    if rows < 1:
+        raise ValueError(f"`rows` must be at least 1, got {rows}")
+    return rows
 
 
 def _apply(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qjax.calibration import Observer
 from qjax.core import QTensor, Spec
 from qjax.ptq.method import Method, Outcome, Problem
-from qjax.ptq.rescale import Member, peaks
+from qjax.ptq.rescale import Member, checked_rows, checked_then, peaks
 from qjax.ptq.rtn import rtn
 
 SEARCHED = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))  # .30 to .90
@@ -86,19 +86,3 @@ def smoothquant(alpha: float | str | tuple[float, ...] = 0.5, then: Method | Non
     if not alphas or not all(0 <= a <= 1 for a in alphas):
         raise ValueError(f"`alpha` must be from 0 to 1, got {alpha!r}")
     return SmoothQuant(alphas, checked_then(then), checked_rows(rows))
-
-
-def checked_then(then: Any) -> Method:
-    """The method that follows a rescaling; None rounds to nearest."""
-    if then is None:
-        return rtn()
-    if not isinstance(then, Method) or isinstance(then, type):
-        raise TypeError(f"`then` must be a method such as qjax.gptq(), got {then!r}")
-    return then
-
-
-def checked_rows(rows: int) -> int:
-    """A number of rows to sample."""
-    if rows < 1:
-        raise ValueError(f"`rows` must be at least 1, got {rows}")
-    return rows
