@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sites
 
 import qjax
 from qjax.evaluation import (
@@ -114,13 +115,17 @@ def show(name, rows, base):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, help="Windows of held-out text; all of them by default.")
-    parser.add_argument("--tables", nargs="*", default=["w8a8", "planted x30", "planted x100", "weights"])
+    parser.add_argument("--tables", nargs="*", default=["w8a8", "planted x30", "planted x100", "weights", "sites"])
     parser.add_argument("--rows", nargs="*", help="Only rows whose name holds one of these.")
     parser.add_argument("--json", help="Write the numbers here, too.")
     options = parser.parse_args()
     bench, all_rows = Bench(options.windows), {}
     print(f"jax {jax.__version__}, {platform.machine()}, {platform.system()}, {len(bench.text)} windows of {bench.text.shape[1]} tokens")
     for table in options.tables:
+        if table == "sites":
+            text = jnp.asarray(bench.text[-64:])
+            all_rows[table] = sites.compare(bench.apply, bench.params, bench.keep, tables()["weights"], bench.data, text)
+            continue
         name, _, factor = table.partition(" x")
         params = bench.params if not factor else planted(bench.params, float(factor))
         recipes = tables()["w8a8" if name == "planted" else name]
