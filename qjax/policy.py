@@ -65,7 +65,8 @@ class Rule:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise TypeError(f"`pattern` must be a non-empty string such as '*mlp*', got {self.pattern!r}")
         if self.is_product:
-            return self._check_product()
+            self._check_product()
+            return
         if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, CastSpec)):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):

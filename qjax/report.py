@@ -33,7 +33,7 @@ class Row:
       kernel: what runs it.
       reason: why it stays float, "" otherwise.
       notes: what the method has to say (damping raised, dead columns, rounded because no data reached it).
-      kind: "parameter", or "product": then `path` is its name, `shape` and `dtype` are those of the result, `spec` is empty,
+      what: "parameter", or "product": then `path` is its name, `shape` and `dtype` are those of the result, `spec` is empty,
         `activation` says what its operands become ("" if they stay float), and the bytes are those of its scales.
     """
 
@@ -52,7 +52,7 @@ class Row:
     kernel: str = ""
     reason: str = ""
     notes: tuple[str, ...] = ()
-    kind: Literal["parameter", "product"] = "parameter"
+    what: Literal["parameter", "product"] = "parameter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Report:
         sizes = f"{format_bytes(self.float_nbytes)} -> {format_bytes(self.nbytes)}"
         planned = bool(quantized) and all(row.error is None for row in quantized)
         verb = "would be quantized" if planned else "quantized"
-        products = [r for r in self.rows if r.kind == "product"]
+        products = [r for r in self.rows if r.what == "product"]
         title = f"{len(quantized)} of {len(self.rows) - len(products)} parameters {verb}, {sizes}"
         if products:
             title += f", and {sum(bool(r.activation) for r in products)} of {len(products)} named products of two activations"
@@ -122,7 +122,7 @@ def _cells(row: Row) -> Sequence[str]:
         ", ".join(dict.fromkeys(row.ops)),
         " x ".join(filter(None, (row.spec, row.activation))) or row.dtype,
         row.method,
-        f"{row.bits_per_weight:.2f}" if row.kind == "parameter" else "",
+        f"{row.bits_per_weight:.2f}" if row.what == "parameter" else "",
         format_bytes(row.nbytes),
         "" if row.error is None else f"{row.error:.2e}",
         "; ".join(filter(None, (row.reason, *row.notes))),

@@ -82,7 +82,7 @@ def product_row(choice: ProductChoice) -> Row:
         activation="" if pair is None else describe_pair(pair),
         kernel="" if pair is None else INTEGER,
         reason=choice.reason,
-        kind="product",
+        what="product",
     )
 
 

@@ -60,8 +60,9 @@ def quantize(
     """Quantizes the parameters of a function after training.
 
     The function is traced with the first batch; every parameter that meets data in a matmul, convolution or lookup and that a
-    rule names becomes a `QTensor`, and every product of two activations that a rule names an entry of `result.sites`. A method that rescales inputs changes what makes them in exchange, a norm's scale for one, and the
-    report names it. Methods that need data run in data-flow order, each site on the activations of the
+    rule names becomes a `QTensor`, and every product of two activations that a rule names an entry of `result.sites`. A method that
+    rescales inputs changes what makes them in exchange, a norm's scale for one, and the report names it. Methods that need data
+    run in data-flow order, each site on the activations of the
     quantized sites before it. `params` is not changed.
 
     Args:
