@@ -42,7 +42,9 @@ class Rule:
       method: how they get there; None rounds to nearest.
       activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
         product runs on integers. None leaves them float. Of a product of two activations it is what both of them become, or a
-        pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program).
+        pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program). A scale
+        is shared along the contracted axis; where that is time (the values of a causal model), a dynamic range sees what comes
+        later and moves what comes before by rounding steps. A static one does not.
 
     Raises:
       TypeError: an argument of the wrong kind.
@@ -318,7 +320,7 @@ def no_product(pattern: str, program: Program) -> str:
     scopes = sorted({part for name in names for part in name.split(":")[0].split("/") if part})
     words = [word for word in pattern.split(":")[0].replace("*", "/").split("/") if word]
     near += [p for word in words for scope in difflib.get_close_matches(word, scopes, n=1) for p in names if scope in p.split(":")[0]]
-    shown = list(dict.fromkeys(near or names))[:3]
+    shown = [name for name in names if name in near or not near][:3]
     hint = f"did you mean {' or '.join(map(repr, shown))}?" if near else f"it has {', '.join(map(repr, shown)) or 'none'}"
     return f"no product of two activations of the program; {hint} (qjax.trace(fn, params, ...).products lists them)"
 
