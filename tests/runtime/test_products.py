@@ -154,26 +154,31 @@ def test_a_scanned_rematerialised_bf16_decoder_has_no_float_product_left(act):
     assert len(INTEGER.findall(plain)) == 8 and len(FLOAT.findall(plain)) == 2
 
 
-@pytest.mark.slow
 def test_layers_under_scan_compute_what_layers_apart_compute_and_differentiate():
-    acts = (qjax.static(INT8), qjax.dynamic(INT8))
-    found = {}
-    for scanned in (False, True):
-        model, params = decoder(scan_layers=scanned, remat=scanned)
-        result = quantized(model.apply, params, TOKENS, acts)
-        run = qjax.quantized(model.apply, sites=result.sites)
-        embed = result.params["params"]["norm"]["scale"]
+    def layer(x, w):
+        with jax.named_scope("mix"):
+            return jnp.tanh(jax.nn.softmax(x @ w @ x.T) @ x)
 
-        def loss(scale, run=run, params=result.params):
-            norm = {"scale": scale}
-            return jnp.sum(jnp.square(run({"params": {**params["params"], "norm": norm}}, TOKENS)))
+    def scanned(p, x):
+        return lax.scan(jax.checkpoint(lambda x, w: (layer(x, w), None)), x, p["w"])[0]
 
-        found[scanned] = jax.jit(jax.value_and_grad(loss))(embed)
-        scales = [np.asarray(q.lhs_scale) for q in result.sites.values()]
-        found[scanned, "scales"] = np.stack(scales).reshape(2, 2).T if not scanned else np.stack(scales)
-    np.testing.assert_allclose(found[True, "scales"], found[False, "scales"], rtol=1e-5)
-    assert len(np.unique(found[True, "scales"][0])) == 2  # each layer has its own
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), found[True], found[False])
+    def apart(p, x):
+        for i in range(3):
+            x = layer(x, p["w"][i])
+        return x
+
+    params, x = {"w": normal(3, 8, 8)}, normal(6, 8, seed=1)
+    policy, found = qjax.Policy([qjax.Rule("*:*", activation=(qjax.static(UINT8), qjax.static(INT8)))]), []
+    for fn in (scanned, apart):
+        sites = qjax.quantize(fn, params, policy, calibration=[x]).sites
+        run = qjax.quantized(fn, sites=sites)
+        out = jax.jit(jax.value_and_grad(lambda x, run=run: jnp.sum(jnp.square(run(params, x)))))(x)
+        # By layer, then by product of the layer.
+        scales = np.stack([np.ravel(q.lhs_scale) for q in sites.values()]).reshape(-1)
+        found.append((out, scales.reshape(2, 3) if fn is scanned else scales.reshape(3, 2).T))
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+    assert len(np.unique(found[0][1])) == 6  # each layer has its own
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found[0][0], found[1][0])
 
 
 def test_the_gradient_of_both_operands_is_that_of_the_float_product():
