@@ -9,6 +9,7 @@ from qjax.calibration import moving_average as moving_average
 from qjax.calibration import mse as mse
 from qjax.calibration import percentile as percentile
 from qjax.core import ActSpec as ActSpec
+from qjax.core import QProduct as QProduct
 from qjax.core import QTensor as QTensor
 from qjax.core import bf16 as bf16
 from qjax.core import codebook as codebook
@@ -36,6 +37,7 @@ from qjax.formats.checkpoint import load as load
 from qjax.formats.checkpoint import save as save
 from qjax.policy import Policy as Policy
 from qjax.policy import Rule as Rule
+from qjax.program import Product as Product
 from qjax.program import Program as Program
 from qjax.program import trace as trace
 from qjax.ptq import Result as Result

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from qjax.core import ActSpec, CastSpec, CodebookSpec, IntSpec, Spec
-from qjax.program import Leaf, Program
+from qjax.core.products import describe_pair
+from qjax.program import Leaf, Product, Program
 from qjax.program.trace import path_str as path_str
 
 
@@ -29,32 +31,44 @@ class Method(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the parameters whose path matches a pattern are quantized.
+    """How the parameters whose path matches a pattern are quantized; or, with a colon in it, which products of activations.
 
     Args:
       pattern: a glob over parameter paths; `*` crosses `/`. A leading `params/` and a trailing `/value` are not part of a path.
+        With a colon it is a glob over the names of products of two activations, `scope:dot_general.i`, which
+        `qjax.trace(fn, params, x).products` lists, and it never matches a parameter (whose path, if it has a colon, is matched by
+        `?` in its place). Other rules never match products.
       weight: what the weights become, or None to leave them float.
       method: how they get there; None rounds to nearest.
       activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
-        product runs on integers. None leaves them float.
+        product runs on integers. None leaves them float. Of a product of two activations it is what both of them become, or a
+        pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program). A scale
+        is shared along the contracted axis; where that is time (the values of a causal model), a dynamic range sees what comes
+        later and moves what comes before by rounding steps. A static one does not.
 
     Raises:
       TypeError: an argument of the wrong kind.
+      ValueError: a product rule with a `weight` or a `method`.
 
     Example:
       >>> import qjax
       >>> Rule("*mlp*", weight=qjax.int4(group_size=128))
       Rule('*mlp*', weight=int4(group_size=128))
+      >>> Rule("*attn:dot_general.1", activation=(qjax.static(qjax.uint8()), qjax.static(qjax.int8())))
+      Rule('*attn:dot_general.1', activation=static(uint8(per="tensor")) x static(int8(per="tensor")))
     """
 
     pattern: str
     weight: Spec | None = None
     method: Method | None = None
-    activation: ActSpec | None = None
+    activation: ActSpec | tuple[ActSpec, ActSpec] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise TypeError(f"`pattern` must be a non-empty string such as '*mlp*', got {self.pattern!r}")
+        if self.is_product:
+            self._check_product()
+            return
         if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, CastSpec)):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
@@ -71,13 +85,37 @@ class Rule:
             what = f"`activation` {self.activation} of rule {self.pattern!r}"
             raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
 
+    def _check_product(self) -> None:
+        what = f"rule {self.pattern!r} names products of two activations (it has a colon)"
+        for name, value in (("weight", self.weight), ("method", self.method)):
+            if value is not None:
+                raise ValueError(f"`{name}` must be None, got {value!r}: {what}; give it an `activation` only")
+        pair = self.activation if isinstance(self.activation, tuple) else (self.activation,)
+        if self.activation is not None and (len(pair) > 2 or not all(isinstance(act, ActSpec) for act in pair)):
+            raise TypeError(
+                f"`activation` must be qjax.dynamic(...), qjax.static(...), a pair of them or None, got {self.activation!r}: {what}"
+            )
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the rule is for products of two activations."""
+        return ":" in self.pattern
+
+    @property
+    def operands(self) -> tuple[ActSpec, ActSpec] | None:
+        """What the left and the right operand of a product become; None leaves them float."""
+        act = self.activation
+        return act if act is None or isinstance(act, tuple) else (act, act)
+
     def matches(self, path: str) -> bool:
         return fnmatch.fnmatchcase(path, self.pattern)
 
     def __repr__(self) -> str:
+        weight = "" if self.is_product else f", weight={self.weight}"
         method = f", method={self.method!r}" if self.method is not None else ""
-        activation = f", activation={self.activation}" if self.activation is not None else ""
-        return f"Rule({self.pattern!r}, weight={self.weight}{method}{activation})"
+        act = describe_pair(self.activation) if isinstance(self.activation, tuple) else self.activation
+        activation = f", activation={act}" if act is not None else ""
+        return f"Rule({self.pattern!r}{weight}{method}{activation})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +134,22 @@ class Choice:
     def activation(self) -> ActSpec | None:
         """What becomes of its activations; a parameter that is only looked up meets none."""
         looked_up = all(site.op == "gather" for site in self.leaf.sites)
-        return self.rule.activation if self.rule is not None and not looked_up else None
+        act = self.rule.activation if self.rule is not None and not looked_up else None
+        return act if isinstance(act, ActSpec) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductChoice:
+    """What a policy decided for one product of two activations: the first rule that names it; and why it stays float, if it does."""
+
+    product: Product
+    rule: Rule
+    reason: str
+
+    @property
+    def operands(self) -> tuple[ActSpec, ActSpec] | None:
+        """What its operands become; None if it stays float."""
+        return None if self.reason else self.rule.operands
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -104,7 +157,8 @@ class Policy:
     """An ordered list of rules; for each parameter the first one that matches counts.
 
     Only parameters that meet data in a matmul, a convolution or a lookup are ever touched: norms and biases stay float. So
-    does a parameter that no rule matches.
+    does a parameter that no rule matches. A product of two activations is touched only by a rule that names it, with a colon in its
+    pattern.
 
     Args:
       rules: a sequence of `Rule`.
@@ -147,10 +201,30 @@ class Policy:
         Raises:
           ValueError: a rule's pattern matches no parameter, or only parameters without a site.
         """
-        for rule in self.rules:
+        rules = tuple(rule for rule in self.rules if not rule.is_product)
+        for rule in rules:
             _check_matches(rule, program)
-        _check_reached(self.rules, program)
-        return tuple(_choose(leaf, self.rules) for leaf in program.leaves)
+        _check_reached(rules, [leaf.path for leaf in program.leaves if is_candidate(leaf)])
+        return tuple(_choose(leaf, rules) for leaf in program.leaves)
+
+    def resolve_products(self, program: Program) -> tuple[ProductChoice, ...]:
+        """Decides for every product of two activations that a rule names.
+
+        Args:
+          program: from `qjax.trace`.
+
+        Returns:
+          One `ProductChoice` a named product, in data-flow order.
+
+        Raises:
+          ValueError: a rule's pattern matches no product, or only those that cannot be computed from codes.
+        """
+        rules = tuple(rule for rule in self.rules if rule.is_product)
+        for rule in rules:
+            _check_products(rule, program)
+        _check_reached(rules, [product.name for product in program.products if not product.refusal])
+        named = [(p, next((r for r in rules if r.matches(p.name)), None)) for p in program.products]
+        return tuple(_choose_product(product, rule) for product, rule in named if rule is not None)
 
 
 def check_policy(policy: Any) -> None:
@@ -190,6 +264,11 @@ def _choose(leaf: Leaf, rules: tuple[Rule, ...]) -> Choice:
     return Choice(leaf, rule, "")
 
 
+def _choose_product(product: Product, rule: Rule) -> ProductChoice:
+    left = f"rule {rule.pattern!r} leaves it float" if rule.activation is None else ""
+    return ProductChoice(product, rule, left or product.refusal)
+
+
 def is_candidate(leaf: Leaf) -> bool:
     """Whether a parameter can be quantized: it is floating and meets data at a site."""
     return bool(leaf.sites) and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -222,8 +301,31 @@ def _check_matches(rule: Rule, program: Program) -> None:
         )
 
 
-def _check_reached(rules: tuple[Rule, ...], program: Program) -> None:
-    paths = [leaf.path for leaf in program.leaves if is_candidate(leaf)]
+def _check_products(rule: Rule, program: Program) -> None:
+    matched = [product for product in program.products if rule.matches(product.name)]
+    if not matched:
+        raise ValueError(f"rule `pattern` {rule.pattern!r} names {no_product(rule.pattern, program)}")
+    if all(product.refusal for product in matched):
+        product = matched[0]
+        raise ValueError(
+            f"rule `pattern` {rule.pattern!r} matches only products that cannot multiply integers, such as {product.name!r}: "
+            f"{product.refusal}; remove the rule or widen its pattern (these stay float in any case)"
+        )
+
+
+def no_product(pattern: str, program: Program) -> str:
+    """Says that a program has no product of a name or pattern, and what it may have meant."""
+    names = [product.name for product in program.products]
+    near = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.4)
+    scopes = sorted({part for name in names for part in name.split(":")[0].split("/") if part})
+    words = [word for word in pattern.split(":")[0].replace("*", "/").split("/") if word]
+    near += [p for word in words for scope in difflib.get_close_matches(word, scopes, n=1) for p in names if scope in p.split(":")[0]]
+    shown = [name for name in names if name in near or not near][:3]
+    hint = f"did you mean {' or '.join(map(repr, shown))}?" if near else f"it has {', '.join(map(repr, shown)) or 'none'}"
+    return f"no product of two activations of the program; {hint} (qjax.trace(fn, params, ...).products lists them)"
+
+
+def _check_reached(rules: tuple[Rule, ...], paths: Sequence[str]) -> None:
     for i, rule in enumerate(rules):
         winners = [next(j for j, first in enumerate(rules) if first.matches(path)) for path in paths if rule.matches(path)]
         if i not in winners:

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from rich.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter.
+    """One parameter, or one product of two activations that a rule names.
 
     Attributes:
       path: its path.
@@ -33,6 +33,8 @@ class Row:
       kernel: what runs it.
       reason: why it stays float, "" otherwise.
       notes: what the method has to say (damping raised, dead columns, rounded because no data reached it).
+      what: "parameter", or "product": then `path` is its name, `shape` and `dtype` are those of the result, `spec` is empty,
+        `activation` says what its operands become ("" if they stay float), and the bytes are those of its scales.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Row:
     kernel: str = ""
     reason: str = ""
     notes: tuple[str, ...] = ()
+    what: Literal["parameter", "product"] = "parameter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Report:
     """Rows and remarks. `print` shows a table; `rows` is the data; `to_json` for programs.
 
     Attributes:
-      rows: one for each parameter.
+      rows: one for each parameter, then one for each product of two activations that a rule names.
       notes: remarks on the whole program, such as arrays that were closed over.
       seconds: time taken, by phase; empty where nothing ran.
     """
@@ -86,7 +89,10 @@ class Report:
         sizes = f"{format_bytes(self.float_nbytes)} -> {format_bytes(self.nbytes)}"
         planned = bool(quantized) and all(row.error is None for row in quantized)
         verb = "would be quantized" if planned else "quantized"
-        title = f"{len(quantized)} of {len(self.rows)} parameters {verb}, {sizes}"
+        products = [r for r in self.rows if r.what == "product"]
+        title = f"{len(quantized)} of {len(self.rows) - len(products)} parameters {verb}, {sizes}"
+        if products:
+            title += f", and {sum(bool(r.activation) for r in products)} of {len(products)} named products of two activations"
         table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
         for name in ("parameter", "shape", "op", "spec", "method"):
             table.add_column(name, overflow="fold")
@@ -94,7 +100,7 @@ class Report:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("notes", overflow="fold")
         for row in self.rows:
-            table.add_row(*_cells(row), style=None if row.spec else "dim")
+            table.add_row(*_cells(row), style=None if row.spec or row.activation else "dim")
         return table
 
     def __str__(self) -> str:
@@ -114,9 +120,9 @@ def _cells(row: Row) -> Sequence[str]:
         row.path,
         "x".join(map(str, row.shape)),
         ", ".join(dict.fromkeys(row.ops)),
-        f"{row.spec} x {row.activation}" if row.activation else row.spec or row.dtype,
+        " x ".join(filter(None, (row.spec, row.activation))) or row.dtype,
         row.method,
-        f"{row.bits_per_weight:.2f}",
+        f"{row.bits_per_weight:.2f}" if row.what == "parameter" else "",
         format_bytes(row.nbytes),
         "" if row.error is None else f"{row.error:.2e}",
         "; ".join(filter(None, (row.reason, *row.notes))),

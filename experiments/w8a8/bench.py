@@ -26,10 +26,16 @@ from qjax.evaluation import (
 from qjax.models import Llama, books_llama, calibration_lines, heldout_text
 
 INT8 = qjax.int8()
+DYNAMIC_PRODUCTS = (qjax.Rule("*:dot_general.*", activation=qjax.dynamic(INT8)),)
+# Of product 1 the left operand is the probabilities, which are never negative.
+STATIC_PRODUCTS = (
+    qjax.Rule("*self_attn:dot_general.0", activation=qjax.static(INT8)),
+    qjax.Rule("*self_attn:dot_general.1", activation=(qjax.static(qjax.uint8()), qjax.static(INT8))),
+)
 
 
 def tables():
-    """Rows of each table: name -> (weight, activation, method)."""
+    """Rows of each table: name -> (weight, activation, method, rules for products of two activations)."""
     w8a8 = {
         "float": None,
         "weights only": (INT8, None, None),
@@ -42,6 +48,8 @@ def tables():
         "static, smoothquant .5": (INT8, qjax.static(INT8), qjax.smoothquant()),
         "static, smoothquant searched": (INT8, qjax.static(INT8), qjax.smoothquant("search")),
         "dynamic, smoothquant searched": (INT8, qjax.dynamic(INT8), qjax.smoothquant("search")),
+        "W8A8 + attention products, dynamic": (INT8, qjax.dynamic(INT8), None, DYNAMIC_PRODUCTS),
+        "W8A8 + attention products, static": (INT8, qjax.dynamic(INT8), None, STATIC_PRODUCTS),
     }
     weights = {}
     for bits, spec in {"4": qjax.int4, "3": qjax.int3}.items():
@@ -83,10 +91,11 @@ class Bench:
         if how is None:
             fn, packed, nbytes = self.apply, params, tree_bytes(params)
         else:
-            weight, activation, method = how
-            policy = qjax.Policy([self.keep, qjax.Rule("*", weight=weight, activation=activation, method=method)])
+            weight, activation, method, *products = how
+            named = products[0] if products else ()
+            policy = qjax.Policy([self.keep, qjax.Rule("*", weight=weight, activation=activation, method=method), *named])
             result = qjax.quantize(self.apply, params, policy, calibration=self.data)
-            fn, packed, nbytes = qjax.quantized(self.apply), result.params, result.report.nbytes
+            fn, packed, nbytes = qjax.quantized(self.apply, sites=result.sites), result.params, result.report.nbytes
         seconds = time.perf_counter() - started
         losses = token_losses(fn, packed, self.text)
         moved = divergence(self.apply, params, fn, packed, self.text)

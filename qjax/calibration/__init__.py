@@ -20,6 +20,9 @@ from qjax.calibration.observers import Together as Together
 from qjax.calibration.observers import hessian as hessian
 from qjax.calibration.percentile import Percentile as Percentile
 from qjax.calibration.percentile import percentile as percentile
+from qjax.calibration.products import OperandObservers as OperandObservers
+from qjax.calibration.products import operand_rows as operand_rows
+from qjax.calibration.products import why_not_observed as why_not_observed
 from qjax.calibration.ranges import AbsMax as AbsMax
 from qjax.calibration.ranges import MinMax as MinMax
 from qjax.calibration.ranges import MovingAverage as MovingAverage

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from qjax.calibration.observers import Observer
+from qjax.calibration.products import OperandObservers, operand_rows
 from qjax.calibration.rows import columns, site_rows, stack_size
-from qjax.program import Interpreter, Key, Program, Site, compat, materialize
+from qjax.program import Interpreter, Key, Product, Program, Site, compat, materialize
 
 
 def init_states(program: Program, observers: Mapping[Key, Observer[Any]]) -> dict[Key, Any]:
@@ -27,13 +28,14 @@ def init_states(program: Program, observers: Mapping[Key, Observer[Any]]) -> dic
 
 
 def observe_program(
-    program: Program, observers: Mapping[Key, Observer[Any]]
+    program: Program, observers: Mapping[Key, Observer[Any]], products: Mapping[Key, OperandObservers] | None = None
 ) -> Callable[[dict[Key, Any], list[Any]], dict[Key, Any]]:
-    """Returns a pure function (states, flat arguments) -> states that runs a program and observes its sites.
+    """Returns a pure function (states, flat arguments) -> states that runs a program and observes its sites and products.
 
     Args:
       program: from `qjax.trace`.
       observers: an observer for each site key to watch.
+      products: observers for each key of a product of two activations to watch.
 
     Returns:
       A function to be jitted by the caller; packed parameters are dequantized at their sites.
@@ -45,7 +47,15 @@ def observe_program(
             state = observers[site.key].update(state, site_rows(site, eqn, operands))
         return compat.bind(eqn, [materialize(v) for v in operands]), state
 
-    interpreter = Interpreter(sites, rule, watched=frozenset(observers), inline_custom=True)
+    pairs = products or {}
+
+    def product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+        if state is not None:
+            state = pairs[product.key].update(state, operand_rows(product, operands))
+        return compat.bind(eqn, operands), state
+
+    watched = {product.key: product for product in program.products if product.key in pairs}
+    interpreter = Interpreter(sites, rule, frozenset(observers), inline_custom=True, products=watched, product_rule=product_rule)
 
     def run(states: dict[Key, Any], arguments: list[Any]) -> dict[Key, Any]:
         _, states = interpreter(program.jaxpr, arguments, states)

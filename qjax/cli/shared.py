@@ -107,7 +107,12 @@ def _open_packed(name: str, folder: Path) -> Model:
     document = read_document(folder)
     config, tokenizer = _described(name, document.metadata)
     size = packed_bytes(folder, document.metadata)
-    return dataclasses.replace(packed_model(name, config, qjax.load(folder).params, tokenizer, size), document=document)
+    result = qjax.load(folder)
+    model = packed_model(name, config, result.params, tokenizer, size)
+    if result.sites:
+        apply, forward = _with_sites(config, result.sites)
+        model = dataclasses.replace(model, apply=apply, forward=forward)
+    return dataclasses.replace(model, document=document)
 
 
 def _described(name: str, metadata: dict[str, Any]) -> tuple[Any, Any]:
@@ -147,6 +152,17 @@ def programs_of(config: Any, packed: bool) -> tuple[Callable[..., Any], Callable
     from qjax.models import Llama
 
     apply = qjax.quantized(Llama(config).apply) if packed else Llama(config).apply
+    return apply, jax.jit(apply)
+
+
+def _with_sites(config: Any, sites: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`programs_of` a packed model some of whose products of two activations multiply integers."""
+    import jax
+
+    import qjax
+    from qjax.models import Llama
+
+    apply = qjax.quantized(Llama(config).apply, sites=sites)
     return apply, jax.jit(apply)
 
 

@@ -22,7 +22,7 @@ def totals(report: Any) -> dict[str, Any]:
     """Sums over the rows of a report."""
     quantized = [row for row in report.rows if row.spec]
     return {
-        "parameters": len(report.rows),
+        "parameters": sum(row.what == "parameter" for row in report.rows),
         "quantized": len(quantized),
         "nbytes": report.nbytes,
         "float_nbytes": report.float_nbytes,

@@ -29,6 +29,9 @@ from qjax.core.layout import uncanonicalize as uncanonicalize
 from qjax.core.packing import pack as pack
 from qjax.core.packing import packed_length as packed_length
 from qjax.core.packing import unpack as unpack
+from qjax.core.products import PRODUCT_ARRAYS as PRODUCT_ARRAYS
+from qjax.core.products import Operand as Operand
+from qjax.core.products import QProduct as QProduct
 from qjax.core.qtensor import ARRAYS as ARRAYS
 from qjax.core.qtensor import QTensor as QTensor
 from qjax.core.qtensor import assemble as assemble

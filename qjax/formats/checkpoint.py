@@ -32,6 +32,7 @@ from qjax.formats.leaves import (
     place,
     rebuild,
 )
+from qjax.formats.sites import check_sites, describe_sites, rebuild_sites
 from qjax.formats.tree import decode_like, decode_tree, encode_tree
 from qjax.ptq.quantize import Result
 from qjax.report import Report
@@ -87,6 +88,8 @@ def save(
     kept = doc.plain_json(metadata, "metadata")
     tree, flat = encode_tree(result if given is None else given.params)
     leaves, arrays = describe(flat)
+    sites, ranges = describe_sites({} if given is None else given.sites)
+    arrays |= ranges
     entries = array_entries(arrays)
     full = {name: array for name, array in arrays.items() if array.size}
     name = _new_folder(folder) if full else None
@@ -108,6 +111,7 @@ def save(
             policy=None if given is None else given.policy,
             report=None if given is None else given.report,
             metadata=kept,
+            sites=sites,
         )
         _stage(folder, doc.write_document(document))
     _commit(folder)
@@ -134,7 +138,7 @@ def load(
       verify: compare every array with its checksum.
 
     Returns:
-      A `Result`, with `metadata`. Saved from a bare tree it has an empty report and no policy. Numbers that the JAX
+      A `Result`, with `metadata` and `sites`. Saved from a bare tree it has an empty report and no policy. Numbers that the JAX
       configuration has no type for (float64 without `jax_enable_x64`) come back as NumPy arrays.
 
     Raises:
@@ -157,6 +161,7 @@ def load(
     if full:
         check_arrays(_array_folder(folder, document), full, document.files)
     abstract = abstract_leaves(document, where)
+    check_sites(document, where)
     _joined(document.tree, abstract, like, where)  # what does not fit fails before anything is read
     places = array_shardings(document.leaves, abstract, sharding)
 
@@ -170,7 +175,8 @@ def load(
     jax.block_until_ready(list(placed.values()))
     params = _joined(document.tree, [rebuild(leaf, placed) for leaf in document.leaves], like, where)
     report = Report(()) if document.report is None else document.report
-    return Result(params, report, document.policy, metadata=document.metadata)
+    sites = rebuild_sites(document.sites, placed)
+    return Result(params, report, document.policy, metadata=document.metadata, sites=sites)
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:

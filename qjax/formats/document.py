@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.core import ARRAYS, ActSpec, Spec
+from qjax.core import ARRAYS, PRODUCT_ARRAYS, ActSpec, Spec
 from qjax.formats.typed_json import decode, encode
 from qjax.policy import Policy
 from qjax.report import Report
@@ -80,6 +80,24 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class StoredProduct:
+    """A product of two activations: its name, what its operands become, and the names of the arrays of static ranges."""
+
+    name: str
+    lhs: ActSpec
+    rhs: ActSpec
+    lhs_scale: str | None = None
+    lhs_zero_point: str | None = None
+    rhs_scale: str | None = None
+    rhs_zero_point: str | None = None
+
+    @property
+    def children(self) -> dict[str, str]:
+        """Which array stands for which field."""
+        return {name: getattr(self, name) for name in PRODUCT_ARRAYS if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the numbers came from: a SHA-256, and of what: "float parameters" or "packed arrays"."""
 
@@ -101,6 +119,7 @@ class Document:
       files: the files of the array folder by relative path.
       policy, report: of the `Result`; None for a bare tree.
       metadata: the caller's own.
+      sites: the products of two activations of the `Result`.
     """
 
     written_by: dict[str, str]
@@ -113,6 +132,7 @@ class Document:
     policy: Policy | None
     report: Report | None
     metadata: dict[str, Any]
+    sites: tuple[StoredProduct, ...] = ()
 
 
 def versions() -> dict[str, str]:

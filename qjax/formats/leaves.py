@@ -35,14 +35,14 @@ def describe(flat: list[tuple[str, Any]]) -> tuple[tuple[Leaf, ...], dict[str, n
             names: Any = {field: None if child is None else f"{name}.{field}" for field, child in children.items()}
             for field, child in children.items():
                 if child is not None:
-                    arrays[names[field]] = _host(child, f"{path}.{field}")
+                    arrays[names[field]] = host(child, f"{path}.{field}")
             check_packed(x, path)
             leaves.append(Leaf(path, packed=Packed(x.spec, x.axes, x.sizes, np.dtype(x.dtype).name, **names, act=x.act)))
         elif type(x) in (bool, int, float, str):
             leaves.append(Leaf(path, value=x))
         else:
             key, x = _key(x)
-            arrays[name] = _host(x, path)
+            arrays[name] = host(x, path)
             leaves.append(Leaf(path, array=name, key=key))
     return tuple(leaves), arrays
 
@@ -55,7 +55,7 @@ def _key(x: Any) -> tuple[str | None, Any]:
     return (name, jax.random.key_data(x)) if name in _KEYS else (None, x)
 
 
-def _host(x: Any, path: str) -> np.ndarray:
+def host(x: Any, path: str) -> np.ndarray:
     """An array in host memory (for one that is there already, itself), or an error that names the leaf."""
     if isinstance(x, Tracer):
         raise TypeError(f"`{path}` is a tracer: save outside of jit")

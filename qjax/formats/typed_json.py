@@ -153,6 +153,10 @@ def _decode_union(members: tuple[Any, ...], data: Any, where: str) -> Any:
                              "a newer qjax may know it")  # fmt: skip
         return _decode_dataclass(KINDS[data["kind"]], data, where)
     rest = [m for m in members if m not in _NAMES and m is not type(None)]
+    if isinstance(data, list):  # a pair where one value may stand alone
+        rest = [m for m in rest if get_origin(m) is tuple] or rest
+    elif isinstance(data, dict) and not _not_finite(data):
+        rest = [m for m in rest if dataclasses.is_dataclass(m)] or rest
     given = float if _not_finite(data) else type(data)
     if given in rest or len(rest) == 1:
         return decode(given if given in rest else rest[0], data, where)

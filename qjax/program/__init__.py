@@ -7,6 +7,7 @@ from qjax.program.interpret import Interpreter as Interpreter
 from qjax.program.interpret import plain_rule as plain_rule
 from qjax.program.packed import Packed as Packed
 from qjax.program.packed import materialize as materialize
+from qjax.program.products import Product as Product
 from qjax.program.queries import Producer as Producer
 from qjax.program.queries import producer as producer
 from qjax.program.queries import shared_inputs as shared_inputs

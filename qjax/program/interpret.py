@@ -19,13 +19,22 @@ from qjax.core import QTensor
 from qjax.program import compat
 from qjax.program.packed import Packed, after_view, materialize, scannable
 from qjax.program.primitives import BARRIER, VIEWS
+from qjax.program.products import Product
 from qjax.program.sharded import shard_map_packed
 from qjax.program.sites import Key, Site, invariant_carries
 
 # What happens at a site: (site, equation, operands, side state) -> (results, new side state).
 # An operand that is a quantized parameter comes as `Packed`. State is None where nothing was threaded for the site.
 Rule = Callable[[Site, Any, list[Any], Any], tuple[list[Any], Any]]
+# The same at a product of two activations; its operands are arrays.
+ProductRule = Callable[[Product, Any, list[Any], Any], tuple[list[Any], Any]]
 State = dict[Key, Any]
+
+
+def plain_product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+    """Applies the equation as it stands."""
+    del product
+    return compat.bind(eqn, operands), state
 
 
 def plain_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
@@ -44,20 +53,24 @@ class Interpreter:
       watched: keys of sites to visit even if their operands are ordinary arrays.
       inline_custom: whether custom_jvp and custom_vjp functions with something to do in them are opened. Opening one drops its
         derivative rule, so this is for inference and observation only; otherwise its packed operands are dequantized.
+      products: the products of two activations to visit, by key.
+      product_rule: what to do at one.
     """
 
     sites: Mapping[Key, Site]
     rule: Rule = plain_rule
     watched: frozenset[Key] = frozenset()
     inline_custom: bool = False
+    products: Mapping[Key, Product] = dataclasses.field(default_factory=dict)
+    product_rule: ProductRule = plain_product_rule
 
     @functools.cached_property
     def above_watched(self) -> frozenset[Key]:
-        """Keys of the calls and loops that hold a watched site."""
-        return frozenset(key[:i] for key in self.watched for i in range(len(key)))
+        """Keys of the calls and loops that hold a watched site or product."""
+        return frozenset(key[:i] for key in (*self.watched, *self.products) for i in range(len(key)))
 
     def __call__(self, jaxpr: Any, args: Sequence[Any], state: State | None = None) -> tuple[list[Any], State]:
-        """Evaluates `jaxpr` on flat `args`, threading `state` (one entry a watched site) through it."""
+        """Evaluates `jaxpr` on flat `args`, threading `state` (one entry a watched site or product) through it."""
         state = dict(state or {})
         values = [Packed(a) if isinstance(a, QTensor) else a for a in args]
         outs = self.program(jaxpr, values, (), state)
@@ -89,6 +102,12 @@ class Interpreter:
         packed = any(isinstance(v, Packed) for v in operands)
         if site is not None and (packed or key in self.watched):
             outs, new = self.rule(site, eqn, operands, state.get(key))
+            if key in state:
+                state[key] = new
+            return outs
+        product = self.products.get(key)
+        if product is not None:
+            outs, new = self.product_rule(product, eqn, [materialize(v) for v in operands], state.get(key))
             if key in state:
                 state[key] = new
             return outs
@@ -137,7 +156,7 @@ class Interpreter:
         moving = [materialize(v) for i, v in enumerate(init) if i not in fixed]
         xs = [scannable(v) if isinstance(v, Packed) else v for v in xs]
         own = _below(state, key)
-        stacked = {k: v for k, v in own.items() if key in self.sites[k].scans}
+        stacked = {k: v for k, v in own.items() if key in (self.products.get(k) or self.sites[k]).scans}
         shared = {k: v for k, v in own.items() if k not in stacked}
 
         def body(carry: tuple[list[Any], State], x: tuple[list[Any], State]) -> Any:

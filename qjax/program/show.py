@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def program_table(program: Program) -> str:
-    """Renders a program's sites, and why its other parameters have none."""
+    """Renders a program's sites, why its other parameters have none, and the products that a rule may name."""
     table = Table(title=f"{len(program.sites)} sites, {len(program.leaves)} parameters", title_justify="left")
     for name in ("parameter", "shape", "op", "contracted", "kept", "stacked", "input", "scope"):
         table.add_column(name, overflow="fold")
@@ -28,7 +28,23 @@ def program_table(program: Program) -> str:
         table.add_row("(closed over)", _shape(shape), f"{dtype} array is no argument: it cannot be quantized", style="dim")
     console = Console(file=io.StringIO(), width=140, color_system=None)
     console.print(table)
+    if program.products:
+        console.print(_products_table(program))
     return console.file.getvalue().rstrip("\n")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _products_table(program: Program) -> Table:
+    title = f"{len(program.products)} products of two activations, which stay float unless a rule names them"
+    table = Table(title=title, title_justify="left")
+    table.add_column("product", no_wrap=True)
+    for name in ("left", "right", "contracted", "layers", "note"):
+        table.add_column(name, overflow="fold")
+    for product in program.products:
+        contracted = " and ".join(",".join(map(str, dims)) for dims in product.contracted)
+        layers = _shape(product.turns) if product.turns else ""
+        sides = (f"{_shape(shape)} of {maker}" for shape, maker in zip(product.shapes, product.made_by, strict=True))
+        table.add_row(product.name, *sides, contracted, layers, product.refusal)
+    return table
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from qjax.program import compat, labels
 from qjax.program.labels import View
 from qjax.program.primitives import BARRIER, SITES, VIEWS, contraction, views_after
+from qjax.program.products import Product, describe
 
 Key = tuple[int, ...]
 
@@ -93,6 +94,8 @@ class _Walk:
         self.paths, self.shapes = paths, shapes
         self.sites: list[Site] = []
         self.consumers: list[dict[str, None]] = [{} for _ in paths]
+        self.products: list[tuple[Key, dict[str, bool]]] = []
+        self.stepped: set[Key] = set()  # scans that slice a parameter
 
     def program(self, jaxpr: Any, views: Sequence[View | None], prefix: Key, flags: dict[str, bool]) -> list[View | None]:
         body, _ = compat.parts(jaxpr)
@@ -103,7 +106,7 @@ class _Walk:
 
         for index, eqn in enumerate(body.eqns):
             operands = [read(atom) for atom in eqn.invars]
-            if any(operands):
+            if any(operands) or eqn.primitive.name == "dot_general" or compat.subprograms(eqn):
                 outs = self.equation(eqn, operands, (*prefix, index), flags)
                 env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in body.outvars]
@@ -136,6 +139,9 @@ class _Walk:
             outs = views_after(eqn, operands[0])
             if outs is not None:
                 return [*outs]
+        if name == "dot_general" and not any(operands):
+            self.products.append((key, flags))
+            return none
         if name in SITES and self.site(eqn, operands, key, flags):
             return none
         if name in SITES:
@@ -154,6 +160,8 @@ class _Walk:
             sliced = view and labels.scan_slice(view, key)
             inner.append(sliced or self.drop(view, "scan"))
         stepped = any(view and any(k == key for _, k in view.scans) for view in inner)
+        if stepped:
+            self.stepped.add(key)
         outs = self.program(eqn.params["jaxpr"], inner, (*key, 0), {**flags, "opaque": flags["opaque"] or not stepped})
         for i, view in enumerate(outs):
             self.drop(None if i in invariant else view, "output of scan")
@@ -236,8 +244,8 @@ def invariant_carries(jaxpr: Any, n_consts: int, n_carry: int) -> frozenset[int]
 
 def discover(
     jaxpr: Any, paths: Sequence[str], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]
-) -> tuple[Leaf, ...]:
-    """Finds every site of a program whose first `len(paths)` inputs are the parameters.
+) -> tuple[tuple[Leaf, ...], tuple[Product, ...]]:
+    """Finds every site and every product of two activations of a program whose first `len(paths)` inputs are the parameters.
 
     Args:
       jaxpr: the traced program.
@@ -246,7 +254,7 @@ def discover(
       dtypes: their dtypes.
 
     Returns:
-      One `Leaf` for each parameter, with its sites in the order in which the program reaches them.
+      One `Leaf` for each parameter, with its sites in the order in which the program reaches them; and the products.
     """
     body, _ = compat.parts(jaxpr)
     walk = _Walk(paths, shapes)
@@ -255,7 +263,8 @@ def discover(
         views[index] = labels.whole(index, shape)
     for view in walk.program(jaxpr, views, (), {"opaque": False, "sharded": False, "condition": False, "custom_rule": False}):
         walk.drop(view, "output")
-    return tuple(
+    leaves = tuple(
         Leaf(i, path, tuple(shapes[i]), dtypes[i], tuple(s for s in walk.sites if s.leaf == i), tuple(walk.consumers[i]))
         for i, path in enumerate(paths)
     )
+    return leaves, describe(jaxpr, walk.products, walk.stepped)

@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from qjax.core import QTensor
 from qjax.program import compat
+from qjax.program.products import Product
 from qjax.program.sites import Leaf, Site, discover
 
 # Below this many elements an array that a function closes over is taken for a constant (a mask, a table of frequencies).
@@ -28,12 +29,14 @@ class Program:
       leaves: one entry for each array leaf of the parameters.
       out_tree: the structure of the result.
       closed_over: shapes of large arrays that the function closed over; they cannot be quantized.
+      products: the products of two activations, in data-flow order, by whose names rules pick them.
     """
 
     jaxpr: Any
     leaves: tuple[Leaf, ...]
     out_tree: Any
     closed_over: tuple[tuple[tuple[int, ...], str], ...]
+    products: tuple[Product, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -159,7 +162,7 @@ def trace_arguments(fn: Callable[..., Any], arguments: Arguments) -> Program:
 
     avals = [abstract(x) for x in (*arguments.params, *arguments.inputs)]
     jaxpr, out_shape = jax.make_jaxpr(flat_fn, return_shape=True)(*avals)
-    leaves = discover(
+    leaves, products = discover(
         jaxpr, arguments.paths, [a.shape for a in avals[:n_params]], [a.dtype for a in avals[:n_params]]
     )
     large = tuple(
@@ -167,7 +170,7 @@ def trace_arguments(fn: Callable[..., Any], arguments: Arguments) -> Program:
         for c in compat.constants(jaxpr)
         if math.prod(getattr(c, "shape", ())) >= CLOSED_OVER_ELEMENTS
     )
-    return Program(jaxpr, leaves, jax.tree_util.tree_structure(out_shape), large)
+    return Program(jaxpr, leaves, jax.tree_util.tree_structure(out_shape), large, products)
 
 
 def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:

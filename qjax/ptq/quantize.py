@@ -14,13 +14,14 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.calibration import why_no_rows
-from qjax.core import QTensor, Spec, check_finite
+from qjax.core import QProduct, QTensor, Spec, check_finite
 from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
 from qjax.ptq.activations import with_activations
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
+from qjax.ptq.products import product_row, quantize_products
 from qjax.ptq.rescale import rescale
 from qjax.ptq.rtn import rtn
 from qjax.ptq.sequential import Progress, Task, quantize_sequential
@@ -33,16 +34,19 @@ class Result:
     """A quantized model.
 
     Attributes:
-      params: the tree of parameters, `QTensor` where quantized: all that is needed to run it.
+      params: the tree of parameters, `QTensor` where quantized: with `sites`, all that is needed to run it.
       report: what was quantized, how, and what it cost.
       policy: the policy it was made with; None of a tree that was saved without one.
       metadata: the caller's own, kept by `qjax.save`.
+      sites: the products of two activations that a rule names, by name, for `qjax.quantized(fn, sites=result.sites)`; they have no
+        parameter to ride on. Empty without such a rule.
     """
 
     params: Any
     report: Report
     policy: Policy | None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sites: dict[str, QProduct] = dataclasses.field(default_factory=dict)
 
 
 def quantize(
@@ -56,8 +60,9 @@ def quantize(
     """Quantizes the parameters of a function after training.
 
     The function is traced with the first batch; every parameter that meets data in a matmul, convolution or lookup and that a
-    rule names becomes a `QTensor`. A method that rescales inputs changes what makes them in exchange, a norm's scale for one, and the
-    report names it. Methods that need data run in data-flow order, each site on the activations of the
+    rule names becomes a `QTensor`, and every product of two activations that a rule names an entry of `result.sites`. A method that
+    rescales inputs changes what makes them in exchange, a norm's scale for one, and the report names it. Methods that need data
+    run in data-flow order, each site on the activations of the
     quantized sites before it. `params` is not changed.
 
     Args:
@@ -92,7 +97,7 @@ def quantize(
     arguments = [split_arguments(params, batch, {}) for batch in batches]
     flat = arguments[0].params
     program = programs(arguments[0])
-    choices = policy.resolve(program)
+    choices, named = policy.resolve(program), policy.resolve_products(program)
     _check_leaves(flat, choices)
     flat = [jnp.asarray(w) if c.spec is not None else w for c, w in zip(choices, flat, strict=True)]
     traced = time.perf_counter()
@@ -118,12 +123,14 @@ def quantize(
         done |= quantize_sequential(current, tasks, streams, progress)
     done = with_activations(done, choices, flat, streams)
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-    jax.block_until_ready([jax.tree.leaves(x) for x in packed])
+    products, product_rows = quantize_products(named, packed, streams)
+    jax.block_until_ready([jax.tree.leaves(x) for x in (*packed, products)])
     finished = time.perf_counter()
     seconds = {"trace": round(traced - started, 3), "quantize": round(finished - traced, 3)}
     report = describe(program, choices, flat, done, seconds, rescaled)
+    report = dataclasses.replace(report, rows=(*report.rows, *product_rows))
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
-    return Result(new_params, report, policy)
+    return Result(new_params, report, policy, sites=products)
 
 
 def as_batches(calibration: Any) -> list[tuple[Any, ...]]:
@@ -318,6 +325,7 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:
         program = programs(split_arguments(params, args, kwargs))
-        return Report(tuple(map(planned_row, policy.resolve(program))), program_notes(program))
+        rows = (*map(planned_row, policy.resolve(program)), *map(product_row, policy.resolve_products(program)))
+        return Report(rows, program_notes(program))
 
     return call

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from qjax.program import Interpreter, ProgramCache, split_arguments
+from qjax.core import QProduct
+from qjax.policy import no_product
+from qjax.program import Interpreter, Key, Product, Program, ProgramCache, split_arguments
+from qjax.runtime.products import product_rule
 from qjax.runtime.select import packed_rule
 
 
-def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
+def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = None) -> Callable[..., Any]:
     """Transforms `fn(params, *args)` so that `params` may hold `QTensor` leaves.
 
     The function is traced with the float shapes; wherever a packed parameter meets data, the packed matmul of the platform
@@ -22,12 +25,15 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       fn: any JAX function whose first argument is the tree of parameters. As under `jit`, arrays are traced and must not
         decide Python control flow; other leaves are static.
+      sites: `result.sites`, the products of two activations that multiply integers, by name. Without it they are float: they have
+        no parameter that could say so.
 
     Returns:
       The function, with the same arguments and results.
 
     Raises:
-      TypeError: `fn` is no function.
+      TypeError: `fn` is no function, or `sites` holds something else than products. When called:
+      ValueError: `sites` names a product that the program does not have.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -39,14 +45,35 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
+    sites = _checked(sites)
     programs = ProgramCache(fn)
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
-        interpreter = Interpreter({site.key: site for site in program.sites}, rule=packed_rule)
-        outs, _ = interpreter(program.jaxpr, [*arguments.params, *arguments.inputs])
+        named = _named(program, sites)
+        interpreter = Interpreter(
+            {site.key: site for site in program.sites}, rule=packed_rule, products=named, product_rule=product_rule
+        )
+        state = {key: sites[product.name] for key, product in named.items()}
+        outs, _ = interpreter(program.jaxpr, [*arguments.params, *arguments.inputs], state)
         return jax.tree.unflatten(program.out_tree, outs)
 
     return call
+
+
+def _checked(sites: Any) -> dict[str, QProduct]:
+    if sites is None:
+        return {}
+    if not isinstance(sites, Mapping) or not all(isinstance(q, QProduct) for q in sites.values()):
+        raise TypeError(f"`sites` must be the `sites` of a result, got {type(sites).__name__}: write sites=result.sites")
+    return dict(sites)
+
+
+def _named(program: Program, sites: Mapping[str, QProduct]) -> dict[Key, Product]:
+    known = {product.name: product for product in program.products}
+    for name in sites:
+        if name not in known:
+            raise ValueError(f"`sites` names {name!r}, {no_product(name, program)}")
+    return {known[name].key: known[name] for name in sites}

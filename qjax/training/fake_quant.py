@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from qjax.core import ActSpec, Spec
-from qjax.policy import Policy, check_policy
-from qjax.program import Interpreter, Program, ProgramCache, Site, compat, split_arguments
+from qjax.policy import Policy, ProductChoice, check_policy
+from qjax.program import Interpreter, Product, Program, ProgramCache, Site, compat, split_arguments
+from qjax.runtime.products import shared_axes as product_axes
 from qjax.runtime.select import shared_axes
 from qjax.training.straight_through import straight_through, straight_through_activation
 
@@ -39,9 +40,10 @@ class FakeQuant:
         program = self.programs(arguments)
         weights = self.leaves(params, *args, **kwargs)(params)
         acts = {c.leaf.index: c.activation for c in self.policy.resolve(program) if c.activation is not None}
-        if not acts:
+        products = self.policy.resolve_products(program)
+        if not acts and not any(choice.operands for choice in products):
             return self.fn(weights, *args, **kwargs)
-        run = _rounding(program, acts)
+        run = _rounding(program, acts, products)
         flat = split_arguments(weights, args, kwargs)
         return jax.tree.unflatten(program.out_tree, run([*flat.params, *flat.inputs]))
 
@@ -67,6 +69,7 @@ class FakeQuant:
     def leaves(self, params: Any, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """Finds the sites, and returns the function that fake-quantizes a tree of parameters."""
         program = self.programs(split_arguments(params, args, kwargs))
+        self.policy.resolve_products(program)
         plan: dict[int, tuple[Spec, tuple[int, ...], tuple[int, ...], str]] = {}
         for choice in self.policy.resolve(program):
             if choice.spec is not None:
@@ -82,8 +85,8 @@ class FakeQuant:
         return quantize_leaves
 
 
-def _rounding(program: Program, acts: Mapping[int, ActSpec]) -> Callable[[list[Any]], list[Any]]:
-    """The program with rounded activations at the sites of some parameters."""
+def _rounding(program: Program, acts: Mapping[int, ActSpec], named: Sequence[ProductChoice]) -> Callable[[list[Any]], list[Any]]:
+    """The program with rounded activations at the sites of some parameters and in some products of two activations."""
     sites = {site.key: site for site in program.sites if site.leaf in acts and site.op != "gather"}
     for site in sites.values():
         if acts[site.leaf].static:
@@ -99,7 +102,20 @@ def _rounding(program: Program, acts: Mapping[int, ActSpec]) -> Callable[[list[A
         rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim))
         return compat.bind(eqn, [rounded if i == other else v for i, v in enumerate(operands)]), state
 
-    interpreter = Interpreter(sites, rule, watched=frozenset(sites))
+    pairs = {choice.product.key: choice.operands for choice in named if choice.operands is not None}
+    for choice in named:
+        if any(act.static for act in choice.operands or ()):
+            raise ValueError(
+                f"`activation` of {choice.product.name!r} needs ranges, and training has none yet: train with qjax.dynamic(...)"
+            )
+
+    def product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+        both = enumerate(zip(operands, pairs[product.key], strict=True))
+        rounded = [straight_through_activation(x, act, product_axes(act.per_token, product, side)) for side, (x, act) in both]
+        return compat.bind(eqn, rounded), state
+
+    products = {choice.product.key: choice.product for choice in named if choice.operands is not None}
+    interpreter = Interpreter(sites, rule, watched=frozenset(sites), products=products, product_rule=product_rule)
     return lambda values: interpreter(program.jaxpr, values)[0]
 
 
@@ -107,8 +123,9 @@ def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
     """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
 
     Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
-    after training; here every rule rounds to nearest), and the activations of a rule that names them are rounded as the packed
-    model's integers are. Backward, the straight-through estimator: the gradient passes where
+    after training; here every rule rounds to nearest). The activations of a rule that names them, and both operands of a product
+    of two activations that a rule names, are rounded as the packed model's integers are. Backward, the straight-through estimator:
+    the gradient passes where
     q_min <= w / scale <= q_max and is zero outside; see `straight_through`.
 
     Args:
