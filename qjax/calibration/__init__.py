@@ -18,6 +18,9 @@ from qjax.calibration.observers import RangeObserver as RangeObserver
 from qjax.calibration.observers import SecondMoment as SecondMoment
 from qjax.calibration.observers import Together as Together
 from qjax.calibration.observers import hessian as hessian
+from qjax.calibration.outliers import OutlierColumns as OutlierColumns
+from qjax.calibration.outliers import OutlierCounts as OutlierCounts
+from qjax.calibration.outliers import outlier_columns as outlier_columns
 from qjax.calibration.percentile import Percentile as Percentile
 from qjax.calibration.percentile import percentile as percentile
 from qjax.calibration.ranges import AbsMax as AbsMax

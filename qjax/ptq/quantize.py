@@ -19,6 +19,7 @@ from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
 from qjax.ptq.activations import with_activations
+from qjax.ptq.llm_int8 import with_capacities
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
 from qjax.ptq.rescale import rescale
@@ -117,6 +118,7 @@ def quantize(
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
         done |= quantize_sequential(current, tasks, streams, progress)
     done = with_activations(done, choices, flat, streams)
+    done = with_capacities(done, choices, flat, streams)
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
     jax.block_until_ready([jax.tree.leaves(x) for x in packed])
     finished = time.perf_counter()
@@ -264,7 +266,9 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         return row
     method, notes = _method(choice)
     q = _shapes(choice) if q is None else q
-    act = choice.activation
+    act, note = choice.activation, (choice.activation_note,) if choice.activation_note else ()
+    if act is not None and act.outliers is not None and q.act is not None:
+        act = q.act  # which knows the capacity
     kernels = dict.fromkeys(kernel_of(site, spec, act) for site in leaf.sites)
     reasons = tuple(reason for _, reason in kernels if reason)
     return dataclasses.replace(
@@ -274,7 +278,7 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         bits_per_weight=q.bits_per_weight,
         activation="" if act is None else str(act),
         kernel=", ".join(dict.fromkeys(kernel for kernel, _ in kernels)),
-        notes=(*notes, *reasons),
+        notes=(*notes, *note, *reasons),
     )
 
 
