@@ -3,6 +3,7 @@
 from qjax.calibration.channels import Channels as Channels
 from qjax.calibration.channels import ChannelStats as ChannelStats
 from qjax.calibration.channels import channel_stats as channel_stats
+from qjax.calibration.divided import divide_columns as divide_columns
 from qjax.calibration.entropy import Entropy as Entropy
 from qjax.calibration.entropy import entropy as entropy
 from qjax.calibration.histogram import Bins as Bins
