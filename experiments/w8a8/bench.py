@@ -41,6 +41,7 @@ def tables():
         "static, smoothquant .5": (INT8, qjax.static(INT8), qjax.smoothquant()),
         "static, smoothquant searched": (INT8, qjax.static(INT8), qjax.smoothquant("search")),
         "dynamic, smoothquant searched": (INT8, qjax.dynamic(INT8), qjax.smoothquant("search")),
+        "llm.int8()": (INT8, None, qjax.llm_int8()),
     }
     weights = {}
     for bits, spec in {"4": qjax.int4, "3": qjax.int3}.items():
