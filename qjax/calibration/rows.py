@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.core import divide
 from qjax.program import Leaf, Packed, Site
 from qjax.program.labels import Dim
 
@@ -79,7 +80,7 @@ def site_rows(site: Site, eqn: Any, operands: Sequence[Any]) -> Rows:
     s = q.input_scale.transpose(*order, len(kept)).reshape(-1, 1, q.input_scale.shape[-1])
     if rows.owner is not None and s.shape[0] > 1:
         s = s[jnp.maximum(rows.owner, 0), 0][None]
-    return rows._replace(x=rows.x / s)
+    return rows._replace(x=divide(rows.x, s))
 
 
 def _rows(site: Site, eqn: Any, operands: Sequence[Any]) -> Rows:

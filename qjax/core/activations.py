@@ -65,7 +65,8 @@ class ActSpec:
         if self.observer is not None and (not hasattr(self.observer, "range") or isinstance(self.observer, type)):
             raise TypeError(f"`observer` must find ranges, such as qjax.minmax() or qjax.entropy(), got {self.observer!r}")
         if self.outliers is not None and not self.per_token:
-            raise ValueError(f"`outliers` need a scale for every row, qjax.dynamic(qjax.int8()), got {'static' if self.static else self.spec}")
+            given = "static" if self.static else self.spec
+            raise ValueError(f"`outliers` need a scale for every row, as in qjax.dynamic(qjax.int8()), got {given}")
 
     @property
     def per_token(self) -> bool:

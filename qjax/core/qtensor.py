@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.core.activations import ActSpec
+from qjax.core.affine import divide
 from qjax.core.granularity import PerBlock
 from qjax.core.layout import (
     canonicalize,
@@ -243,7 +244,7 @@ def _dequantize(q: QTensor) -> jax.Array:
     if q.perm is not None:
         w = jnp.take_along_axis(w, jnp.argsort(q.perm, axis=-1), axis=-1)
     if q.input_scale is not None:
-        w = w / q.input_scale
+        w = divide(w, q.input_scale)
     return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import OutlierCounts, init_states, observe_program, outlier_columns
+from qjax.calibration import OutlierCounts, init_states, observe_program, outlier_columns, why_no_rows
 from qjax.core import ActSpec, Outliers, QTensor, dynamic, int8
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program
@@ -144,11 +144,15 @@ def _capacity(leaf: Leaf, limit: Outliers, k: int, found: dict[Key, OutlierCount
     if limit.capacity is not None:
         capacity = min(limit.capacity, k)
         if over:
-            return capacity, (f"{over} of {calls} calls of the data had more than {capacity} outlier columns, up to {most}: the others stay int8",)
+            much = f"more than {capacity} outlier columns, up to {most}"
+            return capacity, (f"{over} of {calls} calls of the data had {much}: the others stay int8",)
         return capacity, ()
+    if all(site.custom_rule for site in leaf.sites):
+        return min(k, LEAST), ()  # nothing is rounded there
     capacity = min(k, max(LEAST, -(-int(np.ceil(MARGIN * most)) // MULTIPLE) * MULTIPLE))
     if not calls:
-        return capacity, (f"no outlier columns were counted, no data could be observed: {capacity} are set aside",)
+        why = next((text for site in leaf.sites if site.op != "gather" and (text := why_no_rows(site, leaf))), "no data reached it")
+        return capacity, (f"its outlier columns were not counted, {why}: {capacity} are set aside",)
     return capacity, (f"at most {most} outlier columns in {calls} calls of the data: {capacity} are set aside",)
 
 

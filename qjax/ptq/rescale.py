@@ -1,7 +1,8 @@
 """Rescales input channels before anything is rounded: `x / s` meets `s w`, and whatever makes `x` takes `1 / s`.
 
-Where nothing can take it, a method may divide the input at run time instead (`qjax.ptq.input_scale`). One implementation for every method that chooses such scales (AWQ, SmoothQuant) and every program: which parameters change is
-found by data flow (`qjax.graph.find_fold`), and the function that results is compared with the old one before it is used.
+One implementation for every method that chooses such scales (AWQ, SmoothQuant) and every program: which parameters change is
+found by data flow (`qjax.graph.find_fold`), and the function that results is compared with the old one before it is used. Where
+nothing can take 1 / s, a method may have the product divide its input at run time (`qjax.ptq.input_scale`).
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def _at_run_time(
                 return _best(one.method, (Member(w, sample.x, stats, channel),), w.shape[-1], how)
 
             scale = scales.setdefault(leaf.index, blank(leaf))
-            site_scale(leaf, site, flat[leaf.index], *states[site.key], scale, search)
+            stats, sample = states[site.key]
+            site_scale(leaf, site, flat[leaf.index], stats, sample, scale, search)
             _note(notes, (leaf.index,), f"{one.method.name}: its input is divided at run time, because {one.reason}")
     return scales
 

@@ -2,7 +2,8 @@
 
     y = s_x s_w (sum_k x_k w_k - z_x sum_k w_k - z_w sum_k x_k + K z_x z_w)
 
-on codes x and w with scales s and zero points z; columns of outliers are multiplied apart, in 16 bit. Everything here is stock XLA; it is what a faster kernel is compared with.
+on codes x and w with scales s and zero points z; columns of outliers are multiplied apart, in 16 bit (`outliers.py`).
+Everything here is stock XLA; it is what a faster kernel is compared with.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import ActSpec, IntSpec, PerBlock, PerGroup, QTensor, affine_params, encode_activation, uncanonicalize
+from qjax.core import ActSpec, IntSpec, PerBlock, PerGroup, QTensor, affine_params, divide, encode_activation, uncanonicalize
 from qjax.program import Site
 from qjax.program.labels import axes_of
 from qjax.runtime.outliers import Split, outlier_product, split_outliers
@@ -96,7 +97,7 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
     half = jnp.float16 if x.dtype == jnp.float16 else jnp.bfloat16
     input_scale = of_weight(q.input_scale)
     if input_scale is not None:
-        x = x.astype(jnp.float32) / input_scale
+        x = divide(x.astype(jnp.float32), input_scale)
     perm = of_weight(q.perm)
     if perm is not None:
         x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (*x.shape[:n_batch], *[1] * n_free, x.shape[-1])), axis=-1)

@@ -75,7 +75,8 @@ def outlier_product(
     Args:
       split: from `split_outliers`.
       codes: int8 (kept..., Kpad), the weight's.
-      scale: float32 (kept-like..., G), and `zero_point` like it.
+      scale: float32 (kept-like..., G).
+      zero_point: int32 like the scale, or None.
       order: the kept axes, the batch axes first.
       n_batch: how many batch axes there are.
       x_first: whether the activation is the left operand.

@@ -17,7 +17,8 @@ from qjax.core import QTensor
 from tests.program.cases import CASES, normal
 
 FULL = qjax.int8(scale_rule="full")
-DOT = re.compile(r"dot_general.*contracting_dims = \[([0-9, ]+)\] x .* : \(tensor<([0-9x]*)x(\w+)>, tensor<[0-9x]*x(\w+)>\) -> tensor<[0-9x]*x(\w+)>")
+TYPES = r"\(tensor<([0-9x]*)x(\w+)>, tensor<[0-9x]*x(\w+)>\) -> tensor<[0-9x]*x(\w+)>"
+DOT = re.compile(r"dot_general.*contracting_dims = \[([0-9, ]+)\] x .* : " + TYPES)
 
 
 def quantized(fn, params, inputs, method=None, weight=None, activation=None):
@@ -103,7 +104,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+SLOW = ("transposed", "four_bits", "zero_points")
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, marks=pytest.mark.slow) if form in SLOW else form for form in FORMS])
 def test_every_form_multiplies_integers_and_capacity_columns(form):
     """One int8 product into int32, one of `capacity` gathered columns, and no float array of the size of the weight."""
     fn, params, inputs, spec = FORMS[form]
@@ -139,7 +143,7 @@ def test_on_accelerators_the_columns_are_multiplied_in_bfloat16():
         assert sorted(types for _, _, *types in DOT.findall(lowered)) == [[half, half, "f32"], ["i8", "i8", "i32"]]
 
 
-@pytest.mark.parametrize("factor", [30, 100])
+@pytest.mark.parametrize("factor", [100, pytest.param(30, marks=pytest.mark.slow)])
 def test_planted_outliers_cost_plain_int8_much_more(factor):
     """Some channels of a norm times the factor, and the rows that read them divided: the same function."""
 
@@ -202,10 +206,13 @@ def test_the_capacity_comes_from_the_data_with_a_margin():
     assert quantized(matmul, {"w": normal(64, 5)}, (x,), qjax.llm_int8(threshold=1e-3)).params["w"].act.outliers.capacity == 64
 
 
-SOME = ("scan_remat", "grouped_attention_bf16", "experts", "conv", "custom_vjp", "shard_map", "tied_embedding")
+FAST = ("experts", "custom_vjp", "tied_embedding")
+SOME = (*FAST, "scan_remat", "grouped_attention_bf16", "conv", "shard_map", "while_loops", "interleaved", "loop_index")
 
 
-@pytest.mark.parametrize("case", [c if c.name in SOME else pytest.param(c, marks=pytest.mark.slow) for c in CASES], ids=str)
+@pytest.mark.parametrize(
+    "case", [c if c.name in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES if c.name in SOME], ids=str
+)
 def test_every_program(case):
     result = quantized(case.fn, case.params, case.inputs, qjax.llm_int8(threshold=1.5, capacity=4))
     got, want = jax.jit(qjax.quantized(case.fn))(result.params, *case.inputs), case.fn(case.params, *case.inputs)
