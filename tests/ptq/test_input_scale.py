@@ -62,13 +62,13 @@ def error(fn, params, result, inputs):
 def test_it_saves_static_activations_where_nothing_folds(name):
     fn, params, inputs = CASES_OF_NO_FOLD[name]
     plain = run(fn, params, inputs)
-    left = run(fn, params, inputs, qjax.smoothquant("search"))
-    divided = run(fn, params, inputs, SMOOTH)
+    left = run(fn, params, inputs, qjax.smoothquant())
+    divided = run(fn, params, inputs, qjax.smoothquant(unfoldable="scale"))
     first, last = ("up", "down") if name == "gelu" else ("a", "b")
     # By default the site goes on without it, and the report says why.
     np.testing.assert_array_equal(left.params[last].codes, plain.params[last].codes)
     said = {row.path: " ".join(row.notes) for row in left.report.rows}
-    assert "smoothquant(searched) without rescaling" in said[last] and left.params[last].input_scale is None
+    assert "smoothquant without rescaling" in said[last] and left.params[last].input_scale is None
     said = {row.path: " ".join(row.notes) for row in divided.report.rows}
     assert "its input is divided at run time, because" in said[last] and "its input is divided at run time" in said[first]
     assert error(fn, params, divided, inputs) < 0.35 * error(fn, params, plain, inputs)
@@ -119,12 +119,12 @@ def test_every_layer_of_a_scan_has_scales_of_its_own():
     fn = lambda p, x: scanned({"by": by, "w": p["w"]}, x)  # noqa: E731
     apart = lambda p, x: unrolled({"by": by, "w": p["w"]}, x)  # noqa: E731
     params, x = {"w": normal(3, 20, 20) / by[..., None]}, normal(31, 20, seed=4)
-    one, other = (run(f, params, (x,), qjax.smoothquant(unfoldable="scale")).params["w"] for f in (fn, apart))
+    results = [run(f, params, (x,), qjax.smoothquant(unfoldable="scale")) for f in (fn, apart)]
+    one, other = (result.params["w"] for result in results)
     assert one.input_scale.shape == (3, 1, 20)
     np.testing.assert_allclose(one.input_scale, other.input_scale, rtol=1e-4)
     np.testing.assert_allclose(jax.jit(qjax.quantized(fn))({"w": one}, x), jax.jit(qjax.quantized(apart))({"w": one}, x), atol=1e-4)
-    smooth = run(fn, params, (x,), SMOOTH)
-    assert error(fn, params, smooth, (x,)) < 0.5 * error(fn, params, run(fn, params, (x,)), (x,))
+    assert error(fn, params, results[0], (x,)) < 0.5 * error(fn, params, run(fn, params, (x,)), (x,))
 
 
 def experts(p, x):
@@ -147,7 +147,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", ["ragged", *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS if form != "ragged")])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_experts_and_heads(form):
     fn, params, inputs, shape = FORMS[form]
     result = run(fn, params, inputs, SMOOTH)
@@ -158,7 +159,7 @@ def test_experts_and_heads(form):
     assert INTEGER.search(text) and not FLOAT.search(text)
 
 
-METHODS = [qjax.awq(unfoldable="scale"), qjax.awq(clip=False, unfoldable="scale"),
+METHODS = [qjax.awq(clip=False, unfoldable="scale"), qjax.awq(unfoldable="scale"),
            qjax.awq(then=qjax.gptq(act_order=True), unfoldable="scale")]  # fmt: skip
 
 
@@ -193,11 +194,9 @@ def test_act_order_and_an_integer_product():
     )  # fmt: skip
 
 
-SOME = ("scan_remat", "conv", "loop_index", "time_loop", "layers_apart", "grouped_attention_bf16", "tied_embedding", "interleaved")
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [c if c.name == "conv" else pytest.param(c, marks=pytest.mark.slow) for c in CASES if c.name in SOME], ids=str
+    "case", [c for c in CASES if c.name in ("conv", "loop_index", "layers_apart", "grouped_attention_bf16", "interleaved")], ids=str
 )
 def test_every_program(case):
     """Divided or refused by name, the model runs as well as it does without."""

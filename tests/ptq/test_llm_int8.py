@@ -104,7 +104,7 @@ FORMS = {
 }
 
 
-SLOW = ("transposed", "four_bits", "zero_points")
+SLOW = ("transposed", "four_bits", "zero_points", "groups")
 
 
 @pytest.mark.parametrize("form", [pytest.param(form, marks=pytest.mark.slow) if form in SLOW else form for form in FORMS])
@@ -143,7 +143,8 @@ def test_on_accelerators_the_columns_are_multiplied_in_bfloat16():
         assert sorted(types for _, _, *types in DOT.findall(lowered)) == [[half, half, "f32"], ["i8", "i8", "i32"]]
 
 
-@pytest.mark.parametrize("factor", [100, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [30, 100])
 def test_planted_outliers_cost_plain_int8_much_more(factor):
     """Some channels of a norm times the factor, and the rows that read them divided: the same function."""
 
@@ -206,8 +207,8 @@ def test_the_capacity_comes_from_the_data_with_a_margin():
     assert quantized(matmul, {"w": normal(64, 5)}, (x,), qjax.llm_int8(threshold=1e-3)).params["w"].act.outliers.capacity == 64
 
 
-FAST = ("experts", "custom_vjp", "tied_embedding")
-SOME = (*FAST, "scan_remat", "grouped_attention_bf16", "conv", "shard_map", "while_loops", "interleaved", "loop_index")
+FAST = ("custom_vjp", "tied_embedding")
+SOME = (*FAST, "scan_remat", "grouped_attention_bf16", "experts", "conv", "shard_map", "while_loops")
 
 
 @pytest.mark.parametrize(
