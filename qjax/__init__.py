@@ -43,11 +43,13 @@ from qjax.program import trace as trace
 from qjax.ptq import Result as Result
 from qjax.ptq import awq as awq
 from qjax.ptq import gptq as gptq
+from qjax.ptq import llm_int8 as llm_int8
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rtn as rtn
 from qjax.ptq import sites as sites
 from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
+from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
 from qjax.training import fake_quant as fake_quant
 

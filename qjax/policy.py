@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -27,6 +27,19 @@ class Method(Protocol):
     def observer(self) -> Any: ...
 
     def quantize(self, problem: Any, state: Any) -> Any: ...
+
+
+@runtime_checkable
+class ChoosesActivation(Protocol):
+    """A method that decides what becomes of the activations, too."""
+
+    def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec, str]:
+        """Returns the spec, given the rule's and the primitives of the parameter's sites, and a remark or "".
+
+        Raises:
+          ValueError: it does not go with the one given.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +90,11 @@ class Rule:
         if self.weight is None and self.method is not None:
             raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
 
-        if self.activation is None:
-            return
-        if not isinstance(self.activation, ActSpec):
+        if self.activation is not None and not isinstance(self.activation, ActSpec):
             raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}")
-        if not isinstance(self.weight, IntSpec):
-            what = f"`activation` {self.activation} of rule {self.pattern!r}"
+        activation = self.activation_of()[0]
+        if activation is not None and not isinstance(self.weight, IntSpec):
+            what = f"`activation` {activation} of rule {self.pattern!r}"
             raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
 
     def _check_product(self) -> None:
@@ -106,6 +118,11 @@ class Rule:
         """What the left and the right operand of a product become; None leaves them float."""
         act = self.activation
         return act if act is None or isinstance(act, tuple) else (act, act)
+
+    def activation_of(self, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
+        """What becomes of activations that meet the weight in these primitives, and a remark: what the method makes of `activation`."""
+        given = None if isinstance(self.activation, tuple) else self.activation  # a pair is for a product
+        return self.method.activation(given, ops) if isinstance(self.method, ChoosesActivation) else (given, "")
 
     def matches(self, path: str) -> bool:
         return fnmatch.fnmatchcase(path, self.pattern)
@@ -133,9 +150,17 @@ class Choice:
     @property
     def activation(self) -> ActSpec | None:
         """What becomes of its activations; a parameter that is only looked up meets none."""
-        looked_up = all(site.op == "gather" for site in self.leaf.sites)
-        act = self.rule.activation if self.rule is not None and not looked_up else None
-        return act if isinstance(act, ActSpec) else None
+        return self._activation[0]
+
+    @property
+    def activation_note(self) -> str:
+        """What the method has to say of that, or ""."""
+        return self._activation[1]
+
+    @property
+    def _activation(self) -> tuple[ActSpec | None, str]:
+        ops = {site.op for site in self.leaf.sites} - {"gather"}
+        return self.rule.activation_of(ops) if self.rule is not None and ops else (None, "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +271,10 @@ def check_weights_only(policy: Policy) -> None:
     """
     check_policy(policy)
     for rule in policy.rules:
-        if rule.activation is not None:
+        activation = rule.activation_of()[0]
+        if activation is not None:
             raise ValueError(
-                f"rule {rule.pattern!r} has `activation` {rule.activation}, and a module trains with rounded weights only so far: "
+                f"rule {rule.pattern!r} has `activation` {activation}, and a module trains with rounded weights only so far: "
                 "apply qjax.fake_quant to its function"
             )
 

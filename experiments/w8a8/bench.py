@@ -50,6 +50,7 @@ def tables():
         "dynamic, smoothquant searched": (INT8, qjax.dynamic(INT8), qjax.smoothquant("search")),
         "W8A8 + attention products, dynamic": (INT8, qjax.dynamic(INT8), None, DYNAMIC_PRODUCTS),
         "W8A8 + attention products, static": (INT8, qjax.dynamic(INT8), None, STATIC_PRODUCTS),
+        "llm.int8()": (INT8, None, qjax.llm_int8()),
     }
     weights = {}
     for bits, spec in {"4": qjax.int4, "3": qjax.int3}.items():

@@ -3,6 +3,7 @@
 from qjax.calibration.channels import Channels as Channels
 from qjax.calibration.channels import ChannelStats as ChannelStats
 from qjax.calibration.channels import channel_stats as channel_stats
+from qjax.calibration.divided import divide_columns as divide_columns
 from qjax.calibration.entropy import Entropy as Entropy
 from qjax.calibration.entropy import entropy as entropy
 from qjax.calibration.histogram import Bins as Bins
@@ -18,6 +19,9 @@ from qjax.calibration.observers import RangeObserver as RangeObserver
 from qjax.calibration.observers import SecondMoment as SecondMoment
 from qjax.calibration.observers import Together as Together
 from qjax.calibration.observers import hessian as hessian
+from qjax.calibration.outliers import OutlierColumns as OutlierColumns
+from qjax.calibration.outliers import OutlierCounts as OutlierCounts
+from qjax.calibration.outliers import outlier_columns as outlier_columns
 from qjax.calibration.percentile import Percentile as Percentile
 from qjax.calibration.percentile import percentile as percentile
 from qjax.calibration.products import OperandObservers as OperandObservers

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.program import Leaf, Site
+from qjax.core import divide
+from qjax.program import Leaf, Packed, Site
 from qjax.program.labels import Dim
 
 
@@ -63,11 +64,26 @@ def site_rows(site: Site, eqn: Any, operands: Sequence[Any]) -> Rows:
     Args:
       site: the site.
       eqn: its equation.
-      operands: the equation's operands; the one at `site.operand` is not read.
+      operands: the equation's operands; the one at `site.operand` is not read, unless it is packed and its integer product divides
+        its input: then the rows are those of the quotient, which is what is rounded.
 
     Returns:
       `Rows`, float32.
     """
+    rows, weight = _rows(site, eqn, operands), operands[site.operand]
+    if not isinstance(weight, Packed) or weight.q.act is None or weight.q.input_scale is None:
+        return rows
+    q = weight.q
+    kept = [i for i in range(q.ndim) if i - q.ndim not in q.axes]
+    batch = [kept.index(d) for d, _ in _in_leaf_order(site.batch, site)]
+    order = [*batch, *(i for i in range(len(kept)) if i not in batch)]
+    s = q.input_scale.transpose(*order, len(kept)).reshape(-1, 1, q.input_scale.shape[-1])
+    if rows.owner is not None and s.shape[0] > 1:
+        s = s[jnp.maximum(rows.owner, 0), 0][None]
+    return rows._replace(x=divide(rows.x, s))
+
+
+def _rows(site: Site, eqn: Any, operands: Sequence[Any]) -> Rows:
     x = operands[1 - site.operand].astype(jnp.float32)
     if site.op == "conv_general_dilated":
         return Rows(_patches(site, eqn, x))

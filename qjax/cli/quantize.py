@@ -28,7 +28,7 @@ from qjax.cli.shared import (
 _INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
 _CASTS = ["bf16", "fp16"]
 WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
-METHODS = ["rtn", "gptq", "awq", "smoothquant"]
+METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
 
 
 @click.command("quantize")
@@ -40,7 +40,7 @@ METHODS = ["rtn", "gptq", "awq", "smoothquant"]
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
-              help="Round to nearest, GPTQ, AWQ, or SmoothQuant (with --activation).")
+              help="Round to nearest, GPTQ, AWQ, SmoothQuant (with --activation), or LLM.int8().")
 @click.option("--activation", type=click.Choice(["dynamic", "static"]),
               help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
 @click.option("--mse/--no-mse", default=None,
@@ -93,6 +93,10 @@ def _check_options(options: dict[str, Any]) -> None:
             raise click.UsageError(f"{given[0]} goes with {what}, and the method is {method}")
     if method == "smoothquant" and options["activation"] is None:
         raise click.UsageError("--method smoothquant is for quantized activations: give --activation static or dynamic")
+    if method == "llm_int8" and weight not in _INTEGERS:
+        raise click.UsageError(f"--method llm_int8 goes with integers such as --weight int8, and the weight is {weight}")
+    if method == "llm_int8" and options["activation"] == "static":
+        raise click.UsageError("--method llm_int8 finds a range for every row anew: leave --activation static out")
     if options["activation"] is not None and weight not in _INTEGERS:
         raise click.UsageError(f"--activation {options['activation']} goes with integers, and the weight is {weight}")
     if options["per"] is not None and weight not in _INTEGERS:
@@ -153,6 +157,7 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
         "gptq": lambda: qjax.gptq(act_order=options["act_order"], static_groups=options["static_groups"], **given),
         "awq": qjax.awq,
         "smoothquant": lambda: qjax.smoothquant("search"),
+        "llm_int8": qjax.llm_int8,
     }[options["method"]]()
     if weight in _CASTS:
         method = None

@@ -1,9 +1,11 @@
 from qjax.core import views as views
 from qjax.core.activations import ActSpec as ActSpec
+from qjax.core.activations import Outliers as Outliers
 from qjax.core.activations import RangeFinder as RangeFinder
 from qjax.core.activations import dynamic as dynamic
 from qjax.core.activations import encode_activation as encode_activation
 from qjax.core.activations import round_activation as round_activation
+from qjax.core.activations import round_inliers as round_inliers
 from qjax.core.activations import static as static
 from qjax.core.affine import affine_decode as affine_decode
 from qjax.core.affine import affine_encode as affine_encode

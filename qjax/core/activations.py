@@ -13,6 +13,29 @@ from qjax.core.specs import IntSpec
 _PER = {"token": PerToken(), "tensor": PerTensor()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Outliers:
+    """Columns of an activation that are multiplied in 16 bit, because a few of their values would coarsen all others.
+
+    Attributes:
+      threshold: a column with any |x| at or above it is an outlier.
+      capacity: how many of them one product takes, those with the largest values first; the others stay integers. None: not
+        known before calibration.
+    """
+
+    threshold: float
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < float("inf"):
+            raise ValueError(f"`threshold` must be a positive number such as 6.0, got {self.threshold}")
+        if self.capacity is not None and (isinstance(self.capacity, bool) or int(self.capacity) != self.capacity or self.capacity < 1):
+            raise ValueError(f"`capacity` must be a number of columns, at least 1, or None, got {self.capacity!r}")
+
+    def __str__(self) -> str:
+        return f"16 bit from {self.threshold:g}, {'calibrated' if self.capacity is None else f'at most {self.capacity}'} columns"
+
+
 class RangeFinder(Protocol):
     """What finds a static range: see `qjax.calibration`, whose observers do."""
 
@@ -27,11 +50,13 @@ class ActSpec:
       spec: integers, per token or per tensor.
       static: whether the range is known beforehand.
       observer: what finds a static range (see `qjax.calibration`); None takes the extreme values, or there is nothing to find.
+      outliers: columns that are left out of the integers (see `qjax.llm_int8`), or None.
     """
 
     spec: IntSpec
     static: bool = False
     observer: RangeFinder | None = None
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         _check_integers(self.spec)
@@ -39,6 +64,9 @@ class ActSpec:
             raise ValueError(f"`spec` of activations must be per {'tensor' if self.static else 'token or tensor'}, got {self.spec}")
         if self.observer is not None and (not hasattr(self.observer, "range") or isinstance(self.observer, type)):
             raise TypeError(f"`observer` must find ranges, such as qjax.minmax() or qjax.entropy(), got {self.observer!r}")
+        if self.outliers is not None and not self.per_token:
+            given = "static" if self.static else self.spec
+            raise ValueError(f"`outliers` need a scale for every row, as in qjax.dynamic(qjax.int8()), got {given}")
 
     @property
     def per_token(self) -> bool:
@@ -47,7 +75,7 @@ class ActSpec:
 
     def __str__(self) -> str:
         if not self.static:
-            return f"dynamic({self.spec})"
+            return f"dynamic({self.spec})" if self.outliers is None else f"dynamic({self.spec}, {self.outliers})"
         return f"static({self.spec})" if self.observer is None else f"static({self.spec}, {self.observer})"
 
 
@@ -156,3 +184,27 @@ def round_activation(
       [[0.0, -2.0]]
     """
     return affine_decode(*encode_activation(x, act, axes, scale, zero_point)).astype(x.dtype)
+
+
+def round_inliers(x: jax.Array, act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:
+    """`round_activation` of all columns but the outliers, which stay as they are: what a product of both parts stands for.
+
+    Args:
+      x: floating, any shape.
+      act: dynamic, per token, with `outliers`; their capacity is not looked at.
+      axes: the axes that share a scale: the contracted ones.
+      rows: the axes over which a column runs.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Example:
+      >>> import qjax
+      >>> act = ActSpec(dynamic(qjax.int2(scale_rule="full")).spec, outliers=Outliers(6.0))
+      >>> round_inliers(jnp.float32([[1.0, 0.4, 9.5]]), act, (1,), (0,)).tolist()
+      [[1.0, 0.0, 9.5]]
+    """
+    if act.outliers is None:
+        return round_activation(x, act, axes)
+    large = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=rows, keepdims=True, initial=0.0) >= act.outliers.threshold
+    return jnp.where(large, x, round_activation(jnp.where(large, jnp.zeros_like(x), x), act, axes))

@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.core.activations import ActSpec
+from qjax.core.affine import divide
 from qjax.core.granularity import PerBlock
 from qjax.core.layout import (
     canonicalize,
@@ -26,7 +27,7 @@ from qjax.core.packing import pack, unpack
 from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, round_cast
 from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
 
-ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point")
+ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale")
 
 
 @functools.partial(
@@ -56,6 +57,9 @@ class QTensor:
       act: what becomes of the activations that it meets; None leaves them as they are.
       act_scale: float32 (stacked axes full, others 1, 1), the scale of static activations; else None.
       act_zero_point: int32 of the shape of `act_scale`, or None.
+      input_scale: float32 (stacked axes full, others 1, K), positive, or None: s, by which the product divides its input. The
+        codes stand for s w, and `dequantize` divides, so that it gives w. In the logical order of the flattened contracted
+        values, whatever `perm` says.
     """
 
     codes: Any
@@ -69,6 +73,7 @@ class QTensor:
     act: ActSpec | None = None
     act_scale: Any = None
     act_zero_point: Any = None
+    input_scale: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,7 +115,8 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The array of `shape` and `dtype` that the codes stand for.
 
-        `(code - zero_point) * scale` or `levels[code] * scale` in float32, in this order, then one cast.
+        `(code - zero_point) * scale` or `levels[code] * scale`, divided by `input_scale` if there is one, in float32, in this
+        order, then one cast.
 
         >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).dequantize().tolist()
         [[7.0], [-8.0]]
@@ -237,6 +243,8 @@ def _dequantize(q: QTensor) -> jax.Array:
         w = _decode(_unpack(q), q.scale, q.zero_point, q.spec)[..., : math.prod(q.sizes)]
     if q.perm is not None:
         w = jnp.take_along_axis(w, jnp.argsort(q.perm, axis=-1), axis=-1)
+    if q.input_scale is not None:
+        w = divide(w, q.input_scale)
     return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)
 
 
@@ -250,6 +258,7 @@ def assemble(
     dtype: Any,
     perm: Any = None,
     *,
+    input_scale: Any = None,
     name: str = "w",
 ) -> QTensor:
     """Pack codes that a method or a file gave into a `QTensor`.
@@ -263,6 +272,7 @@ def assemble(
       sizes: their sizes.
       dtype: the logical dtype.
       perm: int32 (kept-like..., K), or None: stored position j holds the flattened index perm[j].
+      input_scale: positive (kept-like..., K), or None: the codes stand for the weight times this.
       name: what an error calls the array.
 
     Returns:
@@ -290,7 +300,11 @@ def assemble(
         perm = jnp.asarray(perm, jnp.int32)
         _check_shape("perm", perm, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
         _check_permutation(perm, name)
-    return QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype)
+    if input_scale is not None:
+        input_scale = jnp.asarray(input_scale, jnp.float32)
+        _check_shape("input_scale", input_scale, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
+        _check_positive(input_scale, name)
+    return QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype, input_scale=input_scale)
 
 
 def _checked(codes, scale, zero_point, spec: IntSpec | CodebookSpec, k: int, name: str):
@@ -340,3 +354,10 @@ def _check_permutation(perm: jax.Array, name: str) -> None:
         return
     if np.any(np.sort(np.asarray(perm), axis=-1) != np.arange(perm.shape[-1])):
         raise ValueError(f"`perm` of `{name}` must hold each of 0 .. {perm.shape[-1] - 1} once along its last axis")
+
+
+def _check_positive(scale: jax.Array, name: str) -> None:
+    if isinstance(scale, Tracer):
+        return
+    if not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
+        raise ValueError(f"`input_scale` of `{name}` must be positive and finite, got {np.min(scale)} .. {np.max(scale)}")

@@ -27,7 +27,7 @@ def _kept(q: QTensor) -> list[int]:
 
 
 def _map_arrays(q: QTensor, f: Callable[[Any], Any], **static) -> QTensor:
-    """`f` on codes, scale, zero point and permutation; they have one axis for each kept axis, then the last."""
+    """`f` on every array inside; they have one axis for each kept axis, then the last."""
     arrays = {name: getattr(q, name) for name in ARRAYS}
     return dataclasses.replace(q, **{n: None if a is None else f(a) for n, a in arrays.items()}, **static)
 

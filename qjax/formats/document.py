@@ -58,6 +58,7 @@ class Packed:
     act_scale: str | None = None
     act_zero_point: str | None = None
     act: ActSpec | None = None
+    input_scale: str | None = None
 
     @property
     def children(self) -> dict[str, str]:

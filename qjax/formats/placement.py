@@ -52,6 +52,8 @@ def check_packed(q: QTensor, name: str) -> None:
         _check("zero_point", q.zero_point, "int8" if signed else "uint8", [{n} for n in q.scale.shape], name)
     if q.perm is not None:
         _check("perm", q.perm, "int32", [{1, n} for n in kept] + [{k}], name)
+    if q.input_scale is not None:
+        _check("input_scale", q.input_scale, "float32", [{1, n} for n in kept] + [{k}], name)
     _check_activations(q, name)
 
 

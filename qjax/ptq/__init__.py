@@ -2,6 +2,7 @@
 
 from qjax.ptq.awq import awq as awq
 from qjax.ptq.gptq import gptq as gptq
+from qjax.ptq.llm_int8 import llm_int8 as llm_int8
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
 from qjax.ptq.method import Problem as Problem

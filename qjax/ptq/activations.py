@@ -45,7 +45,7 @@ def with_activations(done: Done, choices: Sequence[Choice], flat: Sequence[Any],
     static = {index: act for index, act in wanted.items() if act.static}
     if not static:
         return new
-    found = _observe(static, [done[i][0] if i in done else w for i, w in enumerate(flat)], batches)
+    found = _observe(static, [new[i][0] if i in new else w for i, w in enumerate(flat)], batches)
     program = batches[0][0]
     for index, act in static.items():
         leaf, (q, notes) = program.leaves[index], new[index]

@@ -27,7 +27,7 @@ from qjax.core import (
 )
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import for_each_matrix, matrices, packed
-from qjax.ptq.rescale import Member, checked_rows, checked_then, means
+from qjax.ptq.rescale import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.rtn import rtn
 
 CLIPS = tuple(round(1 - 0.05 * i, 2) for i in range(10))  # 1.00 down to .55
@@ -41,10 +41,12 @@ class AWQ:
     clip: bool
     then: Method | None
     rows: int
+    unfoldable: Unfoldable = "leave"
 
     @property
     def name(self) -> str:
         inside = ([] if self.clip or self.then is not None else ["clip=False"]) + ([self.then.name] if self.then is not None else [])
+        inside += [] if self.unfoldable == "leave" else [f"unfoldable={self.unfoldable}"]
         return f"awq({', '.join(inside)})" if inside else "awq"
 
     @property
@@ -77,7 +79,7 @@ class AWQ:
         return jnp.concatenate([jnp.ones((1, size), jnp.float32), s])
 
 
-def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int = 512) -> AWQ:
+def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int = 512, unfoldable: Unfoldable = "leave") -> AWQ:
     """Activation-aware weight quantization: tries scales for each input channel on the error of the outputs, then clips.
 
     s_j = mean|x_j|^r / (mean|w_j / groupmax|^(1 - r) + 1e-4),  divided by sqrt(min s max s),  r = 0, 1/grid, ...
@@ -90,12 +92,15 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
       clip: search the ranges; else they are those of the extreme values.
       then: how the rescaled weights are rounded, such as `qjax.gptq()`; None: to nearest, within the clipped ranges.
       rows: rows of activations that candidates are tried on.
+      unfoldable: what becomes of an input when nothing that makes it can take 1 / s in exchange. "leave": the weight is rounded as it
+        is. "scale": each such weight keeps scales of its own (float32, one a column), and its product divides the input at run
+        time. The report says which, and why.
 
     Returns:
       A method for `qjax.Rule`. Needs calibration data.
 
     Raises:
-      ValueError: `grid` or `rows` less than 1.
+      ValueError: `grid` or `rows` less than 1; another `unfoldable`.
       TypeError: `then` is no method.
 
     Example:
@@ -109,7 +114,7 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
     """
     if grid < 1:
         raise ValueError(f"`grid` must be at least 1, got {grid}")
-    return AWQ(grid, clip, None if then is None else checked_then(then), checked_rows(rows))
+    return AWQ(grid, clip, None if then is None else checked_then(then), checked_rows(rows), checked_unfoldable(unfoldable))
 
 
 def _magnitude(w: jax.Array, spec: Spec) -> jax.Array:

@@ -19,6 +19,8 @@ from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
 from qjax.ptq.activations import with_activations
+from qjax.ptq.input_scale import part_scale, quantize_scaled
+from qjax.ptq.llm_int8 import with_capacities
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
 from qjax.ptq.products import product_row, quantize_products
@@ -103,7 +105,7 @@ def quantize(
     traced = time.perf_counter()
 
     streams = [(programs(a), a.inputs) for a in arguments]
-    flat, rescaled = rescale(flat, choices, streams)
+    flat, scales, rescaled = rescale(flat, choices, streams)
     done: dict[int, tuple[QTensor, tuple[str, ...]]] = {}
     tasks: dict[int, Task] = {}
     for choice in choices:
@@ -111,17 +113,19 @@ def quantize(
             continue
         method, note = _method(choice)
         if method.observer is None:
-            q, notes = _by_parts(choice.leaf, choice.spec, method, flat[choice.leaf.index])
+            index = choice.leaf.index
+            q, notes = _by_parts(choice.leaf, choice.spec, method, flat[index], scales.get(index))
             done[choice.leaf.index] = q, (*notes, *note)
         else:
             # What a group that does not divide says, it says now, not after minutes of calibration.
             _shapes(choice)
-            tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method)
+            tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method, scales.get(choice.leaf.index))
     if tasks:
         _check_data(batches, tasks)
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
         done |= quantize_sequential(current, tasks, streams, progress)
     done = with_activations(done, choices, flat, streams)
+    done = with_capacities(done, choices, flat, streams)
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
     products, product_rows = quantize_products(named, packed, streams)
     jax.block_until_ready([jax.tree.leaves(x) for x in (*packed, products)])
@@ -161,17 +165,17 @@ def _method(choice: Choice) -> tuple[Method, tuple[str, ...]]:
     return method, ()
 
 
-def _by_parts(leaf: Leaf, spec: Spec, method: Method, w: jax.Array) -> tuple[QTensor, tuple[str, ...]]:
+def _by_parts(leaf: Leaf, spec: Spec, method: Method, w: jax.Array, scale: Any = None) -> tuple[QTensor, tuple[str, ...]]:
     """Quantizes a weight without data, a layer of a stack at a time: all of them at once would hold several float copies."""
     site = leaf.sites[0]
     layout = layout_of(leaf) if _same_parts(leaf) else Layout((), ())
     if not layout.axes:
-        outcome = method.quantize(problem_of(leaf, site, spec, w), None)
+        outcome = quantize_scaled(method, problem_of(leaf, site, spec, w), None, scale)
         return outcome.q, outcome.notes
     outcomes = {}
     for part in layout.all:
         problem = problem_of(leaf, site, spec, take(w, layout, part), layout.axes)
-        outcomes[part] = method.quantize(problem, None)
+        outcomes[part] = quantize_scaled(method, problem, None, part_scale(scale, layout, part))
     notes = dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes)
     return join(leaf, layout, {part: outcome.q for part, outcome in outcomes.items()}), tuple(notes)
 
@@ -271,7 +275,9 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         return row
     method, notes = _method(choice)
     q = _shapes(choice) if q is None else q
-    act = choice.activation
+    act, note = choice.activation, (choice.activation_note,) if choice.activation_note else ()
+    if act is not None and act.outliers is not None and q.act is not None:
+        act = q.act  # which knows the capacity
     kernels = dict.fromkeys(kernel_of(site, spec, act) for site in leaf.sites)
     reasons = tuple(reason for _, reason in kernels if reason)
     return dataclasses.replace(
@@ -281,7 +287,7 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         bits_per_weight=q.bits_per_weight,
         activation="" if act is None else str(act),
         kernel=", ".join(dict.fromkeys(kernel for kernel, _ in kernels)),
-        notes=(*notes, *reasons),
+        notes=(*notes, *note, *reasons),
     )
 
 

@@ -1,15 +1,16 @@
 """Rescales input channels before anything is rounded: `x / s` meets `s w`, and whatever makes `x` takes `1 / s`.
 
 One implementation for every method that chooses such scales (AWQ, SmoothQuant) and every program: which parameters change is
-found by data flow (`qjax.graph.find_fold`), and the function that results is compared with the old one before it is used.
+found by data flow (`qjax.graph.find_fold`), and the function that results is compared with the old one before it is used. Where
+nothing can take 1 / s, a method may have the product divide its input at run time (`qjax.ptq.input_scale`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,12 @@ from qjax.core import ActSpec, Spec, quantize, round_activation
 from qjax.graph import Fold, NoFold, NotPreserved, Scaling, apply_fold, build, find_fold, verifier
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site, shared_inputs
+from qjax.ptq.input_scale import blank, site_scale, why_no_scale
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, matrices, part_axes, part_of, problem_of, take
 from qjax.ptq.rtn import rtn
 
+Unfoldable = Literal["leave", "scale"]
 SAMPLES_AT_ONCE = 2**30  # bytes of activations that are held at a time; more sites take more passes over the data
 
 
@@ -53,6 +56,11 @@ class Rescaling(Method, Protocol):
         """How many rows of activations it tries its candidates on."""
         ...
 
+    @property
+    def unfoldable(self) -> Unfoldable:
+        """What becomes of an input whose scales nothing can take in exchange: left as it is, or divided at run time."""
+        ...
+
     def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
         """Returns the scales to try, float32 (candidates, size), all positive; the first of the best is taken."""
         ...
@@ -67,10 +75,35 @@ class Group:
     method: Rescaling
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alone:
+    """A site whose input is to be divided at run time, and why nothing can take its scales."""
+
+    sites: tuple[Site]
+    method: Rescaling
+    reason: str
+
+
 Notes = dict[int, tuple[str, ...]]
+Refusals = list[tuple[tuple[Site, ...], str]]
+Unit = TypeVar("Unit", bound=Group | Alone)
 
 
-def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tuple[Program, Any]]) -> tuple[list[Any], Notes]:
+class Rescaled(NamedTuple):
+    """What `rescale` did.
+
+    Attributes:
+      params: the parameters, which compute the same function.
+      scales: for parameters whose input is divided at run time by s: s, float32, one along kept axes.
+      notes: remarks for those with such a method and for those that changed in exchange.
+    """
+
+    params: list[Any]
+    scales: dict[int, np.ndarray]
+    notes: Notes
+
+
+def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tuple[Program, Any]]) -> Rescaled:
     """Rescales what the policy's methods want rescaled.
 
     Args:
@@ -79,17 +112,17 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
       batches: (traced program, its inputs) for each calibration batch.
 
     Returns:
-      The new parameters, which compute the same function; remarks for those with such a method and for those that changed in
-      exchange.
+      The new parameters, the scales that are left to run time, and remarks.
 
     Raises:
       ValueError: shapes in place of data; activations that are not finite.
     """
     wanted = {c.leaf.index: c for c in choices if c.rule is not None and isinstance(c.rule.method, Rescaling) and c.spec is not None}
     if not wanted:
-        return list(flat), {}
+        return Rescaled(list(flat), {}, {})
     program = batches[0][0]
-    groups, notes = _groups(program, wanted)
+    groups, refusals = _groups(program, wanted)
+    notes: Notes = {}
     chosen: list[tuple[Group, jax.Array]] = []
     for some in _at_once(groups, program):
         states = _observe(some, wanted, list(flat), batches)
@@ -99,17 +132,56 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
     new, refused = _apply(program, flat, batches[0][1], chosen)
     for group, _ in chosen:
         method, reason = group.method.name, refused.get(id(group))
-        text = f"{method}: its input is rescaled" if reason is None else f"{method} without rescaling: {reason}"
-        notes |= {site.leaf: (*notes.get(site.leaf, ()), text) for site in group.sites}
-        if reason is None:
-            others = {s.leaf for s in group.fold.scalings} - {site.leaf for site in group.sites}
-            notes |= {leaf: (*notes.get(leaf, ()), f"{method}: changed in exchange for an input") for leaf in others}
-    return new, notes
+        if reason is not None:
+            refusals.append((group.sites, reason))
+            continue
+        _note(notes, (site.leaf for site in group.sites), f"{method}: its input is rescaled")
+        others = {s.leaf for s in group.fold.scalings} - {site.leaf for site in group.sites}
+        _note(notes, others, f"{method}: changed in exchange for an input")
+    return Rescaled(new, _at_run_time(refusals, wanted, new, batches, notes), notes)
 
 
-def _groups(program: Program, wanted: Mapping[int, Choice]) -> tuple[list[Group], Notes]:
-    """The groups that can be rescaled; for the others a remark that says why not."""
-    system, groups, notes = build(program), [], {}
+def _note(notes: Notes, leaves: Iterable[int], text: str) -> None:
+    notes |= {leaf: tuple(dict.fromkeys((*notes.get(leaf, ()), text))) for leaf in leaves}
+
+
+def _at_run_time(
+    refusals: Refusals, wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]], notes: Notes
+) -> dict[int, np.ndarray]:
+    """The scales of sites whose method divides what cannot be folded; each parameter by itself, as it keeps its own."""
+    program, alone = batches[0][0], []
+    for sites, reason in refusals:
+        for site in sites:
+            choice = wanted[site.leaf]
+            method: Any = choice.rule.method  # pyright: ignore[reportOptionalMemberAccess]
+            no = ""
+            if method.unfoldable == "scale":
+                no = why_no_scale(site, program.leaves[site.leaf], choice.spec, choice.activation)  # pyright: ignore[reportArgumentType]
+                if not no:
+                    alone.append(Alone((site,), method, reason))
+                    continue
+            _note(notes, (site.leaf,), f"{method.name} without rescaling: {reason}" + (f"; nor at run time: {no}" if no else ""))
+    scales: dict[int, np.ndarray] = {}
+    for some in _at_once(alone, program):
+        states = _observe(some, wanted, flat, batches)
+        for one in some:
+            (site,), leaf = one.sites, program.leaves[one.sites[0].leaf]
+            how = ((wanted[leaf.index].spec, wanted[leaf.index].activation),)
+
+            def search(w: jax.Array, stats: Channels, sample: Sample, one: Alone = one, how: Any = how) -> jax.Array:
+                channel = jnp.broadcast_to(jnp.arange(w.shape[-1], dtype=jnp.int32), (w.shape[0], w.shape[-1]))
+                return _best(one.method, (Member(w, sample.x, stats, channel),), w.shape[-1], how)
+
+            scale = scales.setdefault(leaf.index, blank(leaf))
+            stats, sample = states[site.key]
+            site_scale(leaf, site, flat[leaf.index], stats, sample, scale, search)
+            _note(notes, (leaf.index,), f"{one.method.name}: its input is divided at run time, because {one.reason}")
+    return scales
+
+
+def _groups(program: Program, wanted: Mapping[int, Choice]) -> tuple[list[Group], Refusals]:
+    """The groups that can be rescaled; the others, and why not."""
+    system, groups, refusals = build(program), [], []
     taken: dict[int, list[tuple[np.ndarray, str]]] = {}
     for sites in shared_inputs(program):
         mine = tuple(site for site in sites if site.leaf in wanted)
@@ -119,12 +191,12 @@ def _groups(program: Program, wanted: Mapping[int, Choice]) -> tuple[list[Group]
         fold = find_fold(system, sites)
         reason = _refusal(mine, fold, program.leaves, taken, [wanted[site.leaf].rule.method for site in mine])  # pyright: ignore
         if reason or isinstance(fold, NoFold):
-            notes |= {s.leaf: (*notes.get(s.leaf, ()), f"{method.name} without rescaling: {reason}") for s in mine}
+            refusals.append((mine, reason))
             continue
         for scaling in fold.scalings:
             taken.setdefault(scaling.leaf, []).append((scaling.power > 0, mine[0].path))
         groups.append(Group(mine, fold, method))
-    return groups, notes
+    return groups, refusals
 
 
 def _refusal(
@@ -154,9 +226,9 @@ def _refusal(
     return ""
 
 
-def _at_once(groups: Sequence[Group], program: Program) -> list[list[Group]]:
+def _at_once(groups: Sequence[Unit], program: Program) -> list[list[Unit]]:
     """Cuts groups into lists whose samples fit into the memory set aside for them."""
-    out: list[list[Group]] = []
+    out: list[list[Unit]] = []
     room = 0
     for group in groups:
         need = 0
@@ -171,7 +243,7 @@ def _at_once(groups: Sequence[Group], program: Program) -> list[list[Group]]:
     return out
 
 
-def _observe(groups: Sequence[Group], wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]]) -> Any:
+def _observe(groups: Sequence[Group | Alone], wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]]) -> Any:
     observers = {s.key: Together((channel_stats(), sample_rows(group.method.rows))) for group in groups for s in group.sites}
     states: dict[Key, Any] = init_states(batches[0][0], observers)
     runs: dict[int, Any] = {}
@@ -285,6 +357,13 @@ def checked_then(then: Any) -> Method:
     if not isinstance(then, Method) or isinstance(then, type):
         raise TypeError(f"`then` must be a method such as qjax.gptq(), got {then!r}")
     return then
+
+
+def checked_unfoldable(unfoldable: Any) -> Unfoldable:
+    """What becomes of an input whose scales cannot be folded."""
+    if unfoldable not in get_args(Unfoldable):
+        raise ValueError(f"`unfoldable` must be 'leave' or 'scale', got {unfoldable!r}")
+    return unfoldable
 
 
 def checked_rows(rows: int) -> int:

@@ -27,6 +27,7 @@ from qjax.program import Leaf, Packed, Program, Site, compat
 from qjax.program.flatten import FlatEqn, Graph, Lit, canonical, flatten
 from qjax.program.packed import can_scan
 from qjax.program.segments import Compiled, Cutter, Segment
+from qjax.ptq.input_scale import part_scale, quantize_scaled
 from qjax.ptq.method import Method, Outcome
 from qjax.ptq.parts import Layout, Part, join, layout_of, part_axes, part_of, problem_of, put, take
 
@@ -40,6 +41,7 @@ class Task:
     leaf: Leaf
     spec: Spec
     method: Method
+    scale: Any = None  # by which its input is divided, see `qjax.ptq.input_scale`
 
     @property
     def observer(self) -> Observer[Any]:
@@ -300,7 +302,7 @@ def _solve_flat(
         layout, part = layout_of(task.leaf), visits[0][number].part or ()
         w = take(run.params[site.leaf], layout, part)
         problem = problem_of(task.leaf, site, task.spec, w, layout.axes)
-        run.finish_part(task, layout, part, task.method.quantize(problem, state))
+        run.finish_part(task, layout, part, quantize_scaled(task.method, problem, state, part_scale(task.scale, layout, part)))
 
 
 def _dims(site: Site) -> Any:
@@ -349,7 +351,7 @@ def _solve_pooled(run: Run, streams: list[Batch], task: Task) -> None:
             state = _fold(states[site.key], len(site.scans), task.observer)
             total = state if total is None else task.observer.merge(total, state)
     problem = problem_of(task.leaf, first, task.spec, run.params[task.leaf.index])
-    outcome = task.method.quantize(problem, total)
+    outcome = quantize_scaled(task.method, problem, total, task.scale)
     uses = f"its {len(sites)} uses" if len(sites) > 1 else "all turns of its loop"
     note = f"one set of statistics for {uses}" + (" and all its layers" if first.view.stacked else "")
     run.finish_part(task, layout, (), Outcome(outcome.q, (*outcome.notes, note)))

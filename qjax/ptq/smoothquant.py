@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qjax.calibration import Observer
 from qjax.core import QTensor, Spec
 from qjax.ptq.method import Method, Outcome, Problem
-from qjax.ptq.rescale import Member, checked_rows, checked_then, peaks
+from qjax.ptq.rescale import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, peaks
 from qjax.ptq.rtn import rtn
 
 SEARCHED = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))  # .30 to .90
@@ -24,11 +24,13 @@ class SmoothQuant:
     alphas: tuple[float, ...]
     then: Method
     rows: int
+    unfoldable: Unfoldable = "leave"
 
     @property
     def name(self) -> str:
         how = "" if self.alphas == (0.5,) else f"alpha={self.alphas[0]:g}" if len(self.alphas) == 1 else "searched"
         after = [] if self.then == rtn() else [self.then.name]
+        after += [] if self.unfoldable == "leave" else [f"unfoldable={self.unfoldable}"]
         inside = ", ".join([*filter(None, [how]), *after])
         return f"smoothquant({inside})" if inside else "smoothquant"
 
@@ -52,7 +54,9 @@ class SmoothQuant:
         return jnp.exp(alphas * log_x[None] - (1 - alphas) * log_w[None])
 
 
-def smoothquant(alpha: float | str | tuple[float, ...] = 0.5, then: Method | None = None, rows: int = 512) -> SmoothQuant:
+def smoothquant(
+    alpha: float | str | tuple[float, ...] = 0.5, then: Method | None = None, rows: int = 512, unfoldable: Unfoldable = "leave"
+) -> SmoothQuant:
     """Rescales each input channel so that activations and weights share the difficulty, then rounds.
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha),  x_j -> x_j / s_j,  w_j -> w_j s_j
@@ -64,12 +68,15 @@ def smoothquant(alpha: float | str | tuple[float, ...] = 0.5, then: Method | Non
         each group of weights that share an input the one with the least error of their outputs (.30, .35 ... .90).
       then: how the rescaled weights are rounded; None: to nearest.
       rows: rows of activations that a search tries its candidates on.
+      unfoldable: what becomes of an input when nothing that makes it can take 1 / s in exchange. "leave": the weight is rounded as it
+        is. "scale": each such weight keeps scales of its own (float32, one a column), and its product divides the input at run
+        time. The report says which, and why.
 
     Returns:
       A method for `qjax.Rule`. Needs calibration data.
 
     Raises:
-      ValueError: an alpha outside of 0 to 1; `rows` less than 1.
+      ValueError: an alpha outside of 0 to 1; `rows` less than 1; another `unfoldable`.
       TypeError: `then` is no method.
 
     Example:
@@ -78,11 +85,11 @@ def smoothquant(alpha: float | str | tuple[float, ...] = 0.5, then: Method | Non
       'smoothquant(alpha=0.6)'
 
     Source: Xiao et al. 2022, arXiv 2211.10438, equation 4 and section 4 (the search is per model there). A channel that no data or
-    no weight uses keeps its scale; a weight whose input cannot be rescaled is rounded as it is, and the report says so.
+    no weight uses keeps its scale. Where the authors' pairs of layers end, at an input that no norm makes, `unfoldable` goes on.
     """
     if isinstance(alpha, str) and alpha != "search":
         raise ValueError(f"`alpha` must be a number from 0 to 1, a tuple of them or 'search', got {alpha!r}")
     alphas = SEARCHED if isinstance(alpha, str) else tuple(alpha) if isinstance(alpha, (tuple, list)) else (float(alpha),)
     if not alphas or not all(0 <= a <= 1 for a in alphas):
         raise ValueError(f"`alpha` must be from 0 to 1, got {alpha!r}")
-    return SmoothQuant(alphas, checked_then(then), checked_rows(rows))
+    return SmoothQuant(alphas, checked_then(then), checked_rows(rows), checked_unfoldable(unfoldable))

@@ -2,7 +2,8 @@
 
     y = s_x s_w (sum_k x_k w_k - z_x sum_k w_k - z_w sum_k x_k + K z_x z_w)
 
-on codes x and w with scales s and zero points z. Everything here is stock XLA; it is what a faster kernel is compared with.
+on codes x and w with scales s and zero points z; columns of outliers are multiplied apart, in 16 bit (`outliers.py`).
+Everything here is stock XLA; it is what a faster kernel is compared with.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import ActSpec, IntSpec, PerBlock, PerGroup, QTensor, affine_params, encode_activation, uncanonicalize
+from qjax.core import ActSpec, IntSpec, PerBlock, PerGroup, QTensor, affine_params, divide, encode_activation, uncanonicalize
 from qjax.program import Site
 from qjax.program.labels import axes_of
+from qjax.runtime.outliers import Split, outlier_product, split_outliers
 
 BLOCK = 16  # rows of one expert at a time
 
@@ -92,10 +94,18 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
         a = a.transpose(*order, a.ndim - 1)
         return a.reshape(*a.shape[:n_batch], *[1] * n_free, a.shape[-1])
 
+    half = jnp.float16 if x.dtype == jnp.float16 else jnp.bfloat16
+    input_scale = of_weight(q.input_scale)
+    if input_scale is not None:
+        x = divide(x.astype(jnp.float32), input_scale)
     perm = of_weight(q.perm)
     if perm is not None:
         x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (*x.shape[:n_batch], *[1] * n_free, x.shape[-1])), axis=-1)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, w.codes.shape[-1] - x.shape[-1])])
+    split: Split | None = None
+    if act.outliers is not None:
+        split = split_outliers(x, act.outliers, n_batch, half)
+        x = split.inliers
     axes = (x.ndim - 1,) if act.per_token else tuple(range(x.ndim))
     codes, scale, zero_point = encode_activation(x, act, axes, of_weight(q.act_scale), of_weight(q.act_zero_point))
     numbers = _numbers(n_batch, places, codes.ndim - 1, w.codes.ndim - 1, x_first)
@@ -112,7 +122,11 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
             total = total - on_x(sums) * on_w(w.zero_point)
         return total.astype(jnp.float32) * on_w(w.scale)
 
-    return _over_groups(group, codes, w) * on_x(scale[..., 0])
+    out = _over_groups(group, codes, w) * on_x(scale[..., 0])
+    if split is None:
+        return out
+    large, scaled = outlier_product(split, w.codes, w.scale, w.zero_point, order, n_batch, x_first)
+    return out + (large if scaled else large * on_w(w.scale[..., 0]))
 
 
 def _numbers(n_batch: int, places: Sequence[int], x_last: int, w_last: int, x_first: bool) -> Any:
@@ -139,11 +153,11 @@ def _over_groups(group: Any, x: jax.Array, w: Codes) -> jax.Array:
 
 
 def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
-    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point or groups."""
+    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input scale."""
     params = eqn.params
     dims = params["dimension_numbers"]
     w = weight_codes(q)
-    one_scale = w.scale.shape[-1] == 1 and w.zero_point is None and q.perm is None
+    one_scale = w.scale.shape[-1] == 1 and w.zero_point is None and q.perm is None and q.input_scale is None
     if not one_scale or [a + q.ndim for a in q.axes if a + q.ndim == dims.rhs_spec[0]]:
         return None
     asymmetric = not (act.spec.signed and act.spec.symmetric)
@@ -205,8 +219,11 @@ def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Arra
         expert = jnp.minimum(jnp.searchsorted(last, block, side="right"), experts - 1)
         first = ends[expert] - sizes[expert] + (block - last[expert] + counts[expert]) * BLOCK
         one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, jnp.where(a.shape[0] == 1, 0, expert), 0, keepdims=False), q)
-        y = _matmul(lax.dynamic_slice_in_dim(padded, first, BLOCK), one, act, (), x_first=True)
         mine = (first + jnp.arange(BLOCK) < ends[expert]) & (block < last[-1])
+        x = lax.dynamic_slice_in_dim(padded, first, BLOCK)
+        if act.outliers is not None:  # which columns are outliers is not for the rows of other experts to say
+            x = jnp.where(mine[:, None], x, jnp.zeros((), x.dtype))
+        y = _matmul(x, one, act, (), x_first=True)
         old = lax.dynamic_slice_in_dim(out, first, BLOCK)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], y, old), first, 0), None
 

@@ -20,6 +20,8 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     # A scale for several rows (per tensor, 2-D blocks) is not indexed by the row.
     if not by_rows or isinstance(q.spec, CastSpec) or q.perm is not None or q.scale.shape[0] != q.codes.shape[0]:
         return None
+    if q.input_scale is not None and q.input_scale.shape[0] != 1:
+        return None
 
     def rows(table: jax.Array | None, fill: Any) -> jax.Array | None:
         if table is None:
@@ -40,7 +42,8 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
         return None if part is None else part.reshape(-1, part.shape[-1])
 
     picked = QTensor(
-        spread(rows(q.codes, 0)), spread(rows(q.scale, jnp.nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype
+        spread(rows(q.codes, 0)), spread(rows(q.scale, jnp.nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
+        input_scale=q.input_scale,
     )
     x = Packed(picked, weight.pending).value()
     x = x.reshape(*indices.shape[:-1], x.shape[-1])

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, QTensor, Spec, round_activation
+from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
 from qjax.runtime.integer import conv_axes, product, why_not
 from qjax.runtime.lookup import gather_rows
 
-FLOAT, INTEGER = "xla", "xla int8"
+FLOAT, INTEGER, MIXED = "xla", "xla int8", "xla int8 + 16 bit outliers"
 
 
 def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
@@ -41,7 +41,9 @@ def kernel_of(site: Site, spec: Spec, act: ActSpec | None) -> tuple[str, str]:
     if site.custom_rule:
         return FLOAT, "its activations stay float inside a custom derivative rule"
     reason = why_not(site, spec)
-    return (FLOAT, f"its activations are rounded in front of a float product: {reason}") if reason else (INTEGER, "")
+    if reason:
+        return FLOAT, f"its activations are rounded in front of a float product: {reason}"
+    return INTEGER if act.outliers is None else MIXED, ""
 
 
 def _with_gradient(site: Site, eqn: Any, operands: Sequence[Any], weight: Packed) -> jax.Array:
@@ -75,11 +77,12 @@ def _with_gradient(site: Site, eqn: Any, operands: Sequence[Any], weight: Packed
 def rounded(site: Site, eqn: Any, x: jax.Array, q: QTensor) -> jax.Array:
     """Returns a site's activations as its integers stand for them, in float."""
     act = q.act
-    if act is None:
+    # What is rounded of an input that is divided first is the quotient, which only an integer product has.
+    if act is None or q.input_scale is not None:
         return x
     axes = shared_axes(site, eqn, act, x.ndim)
     if q.act_scale is None:
-        return round_activation(x, act, axes)
+        return round_inliers(x, act, axes, column_axes(site, x.ndim))
     # Parts of a stack may have ranges of their own; in float they share the widest.
     at = jnp.argmax(q.act_scale)
     scale = q.act_scale.reshape(-1)[at].reshape([1] * x.ndim)
@@ -94,3 +97,9 @@ def shared_axes(site: Site, eqn: Any, act: ActSpec, ndim: int) -> tuple[int, ...
     if site.op == "conv_general_dilated":
         return conv_axes(eqn, ndim)
     return tuple(x for _, x in site.pairs)
+
+
+def column_axes(site: Site, ndim: int) -> tuple[int, ...]:
+    """Returns the axes of a site's activation over which one of its columns runs."""
+    others = {x for _, x in (*site.pairs, *site.batch)}
+    return tuple(i for i in range(ndim) if i not in others)

@@ -13,7 +13,7 @@ from qjax.core import ActSpec, Spec
 from qjax.policy import Policy, ProductChoice, check_policy
 from qjax.program import Interpreter, Product, Program, ProgramCache, Site, compat, split_arguments
 from qjax.runtime.products import shared_axes as product_axes
-from qjax.runtime.select import shared_axes
+from qjax.runtime.select import column_axes, shared_axes
 from qjax.training.straight_through import straight_through, straight_through_activation
 
 
@@ -99,7 +99,7 @@ def _rounding(program: Program, acts: Mapping[int, ActSpec], named: Sequence[Pro
     def rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
         act, other = acts[site.leaf], 1 - site.operand
         x = operands[other]
-        rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim))
+        rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim), column_axes(site, x.ndim))
         return compat.bind(eqn, [rounded if i == other else v for i, v in enumerate(operands)]), state
 
     pairs = {choice.product.key: choice.operands for choice in named if choice.operands is not None}

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, Spec, in_range, round_activation, round_trip
+from qjax.core import ActSpec, Spec, in_range, round_inliers, round_trip
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
@@ -46,14 +46,15 @@ def _straight_through_jvp(
     return straight_through(w, spec, axes, stacked, name), jnp.where(inside, t, jnp.zeros_like(t))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def straight_through_activation(x: Any, act: ActSpec, axes: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def straight_through_activation(x: Any, act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...] = ()) -> jax.Array:
     """Returns activations rounded with ranges of their own, with the gradient of the identity: such ranges clip nothing.
 
     Args:
       x: floating, any shape.
       act: a dynamic `ActSpec`.
       axes: the axes that share a scale.
+      rows: the axes over which a column runs, for the outlier columns of `act`, which are not rounded.
 
     Returns:
       An array of the shape and dtype of `x`.
@@ -64,9 +65,11 @@ def straight_through_activation(x: Any, act: ActSpec, axes: tuple[int, ...]) -> 
       >>> jax.grad(lambda x: straight_through_activation(x, act, (1,)).sum())(jnp.array([[1.0, -2.0]])).tolist()
       [[1.0, 1.0]]
     """
-    return round_activation(x, act, axes)
+    return round_inliers(x, act, axes, rows)
 
 
 @straight_through_activation.defjvp
-def _straight_through_activation_jvp(act: ActSpec, axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return straight_through_activation(primals[0], act, axes), tangents[0]
+def _straight_through_activation_jvp(
+    act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    return straight_through_activation(primals[0], act, axes, rows), tangents[0]

@@ -125,6 +125,14 @@ def test_awq_and_integer_activations(tiny, passages, tmp_path):
     assert json_of("eval", tmp_path / "w8a8", "--against", tiny, "--text", passages)["kl"] < 0.05
 
 
+@pytest.mark.slow
+def test_llm_int8(tiny, passages, tmp_path):
+    given = ["--calibration", passages, "--samples", 8, *ONE_SHAPE]
+    document = json_of("quantize", tiny, tmp_path / "mixed", "--weight", "int8", "--method", "llm_int8", *given)
+    assert {row["kernel"] for row in document["rows"] if row["spec"]} == {"xla int8 + 16 bit outliers"}
+    assert all("are set aside" in row["notes"][0] for row in document["rows"] if row["spec"])
+
+
 def test_the_report_for_people(tiny, tmp_path):
     result = invoke("quantize", tiny, tmp_path / "out", "--group-size", 16)
     assert result.exit_code == 0
@@ -182,6 +190,9 @@ def bad_inputs():
     yield ["SRC", "DST", "--activation", "static", "--weight", "nf4", "--calibration", "PASSAGES"], 2, ["--activation", "nf4"]
     yield ["SRC", "DST", "--activation", "static"], 2, ["--activation static", "--calibration FILE"]
     yield ["SRC", "DST", "--method", "awq", "--calibration", "PASSAGES", "--mse"], 2, ["--mse", "awq"]
+    mixed = ["SRC", "DST", "--method", "llm_int8", "--calibration", "PASSAGES"]
+    yield [*mixed, "--weight", "nf4"], 2, ["llm_int8", "--weight int8", "nf4"]
+    yield [*mixed, "--weight", "int8", "--activation", "static"], 2, ["llm_int8", "--activation static"]
     yield ["SRC", "DST", "--act-order"], 2, ["--act-order", "rtn"]
     yield ["SRC", "DST", "--per", "tensor", "--group-size", "8"], 2, ["--per", "--group-size"]
     yield ["SRC", "DST", "--weight", "nf4", "--per", "channel"], 2, ["--per", "nf4"]

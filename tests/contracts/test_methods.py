@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibration import Rows, hessian
+from qjax.calibration import Rows, divide_columns, hessian
 from qjax.core import QTensor
+from qjax.ptq.input_scale import quantize_scaled
 from qjax.ptq.method import Problem
 
 K, N = 48, 10
@@ -24,6 +25,7 @@ METHODS = [
     qjax.awq(),
     qjax.smoothquant(),
     qjax.smoothquant("search", then=qjax.gptq()),
+    qjax.llm_int8(),
 ]
 SPECS = [qjax.int4(), qjax.int3(group_size=8), qjax.uint4(group_size=16), qjax.int4(group_size=32, pad=True), qjax.nf4(8)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -151,6 +153,18 @@ def test_zeros_stay_zeros(method, spec):
     w = weight(K, N).at[:, 3].set(0.0)
     back = solved(method, w, spec, state_of(method)).dequantize()
     assert not np.asarray(back[:, 3]).any() and np.asarray(back[:, 4]).any()
+
+
+@every_method
+def test_with_an_input_scale_it_still_stands_for_the_weight(method):
+    """s w is what is rounded, on the statistics of x / s; the packed weight divides."""
+    w, s, spec = weight(3, K, N, dtype=jnp.bfloat16), jnp.exp(weight(3, K, 1, seed=2)), qjax.int4(group_size=8)
+    state = state_of(method, stack=3)
+    q = quantize_scaled(method, problem(w, spec, stacked=(-3,)), state, s).q
+    assert (q.shape, q.dtype, q.input_scale.shape) == (w.shape, w.dtype, (3, 1, K))
+    x = None if state is None else divide_columns(state, s[..., 0])
+    want = solved(method, w.astype(jnp.float32) * s, spec, x, stacked=(-3,)).dequantize() / s
+    assert_same_bits(q.dequantize(), want.astype(jnp.bfloat16))
 
 
 @every_method

@@ -8,6 +8,7 @@ import pytest
 
 from qjax.calibration import (
     MovingAverage,
+    OutlierColumns,
     Rows,
     SampleRows,
     SecondMoment,
@@ -18,6 +19,7 @@ from qjax.calibration import (
     minmax,
     moving_average,
     mse,
+    outlier_columns,
     percentile,
     sample_rows,
 )
@@ -25,9 +27,10 @@ from qjax.core import int8, integer, uint4
 
 STACK, K = 3, 7
 RANGES = [minmax(), moving_average(), absmax(), percentile(99), entropy(64, 16), mse(4)]
-OBSERVERS = [SecondMoment(), channel_stats(), histogram(64), sample_rows(600), *RANGES]
-# An average over calls knows where a call ends and which came first, a sample which row is which; they are tested by themselves.
-BY_CALL = (MovingAverage, SampleRows)
+OBSERVERS = [SecondMoment(), channel_stats(), histogram(64), sample_rows(600), outlier_columns(8.0, 2), *RANGES]
+# An average over calls and a count of calls know where a call ends, the first also which came first, a sample which row is which; they
+# are tested by themselves.
+BY_CALL = (MovingAverage, SampleRows, OutlierColumns)
 every_observer = pytest.mark.parametrize("observer", OBSERVERS, ids=lambda o: type(o).__name__)
 every_range = pytest.mark.parametrize("observer", RANGES, ids=lambda o: type(o).__name__)
 every_observer_of_data = pytest.mark.parametrize(

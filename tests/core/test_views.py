@@ -1,5 +1,7 @@
 """`view(q).dequantize()` must equal the same view of `q.dequantize()` exactly, or be None."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,12 @@ def with_permutation(q):
     return assemble(q.codes_unpacked(), q.scale, q.zero_point, q.spec, q.axes, q.sizes, q.dtype, perm=perm)
 
 
+def with_input_scale(q):
+    k = q.codes_unpacked().shape[-1]
+    scale = np.random.default_rng(2).uniform(0.1, 10, (q.codes.shape[0],) + (1,) * (q.codes.ndim - 2) + (k,))
+    return dataclasses.replace(q, input_scale=jnp.asarray(scale, jnp.float32))
+
+
 TENSORS = {
     "kernel": quantize(normal(12, 10), int4(group_size=4), (0,)),
     "embedding": quantize(normal(10, 12), nf4(4), (-1,)),
@@ -34,6 +42,7 @@ TENSORS = {
     "cast": quantize(normal(6, 4, 5), bf16(), (0, 2)),
     "act-order": with_permutation(quantize(normal(3, 8, 6), uint4(group_size=4), (-2,), stacked=(0,))),
     "ones": quantize(normal(1, 6, 1, 4), int4(), (0, 1)),
+    "input scale": with_input_scale(with_permutation(quantize(normal(3, 4, 2, 6), uint4(group_size=4), (1, 2), stacked=(0,)))),
 }
 
 

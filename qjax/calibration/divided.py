@@ -1,0 +1,35 @@
+"""Statistics of an input that is divided by scales, from those of the input as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from qjax.calibration.observers import Moments
+from qjax.calibration.sample import Sample
+
+
+def divide_columns(state: Any, s: jax.Array) -> Any:
+    """Returns what an observer would have seen of x / s.
+
+    Args:
+      state: of `SecondMoment` or `sample_rows`.
+      s: positive, (stack, K).
+
+    Returns:
+      A state of the same kind.
+
+    Raises:
+      TypeError: a state of another kind.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> divide_columns(Moments(jnp.array([[[4.0]]]), jnp.array([1])), jnp.array([[2.0]])).total.tolist()
+      [[[1.0]]]
+    """
+    if isinstance(state, Moments):
+        return Moments(state.total / (s[:, :, None] * s[:, None, :]), state.count)
+    if isinstance(state, Sample):
+        return state._replace(x=state.x / s[:, None])
+    raise TypeError(f"`state` must be that of a second moment or of sampled rows to be divided, got {type(state).__name__}")
