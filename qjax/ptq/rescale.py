@@ -21,9 +21,13 @@ from qjax.core import ActSpec, Spec, quantize, round_activation
 from qjax.graph import Fold, NoFold, NotPreserved, Scaling, apply_fold, build, find_fold, verifier
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site, shared_inputs
+from qjax.ptq.data import check_numbers, not_finite, unseen_note
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, matrices, part_axes, part_of, problem_of, take
+from qjax.ptq.progress import Monitor, Phase
+from qjax.ptq.resume import Kept
 from qjax.ptq.rtn import rtn
+from qjax.ptq.work import Work, forward, matrix_sizes
 
 SAMPLES_AT_ONCE = 2**30  # bytes of activations that are held at a time; more sites take more passes over the data
 
@@ -53,6 +57,11 @@ class Rescaling(Method, Protocol):
         """How many rows of activations it tries its candidates on."""
         ...
 
+    @property
+    def tries(self) -> int:
+        """How many candidates there are."""
+        ...
+
     def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
         """Returns the scales to try, float32 (candidates, size), all positive; the first of the best is taken."""
         ...
@@ -70,13 +79,17 @@ class Group:
 Notes = dict[int, tuple[str, ...]]
 
 
-def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tuple[Program, Any]]) -> tuple[list[Any], Notes]:
+def rescale(
+    flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tuple[Program, Any]], monitor: Monitor, kept: Kept
+) -> tuple[list[Any], Notes]:
     """Rescales what the policy's methods want rescaled.
 
     Args:
       flat: the float parameters.
       choices: the policy's, one a parameter.
       batches: (traced program, its inputs) for each calibration batch.
+      monitor: is told of each batch and each input.
+      kept: scales that were found before, and where those go that are found.
 
     Returns:
       The new parameters, which compute the same function; remarks for those with such a method and for those that changed in
@@ -85,17 +98,16 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
     Raises:
       ValueError: shapes in place of data; activations that are not finite.
     """
-    wanted = {c.leaf.index: c for c in choices if c.rule is not None and isinstance(c.rule.method, Rescaling) and c.spec is not None}
+    wanted = rescaled_by(choices)
     if not wanted:
         return list(flat), {}
     program = batches[0][0]
     groups, notes = _groups(program, wanted)
     chosen: list[tuple[Group, jax.Array]] = []
-    for some in _at_once(groups, program):
-        states = _observe(some, wanted, list(flat), batches)
-        for group in some:
-            members = _members(group, wanted, program.leaves, flat, states)
-            chosen.append((group, jnp.stack([_best(group.method, *unit) for unit in members]).reshape(group.fold.shape)))
+    lists = _at_once(groups, program)
+    phase = monitor.phase("rescale", [w for some in lists for w in _weights(some, program, len(batches))])
+    for some in lists:
+        chosen += _scales(some, len(chosen), wanted, flat, batches, phase, kept, notes)
     new, refused = _apply(program, flat, batches[0][1], chosen)
     for group, _ in chosen:
         method, reason = group.method.name, refused.get(id(group))
@@ -105,6 +117,40 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
             others = {s.leaf for s in group.fold.scalings} - {site.leaf for site in group.sites}
             notes |= {leaf: (*notes.get(leaf, ()), f"{method}: changed in exchange for an input") for leaf in others}
     return new, notes
+
+
+def rescaled_by(choices: Sequence[Choice]) -> dict[int, Choice]:
+    """The choices whose method rescales inputs, by the parameter's index."""
+    return {c.leaf.index: c for c in choices if c.rule is not None and isinstance(c.rule.method, Rescaling) and c.spec is not None}
+
+
+def _scales(
+    groups: Sequence[Group], first: int, wanted: Mapping[int, Choice], flat: Sequence[Any], batches: Sequence[tuple[Program, Any]],
+    phase: Phase, kept: Kept, notes: Notes,
+) -> list[tuple[Group, jax.Array]]:  # fmt: skip
+    """The scales of groups that are observed together, of which the first is number `first`; remarks go to `notes`."""
+    program = batches[0][0]
+    found = [kept.scales(first + i) for i in range(len(groups))]
+    missing = any(s is None for s in found)
+    # All of them are observed even if one alone is missing: another program could round differently.
+    states = _observe(groups, wanted, list(flat), batches, phase) if missing else {}
+    for number in [] if missing else range(len(batches)):
+        phase.step(f"batch {number}", found=True)
+    chosen = []
+    for i, (group, earlier) in enumerate(zip(groups, found, strict=True)):
+        if earlier is None:
+            members = _members(group, wanted, program.leaves, flat, states)
+            s = jnp.stack([_best(group.method, *unit) for unit in members]).reshape(group.fold.shape)
+            said = [unseen_note(np.asarray(states[site.key][0].absmax).any(-1), "it has no say in the scales") for site in group.sites]
+            kept.keep_scales(first + i, s, said)
+        else:
+            s, said = earlier
+        for site, text in zip(group.sites, said, strict=True):
+            if text:
+                notes[site.leaf] = (*notes.get(site.leaf, ()), f"{group.method.name}: {text}")
+        phase.step(group.sites[0].path, found=earlier is not None)
+        chosen.append((group, s))
+    return chosen
 
 
 def _groups(program: Program, wanted: Mapping[int, Choice]) -> tuple[list[Group], Notes]:
@@ -171,23 +217,60 @@ def _at_once(groups: Sequence[Group], program: Program) -> list[list[Group]]:
     return out
 
 
-def _observe(groups: Sequence[Group], wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]]) -> Any:
-    observers = {s.key: Together((channel_stats(), sample_rows(group.method.rows))) for group in groups for s in group.sites}
+def _weights(groups: Sequence[Group], program: Program, batches: int) -> list[float]:
+    """How long each step of a list of groups takes, in one unit: the batches, then the searches."""
+    work = search_work(groups, program)
+    return [forward(program)] * batches + [each.weight for each in work]
+
+
+def search_work(groups: Sequence[Group], program: Program) -> list[Work]:
+    """What trying the candidates computes, for each group."""
+    out = []
+    for group in groups:
+        total = Work()
+        for site in group.sites:
+            leaf = program.leaves[site.leaf]
+            w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            stack, n, k = matrix_sizes(problem_of(leaf, site, None, w))  # pyright: ignore[reportArgumentType]
+            total = total.plus(Work(4.0 * group.method.rows * n * k, n * k).times(stack * group.method.tries))
+        out.append(total)
+    return out
+
+
+def plan_rescaling(choices: Sequence[Choice], program: Program) -> list[tuple[Work, int]]:
+    """For each pass over the data: the work of its searches, and the bytes of its observers' states; shapes alone are read."""
+    wanted = rescaled_by(choices)
+    if not wanted:
+        return []
+    lists = _at_once(_groups(program, wanted)[0], program)
+    plans = []
+    for groups in lists:
+        states = jax.eval_shape(lambda groups=groups: init_states(program, _observers(groups)))
+        work = functools.reduce(Work.plus, search_work(groups, program))
+        plans.append((work, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))))
+    return plans
+
+
+def _observers(groups: Sequence[Group]) -> dict[Key, Any]:
+    return {s.key: Together((channel_stats(), sample_rows(group.method.rows))) for group in groups for s in group.sites}
+
+
+def _observe(
+    groups: Sequence[Group], wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
+) -> Any:
+    choice = wanted[groups[0].sites[0].leaf]
+    check_numbers(batches, f"{groups[0].method.name} of {choice.leaf.path!r}")
+    observers = _observers(groups)
     states: dict[Key, Any] = init_states(batches[0][0], observers)
     runs: dict[int, Any] = {}
     for number, (program, inputs) in enumerate(batches):
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
-            choice = wanted[groups[0].sites[0].leaf]
-            name = choice.rule.method.name  # pyright: ignore[reportOptionalMemberAccess]
-            raise ValueError(f"`calibration` holds shapes, but {name} of {choice.leaf.path!r} needs data: give batches of numbers")
         if id(program) not in runs:
             runs[id(program)] = jax.jit(observe_program(program, observers))
         states = runs[id(program)](states, [*flat, *inputs])
         for site in program.sites:
             if site.key in states and not bool(jnp.isfinite(states[site.key][0].absmax).all()):
-                raise ValueError(
-                    f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
-                )
+                raise not_finite(site, number)
+        phase.step(f"batch {number}")
     return states
 
 
