@@ -38,7 +38,9 @@ def quantize(
       variables: its variables, `{"params": ..., "batch_stats": ...}`; not changed.
       policy: which parameters become what.
       calibration: batches; a tuple is spread over the arguments of `__call__`.
-      progress, resume, spill: see `qjax.quantize`.
+      progress: called with a `qjax.Progress` after each step.
+      resume: a folder that keeps what is finished, to go on after a kill.
+      spill: keeps the live values of sequential methods below a limit.
       **apply_kwargs: keyword arguments of `model.apply`, such as `train=False`.
 
     Returns:

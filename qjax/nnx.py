@@ -60,7 +60,9 @@ def quantize(
       model: the module, in evaluation mode; not changed.
       policy: which parameters become what.
       calibration: batches; a tuple is spread over the arguments of `__call__`.
-      progress, resume, spill: see `qjax.quantize`.
+      progress: called with a `qjax.Progress` after each step.
+      resume: a folder that keeps what is finished, to go on after a kill.
+      spill: keeps the live values of sequential methods below a limit.
 
     Returns:
       A `Result` whose `params` is the module's state with packed `Param`s; other variables are as they were.

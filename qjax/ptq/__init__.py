@@ -5,6 +5,9 @@ from qjax.ptq.gptq import gptq as gptq
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
 from qjax.ptq.method import Problem as Problem
+from qjax.ptq.plan import Plan as Plan
+from qjax.ptq.plan import Rates as Rates
+from qjax.ptq.plan import plan as plan
 from qjax.ptq.progress import Progress as Progress
 from qjax.ptq.quantize import Result as Result
 from qjax.ptq.quantize import as_batches as as_batches

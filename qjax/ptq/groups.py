@@ -34,8 +34,8 @@ def undivided(rule: Rule, choices: Sequence[Choice]) -> str:
       >>> import jax.numpy as jnp, qjax
       >>> rule = qjax.Rule("*", weight=qjax.int4(group_size=8))
       >>> program = qjax.trace(lambda p, x: (x @ p["a"]) @ p["b"], {"a": jnp.ones((12, 6)), "b": jnp.ones((6, 4))}, jnp.ones((2, 12)))
-      >>> undivided(rule, qjax.Policy([rule]).resolve(program))[:89]
-      '`group_size`=8 does not divide the 12 contracted values of `a`, nor those of 1 more of 6: '
+      >>> undivided(rule, qjax.Policy([rule]).resolve(program)).split(":")[1]
+      ' take 6, the nearest size that divides those of all parameters of the rule, or pad=True, which pads them to whole groups'
     """
     spec = rule.weight
     if spec is None or isinstance(spec, CastSpec) or spec.pad or not isinstance(spec.granularity, (PerGroup, PerBlock)):
