@@ -53,11 +53,11 @@ def _sites(program: Program) -> list[tuple[Key, int, str, Any]]:
     return [(site.key, site.leaf, site.op, site.view) for site in program.sites]
 
 
-def unseen_note(seen: np.ndarray, what: str) -> str:
+def unseen_note(seen: Any, what: str) -> str:
     """Names the parts of a parameter that no data reached; "" if there is none.
 
     Args:
-      seen: bool, an entry for each part (layer, expert).
+      seen: an array of bool, an entry for each part (layer, expert).
       what: what becomes of such a part.
 
     Returns:

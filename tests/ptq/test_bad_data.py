@@ -46,7 +46,7 @@ def test_no_data(how):
         run(how, [])
     with pytest.raises(TypeError, match=r"`calibration` must be a list of batches, got NoneType: write calibration=\[batch\]"):
         run(how, None)
-    with pytest.raises(ValueError, match="`calibration` holds shapes, but .* needs data: give batches of numbers"):
+    with pytest.raises(ValueError, match=r"`calibration` holds shapes, but .* needs data: give batches of numbers"):
         run(how, [jax.ShapeDtypeStruct((4, D), jnp.float32)])
 
 
@@ -153,7 +153,7 @@ def test_groups_that_do_not_divide_are_all_named_before_any_work(method):
     params = {"norm": PARAMS["norm"], "a": normal(D, 12), "b": normal(12, D, seed=1)}
     events = []
     policy = Policy([Rule("*", weight=qjax.int4(group_size=5), method=method)])
-    message = r"`group_size`=5 does not divide the 8 contracted values of `a`, nor those of 1 more of 12: take 4, the nearest size that divides"
+    message = "`group_size`=5 does not divide the 8 contracted values of `a`, nor those of 1 more of 12: take 4, the nearest size that"
     with pytest.raises(ValueError, match=message):
         qjax.quantize(fn, params, policy, [normal(4, D)], progress=events.append)
     assert events == []

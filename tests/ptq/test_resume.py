@@ -57,7 +57,7 @@ def test_a_killed_job_goes_on_with_the_same_result_to_the_bit(tmp_path, job, pha
 
 def test_a_finished_folder_gives_the_result_without_solving(tmp_path, monkeypatch):
     params, policy = {"w": PARAMS["head"]}, qjax.Policy([qjax.Rule("*", weight=qjax.int4(group_size=8), method=GPTQ)])
-    arguments = lambda p, x: x @ p["w"], params, policy, DATA  # noqa: E731
+    arguments = lambda p, x: x @ p["w"], params, policy, DATA
     one = qjax.quantize(*arguments, resume=tmp_path)
     monkeypatch.setattr(type(qjax.gptq()), "quantize", lambda *_: pytest.fail("solved again"))
     again = qjax.quantize(*arguments, resume=str(tmp_path))
