@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,15 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.calibration import columns, stack_size
 from qjax.core import IntSpec
 from qjax.policy import Choice, Policy, check_policy
-from qjax.program import ProgramCache, split_arguments
+from qjax.program import Program, ProgramCache, Site, split_arguments
 from qjax.ptq.data import check_same_sites
 from qjax.ptq.groups import undivided
+from qjax.ptq.parts import layout_of
 from qjax.ptq.quantize import as_batches, method_of, planned_row, program_notes, whole_problem
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.rescale import plan_rescaling
-from qjax.ptq.sequential import SequentialPlan, Task, plan_sequential
+from qjax.ptq.sequential import Task, flat_leaves, grouped, streams_of, visit_work, visits_of
+from qjax.ptq.spill import Live
 from qjax.ptq.work import Work, forward, rows_seen, work_of
 from qjax.report import Report, format_bytes
 
@@ -37,6 +42,55 @@ class Rates(NamedTuple):
 
     products: float
     steps: float
+
+
+class SequentialPlan(NamedTuple):
+    """What `quantize_sequential` would do, from shapes alone.
+
+    Attributes:
+      work: statistics and methods, of all batches.
+      programs: how many programs would be compiled for stretches between sites.
+      reruns: runs of the whole program, over all batches, for parameters that loops or several sites share.
+      statistics: bytes of the observers' states of one group, the largest.
+      live: bytes of the live values of all batches between two sites, at their peak.
+      largest: bytes of the largest matrix of statistics and of the float weight that it goes with.
+    """
+
+    work: Work
+    programs: int
+    reruns: int
+    statistics: int
+    live: int
+    largest: int
+
+
+def plan_sequential(tasks: dict[int, Task], batches: Sequence[tuple[Program, Sequence[Any]]]) -> SequentialPlan:
+    """Prices `quantize_sequential`."""
+    streams = streams_of(batches, Live(None, None))
+    visits = {id(stream.cutter): visits_of(stream, tasks) for stream in streams}
+    first = visits[id(streams[0].cutter)]
+    flat = flat_leaves(first, tasks)
+    groups = grouped(first, flat)
+    pooled = {first[n].site.leaf: n for group in reversed(groups) for n in group if first[n].site.leaf not in flat}
+    once = [n for group in groups for n in group if first[n].site.leaf in flat or pooled[first[n].site.leaf] == n]
+    work = functools.reduce(Work.plus, (visit_work(first[n], streams, tasks, flat) for n in once), Work())
+    states = [_state_bytes([first[n].site for n in group], tasks) for group in groups]
+    cuts = [group[0] for group in groups if first[group[0]].site.leaf in flat]
+    stops = {key: [mine[n].position for n in cuts] for key, mine in visits.items()}
+    bytes_at = {id(s.cutter): s.cutter.live_bytes(stops[id(s.cutter)]) for s in streams}
+    keys = {s.cutter.segment(a, b).key for s in {id(s.cutter): s for s in streams}.values()
+            for a, b in itertools.pairwise([0, *stops[id(s.cutter)]])}  # fmt: skip
+    live = [sum(bytes_at[id(s.cutter)][i] for s in streams) for i in range(len(cuts))]
+    sizes = [math.prod(task.leaf.shape) * 4 // max(math.prod(layout_of(task.leaf).count), 1) for i, task in tasks.items() if i in flat]
+    largest = max([*states, 0]) + max([*sizes, *(math.prod(tasks[i].leaf.shape) * 4 for i in pooled), 0])
+    return SequentialPlan(work, len(keys), len(pooled), max([*states, 0]), max([*live, 0]), largest)
+
+
+def _state_bytes(sites: Sequence[Site], tasks: dict[int, Task]) -> int:
+    """Bytes of the states of sites that read the same; equal observers of equal sizes share one."""
+    kinds = {(tasks[s.leaf].observer, stack_size(s, tasks[s.leaf].leaf), columns(s, tasks[s.leaf].leaf)) for s in sites}
+    states = [jax.eval_shape(functools.partial(observer.init, stack, k)) for observer, stack, k in kinds]
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,8 @@ to disk above a limit, the statistics of one group, and the packed result; the f
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,16 +194,16 @@ def quantize_sequential(
     """
     run = Run(params, tasks, kept)
     with opened(spill) as memory:
-        streams = _streams(batches, memory)
-        by_graph = {id(stream.cutter): _visits(stream, tasks) for stream in streams}
+        streams = streams_of(batches, memory)
+        by_graph = {id(stream.cutter): visits_of(stream, tasks) for stream in streams}
         others = [by_graph[id(stream.cutter)] for stream in streams]
         visits = others[0]
         for number, other in enumerate(others):
             if other is not visits and [(v.site.key, v.part) for v in other] != [(v.site.key, v.part) for v in visits]:
                 raise other_program(batches, number)
-        flat = _flat_leaves(visits, tasks)
-        groups = _grouped(visits, flat)
-        phase = monitor.phase("calibrate", [_visit_work(visits[n], streams, tasks, flat).weight for group in groups for n in group])
+        flat = flat_leaves(visits, tasks)
+        groups = grouped(visits, flat)
+        phase = monitor.phase("calibrate", [visit_work(visits[n], streams, tasks, flat).weight for group in groups for n in group])
         positions = [0] * len(streams)
         for group in groups:
             visit = visits[group[0]]
@@ -222,56 +219,7 @@ def quantize_sequential(
     return run.done, {"live": memory.peak, "spilled": memory.spilled}
 
 
-class SequentialPlan(NamedTuple):
-    """What `quantize_sequential` would do, from shapes alone.
-
-    Attributes:
-      work: statistics and methods, of all batches.
-      programs: how many programs would be compiled for stretches between sites.
-      reruns: runs of the whole program, over all batches, for parameters that loops or several sites share.
-      statistics: bytes of the observers' states of one group, the largest.
-      live: bytes of the live values of all batches between two sites, at their peak.
-      largest: bytes of the largest matrix of statistics and of the float weight that it goes with.
-    """
-
-    work: Work
-    programs: int
-    reruns: int
-    statistics: int
-    live: int
-    largest: int
-
-
-def plan_sequential(tasks: dict[int, Task], batches: Sequence[tuple[Program, Sequence[Any]]]) -> SequentialPlan:
-    """Prices `quantize_sequential`."""
-    streams = _streams(batches, Live(None, None))
-    visits = {id(stream.cutter): _visits(stream, tasks) for stream in streams}
-    first = visits[id(streams[0].cutter)]
-    flat = _flat_leaves(first, tasks)
-    groups = _grouped(first, flat)
-    pooled = {first[n].site.leaf: n for group in reversed(groups) for n in group if first[n].site.leaf not in flat}
-    once = [n for group in groups for n in group if first[n].site.leaf in flat or pooled[first[n].site.leaf] == n]
-    work = functools.reduce(Work.plus, (_visit_work(first[n], streams, tasks, flat) for n in once), Work())
-    states = [_state_bytes([first[n].site for n in group], tasks) for group in groups]
-    cuts = [group[0] for group in groups if first[group[0]].site.leaf in flat]
-    stops = {key: [mine[n].position for n in cuts] for key, mine in visits.items()}
-    bytes_at = {id(s.cutter): s.cutter.live_bytes(stops[id(s.cutter)]) for s in streams}
-    keys = {s.cutter.segment(a, b).key for s in {id(s.cutter): s for s in streams}.values()
-            for a, b in itertools.pairwise([0, *stops[id(s.cutter)]])}  # fmt: skip
-    live = [sum(bytes_at[id(s.cutter)][i] for s in streams) for i in range(len(cuts))]
-    sizes = [math.prod(task.leaf.shape) * 4 // max(math.prod(layout_of(task.leaf).count), 1) for i, task in tasks.items() if i in flat]
-    largest = max([*states, 0]) + max([*sizes, *(math.prod(tasks[i].leaf.shape) * 4 for i in pooled), 0])
-    return SequentialPlan(work, len(keys), len(pooled), max([*states, 0]), max([*live, 0]), largest)
-
-
-def _state_bytes(sites: Sequence[Site], tasks: dict[int, Task]) -> int:
-    """Bytes of the states of sites that read the same; equal observers of equal sizes share one."""
-    kinds = {(tasks[s.leaf].observer, stack_size(s, tasks[s.leaf].leaf), columns(s, tasks[s.leaf].leaf)) for s in sites}
-    states = [jax.eval_shape(functools.partial(observer.init, stack, k)) for observer, stack, k in kinds]
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
-
-
-def _grouped(visits: Sequence[Visit], flat: set[int]) -> list[list[int]]:
+def grouped(visits: Sequence[Visit], flat: set[int]) -> list[list[int]]:
     """Numbers of the visits that are solved together, for they read the same: each group where its first one stands."""
     groups: dict[Any, list[int]] = {}
     for number, visit in enumerate(visits):
@@ -280,7 +228,7 @@ def _grouped(visits: Sequence[Visit], flat: set[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _visit_work(visit: Visit, streams: Sequence[Batch], tasks: dict[int, Task], flat: set[int]) -> Work:
+def visit_work(visit: Visit, streams: Sequence[Batch], tasks: dict[int, Task], flat: set[int]) -> Work:
     """What the statistics and the method compute at a visit, roughly: shapes alone are read."""
     site, task = visit.site, tasks[visit.site.leaf]
     removed = layout_of(task.leaf).axes if site.leaf in flat else ()
@@ -295,7 +243,7 @@ def observing(site: Site, leaf: Leaf, batches: int) -> Work:
     return Work(2.0 * rows_seen(site, leaf) * columns(site, leaf) ** 2 * batches)
 
 
-def _streams(batches: Sequence[tuple[Program, Sequence[Any]]], memory: Live) -> list[Batch]:
+def streams_of(batches: Sequence[tuple[Program, Sequence[Any]]], memory: Live) -> list[Batch]:
     cutters: dict[int, Cutter] = {}
     for program, _ in batches:
         if id(program) not in cutters:
@@ -303,7 +251,7 @@ def _streams(batches: Sequence[tuple[Program, Sequence[Any]]], memory: Live) -> 
     return [Batch(program, cutters[id(program)], inputs, memory) for program, inputs in batches]
 
 
-def _visits(batch: Batch, tasks: dict[int, Task]) -> list[Visit]:
+def visits_of(batch: Batch, tasks: dict[int, Task]) -> list[Visit]:
     """Every execution of a site of a task, in the order of the flattened program."""
     program, graph = batch.program, batch.cutter.graph
     sites = {site.key: site for site in program.sites if site.leaf in tasks}
@@ -324,7 +272,7 @@ def _part(site: Site, eqn: FlatEqn, graph: Graph) -> Part:
     return part_of(site, dict(zip(loops, eqn.steps, strict=True)))
 
 
-def _flat_leaves(visits: Sequence[Visit], tasks: dict[int, Task]) -> set[int]:
+def flat_leaves(visits: Sequence[Visit], tasks: dict[int, Task]) -> set[int]:
     """Parameters of which every part is seen exactly once, by a site that is laid flat: solved where they stand."""
     flat = set()
     for index, task in tasks.items():
