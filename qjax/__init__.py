@@ -40,10 +40,15 @@ from qjax.policy import Rule as Rule
 from qjax.program import Product as Product
 from qjax.program import Program as Program
 from qjax.program import trace as trace
+from qjax.ptq import Plan as Plan
+from qjax.ptq import Progress as Progress
+from qjax.ptq import Rates as Rates
 from qjax.ptq import Result as Result
+from qjax.ptq import Spill as Spill
 from qjax.ptq import awq as awq
 from qjax.ptq import gptq as gptq
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rtn as rtn
 from qjax.ptq import sites as sites

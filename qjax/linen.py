@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from flax import linen as nn
 from qjax.policy import Policy, check_weights_only
 from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
-from qjax.ptq.sequential import Progress
+from qjax.ptq.progress import Listener
+from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 
 
@@ -22,7 +24,9 @@ def quantize(
     policy: Policy,
     calibration: Iterable[Any],
     *,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    spill: Spill | None = None,
     **apply_kwargs: Any,
 ) -> Result:
     """Quantizes a Linen module's variables; see `qjax.quantize`.
@@ -34,7 +38,9 @@ def quantize(
       variables: its variables, `{"params": ..., "batch_stats": ...}`; not changed.
       policy: which parameters become what.
       calibration: batches; a tuple is spread over the arguments of `__call__`.
-      progress: called with (parameters done, all, path).
+      progress: called with a `qjax.Progress` after each step.
+      resume: a folder that keeps what is finished, to go on after a kill.
+      spill: keeps the live values of sequential methods below a limit.
       **apply_kwargs: keyword arguments of `model.apply`, such as `train=False`.
 
     Returns:
@@ -63,7 +69,7 @@ def quantize(
         return model.apply({**params, **rest}, *inputs, **apply_kwargs)
 
     batches = [(rest, *batch) for batch in as_batches(calibration)]
-    result = quantize_function(fn, params, policy, batches, progress=progress)
+    result = quantize_function(fn, params, policy, batches, progress=progress, resume=resume, spill=spill)
     return dataclasses.replace(result, params={**result.params, **rest})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,8 @@ from flax import nnx
 from qjax.policy import Policy, check_weights_only
 from qjax.ptq import Result, as_batches
 from qjax.ptq import quantize as quantize_function
-from qjax.ptq.sequential import Progress
+from qjax.ptq.progress import Listener
+from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 
 
@@ -42,7 +44,13 @@ def function(model: nnx.Module) -> Callable[..., Any]:
 
 
 def quantize(
-    model: nnx.Module, policy: Policy, calibration: Iterable[Any], *, progress: Progress | None = None
+    model: nnx.Module,
+    policy: Policy,
+    calibration: Iterable[Any],
+    *,
+    progress: Listener | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    spill: Spill | None = None,
 ) -> Result:
     """Quantizes an NNX module's parameters; see `qjax.quantize`.
 
@@ -52,7 +60,9 @@ def quantize(
       model: the module, in evaluation mode; not changed.
       policy: which parameters become what.
       calibration: batches; a tuple is spread over the arguments of `__call__`.
-      progress: called with (parameters done, all, path).
+      progress: called with a `qjax.Progress` after each step.
+      resume: a folder that keeps what is finished, to go on after a kill.
+      spill: keeps the live values of sequential methods below a limit.
 
     Returns:
       A `Result` whose `params` is the module's state with packed `Param`s; other variables are as they were.
@@ -76,7 +86,7 @@ def quantize(
         return nnx.merge(graphdef, params, rest)(*inputs)
 
     batches = [(rest, *batch) for batch in as_batches(calibration)]
-    result = quantize_function(fn, params, policy, batches, progress=progress)
+    result = quantize_function(fn, params, policy, batches, progress=progress, resume=resume, spill=spill)
     return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
 
 

@@ -63,11 +63,14 @@ class Report:
       rows: one for each parameter, then one for each product of two activations that a rule names.
       notes: remarks on the whole program, such as arrays that were closed over.
       seconds: time taken, by phase; empty where nothing ran.
+      memory: bytes of sequential methods: "live", the most values between two sites that were in memory, beside what the caller
+        holds; "spilled", written to disk in all. Empty where no such method ran.
     """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(qjax.__file__).parent
 # docs/design.md, section 2, from the bottom up.
 ROOMS = [
     "core",
+    "disk",
     "program",
     "report",
     "policy",

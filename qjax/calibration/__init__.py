@@ -6,6 +6,7 @@ from qjax.calibration.channels import channel_stats as channel_stats
 from qjax.calibration.divided import divide_columns as divide_columns
 from qjax.calibration.entropy import Entropy as Entropy
 from qjax.calibration.entropy import entropy as entropy
+from qjax.calibration.finite import AllFinite as AllFinite
 from qjax.calibration.histogram import Bins as Bins
 from qjax.calibration.histogram import Histogram as Histogram
 from qjax.calibration.histogram import histogram as histogram

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import click
 from qjax.cli.shared import (
     SHIPPED,
     Model,
+    Update,
     check_tokenizer,
     describe_model,
     emit,
@@ -57,6 +59,11 @@ METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
               help="Leave these parameters float (a glob over paths, repeatable).  [default: '*embed*' and '*lm_head*']")
 @click.option("--keep-none", is_flag=True, help="Quantize the embedding and the head too.")
 @click.option("--overwrite", is_flag=True, help="Replace a packed checkpoint at DST.")
+@click.option("--resume", is_flag=True,
+              help="Keep what is finished in DST.resume while at work, go on from what is there; removed when DST is written.")
+@click.option("--memory-limit", type=click.FloatRange(min=0), metavar="GB",
+              help="Activations between layers that stay in memory; the rest goes to a temporary folder (TMPDIR).")
+@click.option("--dry-run", is_flag=True, help="Say what it would make, need and take, and do nothing.")
 @json_option
 def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
     """Quantizes the float checkpoint SRC and writes the packed checkpoint DST.
@@ -68,14 +75,23 @@ def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
     """
     _check_options(options)
     check_destination(dst, options["overwrite"])
+    kept = _kept(dst, options)
     started = time.perf_counter()
     model = open_float(src)
     policy = make_policy(model, options)
+    check_keeps(model, policy)
     rows, text = _calibration(model, options)
+    batches = batches_of(rows, options["batch_size"])
+    if options["dry_run"]:
+        _price(model, policy, batches, text, as_json)
+        return
     with progress() as begin:
-        result = quantize_model(model, policy, batches_of(rows, options["batch_size"]), begin("quantizing"))
+        result = quantize_model(model, policy, batches, begin("quantizing"), kept, options["memory_limit"])
         metadata = {**describe_model(model), "calibration": text}
         save(dst, result, model, metadata, overwrite=options["overwrite"])
+    if kept is not None:
+        shutil.rmtree(kept)
+    _warn_larger(result.report)
     document = describe_run(model, dst, result, metadata) | {"seconds": round(time.perf_counter() - started, 3)}
     emit(document) if as_json else _show(document, result, model)
 
@@ -134,6 +150,14 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         raise OSError(f"DST {str(dst)!r} cannot be made, `{parent}` is not a folder one may write to: give another")
 
 
+def _kept(dst: Path, options: dict[str, Any]) -> Path | None:
+    """The folder of what is finished; refuses to begin anew beside one without being told."""
+    folder = dst.with_name(f"{dst.name}.resume")
+    if folder.exists() and not options["resume"] and not options["dry_run"]:
+        raise FileExistsError(f"`{folder}` holds what an earlier run finished: give --resume to go on from it, or remove it")
+    return folder if options["resume"] else None
+
+
 def open_float(name: str) -> Model:
     """Opens a model that is to be quantized; refuses a packed one."""
     model = open_model(name)
@@ -164,6 +188,21 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
     activation = {None: None, "dynamic": qjax.dynamic(qjax.int8()), "static": qjax.static(qjax.int8())}[options["activation"]]
     rule = qjax.Rule("*", weight=spec, method=method, activation=activation)
     return qjax.Policy([*(qjax.Rule(pattern) for pattern in keep), rule])
+
+
+def check_keeps(model: Model, policy: Any) -> None:
+    """Refuses to keep everything: the last rule is that of what is quantized, those before it keep."""
+    import jax
+    import numpy as np
+
+    import qjax
+
+    *keeps, _ = policy.rules
+    program = qjax.trace(model.apply, model.params, jax.ShapeDtypeStruct((1, 2), np.int32))
+    paths = [leaf.path for leaf in program.leaves if leaf.sites]
+    if all(any(keep.matches(path) for keep in keeps) for path in paths):
+        patterns = ", ".join(repr(keep.pattern) for keep in keeps)
+        raise ValueError(f"--keep {patterns} leaves nothing to quantize of {len(paths)} parameters, such as {paths[0]!r}: keep less")
 
 
 def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
@@ -233,14 +272,18 @@ def batches_of(rows: Any, batch_size: int) -> list[Any]:
     return list(batches(rows, batch_size)) if isinstance(rows, np.ndarray) else [rows]
 
 
-def quantize_model(model: Model, policy: Any, batches: list[Any], advance: Callable[[int, int], Any]) -> Any:
+def quantize_model(
+    model: Model, policy: Any, batches: list[Any], update: Update, kept: Path | None = None, memory_limit: float | None = None
+) -> Any:
     """Quantizes in float32 what the policy quantizes, and leaves the rest in the dtype in which it is stored.
 
     Args:
       model: a float model.
       policy: what becomes what.
       batches: windows, or shapes.
-      advance: called with the number of parameters that are done, and of all.
+      update: is told how far it is.
+      kept: a folder for what is finished, to go on from after a kill.
+      memory_limit: GB of live values that stay in memory.
 
     Returns:
       The `Result`. Its report counts as bytes before those of the stored dtype, not of the float32 copy.
@@ -251,17 +294,58 @@ def quantize_model(model: Model, policy: Any, batches: list[Any], advance: Calla
     import qjax
     from qjax.policy import path_str
 
-    planned = qjax.sites(model.apply, policy)(model.params, jax.ShapeDtypeStruct(batches[0].shape, np.int32))
-    chosen = {row.path for row in planned.rows if row.spec}
-    advance(0, len(chosen))
+    resolved = policy.resolve(qjax.trace(model.apply, model.params, jax.ShapeDtypeStruct(batches[0].shape, np.int32)))
+    chosen = {choice.leaf.path for choice in resolved if choice.spec is not None}
+    update(0, len(chosen))
     params = jax.tree_util.tree_map_with_path(
         lambda path, w: w if path_str(path) in chosen else w.astype(model.stored), model.params
     )
-    result = qjax.quantize(model.apply, params, policy, batches, progress=lambda done, total, _: advance(done, total))
-    advance(len(chosen), len(chosen))
+    spill = None if memory_limit is None else qjax.Spill(int(memory_limit * 1e9))
+    result = qjax.quantize(model.apply, params, policy, batches, progress=update.show, resume=kept, spill=spill)
+    update(len(chosen), len(chosen))
+    return dataclasses.replace(result, report=_as_stored(result.report, model))
+
+
+def _as_stored(report: Any, model: Model) -> Any:
+    """The report with bytes before as stored, not as opened."""
+    import numpy as np
+
     item = np.dtype(model.stored).itemsize
-    rows = tuple(dataclasses.replace(row, float_nbytes=math.prod(row.shape) * item) for row in result.report.rows)
-    return dataclasses.replace(result, report=dataclasses.replace(result.report, rows=rows))
+
+    def stored(row: Any) -> Any:
+        before = math.prod(row.shape) * item
+        return dataclasses.replace(row, float_nbytes=before, nbytes=row.nbytes if row.spec else before)
+
+    return dataclasses.replace(report, rows=tuple(map(stored, report.rows)))
+
+
+def _warn_larger(report: Any) -> None:
+    """Says on stderr what takes no less room than before, for padding or small groups."""
+    larger = [row for row in report.rows if row.spec and row.nbytes >= row.float_nbytes]
+    if larger:
+        more = f" and {len(larger) - 1} more" if len(larger) > 1 else ""
+        click.echo(f"qjax: warning: `{larger[0].path}`{more} takes {larger[0].nbytes} bytes packed, no fewer than the "
+                   f"{larger[0].float_nbytes} before: take a larger --group-size, or no --pad", err=True)  # fmt: skip
+
+
+def _price(model: Model, policy: Any, batches: list[Any], text: Any, as_json: bool) -> None:
+    """Prints what `qjax.plan` says."""
+    from rich.console import Console
+
+    import qjax
+    from qjax.cli.tables import describe_rows, report_table
+
+    plan = qjax.plan(model.apply, model.params, policy, batches)
+    plan = dataclasses.replace(plan, report=_as_stored(plan.report, model))
+    _warn_larger(plan.report)
+    if as_json:
+        numbers = ("problems", "batches", "rows", "passes", "statistics", "live", "working", "peak", "programs", "seconds")
+        emit({"source": model.name, **describe_rows(plan.report), "calibration": text, "dry_run": True,
+              "plan": {name: getattr(plan, name) for name in numbers} | plan.work._asdict()})  # fmt: skip
+        return
+    console = Console(highlight=False)
+    for part in [*report_table(plan.report), *plan.lines(), "nothing was written"]:
+        console.print(part, markup=not isinstance(part, str))
 
 
 def save(dst: Path, result: Any, model: Model, metadata: dict[str, Any], overwrite: bool) -> None:

@@ -195,7 +195,15 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"`{path}` is not UTF-8 text (byte {error.start}): convert it") from error
 
 
-Update = Callable[[int, int], None]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """Where a piece of work says how far it is: call it with (done, all), or `show` it a `qjax.Progress`."""
+
+    call: Callable[[int, int], None]
+    show: Callable[[Any], None] = lambda event: None
+
+    def __call__(self, done: int, total: int) -> None:
+        self.call(done, total)
 
 
 @contextlib.contextmanager
@@ -203,23 +211,43 @@ def progress() -> Iterator[Callable[[str], Update]]:
     """Shows progress on stderr: bars on a terminal, elsewhere a line when something is done.
 
     Yields:
-      A callable that takes the name of a piece of work, begins it, and gives what to call with (done, all).
+      A callable that takes the name of a piece of work, begins it, and gives its `Update`.
     """
     console = Console(stderr=True)
     if not console.is_interactive:
         yield _line_at_end
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[left]}"))  # fmt: skip
     with Progress(*columns, console=console) as bar:
         try:
-            yield lambda name: _moving(bar, bar.add_task(name, total=None))
+            yield lambda name: _moving(bar, name)
         except BaseException:
             bar.live.transient = True  # what is to be read now is the error
             raise
 
 
-def _moving(bar: Progress, task: Any) -> Update:
-    return lambda done, total: bar.update(task, completed=done, total=total)
+def _moving(bar: Progress, name: str) -> Update:
+    task = bar.add_task(name, total=None, left="")
+
+    def show(event: Any) -> None:
+        text = f"{name}: {event.phase} {event.path}".rstrip()
+        bar.update(task, description=text, completed=event.done, total=event.total, left=remaining_text(event.remaining))
+
+    return Update(lambda done, total: bar.update(task, description=name, completed=done, total=total, left=""), show)
+
+
+def remaining_text(seconds: float | None) -> str:
+    """The time that remains, for people.
+
+    >>> remaining_text(75.0), remaining_text(None)
+    ('1:15 left', '')
+    """
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} left" if hours else f"{minutes}:{rest:02d} left"
 
 
 def _line_at_end(name: str) -> Update:
@@ -230,7 +258,7 @@ def _line_at_end(name: str) -> Update:
             said.append(True)
             click.echo(f"{name}: {time.perf_counter() - started:.1f} s", err=True)
 
-    return update
+    return Update(update)
 
 
 def emit(document: dict[str, Any]) -> None:

@@ -43,7 +43,8 @@ def report_table(report: Any, every: bool = False) -> list[Any]:
     listed = [row for row in report.rows if row.spec]
     how = sorted({(row.spec, row.method) for row in listed})
     sizes = f"{format_bytes(sums['float_nbytes'])} -> {format_bytes(sums['nbytes'])}"
-    head = f"{sums['quantized']} of {sums['parameters']} parameters quantized, {sizes}"
+    verb = "would be quantized" if listed and all(row.error is None for row in listed) and listed[0].method else "quantized"
+    head = f"{sums['quantized']} of {sums['parameters']} parameters {verb}, {sizes}"
     if len(how) == 1:
         head += f": {how[0][0]} by {how[0][1]}"
     if not listed:  # a float model: what could be quantized

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes  # importing it teaches NumPy the names of the small floats  # noqa: F401
 import numpy as np
 
-from qjax.formats.disk import flush_to_disk
+from qjax.disk import flush_to_disk
 from qjax.formats.document import ArrayEntry, FileEntry
 
 # What both NumPy and the Zarr driver of TensorStore have.

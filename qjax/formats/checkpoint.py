@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from qjax.core import QTensor
+from qjax.disk import flush_to_disk
 from qjax.formats import document as doc
 from qjax.formats.arrays import check_arrays, check_entries, nbytes, read_arrays, write_arrays
-from qjax.formats.disk import flush_to_disk
 from qjax.formats.document import Document, Source
 from qjax.formats.leaves import (
     abstract_leaves,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from qjax.formats.disk import flush_to_disk
+from qjax.disk import flush_to_disk
 from qjax.formats.llama_config import LlamaConfig, model_kind
 from qjax.formats.safetensors import (
     FLOAT_DTYPES,

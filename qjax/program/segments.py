@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -96,6 +97,12 @@ class Cutter:
         outputs = tuple(v for v in sorted(made) if v not in self.views and self.last_use.get(v, -1) >= stop)
         ordered = tuple(eqns.values())
         return Segment(ordered, tuple(inputs), outputs, self._key(ordered, tuple(inputs), outputs))
+
+    def live_bytes(self, cuts: Sequence[int]) -> list[int]:
+        """Bytes that stay alive across each cut, beside the program's inputs and constants, from shapes alone."""
+        at = {v: position for position, eqn in enumerate(self.graph.eqns) for v in eqn.outputs if v not in self.views}
+        sizes = {v: math.prod(self.graph.avals[v].shape) * self.graph.avals[v].dtype.itemsize for v in at}
+        return [sum(sizes[v] for v, made in at.items() if made < cut <= self.last_use.get(v, -1)) for cut in cuts]
 
     def _key(self, eqns: Sequence[FlatEqn], inputs: Sequence[int], outputs: Sequence[int]) -> Hashable:
         numbers: dict[Any, int] = {}

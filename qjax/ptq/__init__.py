@@ -6,9 +6,14 @@ from qjax.ptq.llm_int8 import llm_int8 as llm_int8
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
 from qjax.ptq.method import Problem as Problem
+from qjax.ptq.plan import Plan as Plan
+from qjax.ptq.plan import Rates as Rates
+from qjax.ptq.plan import plan as plan
+from qjax.ptq.progress import Progress as Progress
 from qjax.ptq.quantize import Result as Result
 from qjax.ptq.quantize import as_batches as as_batches
 from qjax.ptq.quantize import quantize as quantize
 from qjax.ptq.quantize import sites as sites
 from qjax.ptq.rtn import rtn as rtn
 from qjax.ptq.smoothquant import smoothquant as smoothquant
+from qjax.ptq.spill import Spill as Spill

@@ -15,11 +15,16 @@ from qjax.calibration import init_states, minmax, observe_program, why_no_rows
 from qjax.core import ActSpec, QTensor, params_from_range
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site
+from qjax.ptq.data import check_numbers, not_finite
+from qjax.ptq.progress import Monitor, Phase
+from qjax.ptq.work import forward
 
 Done = dict[int, tuple[QTensor, tuple[str, ...]]]
 
 
-def with_activations(done: Done, choices: Sequence[Choice], flat: Sequence[Any], batches: Sequence[tuple[Program, Any]]) -> Done:
+def with_activations(
+    done: Done, choices: Sequence[Choice], flat: Sequence[Any], batches: Sequence[tuple[Program, Any]], monitor: Monitor
+) -> Done:
     """Attaches activation specs.
 
     Static ranges come from one pass over the data in which every weight is already quantized and activations are float.
@@ -29,6 +34,7 @@ def with_activations(done: Done, choices: Sequence[Choice], flat: Sequence[Any],
       choices: the policy's, one a parameter.
       flat: the parameters as they were.
       batches: (traced program, its inputs) for each calibration batch.
+      monitor: is told of each batch.
 
     Returns:
       `done` with the specs and ranges.
@@ -45,7 +51,9 @@ def with_activations(done: Done, choices: Sequence[Choice], flat: Sequence[Any],
     static = {index: act for index, act in wanted.items() if act.static}
     if not static:
         return new
-    found = _observe(static, [new[i][0] if i in new else w for i, w in enumerate(flat)], batches)
+    check_numbers(batches, f"the static range of {batches[0][0].leaves[next(iter(static))].path!r}")
+    phase = monitor.phase("ranges", [forward(program) for program, _ in batches])
+    found = _observe(static, [new[i][0] if i in new else w for i, w in enumerate(flat)], batches, phase)
     program = batches[0][0]
     for index, act in static.items():
         leaf, (q, notes) = program.leaves[index], new[index]
@@ -56,16 +64,13 @@ def with_activations(done: Done, choices: Sequence[Choice], flat: Sequence[Any],
 
 
 def _observe(
-    static: Mapping[int, ActSpec], params: list[Any], batches: Sequence[tuple[Program, Any]]
+    static: Mapping[int, ActSpec], params: list[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
 ) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
     """Runs the data through; gives the range of each site: (scans..., stack) each, (0, 0) where no data came."""
     total: dict[Key, Any] = {}
     found: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
     runs: dict[int, Any] = {}
     for number, (program, inputs) in enumerate(batches):
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
-            path = program.leaves[next(iter(static))].path
-            raise ValueError(f"`calibration` holds shapes, but the static activations of {path!r} need data: give batches of numbers")
         if id(program) not in runs:
             observers: dict[Key, Any] = {s.key: act.observer or minmax() for i, act in static.items() for s in _observed(program.leaves[i])}
             run = jax.jit(observe_program(program, observers))
@@ -75,6 +80,7 @@ def _observe(
         _check_finite(program, ranges(states), number)
         total = merge(total, states) if total else states
         found = ranges(total) if number == len(batches) - 1 else found
+        phase.step(f"batch {number}")
     return {key: (np.asarray(lo), np.asarray(hi)) for key, (lo, hi) in found.items()}
 
 
@@ -104,9 +110,7 @@ def _observed(leaf: Leaf) -> list[Site]:
 def _check_finite(program: Program, ranges: Mapping[Key, tuple[Any, Any]], number: int) -> None:
     for site in program.sites:
         if site.key in ranges and not all(np.isfinite(end).all() for end in ranges[site.key]):
-            raise ValueError(
-                f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
-            )
+            raise not_finite(site, number)
 
 
 def _over_scans(f: Callable[..., Any], site: Site) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qjax.calibration import Observer, Sample, sample_rows
@@ -22,13 +23,16 @@ from qjax.core import (
     block_decode,
     block_encode,
     codebook_params,
+    group_length,
     logical_blocks,
     params_from_range,
 )
+from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import for_each_matrix, matrices, packed
 from qjax.ptq.rescale import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.rtn import rtn
+from qjax.ptq.work import Work, matrix_sizes, work_of
 
 CLIPS = tuple(round(1 - 0.05 * i, 2) for i in range(10))  # 1.00 down to .55
 
@@ -66,6 +70,19 @@ class AWQ:
         if state is None or not bool(jnp.any(state.held)):
             return Outcome(rtn().quantize(problem, None).q, ("no calibration data reached it: rounded",))
         return _clipped(problem, state)
+
+    @property
+    def tries(self) -> int:
+        return self.grid + 1
+
+    def work(self, problem: Problem) -> Work:
+        if self.then is not None:
+            return work_of(self.then, problem)
+        stack, n, k = matrix_sizes(problem)
+        if not self.clip or isinstance(problem.spec, CastSpec):
+            return Work(steps=stack * n * k)
+        group = group_length(k, problem.spec)
+        return Work(2.0 * k * group * (self.rows + len(CLIPS) * n), len(CLIPS) * n * k).times(stack)
 
     def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
         x = means([member.stats.mean_abs for member in members], members, size)
@@ -136,7 +153,9 @@ def _clipped(problem: Problem, state: Sample) -> Outcome:
         return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: rows of it share a scale",))
     if not bool(jnp.isfinite(state.x).all()):
         raise ValueError(f"the sample of `{problem.name}`'s activations holds NaN or infinity: look at the calibration data")
-    return Outcome(packed(problem, *_clip_all(matrices(problem), for_each_matrix(problem, state.x), spec)))
+    # A part without data has no error to lower: the first candidate wins, which is rounding.
+    note = unseen_note(np.asarray(state.x != 0).any((1, 2)), "rounded")
+    return Outcome(packed(problem, *_clip_all(matrices(problem), for_each_matrix(problem, state.x), spec)), (note,) if note else ())
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -15,6 +15,8 @@ from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, check_blocks
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
+from qjax.ptq.range_search import SHRINK
+from qjax.ptq.work import Work, matrix_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,11 @@ class GPTQ:
         solution = _solve(w, hessian(state), problem, self.options)
         check_solved(solution, problem.name)
         return Outcome(packed(problem, *_arrays(solution)), _notes(solution, w.shape[2], w.shape[0] > 1))
+
+    def work(self, problem: Problem) -> Work:
+        stack, n, k = matrix_sizes(problem)
+        # Cholesky, the updates of the columns still to come, and the groups' ranges.
+        return Work(k**3 / 3 + 2.0 * n * k * k, n * k * (len(SHRINK) if self.options.mse else 1)).times(stack)
 
 
 def gptq(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import Channels, Sample, divide_columns, why_no_rows
-from qjax.core import ActSpec, Spec, canonicalize
+from qjax.core import ActSpec, QTensor, Spec, canonicalize
 from qjax.program import Leaf, Site
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import Layout, for_each_matrix, matrices, part_axes, part_of, problem_of, take
@@ -101,6 +101,14 @@ def quantize_scaled(method: Method, problem: Problem, state: Any, s: Any) -> Out
     outcome = method.quantize(scaled, state)
     input_scale = canonicalize(jnp.asarray(s), problem.axes)
     return outcome._replace(q=dataclasses.replace(outcome.q, input_scale=input_scale, dtype=np.dtype(problem.w.dtype)))
+
+
+def scaled_shapes(q: QTensor, s: Any) -> QTensor:
+    """What `quantize_scaled` will store, given what the method says of it from shapes alone."""
+    if s is None:
+        return q
+    shape = jax.eval_shape(lambda: canonicalize(jnp.asarray(s), q.axes)).shape
+    return dataclasses.replace(q, input_scale=jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def part_scale(scale: Any, layout: Layout, part: Sequence[int]) -> Any:

@@ -14,8 +14,11 @@ from qjax.calibration import OutlierCounts, init_states, observe_program, outlie
 from qjax.core import ActSpec, Outliers, QTensor, dynamic, int8
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program
+from qjax.ptq.data import not_finite
 from qjax.ptq.method import Outcome, Problem
+from qjax.ptq.progress import Monitor, Phase
 from qjax.ptq.rtn import rtn
+from qjax.ptq.work import forward
 from qjax.runtime.overflow import counted
 
 MARGIN, LEAST, MULTIPLE = 1.25, 8, 8  # of a calibrated capacity
@@ -100,7 +103,9 @@ def llm_int8(threshold: float = 6.0, capacity: int | None = None) -> LLMInt8:
     return method
 
 
-def with_capacities(done: Done, choices: Sequence[Choice], flat: Sequence[Any], batches: Sequence[tuple[Program, Any]]) -> Done:
+def with_capacities(
+    done: Done, choices: Sequence[Choice], flat: Sequence[Any], batches: Sequence[tuple[Program, Any]], monitor: Monitor
+) -> Done:
     """Gives packed weights with outlier columns their capacities, and counts on the data what exceeds them.
 
     One pass over the data, in which every weight is already quantized and activations are float.
@@ -110,6 +115,7 @@ def with_capacities(done: Done, choices: Sequence[Choice], flat: Sequence[Any], 
       choices: the policy's, one a parameter.
       flat: the parameters as they were.
       batches: (traced program, its inputs) for each calibration batch.
+      monitor: is told of each batch.
 
     Returns:
       `done` with capacities.
@@ -127,7 +133,8 @@ def with_capacities(done: Done, choices: Sequence[Choice], flat: Sequence[Any], 
     if shapes and unknown:
         raise ValueError(f"`calibration` holds shapes, but llm_int8 of {unknown[0]!r} needs data to find its capacity: give batches of "
                          "numbers, or qjax.llm_int8(capacity=...)")  # fmt: skip
-    found = {} if shapes else _count(wanted, [done[i][0] if i in done else w for i, w in enumerate(flat)], batches)
+    phase = monitor.phase("outliers", [] if shapes else [forward(program) for program, _ in batches])
+    found = {} if shapes else _count(wanted, [done[i][0] if i in done else w for i, w in enumerate(flat)], batches, phase)
     for index, limit in wanted.items():
         q, notes = done[index]
         capacity, note = _capacity(leaves[index], limit, int(np.prod(q.sizes)), found)
@@ -156,7 +163,9 @@ def _capacity(leaf: Leaf, limit: Outliers, k: int, found: dict[Key, OutlierCount
     return capacity, (f"at most {most} outlier columns in {calls} calls of the data: {capacity} are set aside",)
 
 
-def _count(wanted: dict[int, Outliers], params: list[Any], batches: Sequence[tuple[Program, Any]]) -> dict[Key, OutlierCounts]:
+def _count(
+    wanted: dict[int, Outliers], params: list[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
+) -> dict[Key, OutlierCounts]:
     total: dict[Key, OutlierCounts] = {}
     runs: dict[int, Any] = {}
     for number, (program, inputs) in enumerate(batches):
@@ -172,8 +181,7 @@ def _count(wanted: dict[int, Outliers], params: list[Any], batches: Sequence[tup
         states = run(start, [*params, *inputs])
         for site in program.sites:
             if site.key in states and not bool(jnp.isfinite(states[site.key].peak).all()):
-                raise ValueError(
-                    f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
-                )
+                raise not_finite(site, number)
         total = states if not total else {key: outlier_columns(1.0).merge(total[key], state) for key, state in states.items()}
+        phase.step(f"batch {number}")
     return total

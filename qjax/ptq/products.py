@@ -17,6 +17,9 @@ from qjax.core import ActSpec, QProduct, params_from_range
 from qjax.core.products import describe_pair
 from qjax.policy import ProductChoice
 from qjax.program import Product, Program
+from qjax.ptq.data import check_numbers
+from qjax.ptq.progress import Monitor, Phase
+from qjax.ptq.work import forward
 from qjax.report import Row
 from qjax.runtime.select import INTEGER
 
@@ -24,7 +27,7 @@ Range = tuple[jax.Array, jax.Array]
 
 
 def quantize_products(
-    choices: Sequence[ProductChoice], params: Sequence[Any], batches: Sequence[tuple[Program, Any]]
+    choices: Sequence[ProductChoice], params: Sequence[Any], batches: Sequence[tuple[Program, Any]], monitor: Monitor
 ) -> tuple[dict[str, QProduct], tuple[Row, ...]]:
     """Finds what the named products need at run time.
 
@@ -34,6 +37,7 @@ def quantize_products(
       choices: the policy's.
       params: flat parameters, packed where they are quantized.
       batches: (traced program, its inputs) for each calibration batch.
+      monitor: is told of each batch.
 
     Returns:
       The products by name, and a row for each choice.
@@ -44,7 +48,10 @@ def quantize_products(
     """
     wanted = {c.product.name: c.operands for c in choices if c.operands is not None}
     static = {name: pair for name, pair in wanted.items() if any(act.static for act in pair)}
-    found = _observe(static, params, batches) if static else {}
+    if static:
+        check_numbers(batches, f"the static range of {next(iter(static))!r}")
+    phase = monitor.phase("products", [forward(program) for program, _ in batches] if static else [])
+    found = _observe(static, params, batches, phase) if static else {}
     made: dict[str, QProduct] = {}
     rows = []
     for choice in choices:
@@ -91,7 +98,7 @@ def _has_zero_point(act: ActSpec) -> bool:
 
 
 def _observe(
-    static: Mapping[str, tuple[ActSpec, ActSpec]], params: Sequence[Any], batches: Sequence[tuple[Program, Any]]
+    static: Mapping[str, tuple[ActSpec, ActSpec]], params: Sequence[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
 ) -> dict[str, tuple[Range | None, Range | None]]:
     """Runs the data through; gives the range of each static operand, (turns...) each end."""
     observers = {
@@ -102,14 +109,12 @@ def _observe(
     runs: dict[int, Callable[..., Any]] = {}
     merge, ranges = _folds(observers, static, {p.name: p for p in batches[0][0].products})
     for number, (program, inputs) in enumerate(batches):
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
-            name = next(iter(static))
-            raise ValueError(f"`calibration` holds shapes, but the static ranges of {name!r} need data: give batches of numbers")
         if id(program) not in runs:
             runs[id(program)] = _runner(program, observers, number)
         states = runs[id(program)]([*params, *inputs])
         _check_finite(ranges(states), number)
         total = merge(total, states) if total else states
+        phase.step(f"batch {number}")
     return ranges(total)
 
 

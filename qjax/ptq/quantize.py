@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,17 +19,26 @@ from qjax.core import QProduct, QTensor, Spec, check_finite
 from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
+from qjax.program.trace import is_qtensor
 from qjax.ptq.activations import with_activations
-from qjax.ptq.input_scale import part_scale, quantize_scaled
+from qjax.ptq.data import Batches, check_numbers, check_same_sites
+from qjax.ptq.groups import check_groups, padding_note
+from qjax.ptq.input_scale import part_scale, quantize_scaled, scaled_shapes
 from qjax.ptq.llm_int8 import with_capacities
-from qjax.ptq.method import Method
+from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
 from qjax.ptq.products import product_row, quantize_products
-from qjax.ptq.rescale import rescale
+from qjax.ptq.progress import Listener, Monitor
+from qjax.ptq.rescale import rescale, rescaled_by
+from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
-from qjax.ptq.sequential import Progress, Task, quantize_sequential
+from qjax.ptq.sequential import Task, quantize_sequential
+from qjax.ptq.spill import Spill
+from qjax.ptq.work import work_of
 from qjax.report import Report, Row
 from qjax.runtime.select import kernel_of
+
+Done = dict[int, tuple[QTensor, tuple[str, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,9 @@ def quantize(
     policy: Policy,
     calibration: Iterable[Any],
     *,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    spill: Spill | None = None,
 ) -> Result:
     """Quantizes the parameters of a function after training.
 
@@ -74,15 +86,21 @@ def quantize(
       policy: which parameters become what, and how.
       calibration: batches, at least one, re-iterable. A tuple is spread over the function's arguments after `params`; a
         dict or an array is one argument. Shapes (`jax.ShapeDtypeStruct`) are enough where no method needs data.
-      progress: called with (parameters done, parameters in all, path of the last one).
+      progress: called with a `qjax.Progress` at the begin of a phase and after each of its steps, with the time that remains.
+      resume: a folder that keeps each finished parameter (or layer of one) and each input's scales. The same call with the
+        same folder goes on after a kill where the last one was, and gives the same result to the bit. The folder stays, for until
+        the result is saved it is the only copy: remove it then.
+      spill: keeps the live values of sequential methods below a limit, the rest on disk; None keeps all in memory.
 
     Returns:
       A `Result` with `params` and `report`.
 
     Raises:
       TypeError: `policy` is no policy.
-      ValueError: `calibration` is empty or holds only shapes for a method that needs data; a rule matches nothing; a group does
-        not divide a weight; a weight holds NaN or infinity.
+      ValueError: `calibration` is empty, holds only shapes for a method that needs data, a batch whose program has other sites,
+        or one that gives a site NaN or infinity; a rule matches nothing; a group does not divide a weight; a weight holds NaN or
+        infinity; `resume` holds another job.
+      FileExistsError: `resume` holds something else.
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -105,34 +123,26 @@ def quantize(
     traced = time.perf_counter()
 
     streams = [(programs(a), a.inputs) for a in arguments]
-    flat, scales, rescaled = rescale(flat, choices, streams)
-    done: dict[int, tuple[QTensor, tuple[str, ...]]] = {}
-    tasks: dict[int, Task] = {}
-    for choice in choices:
-        if choice.spec is None or choice.rule is None:
-            continue
-        method, note = _method(choice)
-        if method.observer is None:
-            index = choice.leaf.index
-            q, notes = _by_parts(choice.leaf, choice.spec, method, flat[index], scales.get(index))
-            done[choice.leaf.index] = q, (*notes, *note)
-        else:
-            # What a group that does not divide says, it says now, not after minutes of calibration.
-            _shapes(choice)
-            tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method, scales.get(choice.leaf.index))
+    _check_work(choices, streams)
+    kept = open_kept(resume, None if resume is None else describe_job(policy, arguments, [p for p, _ in streams]))
+    monitor = Monitor(progress)
+
+    flat, scales, rescaled = rescale(flat, choices, streams, monitor, kept)
+    done, tasks = _without_data(choices, flat, scales, monitor, kept)
+    memory: dict[str, int] = {}
     if tasks:
-        _check_data(batches, tasks)
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-        done |= quantize_sequential(current, tasks, streams, progress)
-    done = with_activations(done, choices, flat, streams)
-    done = with_capacities(done, choices, flat, streams)
+        found, memory = quantize_sequential(current, tasks, streams, monitor, kept, spill)
+        done |= found
+    done = with_activations(done, choices, flat, streams, monitor)
+    done = with_capacities(done, choices, flat, streams, monitor)
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-    products, product_rows = quantize_products(named, packed, streams)
+    products, product_rows = quantize_products(named, packed, streams, monitor)
     jax.block_until_ready([jax.tree.leaves(x) for x in (*packed, products)])
     finished = time.perf_counter()
     seconds = {"trace": round(traced - started, 3), "quantize": round(finished - traced, 3)}
     report = describe(program, choices, flat, done, seconds, rescaled)
-    report = dataclasses.replace(report, rows=(*report.rows, *product_rows))
+    report = dataclasses.replace(report, rows=(*report.rows, *product_rows), memory=memory)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
     return Result(new_params, report, policy, sites=products)
 
@@ -141,13 +151,46 @@ def as_batches(calibration: Any) -> list[tuple[Any, ...]]:
     """Returns calibration batches as tuples of arguments, or the errors that `quantize` documents."""
     if calibration is None or isinstance(calibration, (dict, str, jax.Array, np.ndarray)) or not isinstance(calibration, Iterable):
         raise TypeError(f"`calibration` must be a list of batches, got {type(calibration).__name__}: write calibration=[batch]")
-    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in calibration]
+    batches = [jax.tree.map(_firm, batch if isinstance(batch, tuple) else (batch,), is_leaf=is_qtensor) for batch in calibration]
     if not batches:
         raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
     return batches
 
 
-def _method(choice: Choice) -> tuple[Method, tuple[str, ...]]:
+def _firm(x: Any) -> Any:
+    """A weakly typed array would be traced to another program than the others."""
+    return jnp.asarray(x, x.dtype) if isinstance(x, jax.Array) and jax.typeof(x).weak_type else x
+
+
+def _without_data(
+    choices: Sequence[Choice], flat: Sequence[Any], scales: Mapping[int, Any], monitor: Monitor, kept: Kept
+) -> tuple[Done, dict[int, Task]]:
+    """Quantizes what needs no data; gives it, and the tasks that do."""
+    tasks: dict[int, Task] = {}
+    now: list[tuple[Choice, Any, Method, tuple[str, ...]]] = []
+    for choice in choices:
+        if choice.spec is None or choice.rule is None:
+            continue
+        method, note = method_of(choice)
+        if method.observer is None:
+            now.append((choice, choice.spec, method, note))
+        else:
+            tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method, scales.get(choice.leaf.index))
+    phase = monitor.phase("round", [work_of(method, whole_problem(choice)).weight for choice, _, method, _ in now])
+    done: Done = {}
+    for choice, spec, method, note in now:
+        leaf, scale = choice.leaf, scales.get(choice.leaf.index)
+        outcome = kept.outcome(leaf.index, (), lambda choice=choice, scale=scale: scaled_shapes(shapes_of(choice), scale))
+        found = outcome is not None
+        if outcome is None:
+            outcome = _by_parts(leaf, spec, method, flat[leaf.index], scale)
+            kept.keep_outcome(leaf.index, (), outcome)
+        done[leaf.index] = outcome.q, (*outcome.notes, *note)
+        phase.step(leaf.path, found)
+    return done, tasks
+
+
+def method_of(choice: Choice) -> tuple[Method, tuple[str, ...]]:
     """The rule's method, or rounding with the reason where the method cannot do anything for this parameter."""
     method: Any = choice.rule.method if choice.rule is not None and choice.rule.method is not None else rtn()
     ways = dict.fromkeys((site.contracted, site.stacked) for site in choice.leaf.sites)
@@ -165,19 +208,18 @@ def _method(choice: Choice) -> tuple[Method, tuple[str, ...]]:
     return method, ()
 
 
-def _by_parts(leaf: Leaf, spec: Spec, method: Method, w: jax.Array, scale: Any = None) -> tuple[QTensor, tuple[str, ...]]:
+def _by_parts(leaf: Leaf, spec: Spec, method: Method, w: jax.Array, scale: Any = None) -> Outcome:
     """Quantizes a weight without data, a layer of a stack at a time: all of them at once would hold several float copies."""
     site = leaf.sites[0]
     layout = layout_of(leaf) if _same_parts(leaf) else Layout((), ())
     if not layout.axes:
-        outcome = quantize_scaled(method, problem_of(leaf, site, spec, w), None, scale)
-        return outcome.q, outcome.notes
+        return quantize_scaled(method, problem_of(leaf, site, spec, w), None, scale)
     outcomes = {}
     for part in layout.all:
         problem = problem_of(leaf, site, spec, take(w, layout, part), layout.axes)
         outcomes[part] = quantize_scaled(method, problem, None, part_scale(scale, layout, part))
     notes = dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes)
-    return join(leaf, layout, {part: outcome.q for part, outcome in outcomes.items()}), tuple(notes)
+    return Outcome(join(leaf, layout, {part: outcome.q for part, outcome in outcomes.items()}), tuple(notes))
 
 
 def _same_parts(leaf: Leaf) -> bool:
@@ -198,23 +240,30 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
         check_finite(w, choice.leaf.path)
 
 
-def _shapes(choice: Choice) -> QTensor:
+def whole_problem(choice: Choice) -> Problem:
+    """A parameter as a problem of its shape alone."""
     leaf = choice.leaf
     w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    problem = problem_of(leaf, leaf.sites[0], choice.spec, w)  # pyright: ignore[reportArgumentType]
-    return _method(choice)[0].shapes(problem)
+    return problem_of(leaf, leaf.sites[0], choice.spec, w)  # pyright: ignore[reportArgumentType]
 
 
-def _check_data(batches: Sequence[tuple[Any, ...]], tasks: dict[int, Task]) -> None:
-    leaves = jax.tree.leaves(batches)
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        task = next(iter(tasks.values()))
-        raise ValueError(f"`calibration` holds shapes, but {task.method.name} of {task.leaf.path!r} needs data: give batches of numbers")
-    for number, batch in enumerate(batches):
-        for x in jax.tree.leaves(batch):
-            floating = isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating)
-            if floating and (count := int(jnp.isnan(x).sum())):
-                raise ValueError(f"`calibration` batch {number} holds {count} NaN in an array of shape {x.shape}: mend or drop that batch")
+def shapes_of(choice: Choice) -> QTensor:
+    """What a parameter will be stored as, from shapes alone."""
+    return method_of(choice)[0].shapes(whole_problem(choice))
+
+
+def _check_work(choices: Sequence[Choice], batches: Batches) -> None:
+    """Says now, not after minutes of calibration, what cannot be done."""
+    chosen = [choice for choice in choices if choice.spec is not None]
+    check_groups(chosen)
+    for choice in chosen:
+        shapes_of(choice)
+    needs = [(c, method_of(c)[0]) for c in chosen if method_of(c)[0].observer is not None or c.leaf.index in rescaled_by(chosen)]
+    if needs:
+        choice, method = needs[0]
+        check_numbers(batches, f"{method.name} of {choice.leaf.path!r}")
+    if needs or any(c.activation is not None and c.activation.static for c in chosen):
+        check_same_sites(batches)
 
 
 def describe(
@@ -273,8 +322,8 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
     )
     if spec is None:
         return row
-    method, notes = _method(choice)
-    q = _shapes(choice) if q is None else q
+    method, notes = method_of(choice)
+    q = shapes_of(choice) if q is None else q
     act, note = choice.activation, (choice.activation_note,) if choice.activation_note else ()
     if act is not None and act.outliers is not None and q.act is not None:
         act = q.act  # which knows the capacity
@@ -287,7 +336,7 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         bits_per_weight=q.bits_per_weight,
         activation="" if act is None else str(act),
         kernel=", ".join(dict.fromkeys(kernel for kernel, _ in kernels)),
-        notes=(*notes, *note, *reasons),
+        notes=(*notes, *note, *reasons, *padding_note(choice.leaf, spec, q.nbytes)),
     )
 
 

@@ -8,7 +8,7 @@ from jax import lax
 from qjax.core import CodebookSpec, IntSpec, block_decode, block_encode, codebook_params, divide, params_from_range
 
 # The setting of GPTQ's authors: 80 ranges, 1.00 down to 0.21 of the full one, and the norm 2.4.
-_SHRINK = np.asarray(1 - np.arange(80) / 100, np.float32)
+SHRINK = np.asarray(1 - np.arange(80) / 100, np.float32)
 _NORM = 2.4
 
 
@@ -37,7 +37,7 @@ def search_range(blocks: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.A
     """
     x = blocks.astype(jnp.float32)
     lo, hi = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
-    shrink = jnp.asarray(_SHRINK)
+    shrink = jnp.asarray(SHRINK)
     # |error|^2.4 of very small and very large blocks leaves float32: errors are counted in units of the block's reach.
     reach = jnp.log(jnp.maximum(jnp.maximum(-lo, hi), jnp.finfo(jnp.float32).tiny))
 
@@ -47,7 +47,7 @@ def search_range(blocks: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.A
         return best
 
     first = _candidates(lo, hi, spec)[0]
-    _, (scale, zero_point) = lax.fori_loop(0, len(_SHRINK), step, (jnp.full(lo.shape, jnp.inf, jnp.float32), first))
+    _, (scale, zero_point) = lax.fori_loop(0, len(SHRINK), step, (jnp.full(lo.shape, jnp.inf, jnp.float32), first))
     return scale, zero_point
 
 

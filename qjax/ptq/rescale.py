@@ -22,10 +22,14 @@ from qjax.core import ActSpec, Spec, quantize, round_activation
 from qjax.graph import Fold, NoFold, NotPreserved, Scaling, apply_fold, build, find_fold, verifier
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site, shared_inputs
+from qjax.ptq.data import check_numbers, not_finite, unseen_note
 from qjax.ptq.input_scale import blank, site_scale, why_no_scale
 from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, matrices, part_axes, part_of, problem_of, take
+from qjax.ptq.progress import Monitor, Phase
+from qjax.ptq.resume import Kept
 from qjax.ptq.rtn import rtn
+from qjax.ptq.work import Work, forward, matrix_sizes
 
 Unfoldable = Literal["leave", "scale"]
 SAMPLES_AT_ONCE = 2**30  # bytes of activations that are held at a time; more sites take more passes over the data
@@ -59,6 +63,11 @@ class Rescaling(Method, Protocol):
     @property
     def unfoldable(self) -> Unfoldable:
         """What becomes of an input whose scales nothing can take in exchange: left as it is, or divided at run time."""
+        ...
+
+    @property
+    def tries(self) -> int:
+        """How many candidates there are."""
         ...
 
     def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
@@ -103,13 +112,17 @@ class Rescaled(NamedTuple):
     notes: Notes
 
 
-def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tuple[Program, Any]]) -> Rescaled:
+def rescale(
+    flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tuple[Program, Any]], monitor: Monitor, kept: Kept
+) -> Rescaled:
     """Rescales what the policy's methods want rescaled.
 
     Args:
       flat: the float parameters.
       choices: the policy's, one a parameter.
       batches: (traced program, its inputs) for each calibration batch.
+      monitor: is told of each batch and each input.
+      kept: scales that were found before, and where those go that are found.
 
     Returns:
       The new parameters, the scales that are left to run time, and remarks.
@@ -117,18 +130,17 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
     Raises:
       ValueError: shapes in place of data; activations that are not finite.
     """
-    wanted = {c.leaf.index: c for c in choices if c.rule is not None and isinstance(c.rule.method, Rescaling) and c.spec is not None}
+    wanted = rescaled_by(choices)
     if not wanted:
         return Rescaled(list(flat), {}, {})
     program = batches[0][0]
     groups, refusals = _groups(program, wanted)
     notes: Notes = {}
     chosen: list[tuple[Group, jax.Array]] = []
-    for some in _at_once(groups, program):
-        states = _observe(some, wanted, list(flat), batches)
-        for group in some:
-            members = _members(group, wanted, program.leaves, flat, states)
-            chosen.append((group, jnp.stack([_best(group.method, *unit) for unit in members]).reshape(group.fold.shape)))
+    lists = _at_once(groups, program)
+    phase = monitor.phase("rescale", [w for some in lists for w in _weights(some, program, len(batches))])
+    for some in lists:
+        chosen += _scales(some, len(chosen), wanted, flat, batches, phase, kept, notes)
     new, refused = _apply(program, flat, batches[0][1], chosen)
     for group, _ in chosen:
         method, reason = group.method.name, refused.get(id(group))
@@ -138,18 +150,59 @@ def rescale(flat: Sequence[Any], choices: Sequence[Choice], batches: Sequence[tu
         _note(notes, (site.leaf for site in group.sites), f"{method}: its input is rescaled")
         others = {s.leaf for s in group.fold.scalings} - {site.leaf for site in group.sites}
         _note(notes, others, f"{method}: changed in exchange for an input")
-    return Rescaled(new, _at_run_time(refusals, wanted, new, batches, notes), notes)
+    alone = _alone(refusals, wanted, program, notes)
+    return Rescaled(new, _at_run_time(alone, len(chosen), wanted, new, batches, monitor, kept, notes), notes)
+
+
+def rescaled_by(choices: Sequence[Choice]) -> dict[int, Choice]:
+    """The choices whose method rescales inputs, by the parameter's index."""
+    return {c.leaf.index: c for c in choices if c.rule is not None and isinstance(c.rule.method, Rescaling) and c.spec is not None}
 
 
 def _note(notes: Notes, leaves: Iterable[int], text: str) -> None:
     notes |= {leaf: tuple(dict.fromkeys((*notes.get(leaf, ()), text))) for leaf in leaves}
 
 
-def _at_run_time(
-    refusals: Refusals, wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]], notes: Notes
-) -> dict[int, np.ndarray]:
-    """The scales of sites whose method divides what cannot be folded; each parameter by itself, as it keeps its own."""
-    program, alone = batches[0][0], []
+def _scales(
+    groups: Sequence[Group], first: int, wanted: Mapping[int, Choice], flat: Sequence[Any], batches: Sequence[tuple[Program, Any]],
+    phase: Phase, kept: Kept, notes: Notes,
+) -> list[tuple[Group, jax.Array]]:  # fmt: skip
+    """The scales of groups that are observed together, of which the first is number `first`; remarks go to `notes`."""
+    program = batches[0][0]
+    found = [kept.scales(first + i) for i in range(len(groups))]
+    states = _observe_missing(groups, found, wanted, flat, batches, phase)
+    chosen = []
+    for i, (group, earlier) in enumerate(zip(groups, found, strict=True)):
+        if earlier is None:
+            members = _members(group, wanted, program.leaves, flat, states)
+            s = jnp.stack([_best(group.method, *unit) for unit in members]).reshape(group.fold.shape)
+            said = [unseen_note(np.asarray(states[site.key][0].absmax).any(-1), "it has no say in the scales") for site in group.sites]
+            kept.keep_scales(first + i, s, said)
+        else:
+            s, said = earlier
+        for site, text in zip(group.sites, said, strict=True):
+            if text:
+                _note(notes, (site.leaf,), f"{group.method.name}: {text}")
+        phase.step(group.sites[0].path, found=earlier is not None)
+        chosen.append((group, s))
+    return chosen
+
+
+def _observe_missing(
+    groups: Sequence[Unit], found: Sequence[Any], wanted: Mapping[int, Choice], flat: Sequence[Any],
+    batches: Sequence[tuple[Program, Any]], phase: Phase,
+) -> Any:  # fmt: skip
+    """What the groups read. All are observed even if one alone was not found: another program could round differently."""
+    if any(s is None for s in found):
+        return _observe(groups, wanted, list(flat), batches, phase)
+    for number in range(len(batches)):
+        phase.step(f"batch {number}", found=True)
+    return {}
+
+
+def _alone(refusals: Refusals, wanted: Mapping[int, Choice], program: Program, notes: Notes) -> list[Alone]:
+    """The sites whose method divides what cannot be folded; of the others `notes` says why they stay as they are."""
+    alone = []
     for sites, reason in refusals:
         for site in sites:
             choice = wanted[site.leaf]
@@ -161,22 +214,40 @@ def _at_run_time(
                     alone.append(Alone((site,), method, reason))
                     continue
             _note(notes, (site.leaf,), f"{method.name} without rescaling: {reason}" + (f"; nor at run time: {no}" if no else ""))
-    scales: dict[int, np.ndarray] = {}
-    for some in _at_once(alone, program):
-        states = _observe(some, wanted, flat, batches)
-        for one in some:
+    return alone
+
+
+def _at_run_time(
+    alone: Sequence[Alone], first: int, wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]],
+    monitor: Monitor, kept: Kept, notes: Notes,
+) -> dict[int, np.ndarray]:  # fmt: skip
+    """The scales by which products divide their inputs; each parameter by itself, as it keeps its own. `first` as in `_scales`."""
+    program, scales = batches[0][0], {}
+    lists = _at_once(alone, program)
+    phase = monitor.phase("rescale", [w for some in lists for w in _weights(some, program, len(batches))])
+    for some in lists:
+        found = [kept.scales(first + i) for i in range(len(some))]
+        states = _observe_missing(some, found, wanted, flat, batches, phase)
+        for i, (one, earlier) in enumerate(zip(some, found, strict=True)):
             (site,), leaf = one.sites, program.leaves[one.sites[0].leaf]
-            how = ((wanted[leaf.index].spec, wanted[leaf.index].activation),)
-
-            def search(w: jax.Array, stats: Channels, sample: Sample, one: Alone = one, how: Any = how) -> jax.Array:
-                channel = jnp.broadcast_to(jnp.arange(w.shape[-1], dtype=jnp.int32), (w.shape[0], w.shape[-1]))
-                return _best(one.method, (Member(w, sample.x, stats, channel),), w.shape[-1], how)
-
             scale = scales.setdefault(leaf.index, blank(leaf))
-            stats, sample = states[site.key]
-            site_scale(leaf, site, flat[leaf.index], stats, sample, scale, search)
+            if earlier is None:
+                stats, sample = states[site.key]
+                site_scale(leaf, site, flat[leaf.index], stats, sample, scale, functools.partial(_best_alone, one, wanted[leaf.index]))
+                kept.keep_scales(first + i, jnp.asarray(scale), ())
+            else:
+                scale[...] = earlier[0]
             _note(notes, (leaf.index,), f"{one.method.name}: its input is divided at run time, because {one.reason}")
+            phase.step(site.path, found=earlier is not None)
+        first += len(some)
     return scales
+
+
+def _best_alone(one: Alone, choice: Choice, w: jax.Array, stats: Channels, sample: Sample) -> jax.Array:
+    """The best scales (K,) of one weight (stack, N, K) that is rescaled by itself, a free one for each column."""
+    channel = jnp.broadcast_to(jnp.arange(w.shape[-1], dtype=jnp.int32), (w.shape[0], w.shape[-1]))
+    how: Any = ((choice.spec, choice.activation),)
+    return _best(one.method, (Member(w, sample.x, stats, channel),), w.shape[-1], how)
 
 
 def _groups(program: Program, wanted: Mapping[int, Choice]) -> tuple[list[Group], Refusals]:
@@ -243,23 +314,61 @@ def _at_once(groups: Sequence[Unit], program: Program) -> list[list[Unit]]:
     return out
 
 
-def _observe(groups: Sequence[Group | Alone], wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]]) -> Any:
-    observers = {s.key: Together((channel_stats(), sample_rows(group.method.rows))) for group in groups for s in group.sites}
+def _weights(groups: Sequence[Group | Alone], program: Program, batches: int) -> list[float]:
+    """How long each step of a list of groups takes, in one unit: the batches, then the searches."""
+    work = search_work(groups, program)
+    return [forward(program)] * batches + [each.weight for each in work]
+
+
+def search_work(groups: Sequence[Group | Alone], program: Program) -> list[Work]:
+    """What trying the candidates computes, for each group."""
+    out = []
+    for group in groups:
+        total = Work()
+        for site in group.sites:
+            leaf = program.leaves[site.leaf]
+            w = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            stack, n, k = matrix_sizes(problem_of(leaf, site, None, w))  # pyright: ignore[reportArgumentType]
+            total = total.plus(Work(4.0 * group.method.rows * n * k, n * k).times(stack * group.method.tries))
+        out.append(total)
+    return out
+
+
+def plan_rescaling(choices: Sequence[Choice], program: Program) -> list[tuple[Work, int]]:
+    """For each pass over the data: the work of its searches, and the bytes of its observers' states; shapes alone are read."""
+    wanted = rescaled_by(choices)
+    if not wanted:
+        return []
+    groups, refusals = _groups(program, wanted)
+    lists: list[Any] = [*_at_once(groups, program), *_at_once(_alone(refusals, wanted, program, {}), program)]
+    plans = []
+    for groups in lists:
+        states = jax.eval_shape(lambda groups=groups: init_states(program, _observers(groups)))
+        work = functools.reduce(Work.plus, search_work(groups, program))
+        plans.append((work, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))))
+    return plans
+
+
+def _observers(groups: Sequence[Group | Alone]) -> dict[Key, Any]:
+    return {s.key: Together((channel_stats(), sample_rows(group.method.rows))) for group in groups for s in group.sites}
+
+
+def _observe(
+    groups: Sequence[Group | Alone], wanted: Mapping[int, Choice], flat: list[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
+) -> Any:
+    choice = wanted[groups[0].sites[0].leaf]
+    check_numbers(batches, f"{groups[0].method.name} of {choice.leaf.path!r}")
+    observers = _observers(groups)
     states: dict[Key, Any] = init_states(batches[0][0], observers)
     runs: dict[int, Any] = {}
     for number, (program, inputs) in enumerate(batches):
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
-            choice = wanted[groups[0].sites[0].leaf]
-            name = choice.rule.method.name  # pyright: ignore[reportOptionalMemberAccess]
-            raise ValueError(f"`calibration` holds shapes, but {name} of {choice.leaf.path!r} needs data: give batches of numbers")
         if id(program) not in runs:
             runs[id(program)] = jax.jit(observe_program(program, observers))
         states = runs[id(program)](states, [*flat, *inputs])
         for site in program.sites:
             if site.key in states and not bool(jnp.isfinite(states[site.key][0].absmax).all()):
-                raise ValueError(
-                    f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch"
-                )
+                raise not_finite(site, number)
+        phase.step(f"batch {number}")
     return states
 
 

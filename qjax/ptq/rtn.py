@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 
 from qjax.core import QTensor, block_params, quantize
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.range_search import search_range
+from qjax.ptq.range_search import SHRINK, search_range
+from qjax.ptq.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,9 @@ class RoundToNearest:
         ranges = search_range if self.mse else block_params
         w, spec, axes, stacked = problem.w, problem.spec, problem.axes, problem.stacked
         return Outcome(quantize(w, spec, axes, stacked, name=problem.name, ranges=ranges))
+
+    def work(self, problem: Problem) -> Work:
+        return Work(steps=math.prod(problem.w.shape) * (len(SHRINK) if self.mse else 1))
 
 
 def rtn(mse: bool = False) -> RoundToNearest:

@@ -1,20 +1,23 @@
 """Sequential calibration: each site is quantized on the activations of the already quantized sites before it.
 
-One pass over the program, cut at groups of sites that share an input. Memory is the live values between two cuts, the statistics of
-one group, and the packed result; the float parameters belong to the caller.
+One pass over the program, cut at groups of sites that share an input. Memory is the live values between two cuts, which can go
+to disk above a limit, the statistics of one group, and the packed result; the float parameters belong to the caller.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.calibration import (
+    AllFinite,
     Observer,
+    Together,
     init_states,
     observe_program,
     site_rows,
@@ -27,11 +30,14 @@ from qjax.program import Leaf, Packed, Program, Site, compat
 from qjax.program.flatten import FlatEqn, Graph, Lit, canonical, flatten
 from qjax.program.packed import can_scan
 from qjax.program.segments import Compiled, Cutter, Segment
-from qjax.ptq.input_scale import part_scale, quantize_scaled
-from qjax.ptq.method import Method, Outcome
+from qjax.ptq.data import not_finite, other_program
+from qjax.ptq.input_scale import part_scale, quantize_scaled, scaled_shapes
+from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import Layout, Part, join, layout_of, part_axes, part_of, problem_of, put, take
-
-Progress = Callable[[int, int, str], None]
+from qjax.ptq.progress import Monitor
+from qjax.ptq.resume import Kept
+from qjax.ptq.spill import Live, OnDisk, Spill, opened
+from qjax.ptq.work import Work, rows_seen, work_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Task:
     def observer(self) -> Observer[Any]:
         if self.method.observer is None:
             raise ValueError(f"`method` {self.method.name} of {self.leaf.path!r} needs no data")
-        return self.method.observer
+        # A batch that is not finite is named when it is seen, not when a solver fails on the sum of all.
+        return Together((self.method.observer, AllFinite()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +77,11 @@ class Visit:
 class Batch:
     """One calibration batch on its way through the program: the graph for its shapes, and its live values."""
 
-    def __init__(self, program: Program, cutter: Cutter, inputs: Sequence[Any]):
-        self.program, self.cutter = program, cutter
+    def __init__(self, program: Program, cutter: Cutter, inputs: Sequence[Any], memory: Live):
+        self.program, self.cutter, self.memory = program, cutter, memory
         first = len(program.leaves)
-        self.live: dict[int, Any] = dict(zip(cutter.graph.inputs[first:], inputs, strict=True))
+        self.given: dict[int, Any] = dict(zip(cutter.graph.inputs[first:], inputs, strict=True))  # the caller's, not counted
+        self.live: dict[int, Any] = {}
         self.inputs = list(inputs)
 
     def eqn(self, visit: Visit) -> FlatEqn:
@@ -82,29 +90,37 @@ class Batch:
     def value(self, var: int) -> Any:
         graph = self.cutter.graph
         if var in self.live:
-            return self.live[var]
+            value = self.live[var]
+            return value.read() if isinstance(value, OnDisk) else value
+        if var in self.given:
+            return self.given[var]
         if var in graph.consts:
             return graph.consts[var]
         sliced = graph.sliced[var]
         parent = sliced.parent.value if isinstance(sliced.parent, Lit) else self.value(sliced.parent)
         return jax.lax.dynamic_index_in_dim(parent, jnp.int32(sliced.index), 0, keepdims=False)
 
-    def advance(self, outputs: Sequence[int], values: Sequence[Any], stop: int) -> None:
-        """Takes up what a segment gave and drops what nothing after `stop` reads."""
-        live = {**self.live, **dict(zip(outputs, values, strict=True))}
-        self.live = {v: x for v, x in live.items() if self.cutter.last_use.get(v, -1) >= stop}
+    def advance(self, segment: Segment, values: Sequence[Any], stop: int) -> None:
+        """Takes up what a segment gave, drops what nothing after `stop` reads, and writes away what there is no room for."""
+        self.memory.pass_by(x for v in segment.inputs if isinstance(x := self.live.get(v), OnDisk))
+        for var, value in zip(segment.outputs, values, strict=True):
+            self.live[var] = value
+            self.memory.take_up(value)
+        for var in [v for v in self.live if self.cutter.last_use.get(v, -1) < stop]:
+            self.memory.drop(self.live.pop(var))
+        if self.memory.full:
+            self.live = {v: x if isinstance(x, OnDisk) else self.memory.write(x) for v, x in self.live.items()}
 
 
 class Run:
     """The state of one sequential run: current parameters, and how far each shape of program has come."""
 
-    def __init__(self, params: Sequence[Any], tasks: dict[int, Task], progress: Progress | None):
-        self.params, self.tasks = list(params), tasks
+    def __init__(self, params: Sequence[Any], tasks: dict[int, Task], kept: Kept):
+        self.params, self.tasks, self.kept = list(params), tasks, kept
         self.parts: dict[int, dict[Part, Outcome]] = {i: {} for i in tasks}
         self.done: dict[int, tuple[QTensor, tuple[str, ...]]] = {}
         self.compiled = Compiled()
         self.updates: dict[Any, Any] = {}
-        self.progress = progress
 
     def parameter(self, index: int) -> jax.Array:
         """A parameter as the quantized model has it so far, whole."""
@@ -146,68 +162,98 @@ class Run:
             joined = join(task.leaf, layout, {p: o.q for p, o in parts.items()})
             self.done[task.leaf.index] = (joined, tuple(notes))
             self.parts[task.leaf.index] = {}
-            if self.progress is not None:
-                self.progress(len(self.done), len(self.tasks), task.leaf.path)
+
+    def solve(self, task: Task, part: Part, problem: Problem, scale: Any, state: Any) -> Outcome:
+        """What the method makes of a problem and the state of `task.observer`; kept for a run that goes on after this one."""
+        outcome = quantize_scaled(task.method, problem, None if state is None else state[0], scale)
+        self.kept.keep_outcome(task.leaf.index, part, outcome)
+        return outcome
 
 
 def quantize_sequential(
     params: Sequence[Any],
     tasks: dict[int, Task],
     batches: Sequence[tuple[Program, Sequence[Any]]],
-    progress: Progress | None = None,
-) -> dict[int, tuple[QTensor, tuple[str, ...]]]:
+    monitor: Monitor,
+    kept: Kept,
+    spill: Spill | None = None,
+) -> tuple[dict[int, tuple[QTensor, tuple[str, ...]]], dict[str, int]]:
     """Quantizes parameters in data-flow order.
 
     Args:
       params: the flat parameters; those that are already `QTensor`s are part of the quantized prefix.
       tasks: what to do, by flat index.
       batches: for each batch the program traced for its shapes and its flat inputs.
-      progress: called with (parameters done, all, path).
+      monitor: is told of each visit of a site.
+      kept: what was quantized before, and where what is quantized goes.
+      spill: when live values go to disk.
 
     Returns:
-      For each task the packed parameter and remarks.
+      For each task the packed parameter and remarks; and bytes: the "live" values at their peak, those "spilled" in all.
 
     Raises:
-      ValueError: batches of different shapes that trace to programs with different sites.
+      ValueError: batches of different shapes that trace to programs with different sites; data that are not finite.
     """
-    run = Run(params, tasks, progress)
-    streams = _streams(batches)
-    by_graph = {id(stream.cutter): _visits(stream, tasks) for stream in streams}
-    others = [by_graph[id(stream.cutter)] for stream in streams]
-    visits = others[0]
-    for other in by_graph.values():
-        if [(v.site.key, v.part) for v in other] != [(v.site.key, v.part) for v in visits]:
-            raise ValueError(
-                "`calibration` holds batches whose shapes trace to programs with different sites; give batches of one shape"
-            )
-    flat = _flat_leaves(visits, tasks)
-    positions = [0] * len(streams)
-    solved: set[int] = set()
+    run = Run(params, tasks, kept)
+    with opened(spill) as memory:
+        streams = streams_of(batches, memory)
+        by_graph = {id(stream.cutter): visits_of(stream, tasks) for stream in streams}
+        others = [by_graph[id(stream.cutter)] for stream in streams]
+        visits = others[0]
+        for number, other in enumerate(others):
+            if other is not visits and [(v.site.key, v.part) for v in other] != [(v.site.key, v.part) for v in visits]:
+                raise other_program(batches, number)
+        flat = flat_leaves(visits, tasks)
+        groups = grouped(visits, flat)
+        phase = monitor.phase("calibrate", [visit_work(visits[n], streams, tasks, flat).weight for group in groups for n in group])
+        positions = [0] * len(streams)
+        for group in groups:
+            visit = visits[group[0]]
+            if visit.site.leaf in flat:
+                stops = [mine[group[0]].position for mine in others]
+                _advance(run, streams, positions, stops)
+                positions = stops
+                found = _solve_flat(run, streams, others, group)
+            else:
+                found = visit.site.leaf in run.done or _solve_pooled(run, streams, tasks[visit.site.leaf])
+            for number in group:
+                phase.step(visits[number].site.path, found)
+    return run.done, {"live": memory.peak, "spilled": memory.spilled}
+
+
+def grouped(visits: Sequence[Visit], flat: set[int]) -> list[list[int]]:
+    """Numbers of the visits that are solved together, for they read the same: each group where its first one stands."""
+    groups: dict[Any, list[int]] = {}
     for number, visit in enumerate(visits):
-        if number in solved:
-            continue
-        group = [number]
-        if visit.site.leaf in flat:
-            group += [n for n in range(number + 1, len(visits)) if _together(visits[n], visit, flat) and n not in solved]
-            stops = [mine[number].position for mine in others]
-            _advance(run, streams, positions, stops)
-            positions = stops
-            _solve_flat(run, streams, others, group)
-        elif visit.site.leaf not in run.done:
-            _solve_pooled(run, streams, tasks[visit.site.leaf])
-        solved.update(group)
-    return run.done
+        reads = tuple(("literal", id(a)) if isinstance(a, Lit) else a for a in visit.sources)
+        groups.setdefault(reads if visit.site.leaf in flat else ("pooled", number), []).append(number)
+    return list(groups.values())
 
 
-def _streams(batches: Sequence[tuple[Program, Sequence[Any]]]) -> list[Batch]:
+def visit_work(visit: Visit, streams: Sequence[Batch], tasks: dict[int, Task], flat: set[int]) -> Work:
+    """What the statistics and the method compute at a visit, roughly: shapes alone are read."""
+    site, task = visit.site, tasks[visit.site.leaf]
+    removed = layout_of(task.leaf).axes if site.leaf in flat else ()
+    shape = [n for i, n in enumerate(task.leaf.shape) if i not in removed]
+    w = jax.ShapeDtypeStruct(tuple(shape), task.leaf.dtype)
+    problem = problem_of(task.leaf, site, task.spec, w, removed)  # pyright: ignore[reportArgumentType]
+    return observing(site, task.leaf, len(streams)).plus(work_of(task.method, problem))
+
+
+def observing(site: Site, leaf: Leaf, batches: int) -> Work:
+    """What a second moment of a site's inputs computes."""
+    return Work(2.0 * rows_seen(site, leaf) * columns(site, leaf) ** 2 * batches)
+
+
+def streams_of(batches: Sequence[tuple[Program, Sequence[Any]]], memory: Live) -> list[Batch]:
     cutters: dict[int, Cutter] = {}
     for program, _ in batches:
         if id(program) not in cutters:
             cutters[id(program)] = Cutter(flatten(program, unroll=True), len(program.leaves))
-    return [Batch(program, cutters[id(program)], inputs) for program, inputs in batches]
+    return [Batch(program, cutters[id(program)], inputs, memory) for program, inputs in batches]
 
 
-def _visits(batch: Batch, tasks: dict[int, Task]) -> list[Visit]:
+def visits_of(batch: Batch, tasks: dict[int, Task]) -> list[Visit]:
     """Every execution of a site of a task, in the order of the flattened program."""
     program, graph = batch.program, batch.cutter.graph
     sites = {site.key: site for site in program.sites if site.leaf in tasks}
@@ -228,7 +274,7 @@ def _part(site: Site, eqn: FlatEqn, graph: Graph) -> Part:
     return part_of(site, dict(zip(loops, eqn.steps, strict=True)))
 
 
-def _flat_leaves(visits: Sequence[Visit], tasks: dict[int, Task]) -> set[int]:
+def flat_leaves(visits: Sequence[Visit], tasks: dict[int, Task]) -> set[int]:
     """Parameters of which every part is seen exactly once, by a site that is laid flat: solved where they stand."""
     flat = set()
     for index, task in tasks.items():
@@ -241,10 +287,6 @@ def _flat_leaves(visits: Sequence[Visit], tasks: dict[int, Task]) -> set[int]:
     return flat
 
 
-def _together(other: Visit, visit: Visit, flat: set[int]) -> bool:
-    return other.site.leaf in flat and other.sources == visit.sources
-
-
 def _advance(run: Run, streams: list[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
     """Runs every batch from one cut to the next. What batches of one shape share is made once."""
     shared: dict[int, tuple[Segment, dict[int, Any]]] = {}
@@ -255,7 +297,7 @@ def _advance(run: Run, streams: list[Batch], starts: Sequence[int], stops: Seque
             shared[id(batch.cutter)] = segment, weights
         segment, weights = shared[id(batch.cutter)]
         values = [weights[v] if v in weights else batch.value(v) for v in segment.inputs]
-        batch.advance(segment.outputs, run.compiled(segment, values), stop)
+        batch.advance(segment, run.compiled(segment, values), stop)
 
 
 def _weight(run: Run, batch: Batch, var: int) -> Any:
@@ -280,29 +322,53 @@ def _view_value(run: Run, batch: Batch, var: int) -> Any:
     return compat.bind(eqn.eqn, operands)[eqn.outputs.index(var)]
 
 
-def _solve_flat(
-    run: Run, streams: list[Batch], visits: list[list[Visit]], group: list[int]
-) -> None:
-    """Gathers the statistics of sites that share an input, over all batches, and quantizes their parameters."""
+def _solve_flat(run: Run, streams: list[Batch], visits: list[list[Visit]], group: list[int]) -> bool:
+    """Gathers the statistics of sites that share an input, over all batches, and quantizes their parameters.
+
+    Returns whether all of them had been quantized by an earlier run.
+    """
     shared: dict[Any, Any] = {}
+    all_found = True
     for number in group:
         site = visits[0][number].site
         task = run.tasks[site.leaf]
-        equation = canonical(streams[0].eqn(visits[0][number]).eqn.params)
-        signature = (task.observer, site.op, site.operand, site.pairs, site.batch, equation, _dims(site))
-        if why_no_rows(site, task.leaf):
-            state = None
-        elif signature in shared:
-            state = shared[signature]
-        else:
-            state = task.observer.init(stack_size(site, task.leaf), columns(site, task.leaf))
-            for i, batch in enumerate(streams):
-                state = _update(run, batch, visits[i][number], task.observer, state)
-            shared[signature] = state
         layout, part = layout_of(task.leaf), visits[0][number].part or ()
         w = take(run.params[site.leaf], layout, part)
         problem = problem_of(task.leaf, site, task.spec, w, layout.axes)
-        run.finish_part(task, layout, part, quantize_scaled(task.method, problem, state, part_scale(task.scale, layout, part)))
+        scale = part_scale(task.scale, layout, part)
+        outcome = run.kept.outcome(
+            site.leaf, part, lambda task=task, problem=problem, scale=scale: scaled_shapes(task.method.shapes(problem), scale)
+        )
+        if outcome is None:
+            all_found = False
+            outcome = run.solve(task, part, problem, scale, _statistics(run, streams, visits, number, shared))
+        run.finish_part(task, layout, part, outcome)
+    return all_found
+
+
+def _statistics(run: Run, streams: list[Batch], visits: list[list[Visit]], number: int, shared: dict[Any, Any]) -> Any:
+    """The observer's state over all batches at a visit; that of an equal one in `shared`. None where a site has no rows."""
+    site = visits[0][number].site
+    task = run.tasks[site.leaf]
+    if why_no_rows(site, task.leaf):
+        return None
+    equation = canonical(streams[0].eqn(visits[0][number]).eqn.params)
+    signature = (task.observer, site.op, site.operand, site.pairs, site.batch, equation, _dims(site))
+    if signature not in shared:
+        state, finite = task.observer.init(stack_size(site, task.leaf), columns(site, task.leaf)), []
+        for i, batch in enumerate(streams):
+            state = _update(run, batch, visits[i][number], task.observer, state)
+            finite.append(state[1])
+        _check_finite(finite, site)
+        shared[signature] = state
+    return shared[signature]
+
+
+def _check_finite(states: Sequence[jax.Array], site: Site) -> None:
+    """Refuses the first batch after which a state of `AllFinite` is not; looked at once, so that batches need not wait."""
+    bad = np.flatnonzero(np.isnan(np.stack(jax.device_get(list(states)))).reshape(len(states), -1).any(1))
+    if bad.size:
+        raise not_finite(site, int(bad[0]))
 
 
 def _dims(site: Site) -> Any:
@@ -333,15 +399,30 @@ def _operand(batch: Batch, atom: Any) -> Any:
     return atom.value if isinstance(atom, Lit) else batch.value(atom)
 
 
-def _solve_pooled(run: Run, streams: list[Batch], task: Task) -> None:
-    """Quantizes a parameter that several sites or turns of a loop share, from runs of the whole program as it is so far."""
-    sites = [s for s in task.leaf.sites if not why_no_rows(s, task.leaf)]
-    layout = Layout((), ())
+def _solve_pooled(run: Run, streams: list[Batch], task: Task) -> bool:
+    """Quantizes a parameter that several sites or turns of a loop share, from runs of the whole program as it is so far.
+
+    Returns whether an earlier run had quantized it.
+    """
     first = task.leaf.sites[0]
+    problem = problem_of(task.leaf, first, task.spec, run.params[task.leaf.index])
+    outcome = run.kept.outcome(task.leaf.index, (), lambda: scaled_shapes(task.method.shapes(problem), task.scale))
+    found = outcome is not None
+    if outcome is None:
+        outcome = run.solve(task, (), problem, task.scale, _pooled_statistics(run, streams, task))
+    uses = sum(not why_no_rows(s, task.leaf) for s in task.leaf.sites)
+    note = f"one set of statistics for {f'its {uses} uses' if uses > 1 else 'all turns of its loop'}"
+    note += " and all its layers" if first.view.stacked else ""
+    run.finish_part(task, Layout((), ()), (), Outcome(outcome.q, (*outcome.notes, note)))
+    return found
+
+
+def _pooled_statistics(run: Run, streams: list[Batch], task: Task) -> Any:
+    wanted = {s.key for s in task.leaf.sites if not why_no_rows(s, task.leaf)}
     params = [run.packed(i) for i in range(len(run.params))]
     total = None
-    for batch in streams:
-        local = [s for s in batch.program.leaves[task.leaf.index].sites if s.key in {x.key for x in sites}]
+    for number, batch in enumerate(streams):
+        local = [s for s in batch.program.leaves[task.leaf.index].sites if s.key in wanted]
         observers = {s.key: task.observer for s in local}
         signature = ("pooled", id(batch.program), task.leaf.index)
         if signature not in run.updates:
@@ -349,12 +430,10 @@ def _solve_pooled(run: Run, streams: list[Batch], task: Task) -> None:
         states = run.updates[signature](init_states(batch.program, observers), [*params, *batch.inputs])
         for site in local:
             state = _fold(states[site.key], len(site.scans), task.observer)
+            if np.isnan(state[1]).any():
+                raise not_finite(site, number)
             total = state if total is None else task.observer.merge(total, state)
-    problem = problem_of(task.leaf, first, task.spec, run.params[task.leaf.index])
-    outcome = quantize_scaled(task.method, problem, total, task.scale)
-    uses = f"its {len(sites)} uses" if len(sites) > 1 else "all turns of its loop"
-    note = f"one set of statistics for {uses}" + (" and all its layers" if first.view.stacked else "")
-    run.finish_part(task, layout, (), Outcome(outcome.q, (*outcome.notes, note)))
+    return total
 
 
 def _fold(state: Any, scans: int, observer: Observer[Any]) -> Any:

@@ -13,6 +13,7 @@ from qjax.core import QTensor, Spec
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.rescale import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, peaks
 from qjax.ptq.rtn import rtn
+from qjax.ptq.work import Work, work_of
 
 SEARCHED = tuple(round(0.3 + 0.05 * i, 2) for i in range(13))  # .30 to .90
 
@@ -43,6 +44,13 @@ class SmoothQuant:
 
     def quantize(self, problem: Problem, state: Any) -> Outcome:
         return self.then.quantize(problem, state)
+
+    @property
+    def tries(self) -> int:
+        return len(self.alphas)
+
+    def work(self, problem: Problem) -> Work:
+        return work_of(self.then, problem)
 
     def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
         del specs

@@ -272,3 +272,62 @@ def test_json_is_all_of_stdout_in_a_process_of_its_own(tiny, tmp_path):
     assert json.loads(done.stdout)["destination"] == str(tmp_path / "out")
     assert done.stderr.startswith("quantizing: ")
     assert done.stderr.count("\n") == 1
+
+
+# Long work.
+
+
+def test_a_dry_run_prices_and_writes_nothing(tiny, passages, tmp_path):
+    options = ["--method", "gptq", "--calibration", passages, "--group-size", 16, "--samples", 12, *ONE_SHAPE]
+    document = json_of("quantize", tiny, tmp_path / "out", *options, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    plan = document["plan"]
+    assert (plan["batches"], plan["rows"], plan["passes"], plan["problems"]) == (2, 12 * 32, 1, [])
+    assert plan["seconds"] > 0 and plan["peak"] > plan["live"] > 0 and plan["statistics"] == 32 * 32 * 4 + 4 + 4
+    done = json_of("quantize", tiny, tmp_path / "out", *options)
+    keys = ("path", "spec", "nbytes", "float_nbytes")
+    assert [[row[k] for k in keys] for row in document["rows"]] == [[row[k] for k in keys] for row in done["rows"]]
+
+
+def test_a_dry_run_lists_what_would_be_refused(tiny, tmp_path):
+    result = invoke("quantize", tiny, tmp_path / "out", "--group-size", 7, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "would be refused: `group_size`=7 does not divide the 48 contracted values" in text
+    assert "take 8, the nearest size that divides those of all" in text and "nothing was written" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_size_that_fits_all_is_named(tiny, tmp_path):
+    line = error_of("quantize", tiny, tmp_path / "out", "--group-size", 12, code=1)
+    assert "the 32 contracted values" in line and "13 more" not in line and "take 16, the nearest size that divides" in line
+
+
+def test_resume_goes_on_and_is_removed(tiny, passages, tmp_path, monkeypatch):
+    options = ["--method", "gptq", "--calibration", passages, "--group-size", 16, "--samples", 8, *ONE_SHAPE]
+    folder, kept = tmp_path / "out", tmp_path / "out.resume"
+    with monkeypatch.context() as patch:
+        patch.setattr(qjax, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("as if the disk were full")))
+        error_of_long = invoke("quantize", tiny, folder, *options, "--resume")
+    assert error_of_long.exit_code == 1 and "as if the disk were full" in error_of_long.stderr
+    assert kept.is_dir() and not folder.exists()
+    line = error_of("quantize", tiny, folder, *options, code=1)
+    assert "--resume" in line and str(kept) in line
+    other = invoke("quantize", tiny, folder, *options, "--act-order", "--resume")
+    assert other.exit_code == 1 and "differs in its policy" in other.stderr
+    monkeypatch.setattr(type(qjax.gptq()), "quantize", lambda *_: pytest.fail("solved again"))
+    assert json_of("quantize", tiny, folder, *options, "--resume")["destination"] == str(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_keeping_everything_is_refused(tiny, tmp_path):
+    line = error_of("quantize", tiny, tmp_path / "out", "--keep", "*", code=1)
+    assert "--keep '*' leaves nothing to quantize" in line
+    keeps = ["--keep", "*layers*", "--keep", "*embed*", "--keep", "*lm_head*"]
+    assert "leaves nothing to quantize" in error_of("quantize", tiny, tmp_path / "out", *keeps, code=1)
+
+
+def test_padding_that_makes_a_checkpoint_larger_is_said(tiny, tmp_path):
+    result = invoke("quantize", tiny, tmp_path / "out", "--weight", "int8", "--group-size", 64, "--pad", *ONE_SHAPE)
+    assert result.exit_code == 0
+    assert "qjax: warning: `layers_0/self_attn/o_proj/kernel`" in result.stderr and "no fewer than the 2048 before" in result.stderr

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qjax.calibration import (
+    AllFinite,
     MovingAverage,
     OutlierColumns,
     Rows,
@@ -27,7 +28,7 @@ from qjax.core import int8, integer, uint4
 
 STACK, K = 3, 7
 RANGES = [minmax(), moving_average(), absmax(), percentile(99), entropy(64, 16), mse(4)]
-OBSERVERS = [SecondMoment(), channel_stats(), histogram(64), sample_rows(600), outlier_columns(8.0, 2), *RANGES]
+OBSERVERS = [SecondMoment(), AllFinite(), channel_stats(), histogram(64), sample_rows(600), outlier_columns(8.0, 2), *RANGES]
 # An average over calls and a count of calls know where a call ends, the first also which came first, a sample which row is which; they
 # are tested by themselves.
 BY_CALL = (MovingAverage, SampleRows, OutlierColumns)

@@ -107,6 +107,6 @@ def test_data_that_is_not_finite_names_the_batch_and_the_site():
 
 
 def test_shapes_are_not_enough_for_static_ranges():
-    with pytest.raises(ValueError, match=r"`calibration` holds shapes, but the static activations of 'w' need data"):
+    with pytest.raises(ValueError, match=r"`calibration` holds shapes, but the static range of 'w' needs data"):
         shapes = [jax.ShapeDtypeStruct((4, 8), jnp.float32)]
         qjax.quantize(lambda p, x: x @ p["w"], {"w": normal(8, 3)}, star(qjax.static(qjax.int8())), calibration=shapes)

@@ -156,7 +156,7 @@ def test_bad_data():
     with pytest.raises(ValueError, match=r"`calibration` batch 1 gives the left operand of 'mix:dot_general.0' NaN or infinity"):
         qjax.quantize(mix, PARAMS, policy(rule), calibration=[X, X.at[0, 0].set(jnp.inf)])
     shapes = [jax.ShapeDtypeStruct((6, 8), jnp.float32)]
-    with pytest.raises(ValueError, match=r"`calibration` holds shapes, but the static ranges of 'mix:dot_general.0' need data"):
+    with pytest.raises(ValueError, match=r"`calibration` holds shapes, but the static range of 'mix:dot_general.0' needs data"):
         qjax.quantize(mix, PARAMS, policy(rule), calibration=shapes)
     assert len(qjax.quantize(mix, PARAMS, policy(qjax.Rule("*:*", activation=DYNAMIC)), calibration=shapes).sites) == 2
     waiting = lambda p, x: lax.while_loop(lambda x: jnp.sum(x @ x.T) < 1e3, lambda x: 2 * x @ p["w"], x)  # noqa: E731

@@ -1,0 +1,78 @@
+"""What is refused of calibration data, in the same words by every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.program import Key, Program, Site
+
+Batches = Sequence[tuple[Program, Sequence[Any]]]
+
+
+def check_numbers(batches: Batches, what: str) -> None:
+    """Refuses shapes in place of data; `what` needs it.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if any(isinstance(x, jax.ShapeDtypeStruct) for _, inputs in batches for x in inputs):
+        raise ValueError(f"`calibration` holds shapes, but {what} needs data: give batches of numbers")
+
+
+def check_same_sites(batches: Batches) -> None:
+    """Refuses batches whose programs have other sites than the first one's: their statistics would not fit together.
+
+    Raises:
+      ValueError: naming the batch and both shapes.
+    """
+    first = _sites(batches[0][0])
+    for number, (program, _) in enumerate(batches):
+        if program is not batches[0][0] and _sites(program) != first:
+            raise other_program(batches, number)
+
+
+def other_program(batches: Batches, number: int) -> ValueError:
+    """The error for a batch that traces to a program with other sites than the first."""
+    here, there = (", ".join(str(tuple(x.shape)) for x in batches[i][1]) for i in (number, 0))
+    return ValueError(
+        f"`calibration` batch {number} of shapes {here} traces to a program with other sites than batch 0 of shapes {there}; "
+        "give batches of one shape, or cut or pad that one"
+    )
+
+
+def not_finite(site: Site, number: int) -> ValueError:
+    """The error for a batch that gives a site NaN or infinity."""
+    return ValueError(f"`calibration` batch {number} gives the input of {site.path!r} ({site.op}) NaN or infinity; look at that batch")
+
+
+def _sites(program: Program) -> list[tuple[Key, int, str, Any]]:
+    return [(site.key, site.leaf, site.op, site.view) for site in program.sites]
+
+
+def unseen_note(seen: Any, what: str) -> str:
+    """Names the parts of a parameter that no data reached; "" if there is none.
+
+    Args:
+      seen: an array of bool, an entry for each part (layer, expert).
+      what: what becomes of such a part.
+
+    Returns:
+      A remark for the report.
+
+    >>> unseen_note(np.array([True, False]), "rounded")
+    'no calibration data reached it in parts 1: rounded'
+    """
+    empty = np.argwhere(~seen)
+    if not len(empty):
+        return ""
+    which = "" if seen.size == 1 or len(empty) == seen.size else f" in parts {', '.join(_index(i, seen.shape) for i in empty)}"
+    return f"no calibration data reached it{which}: {what}"
+
+
+def _index(position: np.ndarray, shape: tuple[int, ...]) -> str:
+    real = [int(i) for i, n in zip(position, shape, strict=True) if n > 1]
+    return str(real[0]) if len(real) == 1 else f"({', '.join(map(str, real))})"

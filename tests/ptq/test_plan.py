@@ -1,0 +1,68 @@
+"""A plan prices a job from shapes alone: what it would make is what quantizing makes, and nothing is computed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qjax
+from qjax import Policy, Rule
+from qjax.ptq.work import forward
+from tests.program.cases import CASES, normal
+from tests.ptq.long_job import DATA, LAYERS, PARAMS, POLICY, D, fn
+
+RATES = qjax.Rates(1e10, 1e8)
+SHAPES = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, DATA))
+
+
+def test_it_needs_shapes_alone_and_foretells_the_bytes():
+    plan = qjax.plan(fn, SHAPES[0], POLICY, SHAPES[1], rates=RATES)
+    numbers = qjax.plan(fn, PARAMS, POLICY, DATA, rates=RATES)
+    assert plan == numbers
+    rounded = Policy([Rule("*", weight=qjax.int4(group_size=8))])
+    priced = qjax.plan(fn, SHAPES[0], rounded, SHAPES[1][:1], rates=RATES)
+    result = qjax.quantize(fn, PARAMS, rounded, DATA[:1])
+    assert [(r.path, r.spec, r.nbytes, r.bits_per_weight) for r in priced.report.rows] == [
+        (r.path, r.spec, r.nbytes, r.bits_per_weight) for r in result.report.rows
+    ]
+    assert (priced.passes, priced.statistics, priced.live, priced.problems) == (0, 0, 0, ())
+
+
+def test_the_counts_of_a_scanned_model():
+    plan = qjax.plan(fn, *SHAPES[:1], POLICY, SHAPES[1], rates=RATES)
+    assert (plan.batches, plan.rows) == (3, 3 * 18)
+    assert plan.passes == 3  # one to rescale, one in pieces for GPTQ, one for static ranges
+    assert forward(qjax.trace(fn, PARAMS, DATA[0])) == 2 * 18 * (3 * LAYERS + 1) * D * D
+    solver = D**3 / 3 + 2 * D**3
+    gram = 2 * 3 * 18 * D * D
+    search = 4 * 512 * D * D * 5
+    assert plan.work.products == pytest.approx(3 * 3 * 2 * 18 * (3 * LAYERS + 1) * D * D + 3 * LAYERS * (solver + gram + search))
+    assert plan.seconds > plan.work.products / RATES.products
+    assert plan.peak >= plan.report.nbytes + plan.statistics + plan.live
+
+
+def test_statistics_do_not_grow_with_the_data_and_live_values_do():
+    policy = Policy([Rule("*", weight=qjax.int4(), method=qjax.gptq())])
+    few, many = (qjax.plan(fn, SHAPES[0], policy, SHAPES[1] * n, rates=RATES) for n in (1, 4))
+    assert few.statistics == many.statistics == D * D * 4 + 4 + 4  # a Hessian, its count, whether all was finite
+    assert many.live == 4 * few.live > 0
+
+
+def test_what_would_be_refused_is_listed_not_raised():
+    params = {"a": jnp.ones((8, 12)), "b": jnp.ones((12, 8))}
+    both = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    plan = qjax.plan(both, params, Policy([Rule("*", weight=qjax.int4(group_size=6))]), [jnp.ones((2, 8))], rates=RATES)
+    (problem,) = plan.problems
+    assert "`group_size`=6 does not divide the 8 contracted values of `a`: take 4" in problem
+    assert [bool(row.spec) for row in plan.report.rows] == [False, True]
+    assert problem in str(plan)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_program_has_a_price(case):
+    plan = qjax.plan(case.fn, case.params, Policy([Rule("*", weight=qjax.int4(), method=qjax.gptq())]), [case.inputs], rates=RATES)
+    assert plan.seconds > 0 and plan.rows > 0
+
+
+def test_the_rates_are_measured_where_they_are_not_given():
+    plan = qjax.plan(lambda p, x: x @ p, normal(4, 4), Policy([Rule("*", weight=qjax.int4())]), [jnp.ones((2, 4))])
+    assert plan.rates.products > 1e7 and plan.rates.steps > 1e4
