@@ -40,6 +40,7 @@ from qjax.program import Program as Program
 from qjax.program import trace as trace
 from qjax.ptq import Result as Result
 from qjax.ptq import awq as awq
+from qjax.ptq import correct_bias as correct_bias
 from qjax.ptq import gptq as gptq
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rtn as rtn

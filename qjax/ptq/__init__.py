@@ -1,6 +1,7 @@
 """Post-training quantization: one file a method, all behind `Method`."""
 
 from qjax.ptq.awq import awq as awq
+from qjax.ptq.bias_correction import correct_bias as correct_bias
 from qjax.ptq.gptq import gptq as gptq
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
