@@ -39,10 +39,15 @@ from qjax.policy import Rule as Rule
 from qjax.program import Program as Program
 from qjax.program import trace as trace
 from qjax.ptq import Result as Result
+from qjax.ptq import Rewritten as Rewritten
 from qjax.ptq import awq as awq
+from qjax.ptq import batch_norm_folding as batch_norm_folding
 from qjax.ptq import correct_bias as correct_bias
+from qjax.ptq import equalization as equalization
 from qjax.ptq import gptq as gptq
 from qjax.ptq import quantize as quantize
+from qjax.ptq import rewrite as rewrite
+from qjax.ptq import rotation as rotation
 from qjax.ptq import rtn as rtn
 from qjax.ptq import sites as sites
 from qjax.ptq import smoothquant as smoothquant

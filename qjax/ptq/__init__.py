@@ -10,5 +10,10 @@ from qjax.ptq.quantize import Result as Result
 from qjax.ptq.quantize import as_batches as as_batches
 from qjax.ptq.quantize import quantize as quantize
 from qjax.ptq.quantize import sites as sites
+from qjax.ptq.rewrite import Rewritten as Rewritten
+from qjax.ptq.rewrite import batch_norm_folding as batch_norm_folding
+from qjax.ptq.rewrite import equalization as equalization
+from qjax.ptq.rewrite import rewrite as rewrite
+from qjax.ptq.rewrite import rotation as rotation
 from qjax.ptq.rtn import rtn as rtn
 from qjax.ptq.smoothquant import smoothquant as smoothquant
