@@ -27,15 +27,19 @@ from qjax.program.flatten import OPEN, FlatEqn, Graph, Lit, flatten
 
 # Of their relations every one holds for a rotation as for a scale.
 LINEAR = frozenset(
-    "neg copy copy_p convert_element_type reduce_precision stop_gradient name pvary pbroadcast sharding_constraint add sub add_any "
-    "reduce_sum cumsum reduce_window_sum scatter scatter-add reshape squeeze transpose broadcast_in_dim tile rev slice split concatenate "
-    "stack pad dynamic_slice dynamic_update_slice gather select_n dot_general ragged_dot_general conv_general_dilated".split()
+    {
+        "neg", "copy", "copy_p", "convert_element_type", "reduce_precision", "stop_gradient", "name", "pvary", "pbroadcast",
+        "sharding_constraint", "add", "sub", "add_any", "reduce_sum", "cumsum", "reduce_window_sum", "scatter", "scatter-add",
+        "reshape", "squeeze", "transpose", "broadcast_in_dim", "tile", "rev", "slice", "split", "concatenate", "stack", "pad",
+        "dynamic_slice", "dynamic_update_slice", "gather", "select_n", "dot_general", "ragged_dot_general", "conv_general_dilated",
+    }
 )
 SUMS = frozenset({"add", "add_any", "sub"})
 # Element by element: even where all their operands are.
-FUNCTIONS = POWERS.keys() | set(
-    "exp exp2 expm1 log log1p tanh logistic erf sin cos pow abs sign max min clamp floor round eq ne lt le gt ge and or not".split()
-)
+FUNCTIONS = POWERS.keys() | {
+    "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "erf", "sin", "cos", "pow", "abs", "sign", "max", "min",
+    "clamp", "floor", "round", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not",
+}
 EVEN, LOST = -1, -2
 LINE, SQUARE = 0, 1
 ZEROS_PASS = frozenset({"broadcast_in_dim", "reshape", "convert_element_type", "copy", "transpose", "squeeze", "neg"})

@@ -133,13 +133,11 @@ def rotate(
                 leaves, rotation = answer
                 done.append(rotation)
                 error = rotation.error
-        reasons |= {key: reason for key in axes.readers}
-    refused = []
-    for site in program.sites:
-        reason = reasons.get(site.key, "its input cannot be rotated: it is looked up" if site.op == "gather" else "its input cannot be rotated")
-        if reason and site.op != "gather":
-            refused.append((site.path, reason))
-    return Rotated(leaves, tuple(done), tuple(dict.fromkeys(refused)), error)
+        reasons |= dict.fromkeys(axes.readers, reason)
+    read = [site for site in program.sites if site.op != "gather"]
+    unknown = "its input cannot be rotated: parts of an axis are contracted"
+    refused = dict.fromkeys((site.path, reasons.get(site.key, unknown)) for site in read)
+    return Rotated(leaves, tuple(done), tuple((path, reason) for path, reason in refused if reason), error)
 
 
 def _refusal(program: Program, axes: Rotatable, scales: _Scales, every: bool) -> str:
@@ -203,7 +201,7 @@ def _scales(system: System, params: Sequence[Any]) -> _Scales:
                     even[i] = {a: frozenset({i}) for a in range(np.ndim(params[i]))}
                 elif answer:
                     stuck[i] = answer
-    stuck |= {i: "cannot move into what reads it" for i in uneven - folds.keys() - stuck.keys()}
+    stuck |= dict.fromkeys(uneven - folds.keys() - stuck.keys(), "cannot move into what reads it")
     return _Scales(even, folds, {i: reason for i, reason in stuck.items() if i not in folds})
 
 

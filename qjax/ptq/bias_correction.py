@@ -215,7 +215,9 @@ class _Biases:
 class _Walk:
     """Both programs on their way through the data. Lives for one call of `correct_bias`."""
 
-    def __init__(self, batches: Sequence[tuple[Program, Sequence[Any]]], float_params: Sequence[Any], packed: Sequence[Any], which: set[int]):
+    def __init__(
+        self, batches: Sequence[tuple[Program, Sequence[Any]]], float_params: Sequence[Any], packed: Sequence[Any], which: set[int]
+    ):
         self.program = batches[0][0]
         self.leaves, self.quantized, self.which = list(float_params), list(packed), which
         self.corrected: set[int] = set()
@@ -244,7 +246,8 @@ class _Walk:
         at = [0] * len(self.spots)
         for number, spot in enumerate(self.spots[0]):
             stops = [found[number].position for found in self.spots]
-            means = [self.mean(side, leaves, at, stops, number) for side, leaves in zip(self.sides, (self.leaves, self.quantized), strict=True)]
+            both = zip(self.sides, (self.leaves, self.quantized), strict=True)
+            means = [self.mean(side, leaves, at, stops, number) for side, leaves in both]
             at = stops
             shift = np.where(np.isnan(means[0]) | np.isnan(means[1]), 0, means[1] - means[0])
             if np.isnan(means).any():
@@ -295,7 +298,11 @@ class _Walk:
 
     def sums(self, spot: Spot, shape: tuple[int, ...]) -> Callable[..., tuple[jax.Array, jax.Array]]:
         inner = {v: i for i, v in enumerate((spot.start, *spot.others, *(v for e in spot.chain for v in e.outputs)))}
-        wiring = tuple(tuple(inner.get(a, -1) if not isinstance(a, Lit) else canonical(np.asarray(a.value)) for a in e.inputs) for e in spot.chain)
+
+        def ref(atom: Any) -> Hashable:
+            return canonical(np.asarray(atom.value)) if isinstance(atom, Lit) else inner[atom]
+
+        wiring = tuple(tuple(map(ref, e.inputs)) for e in spot.chain)
         key = ("sums", shape, tuple((e.name, canonical(e.eqn.params)) for e in spot.chain), wiring)
         if key not in self.compiled:
             self.compiled[key] = jax.jit(functools.partial(_sums, spot, shape))

@@ -118,7 +118,7 @@ class StreamRotation:
             ones = ", which keeps the ones" if done.keeps_ones else ""
             changes += [(path, "moved into what reads it and is one now") for path in done.scales]
             for path, axes in done.rotated:
-                which = "axes " + ", ".join(map(str, axes)) if len(axes) > 1 else f"axis {axes[0]}"
+                which = f"{'axes' if len(axes) > 1 else 'axis'} {', '.join(map(str, axes))}"
                 changes.append((path, f"{which} rotated by a matrix of size {done.size} ({done.kind}{ones})"))
         return StepOutcome(result.params, tuple(changes), result.refused, result.error)
 
@@ -308,7 +308,11 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
 def _checked(steps: Any) -> tuple[Step, ...]:
     if isinstance(steps, Step) and not isinstance(steps, type):
         raise TypeError(f"`steps` must be a list of steps, got one: write [{steps.name}(...)]")
-    for step in (checked := tuple(steps)):
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"`steps` must be a list of steps, got {type(steps).__name__}")
+    checked: list[Step] = []
+    for step in steps:
         if not isinstance(step, Step) or isinstance(step, type):
             raise TypeError(f"`steps` must hold steps such as qjax.equalization(), got {step!r}")
-    return checked
+        checked.append(step)
+    return tuple(checked)

@@ -69,6 +69,13 @@ def mixed_precision_decoder(p, tokens):
     return lax.dot_general(x, p["head"].astype(jnp.bfloat16), (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def relu_decoder(p, tokens):
+    x = p["embed"][tokens]
+    for w in p["layers"]:
+        x = x + jax.nn.relu(rms_norm(x, w["norm"]) @ w["in"]) @ w["out"]
+    return rms_norm(x, p["norm"]) @ p["head"]
+
+
 def tied_decoder(p, tokens):
     x = pre_norm_block(p["layer"], p["embed"][tokens])
     return rms_norm(x, p["norm"]) @ p["embed"].T
@@ -98,7 +105,7 @@ def expert_layer(seed):
 
 ENDS = {"embed": normal(7, 12, seed=20), "norm": 1 + 0.1 * normal(12, seed=21), "head": 0.3 * normal(12, 9, seed=22)}
 BLOCK_AXES = {"q": (0,), "k": (0,), "v": (0,), "o": (1,), "gate": (0,), "up": (0,), "down": (1,)}
-LAYER_NORM_AXES = {"q": (0,), "k": (0,), "v": (0,), "o": (1,), "in": (0,), "out": (1,)} | dict.fromkeys(("b1", "b2", "o_bias", "out_bias"), (0,))
+LAYER_NORM_AXES = {"o": (1,), "out": (1,)} | dict.fromkeys(("q", "k", "v", "in", "b1", "b2", "o_bias", "out_bias"), (0,))
 EXPERT_AXES = {"router": (0,), "gate": (1,), "up": (1,), "down": (2,)}
 
 

@@ -59,7 +59,11 @@ DENSE = (dense, {"w1": normal(8, 6), "b1": normal(6), "w2": normal(6, 4, seed=1)
 CONVOLUTIONS = (
     convolutions,
     {
-        **{"c1": normal(3, 3, 3, 4), "c2": normal(3, 3, 2, 6, seed=1), "b2": normal(6), "head": normal(6, 3), "head_bias": normal(3)},
+        "c1": normal(3, 3, 3, 4),
+        "c2": normal(3, 3, 2, 6, seed=1),
+        "b2": normal(6),
+        "head": normal(6, 3),
+        "head_bias": normal(3),
         "bn": {"mean": normal(4), "var": 1 + normal(4, seed=1) ** 2, "gamma": normal(4, seed=2), "beta": normal(4, seed=3)},
     },
     normal(6, 5, 5, 3, seed=10) + 0.5,
@@ -97,7 +101,12 @@ def off(fn, axes, params, got, batches):
     return [np.abs(a - b).max() for a, b in pairs]
 
 
-@pytest.mark.parametrize(("case", "rule"), RUNS, ids=[f"{case[0].__name__}-{rule.activation}" for case, rule in RUNS])
+def _param(case, rule):
+    quick = (case is DENSE and rule is STATIC) or case is STACKED
+    return pytest.param(case, rule, marks=[] if quick else pytest.mark.slow, id=f"{case[0].__name__}-{rule.activation}")
+
+
+@pytest.mark.parametrize(("case", "rule"), [_param(*run) for run in RUNS])
 def test_every_mean_is_what_it_was(case, rule):
     fn, params, x, axes = case
     batches = [x, x[::-1] * 0.7]
@@ -121,6 +130,7 @@ def _leaves(tree):
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, qjax.QTensor))
 
 
+@pytest.mark.slow
 def test_an_expert_without_data_keeps_its_bias():
     fn, params, x, _ = EXPERTS
     result = qjax.quantize(fn, params, qjax.Policy([FLOAT, INT4]), [x])
