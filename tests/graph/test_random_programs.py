@@ -152,7 +152,7 @@ def matters(compare, params, at):
 
 def test_rotations_are_found():
     """The random test would pass if nothing were ever found."""
-    for names in (["linear"], ["residual"], ["branch"], ["norm"], ["scan", "norm"], ["heads", "branch"]):
+    for names in (["linear"], ["branch"], ["scan", "norm"]):
         fn, params, x = program_of(["linear", *names, "linear"])
         found = rotate(trace(fn, params, x), jax.tree.leaves(params), [x], jax.random.key(0), every=True)
-        assert found.rotations or names == ["heads", "branch"], (names, found.refused)
+        assert found.rotations, (names, found.refused)

@@ -52,6 +52,7 @@ def test_all_steps_on_a_network():
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, PARAMS, result.params))
 
 
+@pytest.mark.slow
 def test_a_rotated_decoder_quantizes():
     layer = {"norm": 1 + 0.1 * normal(12), "in": 0.3 * normal(12, 8, seed=1), "out": 0.3 * normal(8, 12, seed=2)}
     p = {"embed": normal(7, 12, seed=3), "layers": [layer], "norm": 1 + 0.1 * normal(12, seed=4), "head": normal(12, 5, seed=5)}
