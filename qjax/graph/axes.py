@@ -104,6 +104,10 @@ class _Zeros(Lowering):
     def is_free(self, atom: Any) -> bool:
         return not np.any(atom.value) if isinstance(atom, Lit) else atom in self.free
 
+    def may_fill(self, value: Any) -> bool:
+        """A row of NaN is one after a rotation, too: what `nn.Embed` and `jnp.take` give for an index out of range."""
+        return value is None or value == 0 or bool(np.isnan(value))
+
 
 class _Walk:
     """The partition while it is made. Lives for one call of `rotatable`."""

@@ -199,7 +199,7 @@ def _dynamic_update_slice(low: Lowering, eqn: FlatEqn) -> list[Relation]:
 def _gather(low: Lowering, eqn: FlatEqn) -> list[Relation]:
     """Dims that are taken whole pass their scale on; along the others there is one."""
     p, (operand, indices), out = eqn.eqn.params, eqn.inputs, eqn.outputs[0]
-    if p.get("fill_value") not in (None, 0):
+    if not low.may_fill(p.get("fill_value")):
         return []
     dims, shape = p["dimension_numbers"], low.shape(operand)
     offsets, places = iter(dims.offset_dims), []

@@ -37,7 +37,7 @@ def decoder(p, tokens):
 
 
 def scanned_decoder(p, tokens):
-    x = p["embed"][tokens] * 12**0.5
+    x = jnp.take(p["embed"], tokens, axis=0) * 12**0.5
     x = lax.scan(jax.checkpoint(lambda x, w: (pre_norm_block(w, x), None)), x, p["layers"])[0]
     return rms_norm(x, p["norm"]) @ p["head"]
 
