@@ -1,19 +1,21 @@
-"""For people with a Linen module: the two verbs, `fake_quant` and `quantize`."""
+"""For people with a Linen module: `fake_quant`, `quantize` and `rewrite`."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 
 from qjax.policy import Policy, check_weights_only
-from qjax.ptq import Result, as_batches
+from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
+from qjax.ptq import rewrite as rewrite_function
 from qjax.ptq.progress import Listener
+from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 
@@ -71,6 +73,34 @@ def quantize(
     batches = [(rest, *batch) for batch in as_batches(calibration)]
     result = quantize_function(fn, params, policy, batches, progress=progress, resume=resume, spill=spill)
     return dataclasses.replace(result, params={**result.params, **rest})
+
+
+def rewrite(model: nn.Module, variables: Any, calibration: Iterable[Any], steps: Sequence[Step], **apply_kwargs: Any) -> Rewritten:
+    """Rewrites a Linen module's variables, batch statistics too, and keeps what it computes; see `qjax.rewrite`.
+
+    Args:
+      model: the module; not changed.
+      variables: its variables, `{"params": ..., "batch_stats": ...}`; not changed.
+      calibration: batches; a tuple is spread over the arguments of `__call__`.
+      steps: see `qjax.rewrite`.
+      **apply_kwargs: keyword arguments of `model.apply`, such as `train=False`.
+
+    Returns:
+      A `Rewritten` whose `params` is `variables` with other numbers.
+
+    Raises:
+      TypeError: `model` is no Linen module; see also `qjax.rewrite`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax, flax.linen as nn
+      >>> model, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), jnp.ones((2, 8))
+      >>> result = qjax.linen.rewrite(model, model.init(jax.random.key(0), x), [x], [qjax.equalization()])
+      >>> [change.path for change in result.changes if change.done]
+      ['layers_0/kernel', 'layers_2/kernel']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.rewrite")
+    return rewrite_function(lambda variables, *inputs: model.apply(variables, *inputs, **apply_kwargs), variables, calibration, steps)
 
 
 class FakeQuantModule(nn.Module):

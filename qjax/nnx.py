@@ -1,18 +1,20 @@
-"""For people with an NNX module: the two verbs, `fake_quant` and `quantize`."""
+"""For people with an NNX module: `fake_quant`, `quantize` and `rewrite`."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flax import nnx
 
 from qjax.policy import Policy, check_weights_only
-from qjax.ptq import Result, as_batches
+from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
+from qjax.ptq import rewrite as rewrite_function
 from qjax.ptq.progress import Listener
+from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 
@@ -88,6 +90,33 @@ def quantize(
     batches = [(rest, *batch) for batch in as_batches(calibration)]
     result = quantize_function(fn, params, policy, batches, progress=progress, resume=resume, spill=spill)
     return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
+
+
+def rewrite(model: nnx.Module, calibration: Iterable[Any], steps: Sequence[Step]) -> Rewritten:
+    """Rewrites an NNX module's state, batch statistics too, and keeps what it computes; see `qjax.rewrite`.
+
+    Args:
+      model: the module, in evaluation mode; not changed: `nnx.update(model, result.params)` does that.
+      calibration: batches; a tuple is spread over the arguments of `__call__`.
+      steps: see `qjax.rewrite`.
+
+    Returns:
+      A `Rewritten` whose `params` is the module's state with other numbers.
+
+    Raises:
+      TypeError: `model` is no NNX module; see also `qjax.rewrite`.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> from flax import nnx
+      >>> rngs, x = nnx.Rngs(0), jnp.ones((2, 8))
+      >>> model = nnx.Sequential(nnx.Linear(8, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs))
+      >>> result = qjax.nnx.rewrite(model, [x], [qjax.equalization()])
+      >>> [change.path for change in result.changes if change.done]
+      ['layers/0/kernel', 'layers/2/kernel']
+    """
+    _check(model, "rewrite")
+    return rewrite_function(function(model), nnx.state(model), calibration, steps)
 
 
 def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("__call__",)) -> Any:

@@ -1,5 +1,7 @@
 """Function-preserving rewrites, found by data flow in any program."""
 
+from qjax.graph.axes import Rotatable as Rotatable
+from qjax.graph.axes import rotatable as rotatable
 from qjax.graph.batch_norm import BatchNormFold as BatchNormFold
 from qjax.graph.batch_norm import Folded as Folded
 from qjax.graph.batch_norm import fold_batch_norm as fold_batch_norm
@@ -13,6 +15,11 @@ from qjax.graph.fold import apply_fold as apply_fold
 from qjax.graph.fold import channels as channels
 from qjax.graph.fold import find_fold as find_fold
 from qjax.graph.fold import find_folds as find_folds
+from qjax.graph.orthogonal import hadamard as hadamard
+from qjax.graph.orthogonal import random_orthogonal as random_orthogonal
+from qjax.graph.rotate import Rotated as Rotated
+from qjax.graph.rotate import Rotation as Rotation
+from qjax.graph.rotate import rotate as rotate
 from qjax.graph.solve import System as System
 from qjax.graph.solve import build as build
 from qjax.graph.verify import NotPreserved as NotPreserved

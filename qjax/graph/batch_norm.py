@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from qjax.graph.affine import VIEWS, affine_after, constant_values, readers_of
 from qjax.graph.labels import Label, nonzero
 from qjax.graph.relations import Relation, atoms_of
 from qjax.graph.solve import System, build, index_readers, solve
 from qjax.graph.verify import verify
 from qjax.program import Program, Site, compat
 from qjax.program.flatten import FlatEqn, Lit
-
-VIEWS = frozenset({"reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "copy"})
-AFFINE = frozenset({"add", "sub", "mul", "div"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,26 +113,17 @@ def _chain(system: System, site: Site) -> _Chain | None:
         return None
     graph, constant = system.graph, _constants(system)
     start = next(eqn for eqn in graph.eqns if eqn.key == site.key and eqn.eqn is not None)
-    channel = _channel(start, site)
-    readers: dict[int, list[FlatEqn]] = {}
-    for eqn in graph.eqns:
-        for atom in eqn.inputs:
-            if not isinstance(atom, Lit):
-                readers.setdefault(atom, []).append(eqn)
-    at, eqns = start.outputs[0], []
-    outputs = {v for v in graph.outputs if not isinstance(v, Lit)}
-    while channel is not None and at not in outputs and len(readers.get(at, [])) == 1:
-        eqn = readers[at][0]
-        if eqn.name not in AFFINE or graph.avals[eqn.outputs[0]].shape != graph.avals[start.outputs[0]].shape:
-            break
-        other = eqn.inputs[1] if eqn.inputs[0] == at else eqn.inputs[0]
-        reversed_ = eqn.name in ("sub", "div") and eqn.inputs[0] != at
-        if reversed_ or not (isinstance(other, Lit) or (other in constant and _per_channel(graph.avals[other].shape, channel))):
-            break
-        eqns.append((eqn, other))
-        at = eqn.outputs[0]
+    channel, shape = _channel(start, site), graph.avals[start.outputs[0]].shape
+    if channel is None:
+        return None
+
+    def takes(eqn: FlatEqn, other: Any) -> bool:
+        per_channel = isinstance(other, Lit) or (other in constant and _per_channel(graph.avals[other].shape, channel))
+        return per_channel and graph.avals[eqn.outputs[0]].shape == shape
+
+    eqns = [(eqn, other) for eqn, _, other in affine_after(graph, readers_of(graph), start.outputs[0], takes)]
     scaled = any(eqn.name in ("mul", "div") and not isinstance(other, Lit) for eqn, other in eqns)
-    return _Chain(site, channel, tuple(eqns)) if scaled and channel is not None else None
+    return _Chain(site, channel, tuple(eqns)) if scaled else None
 
 
 def _channel(eqn: FlatEqn, site: Site) -> int | None:
@@ -151,13 +140,7 @@ def _per_channel(shape: Sequence[int], channel: int) -> bool:
 
 
 def _constants(system: System) -> set[int]:
-    """Values that depend on parameters and constants only."""
-    graph = system.graph
-    out = {*graph.inputs[: len(system.program.leaves)], *graph.consts}
-    for eqn in graph.eqns:
-        if eqn.eqn is not None and eqn.inputs and all(isinstance(a, Lit) or a in out for a in eqn.inputs):
-            out.update(eqn.outputs)
-    return out
+    return constant_values(system.graph, len(system.program.leaves))
 
 
 def _value(system: System, atom: Any, leaves: Sequence[Any]) -> np.ndarray:

@@ -92,6 +92,10 @@ class Lowering:
     def is_free(self, atom: Any) -> bool:
         return scale_free(atom) if isinstance(atom, Lit) else atom in self.free
 
+    def may_fill(self, value: Any) -> bool:
+        """Whether a lookup may put a value in place of rows that are not there."""
+        return value is None or value == 0
+
     def as_traced(self, eqn: FlatEqn) -> bool:
         """False inside a `shard_map`, whose body sees parts of what the graph names."""
         return all(self.shape(a) == tuple(v.aval.shape) for a, v in zip(eqn.inputs, eqn.eqn.invars, strict=True))

@@ -31,7 +31,12 @@ def relations(graph: Graph) -> list[Relation]:
       The relations, in the order of the equations; those of a stack and the layer taken of it last.
     """
     low = Lowering(graph, free_values(graph))
-    out = [relation for eqn in graph.eqns for relation in _equation(low, eqn)]
+    return [*(relation for eqn in graph.eqns for relation in of_equation(low, eqn)), *of_layers(graph)]
+
+
+def of_layers(graph: Graph) -> list[Relation]:
+    """Returns what every stack and the layer taken of it demand."""
+    out: list[Relation] = []
     for var, sliced in graph.sliced.items():
         parent = graph.avals[sliced.parent].shape
         layer = Place(len(parent) - 1, (None, *range(len(parent) - 1)), tuple(parent))
@@ -39,7 +44,8 @@ def relations(graph: Graph) -> list[Relation]:
     return out
 
 
-def _equation(low: Lowering, eqn: FlatEqn) -> list[Relation]:
+def of_equation(low: Lowering, eqn: FlatEqn) -> list[Relation]:
+    """Returns what one equation demands; of one that is not known, that nothing changes."""
     fixed: list[Relation] = [Fixed(eqn.name, (*eqn.inputs, *eqn.outputs))]
     if eqn.eqn is None or eqn.name not in RULES or not low.as_traced(eqn):
         return fixed
@@ -193,7 +199,7 @@ def _dynamic_update_slice(low: Lowering, eqn: FlatEqn) -> list[Relation]:
 def _gather(low: Lowering, eqn: FlatEqn) -> list[Relation]:
     """Dims that are taken whole pass their scale on; along the others there is one."""
     p, (operand, indices), out = eqn.eqn.params, eqn.inputs, eqn.outputs[0]
-    if p.get("fill_value") not in (None, 0):
+    if not low.may_fill(p.get("fill_value")):
         return []
     dims, shape = p["dimension_numbers"], low.shape(operand)
     offsets, places = iter(dims.offset_dims), []

@@ -63,6 +63,22 @@ class FlatEqn:
     inside: tuple[Key, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What runs along the turns of a loop, or through the branches of a choice, that was opened once.
+
+    Attributes:
+      kind: the primitive, `scan`, `while`, `cond` or `shard_map`.
+      passed: for each value that is carried: what it is before the first turn, within a turn, after a turn, and in the end; for each
+        result of a `cond` what every branch gives, and the result. Variable numbers or `Lit`s.
+      stacked: (value of one turn, all turns stacked along a new first axis).
+    """
+
+    kind: str
+    passed: tuple[tuple[Any, ...], ...]
+    stacked: tuple[tuple[Any, int], ...] = ()
+
+
 @dataclasses.dataclass
 class Graph:
     """A flattened program. Built once by `flatten`, then only read.
@@ -77,6 +93,7 @@ class Graph:
       carries: variables that a loop opened once carries in.
       unrolled: keys of the scans that were laid out turn by turn.
       entries: variables that loops opened once start from; no equation reads them.
+      loops: what is handed on inside the loops and branches that were opened once.
     """
 
     eqns: list[FlatEqn]
@@ -88,6 +105,7 @@ class Graph:
     carries: set[int]
     unrolled: set[Key]
     entries: set[int]
+    loops: list[Loop]
 
 
 def flatten(program: Program, unroll: bool) -> Graph:
@@ -148,7 +166,7 @@ def canonical_jaxpr(jaxpr: Any) -> Hashable:
 class _Builder:
     def __init__(self, program: Program, unroll: bool):
         self.unroll = unroll
-        self.graph = Graph([], [], [], [], {}, {}, set(), set(), set())
+        self.graph = Graph([], [], [], [], {}, {}, set(), set(), set(), [])
         self.known: dict[Hashable, tuple[int, ...]] = {}
         self.sites = {site.key: site for site in program.sites}
         self.stepped = {scan for site in program.sites if not site.opaque for scan in site.scans}
@@ -224,12 +242,13 @@ class _Builder:
 
     def opened(self, eqn: Any, inputs: list[Any], key: Key, steps: tuple[int, ...]) -> list[Any]:
         """Opens a loop or branch once; what comes out of it is a new value of unknown origin."""
-        name, first = eqn.primitive.name, []
+        name, first, carry = eqn.primitive.name, [], []
         if name == "scan":
             n_consts, n_carry = compat.scan_counts(eqn)
             body, _ = compat.parts(eqn.params["jaxpr"])
             first = inputs[n_consts : n_consts + n_carry]
-            inner = inputs[:n_consts] + [self.carried(v.aval) for v in body.invars[n_consts : n_consts + n_carry]]
+            carry = [self.carried(v.aval) for v in body.invars[n_consts : n_consts + n_carry]]
+            inner = inputs[:n_consts] + carry
             rest = zip(inputs[n_consts + n_carry :], body.invars[n_consts + n_carry :], strict=True)
             inner += [self.slice(x, v.aval, None) for x, v in rest]
             outs = self.program(eqn.params["jaxpr"], inner, (*key, 0), steps)
@@ -245,7 +264,14 @@ class _Builder:
         else:
             outs = self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
         self.graph.entries.update(a for a in first if not isinstance(a, Lit))
-        return self.emit(OPEN, None, outs, [v.aval for v in eqn.outvars], key, steps)
+        results = self.emit(OPEN, None, outs, [v.aval for v in eqn.outvars], key, steps)
+        count = len(results)
+        passed = zip(first, carry, outs, results, strict=False)
+        if name == "cond":
+            passed = zip(*(outs[i : i + count] for i in range(0, len(outs), count)), results, strict=True) if count else ()
+        stacked = zip(outs[len(carry) :], results[len(carry) :], strict=True) if name == "scan" else ()
+        self.graph.loops.append(Loop(name, tuple(passed), tuple(stacked)))
+        return results
 
     def carried(self, aval: Any) -> int:
         var = self.new(aval)

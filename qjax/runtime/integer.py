@@ -243,5 +243,5 @@ def product(site: Site, eqn: Any, operands: Sequence[Any]) -> jax.Array | None:
     elif site.op == "conv_general_dilated":
         out = conv(eqn, x, q, act)
     else:
-        out = ragged_dot(eqn, x, q, act, operands[2])
+        out = ragged_dot(eqn, x, q, act, jnp.asarray(operands[2]))  # a constant is a NumPy array
     return None if out is None else out.astype(eqn.outvars[0].aval.dtype)

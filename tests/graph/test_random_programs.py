@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from qjax.graph import Fold, apply_fold, exact_scales, find_folds, verifier
+from qjax.graph import Fold, NotPreserved, apply_fold, exact_scales, find_folds, rotate, verifier
 from qjax.program import trace
 
 WIDTH = 6  # of every value between two steps, so that any step can follow any other
@@ -110,3 +110,49 @@ def test_every_pair_of_a_producer_and_a_homogeneous_function_folds():
     for name in ("tanh", "across"):
         fn, params, x = program_of(["biased", name, "linear"])
         assert not isinstance(find_folds(trace(fn, params, x))[1][1], Fold), name
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(CHAINS)
+def test_every_rotation_found_holds(names):
+    check_rotations(names)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(CHAINS)
+def test_every_rotation_found_holds_in_many_programs(names):
+    check_rotations(names)
+
+
+def check_rotations(names):
+    """No refusal for a wrong result, which would be a rotation wrongly found; and each one holds on data that it was not verified on."""
+    fn, params, x = program_of(["linear", *names, "linear"])
+    program, leaves = trace(fn, params, x), jax.tree.leaves(params)
+    result = rotate(program, leaves, [x], jax.random.key(len(names)), every=True)
+    assert not any("was not rotated" in reason for _, reason in result.refused), (names, result.refused)
+    if not result.rotations:
+        return
+    compare = verifier(program, leaves, [jnp.flip(x, 0) * 1.5])
+    assert compare(result.params) <= 1e-5, names
+    path, _ = result.rotations[-1].rotated[0]
+    at = next(leaf.index for leaf in program.leaves if leaf.path == path)
+    if matters(compare, result.params, at):
+        with pytest.raises(NotPreserved):
+            compare([*result.params[:at], leaves[at], *result.params[at + 1 :]])
+
+
+def matters(compare, params, at):
+    """Whether a parameter has a say in the results."""
+    try:
+        return compare([*params[:at], np.zeros_like(params[at]), *params[at + 1 :]]) > 1e-3
+    except NotPreserved:
+        return True
+
+
+def test_rotations_are_found():
+    """The random test would pass if nothing were ever found."""
+    for names in (["linear"], ["branch"], ["scan", "norm"]):
+        fn, params, x = program_of(["linear", *names, "linear"])
+        found = rotate(trace(fn, params, x), jax.tree.leaves(params), [x], jax.random.key(0), every=True)
+        assert found.rotations, (names, found.refused)

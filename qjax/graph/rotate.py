@@ -1,0 +1,227 @@
+"""Rotation of the residual stream: one orthogonal matrix for all that writes to it and all that reads it; the function stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.graph.axes import Rotatable, all_equal, rotatable
+from qjax.graph.fold import Fold, apply_fold, find_fold
+from qjax.graph.orthogonal import random_orthogonal
+from qjax.graph.solve import System, build
+from qjax.graph.verify import NotPreserved, verifier
+from qjax.program import Program, shared_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """One rotation that was done.
+
+    Attributes:
+      size: n, the length of the axis.
+      kind: "hadamard" or "orthogonal", see `random_orthogonal`.
+      keeps_ones: whether the matrix keeps the vector of ones, because a mean over the axis is taken.
+      rotated: (path of a parameter, its axes that were multiplied by the matrix).
+      scales: paths of the scales that moved into their readers first and are one now.
+      error: relative change of the results, see `verify`.
+    """
+
+    size: int
+    kind: str
+    keeps_ones: bool
+    rotated: tuple[tuple[str, tuple[int, ...]], ...]
+    scales: tuple[str, ...]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotated:
+    """What `rotate` gives.
+
+    Attributes:
+      params: the parameters' new array leaves.
+      rotations: one entry for each rotation that was done.
+      refused: (path of a weight, why what it reads was not rotated).
+      error: relative change of the results, see `verify`.
+    """
+
+    params: list[Any]
+    rotations: tuple[Rotation, ...]
+    refused: tuple[tuple[str, str], ...]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Scales:
+    """Scales along an axis: which have equal elements now, which can get them by a fold, and why the others cannot."""
+
+    even: Mapping[int, Mapping[int, frozenset[int]]]
+    folds: Mapping[int, tuple[Fold, np.ndarray]]
+    stuck: Mapping[int, str]
+
+
+def rotate(
+    program: Program,
+    params: Sequence[Any],
+    inputs: Sequence[Any],
+    key: jax.Array,
+    every: bool = False,
+    tolerance: float | None = None,
+) -> Rotated:
+    """Multiplies the residual stream of a program by a random orthogonal matrix, which spreads outlier channels over all channels.
+
+    x -> x R,  W_in -> W_in R,  W_out -> R^T W_out,  b -> b R,  embedding rows e -> e R
+    for everything that adds to the stream (weights, biases, embeddings) and everything that reads it. What stands in between is found by
+    data flow (see `rotatable`): sums, root mean squares, means (R then keeps the vector of ones), products with what does
+    not vary along the axis. A norm's scale moves into its readers before (a fold, see `find_fold`) and is one afterwards. The tree keeps
+    its leaves and the program stays as it is. New parameters are computed in float64 and rounded once to their dtype.
+
+    Args:
+      program: from `trace`.
+      params: the parameters' array leaves.
+      inputs: the array leaves of the other arguments: a batch on which every rotation is verified.
+      key: a key of `jax.random`.
+      every: also rotates values that no sum of two activations ties together, such as queries with their keys, and values between two
+        linear layers.
+      tolerance: largest error accepted, see `verify`; by default `rounding(program)`, 64 times the spacing of the coarsest float type
+        at 1. A rotation rounds every parameter it changes once, and sums in another order, so unlike a fold by powers of two it is
+        exact in no element: a few spacings are expected.
+
+    Returns:
+      A `Rotated`. What would change the function by more than rounding is refused and left as it was.
+
+    Raises:
+      TypeError: a parameter that is no array of numbers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from qjax.program import trace
+      >>> def fn(p, tokens):
+      ...     x = p["embed"][tokens]
+      ...     return (x + jnp.tanh(x @ p["in"]) @ p["out"]) @ p["head"]
+      >>> shapes = {"embed": (7, 4), "head": (4, 5), "in": (4, 6), "out": (6, 4)}
+      >>> p = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+      >>> result = rotate(trace(fn, p, jnp.arange(3)), jax.tree.leaves(p), [jnp.arange(3)], jax.random.key(0))
+      >>> result.rotations[0].rotated, result.rotations[0].kind
+      ((('embed', (1,)), ('head', (0,)), ('in', (0,)), ('out', (1,))), 'hadamard')
+      >>> result.refused
+      (('out', 'its input cannot be rotated: `tanh`'),)
+
+    Source: QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), section 4, stage 1a, and the rotation R1 of SpinQuant (Liu et al. 2024, arXiv
+    2405.16406), both for lists of layers; here from the program. Rotations at run time (their R3 and R4) are not part of this.
+    """
+    for leaf in program.leaves:
+        if not isinstance(params[leaf.index], (jax.Array, np.ndarray)):
+            kind = type(params[leaf.index]).__name__
+            raise TypeError(f"`params` leaf {leaf.path!r} is a {kind}: rotate the float parameters, before they are quantized")
+    system = build(program)
+    scales = _scales(system, params)
+    found = rotatable(program, scales.even)
+    compare = verifier(program, params, inputs, tolerance)
+    leaves, done, reasons, error = list(params), [], {}, 0.0
+    for number, axes in enumerate(found):
+        reason = _refusal(program, axes, scales, every)
+        if not reason:
+            answer = _one(program, axes, scales, leaves, jax.random.fold_in(key, number), compare)
+            if isinstance(answer, str):
+                reason = answer
+            else:
+                leaves, rotation = answer
+                done.append(rotation)
+                error = rotation.error
+        reasons |= dict.fromkeys(axes.readers, reason)
+    read = [site for site in program.sites if site.op != "gather"]
+    unknown = "its input cannot be rotated: parts of an axis are contracted"
+    refused = dict.fromkeys((site.path, reasons.get(site.key, unknown)) for site in read)
+    return Rotated(leaves, tuple(done), tuple((path, reason) for path, reason in refused if reason), error)
+
+
+def _refusal(program: Program, axes: Rotatable, scales: _Scales, every: bool) -> str:
+    """Why a class of axes is not to be rotated; "" if it is."""
+    if axes.reasons:
+        factors = dict.fromkeys((*(leaf for leaf, _ in axes.leaves), *axes.factors))
+        stuck = [f"{program.leaves[leaf].path} scales it and {scales.stuck[leaf]}" for leaf in factors if leaf in scales.stuck]
+        return "its input cannot be rotated: " + "; ".join([*stuck[:2], *axes.reasons[:3]][:3])
+    if not axes.sums and not every:
+        return "its input is no residual stream: no sum of two activations is made along it"
+    return ""
+
+
+def _one(
+    program: Program, axes: Rotatable, scales: _Scales, leaves: Sequence[Any], key: jax.Array, compare: Any
+) -> tuple[list[Any], Rotation] | str:
+    """Rotates one class of axes and verifies it, or says why that failed."""
+    r, kind = random_orthogonal(axes.size, key, axes.keeps_ones)
+    new, moved = list(leaves), []
+    for leaf in axes.even:
+        if leaf in scales.folds and not (np.asarray(new[leaf]) == 1).all():
+            fold, s = scales.folds[leaf]
+            new = apply_fold(fold, new, s)
+            new[leaf] = np.ones_like(leaves[leaf])
+            moved.append(program.leaves[leaf].path)
+    for leaf, rotated in axes.leaves:
+        new[leaf] = multiplied(new[leaf], r, rotated)
+    try:
+        error = compare(new)
+    except NotPreserved as failure:
+        return f"its input was not rotated: {failure}"
+    paths = tuple((program.leaves[leaf].path, rotated) for leaf, rotated in axes.leaves)
+    return new, Rotation(axes.size, kind, axes.keeps_ones, paths, tuple(moved), error)
+
+
+def multiplied(w: Any, r: np.ndarray, axes: Sequence[int]) -> Any:
+    """Multiplies some axes of a parameter by a matrix, w'[..., j, ...] = sum_i w[..., i, ...] r[i, j]; in float64, rounded once."""
+    wide = np.asarray(w, np.float64)
+    for axis in axes:
+        wide = np.moveaxis(np.tensordot(wide, r, (axis, 0)), -1, axis)
+    return wide.astype(w.dtype)
+
+
+def _scales(system: System, params: Sequence[Any]) -> _Scales:
+    """Looks at the parameters that are factors: which are even along an axis, and which become so if they move into their readers."""
+    program = system.program
+    factors = {leaf.index for leaf in program.leaves if not leaf.sites and {"mul", "div"} & set(leaf.consumers)}
+    even: dict[int, dict[int, frozenset[int]]] = {}
+    for i in factors:
+        even[i] = {a: frozenset({i}) for a in range(np.ndim(params[i])) if all_equal(params[i], a)}
+    folds: dict[int, tuple[Fold, np.ndarray]] = {}
+    stuck: dict[int, str] = {}
+    uneven = {i for i in factors if np.ndim(params[i]) and len(even[i]) < np.ndim(params[i])}
+    for group in shared_inputs(program) if uneven else ():
+        fold = find_fold(system, group)
+        for i in uneven - folds.keys():
+            if isinstance(fold, Fold) and (scaling := next((s for s in fold.scalings if s.leaf == i), None)) is not None:
+                answer = _by(program, fold, i, np.asarray(params[i], np.float64)) if (scaling.power == -1).all() else ""
+                if isinstance(answer, np.ndarray):
+                    folds[i] = fold, answer
+                    even[i] = {a: frozenset({i}) for a in range(np.ndim(params[i]))}
+                elif answer:
+                    stuck[i] = answer
+    stuck |= dict.fromkeys(uneven - folds.keys() - stuck.keys(), "cannot move into what reads it")
+    return _Scales(even, folds, {i: reason for i, reason in stuck.items() if i not in folds})
+
+
+def _by(program: Program, fold: Fold, leaf: int, gamma: np.ndarray) -> np.ndarray | str:
+    """The scales of a fold that make one parameter all ones, or why there are none."""
+    scaling = next(s for s in fold.scalings if s.leaf == leaf)
+    makers = [program.leaves[s.leaf] for s in fold.scalings if (s.power < 0).any()]
+    if any(maker.sites for maker in makers) or any({"mul", "div"} & set(m.consumers) for m in makers if m.index != leaf):
+        return "other parameters would have to take its place"
+    if (gamma == 0).any():
+        return "has a zero"
+    stacked = len(fold.stack)
+    s = np.ones((fold.size, *fold.stack))
+    channel = np.broadcast_to(scaling.channel, gamma.shape)
+    inner = channel.reshape(*gamma.shape)[(0,) * stacked]
+    if stacked and gamma.shape[:stacked] != fold.stack:
+        return "is one for layers that have scales of their own"
+    s[inner.ravel()] = np.moveaxis(gamma.reshape(*fold.stack, -1), -1, 0)
+    s = np.moveaxis(s, 0, -1)
+    same = (s[..., inner] if stacked else s[channel]) == gamma
+    return s if same.all() else "differs where what reads it is shared"
+
+
