@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from qjax.calibration import why_no_rows
+from qjax.calibration import as_batches, why_no_rows
 from qjax.core import QTensor, Spec, check_finite
 from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
@@ -124,16 +124,6 @@ def quantize(
     report = describe(program, choices, flat, done, seconds, rescaled)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
     return Result(new_params, report, policy)
-
-
-def as_batches(calibration: Any) -> list[tuple[Any, ...]]:
-    """Returns calibration batches as tuples of arguments, or the errors that `quantize` documents."""
-    if calibration is None or isinstance(calibration, (dict, str, jax.Array, np.ndarray)) or not isinstance(calibration, Iterable):
-        raise TypeError(f"`calibration` must be a list of batches, got {type(calibration).__name__}: write calibration=[batch]")
-    batches = [batch if isinstance(batch, tuple) else (batch,) for batch in calibration]
-    if not batches:
-        raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
-    return batches
 
 
 def _method(choice: Choice) -> tuple[Method, tuple[str, ...]]:
