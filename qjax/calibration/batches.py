@@ -51,9 +51,8 @@ def counted(calibration: Any) -> tuple[Iterable[Any], int]:
       ValueError: it is empty.
     """
     check_batches(calibration)
-    if isinstance(calibration, Iterator):
-        calibration = list(calibration)
-    number = len(calibration) if isinstance(calibration, Sized) else sum(1 for _ in calibration)
+    batches: Iterable[Any] = list(calibration) if isinstance(calibration, Iterator) else calibration
+    number = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
     if not number:
         raise ValueError("`calibration` is empty: give at least one batch")
-    return calibration, number
+    return batches, number

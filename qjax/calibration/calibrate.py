@@ -18,7 +18,7 @@ from qjax.calibration.findings import Calibration, SiteRange
 from qjax.calibration.histogram import Bins, Histogram, histogram
 from qjax.calibration.observe import Observation, Seen, Watched, check_where, init_states, observations, observe_program, watched_sites
 from qjax.calibration.observers import RangeObserver, Together
-from qjax.core import IntSpec
+from qjax.core import IntSpec, static
 from qjax.policy import Policy
 from qjax.program import Arguments, Program, ProgramCache, split_arguments
 
@@ -74,7 +74,8 @@ def calibrate(
     correlation of mental abilities (1910).
     """
     check_where(where)
-    _check_observer(observer, spec)
+    _check_observer(observer)
+    spec = None if spec is None else static(spec).spec
     batches, number = counted(calibration)
     programs, plans = ProgramCache(fn), {}
     halves: list[Seen | None] = [None, None]
@@ -154,11 +155,9 @@ def _merge(a: Seen, b: Seen) -> Seen:
     return {name: a[name].merge(b[name]) for name in a}
 
 
-def _check_observer(observer: Any, spec: Any) -> None:
+def _check_observer(observer: Any) -> None:
     if observer is not None and (isinstance(observer, type) or not hasattr(observer, "range")):
         raise TypeError(f"`observer` must find ranges, such as qjax.minmax() or qjax.entropy(), got {observer!r}")
-    if spec is not None and not isinstance(spec, IntSpec):
-        raise TypeError(f"`spec` of activations must be of integers, such as qjax.int8() or qjax.uint8(), got {spec!r}")
 
 
 def _check_arrays(arguments: Arguments, i: int) -> str:
@@ -193,7 +192,10 @@ def _check_finite(finite: np.ndarray, sites: Sequence[Watched], i: int) -> None:
 
 def _findings(plan: _Plan, first: Seen, second: Seen | None, number: int) -> Calibration:
     whole = first if second is None else _merge(first, second)
-    rows = [row for w in plan.sites for row in _rows(w, *(None if s is None else s[w.names.site] for s in (whole, first, second)))]
+    rows = []
+    for w in plan.sites:
+        name = w.names.site
+        rows += _rows(w, whole[name], first[name], None if second is None else second[name])
     notes = [f"not observed: {name}: {reason}" for name, reason in plan.refused.items()]
     if second is None:
         notes.append("one batch: its halves cannot be compared")
@@ -202,12 +204,13 @@ def _findings(plan: _Plan, first: Seen, second: Seen | None, number: int) -> Cal
 
 def _rows(w: Watched, whole: Observation, first: Observation, second: Observation | None) -> list[SiteRange]:
     """One row for each part of a site."""
-    features, bins = _features(whole), _bins(whole)
+    bins, features = _bins(whole), jax.device_get(_features(whole))
+    seen, count = jax.device_get(bins.seen), features.count
     lo, hi = _range(w, whole)
-    beyond, count = outside(bins, lo, hi), np.asarray(features.count)
+    beyond = outside(bins, lo, hi)
     moved, drift = _apart(w, hi - lo, first, second) if second is not None else ([None] * len(count),) * 2
-    constant = (np.asarray(features.lo) == np.asarray(features.hi)) & (count > 1)[:, None]
-    peaks = np.maximum(-np.asarray(features.lo), np.asarray(features.hi))
+    constant = (features.lo == features.hi) & (count > 1)[:, None]
+    peaks = np.maximum(-features.lo, features.hi)
     middle = np.median(peaks, axis=1)
     rows = []
     for i, name in enumerate(w.names.parts):
@@ -223,8 +226,8 @@ def _rows(w: Watched, whole: Observation, first: Observation, second: Observatio
                 rows=int(count[i]),
                 lo=float(lo[i]),
                 hi=float(hi[i]),
-                least=float(bins.seen.lo[i]),
-                most=float(bins.seen.hi[i]),
+                least=float(seen.lo[i]),
+                most=float(seen.hi[i]),
                 mean=float(features.mean[i]),
                 std=math.sqrt(float(features.variance[i])),
                 outside=float(beyond[i]),
@@ -257,4 +260,5 @@ def _apart(w: Watched, width: np.ndarray, first: Observation, second: Observatio
     moved = np.maximum(np.abs(lo_b - lo_a), np.abs(hi_b - hi_a)) / np.where(width > 0, width, 1.0)
     both = (np.asarray(_features(first).count) > 0) & (np.asarray(_features(second).count) > 0)
     drift = total_variation(_bins(first), _bins(second))
-    return tuple([float(v) if seen else None for v, seen in zip(values, both, strict=True)] for values in (moved, drift))
+    found = [[float(v) if seen else None for v, seen in zip(values, both, strict=True)] for values in (moved, drift)]
+    return found[0], found[1]

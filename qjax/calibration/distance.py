@@ -8,6 +8,8 @@ import numpy as np
 
 from qjax.calibration.histogram import Bins, widen
 
+# Its loop would be compiled anew at every call outside `jit`.
+_widen = jax.jit(widen)
 # Magnitudes up to this many bins stand alone; beyond it every octave has half as many cells.
 _ALONE = 16
 
@@ -37,7 +39,7 @@ def total_variation(a: Bins, b: Bins) -> np.ndarray:
     """
     exponent = jnp.maximum(a.exponent, b.exponent)
     per_side = max(a.low.shape[-1], b.low.shape[-1])
-    p, q = (_shares(_cells(_counts(widen(state, exponent)), per_side)) for state in (a, b))
+    p, q = (_shares(_cells(_counts(_widen(state, exponent)), per_side)) for state in (a, b))
     return 0.5 * np.abs(p - q).sum((1, 2))
 
 

@@ -14,7 +14,7 @@ from qjax.calibration.names import Names, name_sites
 from qjax.calibration.observers import Observer
 from qjax.calibration.ranges import minmax
 from qjax.calibration.rows import columns, site_rows, stack_size, why_no_rows
-from qjax.core import ActSpec, IntSpec, int8
+from qjax.core import ActSpec, IntSpec, int8, static
 from qjax.policy import Policy, Rule
 from qjax.program import Interpreter, Key, Program, ProgramCache, Site, compat, materialize, split_arguments
 
@@ -143,7 +143,7 @@ def watched_sites(
 
 def _of_rule(act: ActSpec | None) -> tuple[Observer[Any], IntSpec]:
     observer: Any = minmax() if act is None or act.observer is None else act.observer
-    return observer, int8() if act is None else act.spec
+    return observer, static(int8() if act is None else act.spec).spec
 
 
 @jax.tree_util.register_dataclass

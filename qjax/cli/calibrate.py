@@ -28,8 +28,9 @@ _TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of text at most.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens a window.  [default: the context, at most 2048]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--every", is_flag=True, help="A row an input, not one for those that differ only in their layer, and what has not shifted.")
 @json_option
-def command(src: str, data: Path | None, pair: tuple[Path, Path] | None, as_json: bool, **options: Any) -> None:
+def command(src: str, data: Path | None, pair: tuple[Path, Path] | None, every: bool, as_json: bool, **options: Any) -> None:
     """Shows what the weights of SRC, a float or packed model, meet when it reads a text.
 
     For every input: the range that the observer chooses, the share of values outside of it, how far the range moved and
@@ -53,7 +54,7 @@ def command(src: str, data: Path | None, pair: tuple[Path, Path] | None, as_json
     about |= {"text": texts[0][1]} if not pair else {"a": texts[0][1], "b": texts[1][1]}
     result = _compare(*found) if pair else found[0]
     document = about | json.loads(result.to_json()) | {"seconds": round(time.perf_counter() - started, 3)}
-    emit(document) if as_json else _show(document, result, [text for _, text in texts])
+    emit(document) if as_json else _show(document, result, every, [text for _, text in texts])
 
 
 def _own_text(src: str) -> Path:
@@ -73,6 +74,7 @@ def _windows(model: Model, path: Path, options: dict[str, Any]) -> tuple[Any, di
 def _calibrate(model: Model, rows: Any, options: dict[str, Any], advance: Any) -> Any:
     import qjax
     from qjax.cli.quantize import batches_of
+    from qjax.core import integer
 
     p = options["percentile"]
     observer: Any = {
@@ -83,7 +85,8 @@ def _calibrate(model: Model, rows: Any, options: dict[str, Any], advance: Any) -
         "entropy": qjax.entropy,
         "mse": qjax.mse,
     }[options["observer"]]()
-    spec = qjax.core.integer(options["bits"], signed=not options["asymmetric"], symmetric=not options["asymmetric"])
+    symmetric = not options["asymmetric"]
+    spec = integer(options["bits"], signed=symmetric, symmetric=symmetric)
     batches = batches_of(rows, options["batch_size"])
     return qjax.calibrate(model.apply, model.params, batches, options["where"], observer=observer, spec=spec, progress=advance)
 
@@ -94,11 +97,14 @@ def _compare(a: Any, b: Any) -> Any:
     return qjax.compare(a, b)
 
 
-def _show(document: dict[str, Any], result: Any, texts: list[dict[str, Any]]) -> None:
+def _show(document: dict[str, Any], result: Any, every: bool, texts: list[dict[str, Any]]) -> None:
     from rich.console import Console
 
+    from qjax.cli.tables import calibration_table, comparison_table
+
     console = Console(highlight=False)
-    console.print(result)
+    for part in comparison_table(result, every) if len(texts) == 2 else calibration_table(result, every):
+        console.print(part)
     for text in texts:
         console.print(f"{text['windows']} windows of {text['window']} tokens from {text['lines']} lines of {text['file']}")
     console.print(f"{document['observer']} for {document['bits']} bits, {document['seconds']:.1f} s")

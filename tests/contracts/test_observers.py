@@ -14,6 +14,7 @@ from qjax.calibration import (
     absmax,
     channel_stats,
     entropy,
+    feature_stats,
     histogram,
     minmax,
     moving_average,
@@ -25,7 +26,7 @@ from qjax.core import int8, integer, uint4
 
 STACK, K = 3, 7
 RANGES = [minmax(), moving_average(), absmax(), percentile(99), entropy(64, 16), mse(4)]
-OBSERVERS = [SecondMoment(), channel_stats(), histogram(64), sample_rows(600), *RANGES]
+OBSERVERS = [SecondMoment(), channel_stats(), feature_stats(), histogram(64), sample_rows(600), *RANGES]
 # An average over calls knows where a call ends and which came first, a sample which row is which; they are tested by themselves.
 BY_CALL = (MovingAverage, SampleRows)
 every_observer = pytest.mark.parametrize("observer", OBSERVERS, ids=lambda o: type(o).__name__)
