@@ -189,7 +189,7 @@ def test_the_collector_still_gives_both():
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(TypeError, match="`fn` must be a function .* got dict"):
+    with pytest.raises(TypeError, match=r"`fn` must be a function .* got dict"):
         qjax.observe({})
     with pytest.raises(TypeError, match=r"`where` must be a pattern .* got None"):
         qjax.observe(mlp, None)
@@ -207,6 +207,6 @@ def test_what_cannot_be_is_said():
         watch(MLP, X, seen={"a": seen["a"]})
     with pytest.raises(ValueError, match="`seen` of 'a' was made by MinMax"):
         qjax.observe(mlp, observer=qjax.absmax())(MLP, X, seen=seen)
-    with pytest.raises(TypeError, match="`observer` SecondMoment.* finds no range"):
+    with pytest.raises(TypeError, match=r"`observer` SecondMoment.* finds no range"):
         moments = qjax.observe(mlp, observer=SecondMoment())
         moments.ranges(moments(MLP, X)[1], qjax.int8())
