@@ -40,7 +40,8 @@ def calibrate(
     """Runs data through a function, and says for every site which range its input gets and how far that can be trusted.
 
     It is one pass; what is kept does not grow with the number of batches. The ranges of the extreme-value and the histogram
-    observers do not depend on how the data is cut into batches. Nothing is rounded: activations are those of the function as it is given,
+    observers do not depend on how the data is cut into batches; a moving average does, and is joined from batches as `quantize` joins
+    it, by its `merge`. Nothing is rounded: activations are those of the function as it is given,
     so for a packed model those of its dequantized weights.
 
     Args:
