@@ -2,11 +2,16 @@
 
 from qjax import linen as linen
 from qjax import nnx as nnx
+from qjax.calibration import Calibration as Calibration
+from qjax.calibration import Comparison as Comparison
 from qjax.calibration import absmax as absmax
+from qjax.calibration import calibrate as calibrate
+from qjax.calibration import compare as compare
 from qjax.calibration import entropy as entropy
 from qjax.calibration import minmax as minmax
 from qjax.calibration import moving_average as moving_average
 from qjax.calibration import mse as mse
+from qjax.calibration import observe as observe
 from qjax.calibration import percentile as percentile
 from qjax.core import ActSpec as ActSpec
 from qjax.core import QProduct as QProduct

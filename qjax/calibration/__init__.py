@@ -1,19 +1,35 @@
 """Observers, and the collectors that run them."""
 
+from qjax.calibration.batches import as_batches as as_batches
+from qjax.calibration.calibrate import calibrate as calibrate
 from qjax.calibration.channels import Channels as Channels
 from qjax.calibration.channels import ChannelStats as ChannelStats
 from qjax.calibration.channels import channel_stats as channel_stats
+from qjax.calibration.compare import Comparison as Comparison
+from qjax.calibration.compare import SiteShift as SiteShift
+from qjax.calibration.compare import compare as compare
+from qjax.calibration.distance import outside as outside
+from qjax.calibration.distance import total_variation as total_variation
 from qjax.calibration.divided import divide_columns as divide_columns
 from qjax.calibration.entropy import Entropy as Entropy
 from qjax.calibration.entropy import entropy as entropy
+from qjax.calibration.features import Features as Features
+from qjax.calibration.features import FeatureStats as FeatureStats
+from qjax.calibration.features import feature_stats as feature_stats
+from qjax.calibration.findings import Calibration as Calibration
+from qjax.calibration.findings import SiteRange as SiteRange
 from qjax.calibration.finite import AllFinite as AllFinite
 from qjax.calibration.histogram import Bins as Bins
 from qjax.calibration.histogram import Histogram as Histogram
 from qjax.calibration.histogram import histogram as histogram
 from qjax.calibration.mse import Mse as Mse
 from qjax.calibration.mse import mse as mse
+from qjax.calibration.observe import Observation as Observation
+from qjax.calibration.observe import Observe as Observe
 from qjax.calibration.observe import init_states as init_states
+from qjax.calibration.observe import observe as observe
 from qjax.calibration.observe import observe_program as observe_program
+from qjax.calibration.observe import watch_program as watch_program
 from qjax.calibration.observers import Moments as Moments
 from qjax.calibration.observers import Observer as Observer
 from qjax.calibration.observers import RangeObserver as RangeObserver

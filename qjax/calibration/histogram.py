@@ -181,19 +181,25 @@ def _update(state: Bins, x: jax.Array, owner: jax.Array | None) -> Bins:
     nowhere = stack * 2 * per_side
     place = jnp.where(finite & (part >= 0), place, nowhere)
     new = jnp.zeros((nowhere,), jnp.uint32).at[place.ravel()].add(jnp.uint32(1), mode="drop").reshape(state.low.shape)
-    low, high = add(_widen(state, exponent), (new, jnp.zeros_like(new)))
+    low, high = add(widen(state, exponent), (new, jnp.zeros_like(new)))
     return Bins(low, high, exponent, join(state.seen, extremes(Rows(x, owner, stack))))
 
 
 @jax.jit
 def _merge(a: Bins, b: Bins) -> Bins:
     exponent = jnp.maximum(a.exponent, b.exponent)
-    low, high = add(_widen(a, exponent), _widen(b, exponent))
+    low, high = add(widen(a, exponent), widen(b, exponent))
     return Bins(low, high, exponent, join(a.seen, b.seen))
 
 
-def _widen(state: Bins, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The counts at a larger width; nothing runs where the width stays."""
+def widen(state: Bins, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the counts (low, high) in bins of `2^exponent`, int32 (stack,), no smaller than they are; exact.
+
+    Example:
+      >>> state = histogram(64).update(histogram(64).init(1, 2), Rows(jnp.array([[[1.0, 63.0]]])))
+      >>> widen(state, state.exponent + 1)[0][0, 1, [0, 31]].tolist()
+      [1, 1]
+    """
     # After log2(N) doublings everything is in the first bin and stays there.
     first = jnp.maximum(state.exponent, exponent - (state.low.shape[2].bit_length() - 1))
 

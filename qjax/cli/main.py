@@ -11,6 +11,7 @@ import click
 _COMMANDS = {
     "demo": "qjax.cli.demo",
     "quantize": "qjax.cli.quantize",
+    "calibrate": "qjax.cli.calibrate",
     "eval": "qjax.cli.evaluate",
     "inspect": "qjax.cli.inspect",
     "generate": "qjax.cli.generate",

@@ -222,9 +222,14 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
         which = f"--method {options['method']}" if options["method"] != "rtn" else f"--activation {options['activation']}"
         raise click.UsageError(f"{which} needs --calibration FILE, a text like that of the model's use, a passage a line")
     check_tokenizer(model)
-    rows, used = calibration_rows(model, read_text(path).splitlines(), options["samples"], window)
+    return text_windows(model, path, options["samples"], window, "--calibration ")
+
+
+def text_windows(model: Model, path: Path, samples: int, window: int, option: str = "") -> tuple[Any, dict[str, Any]]:
+    """Reads a text file as windows of tokens, and describes them; refuses one that is too short."""
+    rows, used = calibration_rows(model, read_text(path).splitlines(), samples, window)
     if not len(rows):
-        raise ValueError(f"--calibration `{path}` holds less than one window of {window} tokens: give more text, or a smaller --window")
+        raise ValueError(f"{option}`{path}` holds less than one window of {window} tokens: give more text, or a smaller --window")
     return rows, {"file": Path(path).name, "windows": len(rows), "window": window, "lines": used}
 
 

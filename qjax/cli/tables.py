@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from qjax.calibration.findings import largest, share
 from qjax.report import format_bytes
 
 _NUMBER = re.compile(r"(?<![a-zA-Z0-9.])\d+(?![a-zA-Z0-9.])|(?<=_)\d+(?=/)")
@@ -76,6 +78,46 @@ def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
         bits = sum(row.bits_per_weight for row in members) / len(members)
         cells += [f"{bits:.2f}", format_bytes(sum(row.nbytes for row in members))]
         table.add_row(*cells, *([f"{sum(errors) / len(errors):.2e}"] if errors else []))
+    return table
+
+
+def calibration_table(calibration: Any, every: bool = False) -> list[Any]:
+    """What to print of a calibration: as `report_table`, the widest of the like inputs' ranges and the worst of the rest."""
+    kinds: dict[str, list[Any]] = {}
+    for row in calibration.rows:
+        kinds.setdefault(_kind(row.name if every else row.site, every), []).append(row)
+    table = _narrow("input", ("n", "range", "beyond", "moved", "drift"))
+    for kind, rows in kinds.items():
+        ends = f"{min(row.lo for row in rows):.3g} .. {max(row.hi for row in rows):.3g}"
+        worst = (max(row.outside for row in rows), largest(row.moved for row in rows), largest(row.drift for row in rows))
+        table.add_row(kind, str(len(rows)), ends, *map(share, worst))
+    remarks: dict[str, list[Any]] = {}
+    for row in calibration.rows:
+        constant = f"{row.constant} constant feature{'s' if row.constant > 1 else ''}" if row.constant else ""
+        for note in filter(None, (*row.notes, constant)):
+            remarks.setdefault(note, []).append(row.name)
+    lines = [f"note: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: {note}" for note, names in remarks.items()]
+    head = f"{len(calibration.rows)} inputs, {calibration.batches} batches"
+    return [head, "", table, "", *lines, *(f"note: {note}" for note in calibration.notes)]
+
+
+def comparison_table(comparison: Any, every: bool = False) -> list[Any]:
+    """What to print of a comparison: the inputs that have shifted, or all of them."""
+    table = _narrow("input", ("distance", "floor", "width", "beyond"))
+    shown = [row for row in comparison.rows if every or row.shifted]
+    for row in shown:
+        width = "" if row.stretch is None else f"x {row.stretch:.3g}"
+        table.add_row(row.name, share(row.distance), share(row.floor), width, share(row.outside), style=None if row.shifted else "dim")
+    untold = sum(row.shifted is None for row in comparison.rows)
+    head = f"{len(comparison.shifted)} of {len(comparison.rows)} inputs have shifted" + (f", {untold} cannot be judged" if untold else "")
+    return [head, "", *([table, ""] if shown else []), *(f"note: {note}" for note in comparison.notes)]
+
+
+def _narrow(first: str, others: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -1,5 +1,6 @@
 """Post-training quantization: one file a method, all behind `Method`."""
 
+from qjax.calibration import as_batches as as_batches
 from qjax.ptq.awq import awq as awq
 from qjax.ptq.bias_correction import correct_bias as correct_bias
 from qjax.ptq.gptq import gptq as gptq
@@ -12,7 +13,6 @@ from qjax.ptq.plan import Rates as Rates
 from qjax.ptq.plan import plan as plan
 from qjax.ptq.progress import Progress as Progress
 from qjax.ptq.quantize import Result as Result
-from qjax.ptq.quantize import as_batches as as_batches
 from qjax.ptq.quantize import quantize as quantize
 from qjax.ptq.quantize import sites as sites
 from qjax.ptq.rewrite import Rewritten as Rewritten

@@ -21,6 +21,7 @@ from qjax.program.packed import can_scan
 from qjax.program.segments import Cutter, Segment
 from qjax.ptq.quantize import Result, as_batches
 from qjax.ptq.sequential import Batch
+from qjax.ptq.spill import Live
 from qjax.runtime.select import packed_rule
 
 PASSED = VIEWS | {"transpose"}
@@ -236,7 +237,7 @@ class _Walk:
         if len({tuple((s.leaf, s.turn) for s in found) for found in self.spots}) > 1:
             raise ValueError("`calibration` holds batches whose shapes trace to programs with different biases; give batches of one shape")
         # For each batch the float program and the quantized one.
-        self.sides = [[Batch(p, cutters[id(p)][0], inputs) for p, inputs in batches] for _ in range(2)]
+        self.sides = [[Batch(p, cutters[id(p)][0], inputs, Live(None, None)) for p, inputs in batches] for _ in range(2)]
 
     def run(self) -> dict[str, tuple[str, ...]]:
         """Corrects every bias in turn; returns remarks for the report."""
@@ -278,7 +279,7 @@ class _Walk:
         for which, (batch, start, stop) in enumerate(zip(side, starts, stops, strict=True)):
             segment = batch.cutter.segment(start, stop)
             values = [_value(batch, leaves, var) for var in segment.inputs]
-            batch.advance(segment.outputs, self.execute(segment, batch.program)(values), stop)
+            batch.advance(segment, self.execute(segment, batch.program)(values), stop)
             spot = self.spots[which][number]
             shape = np.shape(leaves[spot.leaf])[len(spot.turn) :]
             operands = [batch.value(spot.value), [batch.value(v) for v in spot.others]]

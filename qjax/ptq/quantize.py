@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from qjax.calibration import why_no_rows
+from qjax.calibration import as_batches, why_no_rows
 from qjax.core import QProduct, QTensor, Spec, check_finite
 from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
-from qjax.program.trace import is_qtensor
 from qjax.ptq.activations import with_activations
 from qjax.ptq.data import Batches, check_numbers, check_same_sites
 from qjax.ptq.groups import check_groups, padding_note
@@ -145,21 +144,6 @@ def quantize(
     report = dataclasses.replace(report, rows=(*report.rows, *product_rows), memory=memory)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
     return Result(new_params, report, policy, sites=products)
-
-
-def as_batches(calibration: Any) -> list[tuple[Any, ...]]:
-    """Returns calibration batches as tuples of arguments, or the errors that `quantize` documents."""
-    if calibration is None or isinstance(calibration, (dict, str, jax.Array, np.ndarray)) or not isinstance(calibration, Iterable):
-        raise TypeError(f"`calibration` must be a list of batches, got {type(calibration).__name__}: write calibration=[batch]")
-    batches = [jax.tree.map(_firm, batch if isinstance(batch, tuple) else (batch,), is_leaf=is_qtensor) for batch in calibration]
-    if not batches:
-        raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
-    return batches
-
-
-def _firm(x: Any) -> Any:
-    """A weakly typed array would be traced to another program than the others."""
-    return jnp.asarray(x, x.dtype) if isinstance(x, jax.Array) and jax.typeof(x).weak_type else x
 
 
 def _without_data(

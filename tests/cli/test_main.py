@@ -13,7 +13,7 @@ from qjax.cli.shared import emit
 from .conftest import error_of, invoke
 
 CLI = Path(qjax.cli.main.__file__).parent
-COMMANDS = ["demo", "quantize", "eval", "inspect", "generate"]
+COMMANDS = ["demo", "quantize", "calibrate", "eval", "inspect", "generate"]
 
 
 def test_help_lists_the_commands():
@@ -32,7 +32,7 @@ def test_every_command_has_help_and_json(name):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", ["__init__", "main", "shared", "demo", "quantize", "evaluate", "inspect", "generate"])
+@pytest.mark.parametrize("name", ["__init__", "main", "shared", "demo", "quantize", "calibrate", "evaluate", "inspect", "generate"])
 def test_help_needs_no_jax(name):
     """What help imports may import nothing heavy at its top."""
     for node in ast.parse((CLI / f"{name}.py").read_text()).body:

@@ -16,6 +16,7 @@ from qjax.calibration import (
     absmax,
     channel_stats,
     entropy,
+    feature_stats,
     histogram,
     minmax,
     moving_average,
@@ -28,7 +29,8 @@ from qjax.core import int8, integer, uint4
 
 STACK, K = 3, 7
 RANGES = [minmax(), moving_average(), absmax(), percentile(99), entropy(64, 16), mse(4)]
-OBSERVERS = [SecondMoment(), AllFinite(), channel_stats(), histogram(64), sample_rows(600), outlier_columns(8.0, 2), *RANGES]
+STATISTICS = [SecondMoment(), AllFinite(), channel_stats(), feature_stats(), histogram(64), sample_rows(600), outlier_columns(8.0, 2)]
+OBSERVERS = [*STATISTICS, *RANGES]
 # An average over calls and a count of calls know where a call ends, the first also which came first, a sample which row is which; they
 # are tested by themselves.
 BY_CALL = (MovingAverage, SampleRows, OutlierColumns)
