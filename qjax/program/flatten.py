@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from qjax.program import compat
+from qjax.program.passing import passed_on
 from qjax.program.primitives import BARRIER
 from qjax.program.sites import Key
 from qjax.program.trace import Program
@@ -212,9 +213,10 @@ class _Builder:
             ys.append(outs[n_carry:])
         if eqn.params["reverse"]:
             ys.reverse()
-        stacked = []
+        stacked, passed = [], passed_on(eqn)
         for i, var in enumerate(eqn.outvars[n_carry:]):
-            stacked += self.emit(STACK, None, [y[i] for y in ys], [var.aval], key, steps)
+            whole = inputs[passed[n_carry + i]] if n_carry + i in passed else None
+            stacked += [whole] if whole is not None else self.emit(STACK, None, [y[i] for y in ys], [var.aval], key, steps)
         return carry + stacked
 
     def slice(self, parent: Any, aval: Any, index: int | None) -> int:
@@ -224,9 +226,10 @@ class _Builder:
 
     def opened(self, eqn: Any, inputs: list[Any], key: Key, steps: tuple[int, ...]) -> list[Any]:
         """Opens a loop or branch once; what comes out of it is a new value of unknown origin."""
-        name, first = eqn.primitive.name, []
+        name, first, passed = eqn.primitive.name, [], {}
         if name == "scan":
             n_consts, n_carry = compat.scan_counts(eqn)
+            passed = {i: at for i, at in passed_on(eqn).items() if i >= n_carry}
             body, _ = compat.parts(eqn.params["jaxpr"])
             first = inputs[n_consts : n_consts + n_carry]
             inner = inputs[:n_consts] + [self.carried(v.aval) for v in body.invars[n_consts : n_consts + n_carry]]
@@ -245,7 +248,10 @@ class _Builder:
         else:
             outs = self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
         self.graph.entries.update(a for a in first if not isinstance(a, Lit))
-        return self.emit(OPEN, None, outs, [v.aval for v in eqn.outvars], key, steps)
+        made = [i for i in range(len(eqn.outvars)) if i not in passed]
+        inner = outs if name == "cond" else [outs[i] for i in made]
+        fresh = dict(zip(made, self.emit(OPEN, None, inner, [eqn.outvars[i].aval for i in made], key, steps), strict=True))
+        return [inputs[passed[i]] if i in passed else fresh[i] for i in range(len(eqn.outvars))]
 
     def carried(self, aval: Any) -> int:
         var = self.new(aval)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qjax.program import compat, labels
 from qjax.program.labels import View
+from qjax.program.passing import invariant_carries, passed_on
 from qjax.program.primitives import BARRIER, SITES, VIEWS, contraction, views_after
 
 Key = tuple[int, ...]
@@ -118,9 +119,10 @@ class _Walk:
             outs = self.program(eqn.params[compat.CALLS[name]], operands, (*key, 0), inner)
             if name in compat.INLINE:
                 return outs
-            for view in outs:
-                self.drop(view, f"output of {name}")
-            return none
+            passed = passed_on(eqn)
+            for i, view in enumerate(outs):
+                self.drop(None if i in passed else view, f"output of {name}")
+            return [operands[passed[i]] if i in passed else None for i in range(len(outs))]
         if name == "scan":
             return self.scan(eqn, operands, key, flags)
         if name == "while":
@@ -155,9 +157,10 @@ class _Walk:
             inner.append(sliced or self.drop(view, "scan"))
         stepped = any(view and any(k == key for _, k in view.scans) for view in inner)
         outs = self.program(eqn.params["jaxpr"], inner, (*key, 0), {**flags, "opaque": flags["opaque"] or not stepped})
+        passed = passed_on(eqn)
         for i, view in enumerate(outs):
-            self.drop(None if i in invariant else view, "output of scan")
-        return [operands[consts + i] if i in invariant else None for i in range(len(eqn.outvars))]
+            self.drop(None if i in passed else view, "output of scan")
+        return [operands[passed[i]] if i in passed else None for i in range(len(eqn.outvars))]
 
     def while_loop(self, eqn: Any, operands: list[View | None], key: Key, flags: dict[str, bool]) -> list[View | None]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -225,13 +228,6 @@ def _leaf_axes(
         return None
     kept = (a for a in range(ndim) if a not in contracted | stacked)
     return tuple(sorted(contracted)), tuple(kept), tuple(sorted(stacked))
-
-
-def invariant_carries(jaxpr: Any, n_consts: int, n_carry: int) -> frozenset[int]:
-    """Returns which carries of a loop body come back unchanged."""
-    body, _ = compat.parts(jaxpr)
-    carries = body.invars[n_consts : n_consts + n_carry]
-    return frozenset(i for i, (a, b) in enumerate(zip(carries, body.outvars, strict=False)) if a is b)
 
 
 def discover(
