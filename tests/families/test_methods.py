@@ -1,0 +1,63 @@
+"""Every method on every family, in Linen and in NNX, by the same lines: it runs, it is close, and the report has all of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from tests.families.families import DEFINITIONS, NAMES, WEIGHTS, family
+
+INT8, INT4 = qjax.int8(), qjax.int4()
+# name -> (what a rule has, largest relative error of the result). Random weights have no redundancy to hide the rounding in.
+METHODS = {
+    "int8": ({"weight": INT8}, 0.015),
+    "int4": ({"weight": qjax.int4(group_size=12, pad=True)}, 0.25),
+    "dynamic": ({"weight": INT8, "activation": qjax.dynamic(INT8)}, 0.03),
+    "static": ({"weight": INT8, "activation": qjax.static(INT8)}, 0.06),
+    "awq": ({"weight": INT4, "method": qjax.awq()}, 0.25),
+    "smoothquant": ({"weight": INT8, "activation": qjax.static(INT8), "method": qjax.smoothquant("search")}, 0.06),
+    "gptq": ({"weight": INT4, "method": qjax.gptq()}, 0.25),
+}
+ORDINARY = {
+    ("int8", "encoder, linen"), ("dynamic", "decoder, nnx"), ("static", "residual, nnx"), ("awq", "scanned, nnx"),
+    ("smoothquant", "experts sorted, linen"), ("gptq", "experts dispatched, nnx"),
+}  # fmt: skip
+SLOW = pytest.mark.slow
+CASES = [pytest.param(m, n, marks=() if (m, n) in ORDINARY else SLOW) for m in METHODS for n in NAMES if "bf16" not in n or m in ("int8", "dynamic")]
+
+
+def quantized_family(name, settings):
+    model = family(name)
+    return model, qjax.quantize(model.fn, model.params, qjax.Policy([qjax.Rule("*", **settings)]), calibration=model.data)
+
+
+def distance(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def check_rows(report, settings):
+    """Exactly the weights are quantized; nothing else could be, and each row says why."""
+    for row in report.rows:
+        assert bool(row.spec) == (row.path.split("/")[-1] in WEIGHTS), row.path
+        assert row.spec or "it meets no data in a matmul, convolution or lookup, only" in row.reason, row
+        if not row.spec:
+            continue
+        assert row.error is not None and 0 < row.error < 0.05 and row.nbytes < row.float_nbytes
+        looked_up = set(row.ops) == {"gather"}
+        assert bool(row.activation) == ("activation" in settings and not looked_up)
+        assert row.kernel == ("xla" if not row.activation else "xla, xla int8" if "gather" in row.ops else "xla int8")
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_a_method_on_a_family(method, name):
+    settings, bound = METHODS[method]
+    model, result = quantized_family(name, settings)
+    check_rows(result.report, settings)
+    assert not result.report.notes
+    want = jax.jit(model.fn)(model.params, *model.data[1])
+    got = jax.jit(qjax.quantized(model.fn))(result.params, *model.data[1])
+    assert got.dtype == want.dtype
+    print(method, name, distance(got, want))
+    assert 0 < distance(got, want) < bound
