@@ -51,7 +51,7 @@ class Scanned(nnx.Module):
 
     def __init__(self, rngs, dtype=jnp.float32):
         self.embed = nnx.Embed(VOCAB, WIDTH, dtype=dtype, rngs=rngs)
-        self.layers = nnx.vmap(lambda rngs: Layer(dtype, rngs))(rngs.fork(split=LAYERS))
+        self.layers = nnx.vmap(lambda rngs: Layer(dtype, rngs))(rngs.split(LAYERS))
         self.norm = nnx.RMSNorm(WIDTH, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens):

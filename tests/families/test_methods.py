@@ -9,15 +9,16 @@ import qjax
 from tests.families.families import DEFINITIONS, NAMES, WEIGHTS, family
 
 INT8, INT4 = qjax.int8(), qjax.int4()
-# name -> (what a rule has, largest relative error of the result). Random weights have no redundancy to hide the rounding in.
+# name -> (what a rule has, largest relative error of the result). Random weights have no redundancy to hide the rounding in, and at 4 bit
+# some tokens go to other experts; unrelated results would be at 1.4.
 METHODS = {
     "int8": ({"weight": INT8}, 0.015),
-    "int4": ({"weight": qjax.int4(group_size=12, pad=True)}, 0.25),
+    "int4": ({"weight": qjax.int4(group_size=12, pad=True)}, 0.45),
     "dynamic": ({"weight": INT8, "activation": qjax.dynamic(INT8)}, 0.03),
-    "static": ({"weight": INT8, "activation": qjax.static(INT8)}, 0.06),
-    "awq": ({"weight": INT4, "method": qjax.awq()}, 0.25),
-    "smoothquant": ({"weight": INT8, "activation": qjax.static(INT8), "method": qjax.smoothquant("search")}, 0.06),
-    "gptq": ({"weight": INT4, "method": qjax.gptq()}, 0.25),
+    "static": ({"weight": INT8, "activation": qjax.static(INT8)}, 0.05),
+    "awq": ({"weight": INT4, "method": qjax.awq()}, 0.45),
+    "smoothquant": ({"weight": INT8, "activation": qjax.static(INT8), "method": qjax.smoothquant("search")}, 0.05),
+    "gptq": ({"weight": INT4, "method": qjax.gptq()}, 0.45),
 }
 ORDINARY = {
     ("int8", "encoder, linen"), ("dynamic", "decoder, nnx"), ("static", "residual, nnx"), ("awq", "scanned, nnx"),
