@@ -21,7 +21,7 @@ class Site:
     Attributes:
       key: where the equation stands: positions in the nested programs, outermost first.
       leaf: the flat index of the parameter.
-      path: the parameter's path, `layers_0/mlp/up_proj/kernel`.
+      path: the parameter's path, `layers_0/mlp/up/kernel`.
       op: the primitive, `dot_general`, `conv_general_dilated`, `ragged_dot_general` or `gather`.
       operand: which operand of the equation holds the parameter.
       contracted: axes of the parameter that are summed over, in the parameter's order (for a gather: the row's features).
@@ -30,7 +30,7 @@ class Site:
       view: what the operand is in terms of the parameter.
       pairs: (dim of the weight operand, dim of the activation) that are contracted with each other; empty for a gather or convolution.
       batch: (dim of the weight operand, dim of the activation) that run along together.
-      scope: the name stack, `decoder/layers_0/mlp`.
+      scope: the name stack, `model/layers_0/mlp`.
       x_shape: shape of the activation, per call.
       out_shape: shape of the result, per call.
       opaque: whether it stands in a loop or branch that cannot be laid flat.

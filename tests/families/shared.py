@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 # No two are equal and the width is no power of two, so that a shape in a compiled program says what it is.
-VOCAB, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD, LAYERS, EXPERTS, TOP = 53, 24, 44, 4, 2, 6, 3, 5, 2
+VOCAB, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD, LAYERS, EXPERTS, TOP = 53, 24, 44, 4, 2, 6, 3, 7, 2
 BATCH, TIME = 5, 9
 IMAGE, CHANNELS, WIDER, CLASSES = 13, 12, 18, 10
 

@@ -14,7 +14,7 @@ from qjax.program import compat, shared_inputs
 from tests.families import nnx_models
 from tests.families.families import NAMES, family
 from tests.families.linen_models import ExpertModel, made
-from tests.families.shared import HIDDEN, VOCAB, WIDTH
+from tests.families.shared import HIDDEN, LAYERS, VOCAB, WIDTH
 from tests.families.test_methods import quantized_family
 
 INT8 = qjax.int8()
@@ -148,5 +148,6 @@ def test_a_module_that_hands_its_state_back_keeps_it_packed():
     assert all(not leaf.consumers for leaf in program.leaves if leaf.sites)
     grouped = [[site.path.split("/")[1] for site in group] for group in shared_inputs(program)]
     assert ["q", "k", "v"] in grouped and ["gate", "up"] in grouped
-    (fold,) = [f for f in find_folds(program) if isinstance(f, Fold) and "layers/down/kernel" in {s.path for s in f.sites}]
-    assert fold.size == HIDDEN
+    folds = {" ".join(site.path for site in group): fold for group, fold in find_folds(program)}
+    fold = folds["layers/down/kernel"]
+    assert isinstance(fold, Fold) and fold.shape == (LAYERS, HIDDEN)
