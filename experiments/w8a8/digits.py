@@ -191,8 +191,9 @@ def main():
     print(f"\njax {jax.__version__}, {platform.machine()}, {platform.system()}, {options.seeds} x {options.folds} networks")
     show(right, seconds, options.seeds * options.folds)
     if options.json:
+        numbers = {name: {"right": int(mine.sum()), "of": mine.size, "seconds": seconds[name]} for name, mine in right.items()}
         with open(options.json, "w") as file:
-            json.dump({name: {"right": int(mine.sum()), "of": mine.size, "seconds": seconds[name]} for name, mine in right.items()}, file, indent=1)
+            json.dump(numbers, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,24 @@ from flax import nnx
 
 import qjax
 from tests.families.shared import (
-    CHANNELS, CLASSES, EXPERTS, HEAD, HEADS, HIDDEN, KV_HEADS, LAYERS, TIME, VOCAB, WIDER, WIDTH,
-    attend, causal, dispatched_experts, heads, rotate, sorted_experts,
+    CHANNELS,
+    CLASSES,
+    EXPERTS,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    TIME,
+    VOCAB,
+    WIDER,
+    WIDTH,
+    attend,
+    causal,
+    dispatched_experts,
+    heads,
+    rotate,
+    sorted_experts,
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import qjax
-from tests.families.families import DEFINITIONS, NAMES, WEIGHTS, family
+from tests.families.families import NAMES, WEIGHTS, family
 
 INT8, INT4 = qjax.int8(), qjax.int4()
 # name -> (what a rule has, largest relative error of the result). Random weights have no redundancy to hide the rounding in, and at 4 bit
@@ -24,8 +24,8 @@ ORDINARY = {
     ("int8", "encoder, linen"), ("dynamic", "decoder, nnx"), ("static", "residual, nnx"), ("awq", "scanned, nnx"),
     ("smoothquant", "experts sorted, linen"), ("gptq", "experts dispatched, nnx"),
 }  # fmt: skip
-SLOW = pytest.mark.slow
-CASES = [pytest.param(m, n, marks=() if (m, n) in ORDINARY else SLOW) for m in METHODS for n in NAMES if "bf16" not in n or m in ("int8", "dynamic")]
+ALL = [(method, name) for method in METHODS for name in NAMES if "bf16" not in name or method in ("int8", "dynamic")]
+CASES = [pytest.param(*case, marks=() if case in ORDINARY else pytest.mark.slow) for case in ALL]
 
 
 def quantized_family(name, settings):
@@ -60,8 +60,8 @@ def test_a_method_on_a_family(method, name):
     want = jax.jit(model.fn)(model.params, *model.data[1])
     got = jax.jit(qjax.quantized(model.fn))(result.params, *model.data[1])
     assert got.dtype == want.dtype
-    print(method, name, distance(got, want))
-    assert 0 < distance(got, want) < bound
+    # A token that goes to another expert moves more than rounding does.
+    assert 0 < distance(got, want) < (2 * bound if "experts" in name and "activation" in settings else bound)
 
 
 def test_after_a_relu_an_asymmetric_range_has_half_the_step():

@@ -16,6 +16,7 @@ from tests.families.families import NAMES, family
 from tests.families.linen_models import ExpertModel, made
 from tests.families.shared import HIDDEN, LAYERS, VOCAB, WIDTH
 from tests.families.test_methods import quantized_family
+from tests.test_modules import is_q
 
 INT8 = qjax.int8()
 W8A8 = {"weight": INT8, "activation": qjax.dynamic(INT8)}
@@ -60,11 +61,16 @@ def test_every_quantized_site_multiplies_integers_and_no_other_float_product_is_
     # What is left are the products of two activations: attention's, and the dispatch to experts.
     assert sum(bool(FLOAT.search(line)) for line in lines) == products(program.jaxpr) - len(sites)
     # No table or weight becomes float anywhere: a lookup reads its rows only. Sizes are such that a shape tells what it is.
-    assert not float_copies(program, "\n".join(lines))
+    assert not float_copies(program, result.params, "\n".join(lines))
 
 
-def float_copies(program, text):
-    """The float arrays in StableHLO or HLO with the sizes of a weight, or of one layer or expert of it, in any order or flattened."""
+def float_copies(program, params, text):
+    """The float arrays in StableHLO or HLO with the sizes of a weight, or of one layer or expert of it, in any order or flattened.
+
+    A weight with the sizes of another's scales (a router's those of its experts) cannot be told from them and is left out.
+    """
+    packed = [q for q in jax.tree.leaves(params, is_leaf=is_q) if is_q(q)]
+    scales = {tuple(sorted(n for n in q.scale.shape if n > 1)) for q in packed}
     found = re.findall(r"tensor<((?:\d+x)+)(?:f32|bf16|f64)>", text) + re.findall(r"\b(?:f32|bf16|f64)\[([\d,]+)\]", text)
     held = {tuple(sorted(int(n) for n in re.findall(r"\d+", shape) if int(n) > 1)) for shape in found}
     out = []
@@ -74,8 +80,15 @@ def float_copies(program, text):
         contracted = math.prod(shape[a] for a in site.contracted)
         matrix = [contracted, math.prod(part) // contracted]
         looks = {tuple(sorted(n for n in sizes if n > 1)) for sizes in (shape, part, matrix, [matrix[0] * matrix[1]])}
-        out += [(site.path, look) for look in looks & held if math.prod(look) > 50]
+        out += [(site.path, look) for look in (looks & held) - scales if math.prod(look) > 50]
     return out
+
+
+def test_the_search_for_float_copies_finds_them():
+    model, result = quantized_family("scanned, linen", {"weight": INT8})
+    program = qjax.trace(model.fn, model.params, *model.data[0])
+    found = float_copies(program, result.params, lowered(model, result).as_text())
+    assert {path for path, _ in found} == {row.path for row in result.report.rows if row.spec}
 
 
 def integer_products(text):
@@ -110,16 +123,19 @@ def test_the_compiled_program_keeps_integers_and_no_float_weight(name):
             # XLA's CPU has no convolution of int8 operands and widens them to int32, also those of a plain int8 program: still integers.
             assert any(op == "convolution" and inputs <= {"s8", "s32"} and n == math.prod(site.out_shape) for op, inputs, n in found)
     assert not re.search(r"= (?:f32|bf16)\S* convolution", text)
-    assert not float_copies(program, text)
+    assert not float_copies(program, result.params, text)
 
 
 @pytest.mark.parametrize("kind", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_the_arithmetic_of_experts_does_not_grow_with_their_number(kind):
-    """Twice 320 rows over 4 or 16 experts: each expert adds at most one block of 16 rows, where a masked product would take 4 times as much."""
+    """640 rows over 4 or 16 experts: an expert adds at most one block of 16 rows; a masked product would take 4 times as much."""
     work = {}
     text = jnp.arange(320, dtype=jnp.int32).reshape(8, 40) % VOCAB
     for count in (4, 16):
-        fn, params = made(ExpertModel(True, count), text) if kind == "linen" else nnx_models.made(nnx_models.ExpertModel(nnx.Rngs(0), True, count))
+        if kind == "linen":
+            fn, params = made(ExpertModel(True, count), text)
+        else:
+            fn, params = nnx_models.made(nnx_models.ExpertModel(nnx.Rngs(0), True, count))
         result = qjax.quantize(fn, params, qjax.Policy([qjax.Rule("*", **W8A8)]), calibration=[text])
         work[count] = expert_work(jax.make_jaxpr(qjax.quantized(fn))(result.params, text))
     rows = 2 * text.size
