@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from qjax.program import compat
+from qjax.program.passing import passed_on
 from qjax.program.primitives import BARRIER
 from qjax.program.sites import Key
 from qjax.program.trace import Program
@@ -230,9 +231,10 @@ class _Builder:
             ys.append(outs[n_carry:])
         if eqn.params["reverse"]:
             ys.reverse()
-        stacked = []
+        stacked, passed = [], passed_on(eqn)
         for i, var in enumerate(eqn.outvars[n_carry:]):
-            stacked += self.emit(STACK, None, [y[i] for y in ys], [var.aval], key, steps)
+            whole = inputs[passed[n_carry + i]] if n_carry + i in passed else None
+            stacked += [whole] if whole is not None else self.emit(STACK, None, [y[i] for y in ys], [var.aval], key, steps)
         return carry + stacked
 
     def slice(self, parent: Any, aval: Any, index: int | None) -> int:
@@ -242,9 +244,10 @@ class _Builder:
 
     def opened(self, eqn: Any, inputs: list[Any], key: Key, steps: tuple[int, ...]) -> list[Any]:
         """Opens a loop or branch once; what comes out of it is a new value of unknown origin."""
-        name, first, carry = eqn.primitive.name, [], []
+        name, first, carry, handed = eqn.primitive.name, [], [], {}
         if name == "scan":
             n_consts, n_carry = compat.scan_counts(eqn)
+            handed = {i: at for i, at in passed_on(eqn).items() if i >= n_carry}
             body, _ = compat.parts(eqn.params["jaxpr"])
             first = inputs[n_consts : n_consts + n_carry]
             carry = [self.carried(v.aval) for v in body.invars[n_consts : n_consts + n_carry]]
@@ -264,12 +267,15 @@ class _Builder:
         else:
             outs = self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
         self.graph.entries.update(a for a in first if not isinstance(a, Lit))
-        results = self.emit(OPEN, None, outs, [v.aval for v in eqn.outvars], key, steps)
+        made = [i for i in range(len(eqn.outvars)) if i not in handed]
+        inner = outs if name == "cond" else [outs[i] for i in made]
+        fresh = dict(zip(made, self.emit(OPEN, None, inner, [eqn.outvars[i].aval for i in made], key, steps), strict=True))
+        results = [inputs[handed[i]] if i in handed else fresh[i] for i in range(len(eqn.outvars))]
         count = len(results)
         passed = zip(first, carry, outs, results, strict=False)
         if name == "cond":
             passed = zip(*(outs[i : i + count] for i in range(0, len(outs), count)), results, strict=True) if count else ()
-        stacked = zip(outs[len(carry) :], results[len(carry) :], strict=True) if name == "scan" else ()
+        stacked = [(outs[i], fresh[i]) for i in made[len(carry) :]] if name == "scan" else []
         self.graph.loops.append(Loop(name, tuple(passed), tuple(stacked)))
         return results
 

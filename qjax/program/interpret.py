@@ -18,10 +18,11 @@ from jax import lax
 from qjax.core import QTensor
 from qjax.program import compat
 from qjax.program.packed import Packed, after_view, materialize, scannable
+from qjax.program.passing import invariant_carries, passed_on
 from qjax.program.primitives import BARRIER, VIEWS
 from qjax.program.products import Product
 from qjax.program.sharded import shard_map_packed
-from qjax.program.sites import Key, Site, invariant_carries
+from qjax.program.sites import Key, Site
 
 # What happens at a site: (site, equation, operands, side state) -> (results, new side state).
 # An operand that is a quantized parameter comes as `Packed`. State is None where nothing was threaded for the site.
@@ -138,20 +139,21 @@ class Interpreter:
         return compat.bind(eqn, [materialize(v) for v in operands])
 
     def remat(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
-        own = _below(state, key)
+        own, passed = _below(state, key), passed_on(eqn)
 
         def body(operands: list[Any], own: State) -> tuple[list[Any], State]:
             outs = self.program(eqn.params["jaxpr"], operands, (*key, 0), own)
-            return [materialize(v) for v in outs], own
+            return [materialize(v) for i, v in enumerate(outs) if i not in passed], own
 
         call = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
         outs, own = call(operands, own)
         state.update(own)
-        return outs
+        return _with_passed(outs, operands, passed)
 
     def scan(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
         n_consts, n_carry = compat.scan_counts(eqn)
         fixed = invariant_carries(eqn.params["jaxpr"], n_consts, n_carry)
+        passed = passed_on(eqn)
         consts, init, xs = operands[:n_consts], operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
         moving = [materialize(v) for i, v in enumerate(init) if i not in fixed]
         xs = [scannable(v) if isinstance(v, Packed) else v for v in xs]
@@ -163,16 +165,16 @@ class Interpreter:
             values = iter(carry[0])
             full = [init[i] if i in fixed else next(values) for i in range(n_carry)]
             inner = {**carry[1], **x[1]}
-            outs = [materialize(v) for v in self.program(eqn.params["jaxpr"], consts + full + x[0], (*key, 0), inner)]
-            new = [v for i, v in enumerate(outs[:n_carry]) if i not in fixed]
-            return (new, {k: inner[k] for k in carry[1]}), (outs[n_carry:], {k: inner[k] for k in x[1]})
+            outs = self.program(eqn.params["jaxpr"], consts + full + x[0], (*key, 0), inner)
+            new = [materialize(v) for i, v in enumerate(outs[:n_carry]) if i not in fixed]
+            ys = [materialize(v) for i, v in enumerate(outs[n_carry:], n_carry) if i not in passed]
+            return (new, {k: inner[k] for k in carry[1]}), (ys, {k: inner[k] for k in x[1]})
 
         settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
         (moved, shared), (ys, stacked) = lax.scan(body, (moving, shared), (xs, stacked), **settings)
         state.update(shared)
         state.update(stacked)
-        values = iter(moved)
-        return [init[i] if i in fixed else next(values) for i in range(n_carry)] + ys
+        return _with_passed([*moved, *ys], operands, passed)
 
     def while_loop(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -215,6 +217,12 @@ class Interpreter:
         outs, own = lax.switch(operands[0], branches, operands[1:], own)
         state.update(own)
         return outs
+
+
+def _with_passed(outs: Sequence[Any], operands: Sequence[Any], passed: Mapping[int, int]) -> list[Any]:
+    """The results of an equation from those that it made and the operands that it passes on."""
+    fresh = iter(outs)
+    return [operands[passed[i]] if i in passed else next(fresh) for i in range(len(outs) + len(passed))]
 
 
 def _below(state: State, key: Key) -> State:

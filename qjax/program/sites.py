@@ -8,6 +8,7 @@ from typing import Any
 
 from qjax.program import compat, labels
 from qjax.program.labels import View
+from qjax.program.passing import invariant_carries, passed_on
 from qjax.program.primitives import BARRIER, SITES, VIEWS, contraction, views_after
 from qjax.program.products import Product, describe
 
@@ -21,7 +22,7 @@ class Site:
     Attributes:
       key: where the equation stands: positions in the nested programs, outermost first.
       leaf: the flat index of the parameter.
-      path: the parameter's path, `layers_0/mlp/up_proj/kernel`.
+      path: the parameter's path, `layers_0/mlp/up/kernel`.
       op: the primitive, `dot_general`, `conv_general_dilated`, `ragged_dot_general` or `gather`.
       operand: which operand of the equation holds the parameter.
       contracted: axes of the parameter that are summed over, in the parameter's order (for a gather: the row's features).
@@ -30,7 +31,7 @@ class Site:
       view: what the operand is in terms of the parameter.
       pairs: (dim of the weight operand, dim of the activation) that are contracted with each other; empty for a gather or convolution.
       batch: (dim of the weight operand, dim of the activation) that run along together.
-      scope: the name stack, `decoder/layers_0/mlp`.
+      scope: the name stack, `model/layers_0/mlp`.
       x_shape: shape of the activation, per call.
       out_shape: shape of the result, per call.
       opaque: whether it stands in a loop or branch that cannot be laid flat.
@@ -121,9 +122,10 @@ class _Walk:
             outs = self.program(eqn.params[compat.CALLS[name]], operands, (*key, 0), inner)
             if name in compat.INLINE:
                 return outs
-            for view in outs:
-                self.drop(view, f"output of {name}")
-            return none
+            passed = passed_on(eqn)
+            for i, view in enumerate(outs):
+                self.drop(None if i in passed else view, f"output of {name}")
+            return [operands[passed[i]] if i in passed else None for i in range(len(outs))]
         if name == "scan":
             return self.scan(eqn, operands, key, flags)
         if name == "while":
@@ -163,9 +165,10 @@ class _Walk:
         if stepped:
             self.stepped.add(key)
         outs = self.program(eqn.params["jaxpr"], inner, (*key, 0), {**flags, "opaque": flags["opaque"] or not stepped})
+        passed = passed_on(eqn)
         for i, view in enumerate(outs):
-            self.drop(None if i in invariant else view, "output of scan")
-        return [operands[consts + i] if i in invariant else None for i in range(len(eqn.outvars))]
+            self.drop(None if i in passed else view, "output of scan")
+        return [operands[passed[i]] if i in passed else None for i in range(len(eqn.outvars))]
 
     def while_loop(self, eqn: Any, operands: list[View | None], key: Key, flags: dict[str, bool]) -> list[View | None]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -233,13 +236,6 @@ def _leaf_axes(
         return None
     kept = (a for a in range(ndim) if a not in contracted | stacked)
     return tuple(sorted(contracted)), tuple(kept), tuple(sorted(stacked))
-
-
-def invariant_carries(jaxpr: Any, n_consts: int, n_carry: int) -> frozenset[int]:
-    """Returns which carries of a loop body come back unchanged."""
-    body, _ = compat.parts(jaxpr)
-    carries = body.invars[n_consts : n_consts + n_carry]
-    return frozenset(i for i, (a, b) in enumerate(zip(carries, body.outvars, strict=False)) if a is b)
 
 
 def discover(

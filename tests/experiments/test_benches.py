@@ -29,3 +29,11 @@ def test_it_runs(name, arguments, figure):
     done = subprocess.run([sys.executable, "bench.py", *arguments], cwd=FOLDER / name, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(figure, done.stdout), done.stdout
+
+
+@pytest.mark.slow
+def test_the_digits_run():
+    small = ["--seeds", "1", "--folds", "2", "--images", "200", "--epochs", "1", "--rows", "W8A8 static min-max"]
+    done = subprocess.run([sys.executable, "digits.py", *small], cwd=FOLDER / "w8a8", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"W8A8 static min-max \| [\d.]+ % \| [+-][\d.]+ %", done.stdout), done.stdout
