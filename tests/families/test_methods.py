@@ -10,14 +10,14 @@ from tests.families.families import NAMES, WEIGHTS, family
 
 INT8, INT4 = qjax.int8(), qjax.int4()
 # name -> (what a rule has, largest relative error of the result). Random weights have no redundancy to hide the rounding in, and at 4 bit
-# some tokens go to other experts; unrelated results would be at 1.4.
+# some tokens go to other experts; unrelated results would be at 1.4. The tied embedding is rounded, too, and read twice.
 METHODS = {
-    "int8": ({"weight": INT8}, 0.015),
+    "int8": ({"weight": INT8}, 0.05),
     "int4": ({"weight": qjax.int4(group_size=12, pad=True)}, 0.45),
-    "dynamic": ({"weight": INT8, "activation": qjax.dynamic(INT8)}, 0.03),
-    "static": ({"weight": INT8, "activation": qjax.static(INT8)}, 0.05),
+    "dynamic": ({"weight": INT8, "activation": qjax.dynamic(INT8)}, 0.06),
+    "static": ({"weight": INT8, "activation": qjax.static(INT8)}, 0.08),
     "awq": ({"weight": INT4, "method": qjax.awq()}, 0.45),
-    "smoothquant": ({"weight": INT8, "activation": qjax.static(INT8), "method": qjax.smoothquant("search")}, 0.05),
+    "smoothquant": ({"weight": INT8, "activation": qjax.static(INT8), "method": qjax.smoothquant("search")}, 0.08),
     "gptq": ({"weight": INT4, "method": qjax.gptq()}, 0.45),
 }
 ORDINARY = {
@@ -60,8 +60,10 @@ def test_a_method_on_a_family(method, name):
     want = jax.jit(model.fn)(model.params, *model.data[1])
     got = jax.jit(qjax.quantized(model.fn))(result.params, *model.data[1])
     assert got.dtype == want.dtype
-    # A token that goes to another expert moves more than rounding does.
-    assert 0 < distance(got, want) < (2 * bound if "experts" in name and "activation" in settings else bound)
+    assert 0 < distance(got, want) < bound
+    if "activation" not in settings:
+        # All that moved the result is in the codes: it is the one of the numbers that they stand for.
+        assert distance(got, jax.jit(model.fn)(dequantized(result.params), *model.data[1])) < (2e-2 if "bf16" in name else 1e-5)
 
 
 def test_after_a_relu_an_asymmetric_range_has_half_the_step():
@@ -81,11 +83,11 @@ def test_after_a_relu_an_asymmetric_range_has_half_the_step():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual, linen", "residual, nnx"])
-@pytest.mark.parametrize("observer", [None, qjax.entropy()], ids=["minmax", "entropy"])
-def test_asymmetric_ranges_are_better_in_a_network_of_relus(name, observer):
+def test_asymmetric_ranges_are_better_in_a_network_of_relus(name):
+    """By extreme values; where a range clips, as that of entropy does, the clipping hides the smaller step."""
     errors = []
     for spec in (INT8, qjax.uint8()):
-        model, result = quantized_family(name, {"weight": INT8, "activation": qjax.static(spec, observer)})
+        model, result = quantized_family(name, {"weight": INT8, "activation": qjax.static(spec)})
         run = jax.jit(qjax.quantized(model.fn))
         errors.append(distance(run(result.params, *model.data[1]), jax.jit(model.fn)(model.params, *model.data[1])))
-    assert errors[1] < errors[0], errors
+    assert errors[1] < 0.9 * errors[0], errors
