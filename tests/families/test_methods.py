@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from tests.families.families import NAMES, WEIGHTS, family
+from tests.test_modules import dequantized
 
 INT8, INT4 = qjax.int8(), qjax.int4()
 # name -> (what a rule has, largest relative error of the result). Random weights have no redundancy to hide the rounding in, and at 4 bit

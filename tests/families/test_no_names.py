@@ -12,7 +12,7 @@ WORDS = (
     "llama", "bert", "roberta", "mistral", "mixtral", "gpt", "gpt2", "gptj", "neox", "qwen", "qwen2", "gemma", "phi", "falcon", "bloom",
     "opt", "t5", "resnet", "vgg", "mobilenet", "efficientnet", "densenet", "vit", "whisper", "mamba", "deepseek", "transformers",
     "[qkvo]_proj", "qkv_proj", "(gate|up|down|in|out)_proj", "lm_head", "embed_tokens", "self_attn", "c_attn", "c_proj", "c_fc",
-    "wte", "wpe", "fc1", "fc2", "input_layernorm", "post_attention_layernorm", "dense_h_to_4h", "router", "moe", "encoder", "decoder",
+    "wte", "wpe", "fc1", "fc2", "input_layernorm", "post_attention_layernorm", "router", "moe", "encoder", "decoder",
 )  # fmt: skip
 NAME = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(WORDS)})(?![A-Za-z0-9])", re.IGNORECASE)
 # (file, line) of what may stand: papers and programs that a docstring cites as its source. So far there is none.
