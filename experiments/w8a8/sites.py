@@ -11,7 +11,9 @@ from qjax.policy import Policy
 from qjax.program import trace
 from qjax.ptq import as_batches
 from qjax.ptq.parts import matrices, problem_of
+from qjax.ptq.progress import Monitor
 from qjax.ptq.rescale import rescale
+from qjax.ptq.resume import Kept
 
 
 def site_errors(apply, params, policy: Policy, calibration, text):
@@ -20,7 +22,7 @@ def site_errors(apply, params, policy: Policy, calibration, text):
     program = trace(apply, params, text)
     choices = policy.resolve(program)
     streams = [(trace(apply, params, *batch), jax.tree.leaves(batch)) for batch in as_batches(calibration)]
-    rescaled, _ = rescale(jax.tree.leaves(params), choices, streams)
+    rescaled = rescale(jax.tree.leaves(params), choices, streams, Monitor(), Kept()).params
     observers = {site.key: SecondMoment() for site in program.sites if site.op == "dot_general"}
     run = jax.jit(observe_program(program, observers))
     states = run(init_states(program, observers), [*rescaled, text])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qjax.graph.affine import constant_values
-from qjax.graph.labels import Place, Reshape, Window
+from qjax.graph.labels import Place, Reshape, Window, runs
 from qjax.graph.relations import Equal, Fixed, Lowering, Product, Relation, Term, is_floating
 from qjax.graph.rules import POWERS, of_equation, of_layers
 from qjax.program import Key, Program
@@ -456,21 +456,11 @@ def all_equal(value: Any, axis: int) -> bool:
 def _reshaped(at: Sequence[int], before: Sequence[int], after: Sequence[int]) -> list[int]:
     """An axis stays one if it is neither split nor merged."""
     out: list[int] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        start, left, right = (i, j), 1, 1
-        while True:  # the shortest run of axes on either side with as many elements
-            if left <= right and i < len(before):
-                left, i = left * before[i], i + 1
-            else:
-                right, j = right * after[j], j + 1
-            if left == right:
-                break
-        old = [axis for axis, n in zip(at[start[0] : i], before[start[0] : i], strict=True) if n != 1]
-        wide = sum(n != 1 for n in after[start[1] : j])
-        even = all(axis == EVEN for axis in old)
-        stays = len(old) == 1 and wide == 1
-        out += [EVEN if n == 1 or even else old[0] if stays else LOST for n in after[start[1] : j]]
+    for old, new in runs(before, after):
+        axes = [axis for axis, n in zip(at[old], before[old], strict=True) if n != 1]
+        even = all(axis == EVEN for axis in axes)
+        stays = len(axes) == 1 and sum(n != 1 for n in after[new]) == 1
+        out += [EVEN if n == 1 or even else axes[0] if stays else LOST for n in after[new]]
     return out
 
 

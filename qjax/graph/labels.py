@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -199,26 +199,36 @@ class Window:
         return out
 
 
-def _reshape(array: np.ndarray, before: tuple[int, ...], after: tuple[int, ...]) -> np.ndarray:
-    """Reshapes a compact array: only the groups of dims that it depends on are written out."""
-    if 0 in before:
-        raise Conflict("a value is empty")
-    full, sizes = list(array.shape), []
+def runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Cuts a reshape into independent ones: the shortest runs of dims on either side with as many elements; no dim is 0.
+
+    >>> list(runs((2, 6, 5), (2, 2, 3, 5)))
+    [(slice(0, 1, None), slice(0, 1, None)), (slice(1, 2, None), slice(1, 3, None)), (slice(2, 3, None), slice(3, 4, None))]
+    """
     i = j = 0
     while i < len(before) or j < len(after):
         start, left, right = (i, j), 1, 1
-        while True:  # the shortest run of dims on either side with as many elements
+        while True:
             if left <= right and i < len(before):
                 left, i = left * before[i], i + 1
             else:
                 right, j = right * after[j], j + 1
             if left == right:
                 break
-        if any(array.shape[d] != 1 for d in range(start[0], i)):
-            full[start[0] : i] = before[start[0] : i]
-            sizes += after[start[1] : j]
+        yield slice(start[0], i), slice(start[1], j)
+
+
+def _reshape(array: np.ndarray, before: tuple[int, ...], after: tuple[int, ...]) -> np.ndarray:
+    """Reshapes a compact array: only the groups of dims that it depends on are written out."""
+    if 0 in before:
+        raise Conflict("a value is empty")
+    full, sizes = list(array.shape), []
+    for old, new in runs(before, after):
+        if any(n != 1 for n in array.shape[old]):
+            full[old] = before[old]
+            sizes += after[new]
         else:
-            sizes += [1] * (j - start[1])
+            sizes += [1] * (new.stop - new.start)
     if math.prod(full) > LABEL_ELEMENTS:
         raise Conflict("the scale would vary along too many axes at once")
     return np.broadcast_to(array, full).reshape(sizes)

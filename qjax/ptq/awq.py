@@ -27,10 +27,10 @@ from qjax.core import (
     logical_blocks,
     params_from_range,
 )
+from qjax.ptq.candidates import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import for_each_matrix, matrices, packed
-from qjax.ptq.rescale import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, matrix_sizes, work_of
 

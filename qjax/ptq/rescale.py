@@ -10,69 +10,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from qjax.calibration import Channels, Sample, Together, channel_stats, init_states, observe_program, sample_rows, why_no_rows
-from qjax.core import ActSpec, Spec, quantize, round_activation
+from qjax.core import ActSpec, Spec
 from qjax.graph import Fold, NoFold, NotPreserved, Scaling, apply_fold, build, find_fold, verifier
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site, shared_inputs
+from qjax.ptq.candidates import Member, Rescaling, best
 from qjax.ptq.data import check_numbers, not_finite, unseen_note
 from qjax.ptq.input_scale import blank, site_scale, why_no_scale
-from qjax.ptq.method import Method
 from qjax.ptq.parts import Layout, matrices, part_axes, part_of, problem_of, take
 from qjax.ptq.progress import Monitor, Phase
 from qjax.ptq.resume import Kept
-from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, forward, matrix_sizes
 
-Unfoldable = Literal["leave", "scale"]
 SAMPLES_AT_ONCE = 2**30  # bytes of activations that are held at a time; more sites take more passes over the data
-
-
-class Member(NamedTuple):
-    """A weight that reads the input to be rescaled, and what it reads.
-
-    Attributes:
-      w: float32 (stack, N, K).
-      x: float32 (stack, rows, K), rows of the data; zero where there are fewer.
-      stats: of all rows, (stack, K) each.
-      channel: int32 (stack, K), the free scale of each column; the number of free scales where a column is not scaled.
-    """
-
-    w: jax.Array
-    x: jax.Array
-    stats: Channels
-    channel: jax.Array
-
-
-@runtime_checkable
-class Rescaling(Method, Protocol):
-    """A method that rescales the inputs of its weights before it rounds them."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows of activations it tries its candidates on."""
-        ...
-
-    @property
-    def unfoldable(self) -> Unfoldable:
-        """What becomes of an input whose scales nothing can take in exchange: left as it is, or divided at run time."""
-        ...
-
-    @property
-    def tries(self) -> int:
-        """How many candidates there are."""
-        ...
-
-    def candidates(self, members: tuple[Member, ...], size: int, specs: tuple[Spec, ...]) -> jax.Array:
-        """Returns the scales to try, float32 (candidates, size), all positive; the first of the best is taken."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,7 +132,7 @@ def _scales(
     for i, (group, earlier) in enumerate(zip(groups, found, strict=True)):
         if earlier is None:
             members = _members(group, wanted, program.leaves, flat, states)
-            s = jnp.stack([_best(group.method, *unit) for unit in members]).reshape(group.fold.shape)
+            s = jnp.stack([best(group.method, *unit) for unit in members]).reshape(group.fold.shape)
             said = [unseen_note(np.asarray(states[site.key][0].absmax).any(-1), "it has no say in the scales") for site in group.sites]
             kept.keep_scales(first + i, s, said)
         else:
@@ -247,7 +204,7 @@ def _best_alone(one: Alone, choice: Choice, w: jax.Array, stats: Channels, sampl
     """The best scales (K,) of one weight (stack, N, K) that is rescaled by itself, a free one for each column."""
     channel = jnp.broadcast_to(jnp.arange(w.shape[-1], dtype=jnp.int32), (w.shape[0], w.shape[-1]))
     how: Any = ((choice.spec, choice.activation),)
-    return _best(one.method, (Member(w, sample.x, stats, channel),), w.shape[-1], how)
+    return best(one.method, (Member(w, sample.x, stats, channel),), w.shape[-1], how)
 
 
 def _groups(program: Program, wanted: Mapping[int, Choice]) -> tuple[list[Group], Refusals]:
@@ -406,80 +363,6 @@ def _member(
     channel = np.broadcast_to(np.where(scaling.power == 0, size, scaling.channel), full).astype(np.float32)
     own: Any = jax.tree.map(lambda a: a[turn], (stats, sample.x))
     return Member(laid_out(jnp.asarray(w)), own[1], own[0], laid_out(jnp.asarray(channel))[:, 0].astype(jnp.int32))
-
-
-def _best(method: Rescaling, members: tuple[Member, ...], size: int, how: tuple[tuple[Spec, ActSpec | None], ...]) -> jax.Array:
-    """The candidate with the least error of the members' outputs; the first of equals. A sample without rows has none."""
-    candidates = method.candidates(members, size, tuple(spec for spec, _ in how))
-    if candidates.shape[0] == 1:
-        return candidates[0]
-    return candidates[jnp.argmin(_errors(candidates, members, how))]
-
-
-@functools.partial(jax.jit, static_argnames="how")
-def _errors(candidates: jax.Array, members: tuple[Member, ...], how: tuple[tuple[Spec, ActSpec | None], ...]) -> jax.Array:
-    """sum over members of |act(x / s) round(s w) - x w|^2, for each candidate."""
-
-    def error(s: jax.Array) -> jax.Array:
-        total = jnp.float32(0)
-        for member, (spec, act) in zip(members, how, strict=True):
-            by = factors(s, member.channel)[:, None, :]
-            w = quantize(member.w * by, spec, (-1,), (-3,)).dequantize()
-            x = member.x / by
-            if act is not None:
-                x = round_activation(x, dataclasses.replace(act, static=False, observer=None), (2,) if act.per_token else (1, 2))
-            made, wanted = (
-                jnp.einsum("smk,snk->smn", a, b, precision=lax.Precision.HIGHEST) for a, b in ((x, w), (member.x, member.w))
-            )
-            total += jnp.sum(jnp.square(made - wanted))
-        return total
-
-    return lax.map(error, candidates)
-
-
-def factors(s: jax.Array, channel: jax.Array) -> jax.Array:
-    """The factor of each column: its free scale, 1 where it has none. s (size,), channel as `Member.channel`."""
-    return jnp.concatenate([s, jnp.ones((1,), s.dtype)])[channel]
-
-
-def peaks(values: Sequence[jax.Array], members: Sequence[Member], size: int) -> jax.Array:
-    """The largest value among the columns of each free scale, 0 where there is none: values (stack, K) >= 0, result (size,)."""
-    out = jnp.zeros((size,), jnp.float32)
-    for value, member in zip(values, members, strict=True):
-        out = out.at[member.channel].max(value, mode="drop")
-    return out
-
-
-def means(values: Sequence[jax.Array], members: Sequence[Member], size: int) -> jax.Array:
-    """The mean over the columns of each free scale, members counted by their rows: values (stack, K), result (size,)."""
-    total, count = (jnp.zeros((size,), jnp.float32) for _ in range(2))
-    for value, member in zip(values, members, strict=True):
-        rows = member.w.shape[1]
-        total, count = total.at[member.channel].add(rows * value, mode="drop"), count.at[member.channel].add(rows, mode="drop")
-    return total / jnp.maximum(count, 1)
-
-
-def checked_then(then: Any) -> Method:
-    """The method that follows a rescaling; None rounds to nearest."""
-    if then is None:
-        return rtn()
-    if not isinstance(then, Method) or isinstance(then, type):
-        raise TypeError(f"`then` must be a method such as qjax.gptq(), got {then!r}")
-    return then
-
-
-def checked_unfoldable(unfoldable: Any) -> Unfoldable:
-    """What becomes of an input whose scales cannot be folded."""
-    if unfoldable not in get_args(Unfoldable):
-        raise ValueError(f"`unfoldable` must be 'leave' or 'scale', got {unfoldable!r}")
-    return unfoldable
-
-
-def checked_rows(rows: int) -> int:
-    """A number of rows to sample."""
-    if rows < 1:
-        raise ValueError(f"`rows` must be at least 1, got {rows}")
-    return rows
 
 
 def _apply(

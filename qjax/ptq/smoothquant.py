@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from qjax.calibration import Observer
 from qjax.core import QTensor, Spec
+from qjax.ptq.candidates import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, peaks
 from qjax.ptq.method import Method, Outcome, Problem
-from qjax.ptq.rescale import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, peaks
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, work_of
 
