@@ -97,11 +97,12 @@ class Report:
         if products:
             title += f", and {sum(bool(r.activation) for r in products)} of {len(products)} named products of two activations"
         table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
-        for name in ("parameter", "shape", "op", "spec", "method"):
+        table.add_column("parameter", overflow="fold", min_width=14)
+        for name in ("shape", "op", "spec", "method"):
             table.add_column(name, overflow="fold")
         for name in ("bits", "bytes", "error"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("notes", overflow="fold")
+        table.add_column("notes", overflow="fold", min_width=14)
         for row in self.rows:
             table.add_row(*_cells(row), style=None if row.spec or row.activation else "dim")
         return table
@@ -111,10 +112,13 @@ class Report:
 
 
 def render(value: Any, width: int | None = None) -> str:
-    """Renders anything rich can show as plain text, as wide as the terminal unless told; 140 columns where there is none."""
-    width = width or max(80, shutil.get_terminal_size((140, 24)).columns)
+    """Renders anything rich can show as plain text, as wide as the terminal unless told; 140 columns where there is none.
+
+    Wider where the columns need it: a line that wraps can be read, numbers that are cut off cannot.
+    """
+    width = width or shutil.get_terminal_size((140, 24)).columns
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(value)
+    console.print(value, width=max(width, console.measure(value).minimum), crop=False, no_wrap=False)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip("\n").split("\n"))  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["COLUMNS"] = "140"  # tables do not depend on who looks
 _GIVEN = os.environ.get("XLA_FLAGS", "")
 # Half of what compilation still takes; later versions have no such switch, and abort.
 _SWITCH = "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""

@@ -23,29 +23,37 @@ class Entropy(Histogram):
     """See `entropy`."""
 
     bins: int = 2048
-    quantized_bins: int = 128
+    quantized_bins: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         for argument in ("bins", "quantized_bins"):
             value = getattr(self, argument)
+            if argument == "quantized_bins" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{argument}` must be an int, got {value!r}")
             if value < 2 or value % 2:
                 raise ValueError(f"`{argument}` must be even and at least 2, got {value}")
-        if not self.quantized_bins <= self.bins <= 16384:
-            raise ValueError(f"`bins` must lie between `quantized_bins` ({self.quantized_bins}) and 16384, got {self.bins}")
+        self._check_bins(self.quantized_bins or 2)
         if self.per_side < 4 * self.bins:
             raise ValueError(f"`per_side` must be at least 4 * bins = {4 * self.bins}, got {self.per_side}; `entropy` chooses it")
 
+    def _check_bins(self, quantized_bins: int) -> None:
+        if not quantized_bins <= self.bins <= 16384:
+            raise ValueError(f"`bins` must lie between `quantized_bins` ({quantized_bins}) and 16384, got {self.bins}")
+
     def range(self, state: Bins, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
-        i = _best_candidates(state, self.bins, self.quantized_bins)
+        # All codes of an unsigned grid may lie on one of the two sides of a candidate.
+        levels = self.quantized_bins or 2 ** (spec.bits if spec.signed else spec.bits + 1)
+        self._check_bins(levels)
+        i = _best_candidates(state, self.bins, levels)
         width = divide(absmax_of(state.seen), self.bins / 2)
         lo, hi = i * width, (i + 1) * width
         return cover_or_show(state, -(hi if spec.symmetric else lo), hi, spec)
 
 
-def entropy(bins: int = 2048, quantized_bins: int = 128) -> Entropy:
+def entropy(bins: int = 2048, quantized_bins: int | None = None) -> Entropy:
     """The range whose rounded distribution has the least Kullback-Leibler divergence from the data's.
 
     The histogram is put on `bins` bins of width `d = 2 absmax / bins` over `-absmax .. absmax`. For each `i` from
@@ -56,12 +64,13 @@ def entropy(bins: int = 2048, quantized_bins: int = 128) -> Entropy:
       over the run, rounded down, where p is not empty anywhere in the run;
     - in both an empty bin gets 1e-4, taken evenly from the others; `KL = sum p log(p / q)` of both normalized.
 
-    The first least one wins and is cut to the data's own range. The spec only says whether the sides are equal:
-    `quantized_bins` stands for its levels. It clips well for 8 bits with heavy tails; with few data it is jumpy.
+    The first least one wins and is cut to the data's own range. It clips well for 8 bits with heavy tails; with few data
+    it is jumpy.
 
     Args:
       bins: even, from `quantized_bins` to 16384. Time grows with its square (1e6 log's for 2048).
-      quantized_bins: even, at least 2.
+      quantized_bins: even, at least 2; runs over both sides. None takes one for each code of the spec: `2^bits`, and twice
+        that for an unsigned one, of which all codes lie on one side if the data do, as behind a ReLU.
 
     Returns:
       An observer; its state is `Bins` of at least 8 * bins bins a side (256 KiB for 2048).
@@ -78,8 +87,9 @@ def entropy(bins: int = 2048, quantized_bins: int = 128) -> Entropy:
       >>> observer.range(state, int8())[1].item()
       1.0625
 
-    Source: Migacz, 8-bit inference with TensorRT (GTC 2017), as onnxruntime's `get_entropy_threshold` has it, which is
-    followed to the letter: it leaves the last `size mod quantized_bins` bins of q empty, so the result of `-x` is not
+    Source: Migacz, 8-bit inference with TensorRT (GTC 2017), who has 128 runs for the magnitudes of int8, as onnxruntime's
+    `get_entropy_threshold` has it with 128 for both sides, half as fine: `quantized_bins=128`. That is followed to the
+    letter: it leaves the last `size mod quantized_bins` bins of q empty, so the result of `-x` is not
     exactly that of `x`. There the data of all batches must come at once or the bins drift; here bins of 2^e are resampled
     to its grid, a count that straddles an edge going to the nearer bin. A symmetric range is `(i + 1) d` on both sides.
     """

@@ -92,10 +92,10 @@ class Calibration:
         sites = dict.fromkeys(row.site for row in self.rows)
         title = f"{len(sites)} sites, {self.batches} {'batch' if self.batches == 1 else 'batches'}"
         table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
-        table.add_column("site", overflow="fold")
+        table.add_column("site", overflow="fold", min_width=24)
         for name in ("rows", "range", "values", "outside", "moved", "drift"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("notes", overflow="fold")
+        table.add_column("notes", overflow="fold", min_width=8)
         for site in sites:
             rows = [row for row in self.rows if row.site == site]
             table.add_row(*_cells(site, rows), style=None if any(row.rows for row in rows) else "dim")

@@ -47,7 +47,7 @@ def heavy_tailed(samples=4000, seed=0):
 def test_golden(case):
     """Within one bin of onnxruntime's, 2 absmax / 2048; it gives the unclipped side's own end, a symmetric range here has equal sides."""
     data, method, kind = case.split("/")
-    observer = entropy() if method == "entropy" else percentile(float(method.removeprefix("percentile")))
+    observer = entropy(quantized_bins=128) if method == "entropy" else percentile(float(method.removeprefix("percentile")))
     with np.load(GOLDEN / "calibration.npz") as arrays:
         x = arrays[data]
     lo, hi = chosen(observer, int8() if kind == "sym" else uint8(), *np.split(x, 8))
@@ -147,6 +147,14 @@ def test_entropy_clips_few_large_values_and_nothing_of_a_uniform_distribution():
     assert chosen(entropy(256, 32), int8(), x, np.float32([20.0]))[1] < 4
 
 
+def test_entropy_has_a_run_for_every_code():
+    x = heavy_tailed()
+    assert chosen(entropy(512), int8(), x) == chosen(entropy(512, 256), int8(), x) != chosen(entropy(512, 32), int8(), x)
+    assert chosen(entropy(1024), uint8(), np.abs(x)) == chosen(entropy(1024, 512), uint8(), np.abs(x))
+    with pytest.raises(ValueError, match=r"`bins` must lie between `quantized_bins` \(256\) and 16384, got 128"):
+        chosen(entropy(128), int8(), x)
+
+
 @functools.partial(jax.jit, static_argnums=3)
 def _rounding_error(x, lo, hi, spec):
     scale, zero_point = params_from_range(lo, hi, spec)
@@ -219,7 +227,7 @@ def test_magnitudes_at_the_ends_of_float32(observer, spec):
         (lambda: percentile(float("nan")), ValueError, "`p` .*nan"),
         (lambda: percentile("99"), TypeError, "`p` must be a number.*'99'"),
         (lambda: entropy(2047), ValueError, "`bins` must be even and at least 2, got 2047"),
-        (lambda: entropy(64), ValueError, r"`bins` must lie between `quantized_bins` \(128\) and 16384, got 64"),
+        (lambda: entropy(64, 128), ValueError, r"`bins` must lie between `quantized_bins` \(128\) and 16384, got 64"),
         (lambda: entropy(2**15), ValueError, "`bins` .*32768"),
         (lambda: entropy(2048.0), TypeError, "`bins` must be an int, got 2048.0"),
         (lambda: entropy(quantized_bins=True), TypeError, "`quantized_bins` must be an int, got True"),
