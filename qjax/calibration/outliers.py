@@ -13,19 +13,17 @@ from qjax.calibration.rows import Rows
 
 
 class OutlierCounts(NamedTuple):
-    """How many outlier columns the calls of a site had; int32 (stack,) each, but for `peak`.
+    """How many outlier columns the calls of a site had; int32 (stack,) each.
 
     Attributes:
       most: the largest number of outlier columns of one call.
       calls: how many calls there were; one that brings no row to a part does not count for it.
       over: calls with more outlier columns than the capacity.
-      peak: float32 (stack,), the largest |x|; not finite if the data were not.
     """
 
     most: jax.Array
     calls: jax.Array
     over: jax.Array
-    peak: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +36,17 @@ class OutlierColumns:
     def init(self, stack: int, columns: int) -> OutlierCounts:
         del columns
         none = jnp.zeros((stack,), jnp.int32)
-        return OutlierCounts(none, none, none, jnp.zeros((stack,), jnp.float32))
+        return OutlierCounts(none, none, none)
 
     def update(self, state: OutlierCounts, rows: Rows) -> OutlierCounts:
         channels = channel_stats()
         seen = channels.update(channels.init(state.calls.shape[0], rows.x.shape[-1]), rows)
         count = jnp.sum(seen.absmax >= self.threshold, axis=-1, dtype=jnp.int32)
         over = jnp.zeros_like(count) if self.capacity is None else (count > self.capacity).astype(jnp.int32)
-        peak = jnp.max(seen.absmax, axis=-1, initial=0.0)
-        return self.merge(state, OutlierCounts(count, (seen.count > 0).astype(jnp.int32), over, peak))
+        return self.merge(state, OutlierCounts(count, (seen.count > 0).astype(jnp.int32), over))
 
     def merge(self, a: OutlierCounts, b: OutlierCounts) -> OutlierCounts:
-        return OutlierCounts(jnp.maximum(a.most, b.most), a.calls + b.calls, a.over + b.over, jnp.maximum(a.peak, b.peak))
+        return OutlierCounts(jnp.maximum(a.most, b.most), a.calls + b.calls, a.over + b.over)
 
 
 def outlier_columns(threshold: float, capacity: int | None = None) -> OutlierColumns:

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import init_states, minmax, observe_program, why_no_rows
+from qjax.calibration import minmax, why_no_rows
 from qjax.core import ActSpec, QTensor, params_from_range
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site
-from qjax.ptq.data import check_numbers, not_finite
-from qjax.ptq.progress import Monitor, Phase
+from qjax.ptq.data import check_numbers
+from qjax.ptq.passes import observe_batches
+from qjax.ptq.progress import Monitor
 from qjax.ptq.work import forward
 
 Done = dict[int, tuple[QTensor, tuple[str, ...]]]
@@ -53,8 +54,13 @@ def with_activations(
         return new
     check_numbers(batches, f"the static range of {batches[0][0].leaves[next(iter(static))].path!r}")
     phase = monitor.phase("ranges", [forward(program) for program, _ in batches])
-    found = _observe(static, [new[i][0] if i in new else w for i, w in enumerate(flat)], batches, phase)
+
+    def observers(program: Program) -> dict[Key, Any]:
+        return {site.key: _observer(act) for index, act in static.items() for site in _observed(program.leaves[index])}
+
+    states = observe_batches(observers, [new[i][0] if i in new else w for i, w in enumerate(flat)], batches, phase)
     program = batches[0][0]
+    found = _ranges(static, program, states)
     for index, act in static.items():
         leaf, (q, notes) = program.leaves[index], new[index]
         lo, hi, more = _leaf_range(leaf, found)
@@ -63,39 +69,21 @@ def with_activations(
     return new
 
 
-def _observe(
-    static: Mapping[int, ActSpec], params: list[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
-) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
-    """Runs the data through; gives the range of each site: (scans..., stack) each, (0, 0) where no data came."""
-    total: dict[Key, Any] = {}
-    found: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
-    runs: dict[int, Any] = {}
-    for number, (program, inputs) in enumerate(batches):
-        if id(program) not in runs:
-            observers: dict[Key, Any] = {s.key: act.observer or minmax() for i, act in static.items() for s in _observed(program.leaves[i])}
-            run = jax.jit(observe_program(program, observers))
-            runs[id(program)] = run, init_states(program, observers), _folds(program, observers, static)
-        run, start, (merge, ranges) = runs[id(program)]
-        states = run(start, [*params, *inputs])
-        _check_finite(program, ranges(states), number)
-        total = merge(total, states) if total else states
-        found = ranges(total) if number == len(batches) - 1 else found
-        phase.step(f"batch {number}")
-    return {key: (np.asarray(lo), np.asarray(hi)) for key, (lo, hi) in found.items()}
+def _ranges(static: Mapping[int, ActSpec], program: Program, states: Mapping[Key, Any]) -> dict[Key, tuple[np.ndarray, np.ndarray]]:
+    """The range of each site: (scans..., stack) each end, (0, 0) where no data came."""
+    found = {}
+    for index, act in static.items():
+        for site in _observed(program.leaves[index]):
+            ends: Callable[..., Any] = functools.partial(_observer(act).range, spec=act.spec)
+            for _ in site.scans:
+                ends = jax.vmap(ends)
+            lo, hi = jax.jit(ends)(states[site.key])
+            found[site.key] = np.asarray(lo), np.asarray(hi)
+    return found
 
 
-def _folds(program: Program, observers: Mapping[Key, Any], static: Mapping[int, ActSpec]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What joins the states of two batches, and what reads the ranges of all sites; compiled once, not for every batch."""
-    sites = [site for site in program.sites if site.key in observers]
-
-    def merge(total: dict[Key, Any], states: dict[Key, Any]) -> dict[Key, Any]:
-        return {s.key: _over_scans(observers[s.key].merge, s)(total[s.key], states[s.key]) for s in sites}
-
-    def ranges(states: dict[Key, Any]) -> dict[Key, Any]:
-        of = {s.key: functools.partial(observers[s.key].range, spec=static[s.leaf].spec) for s in sites}
-        return {s.key: _over_scans(of[s.key], s)(states[s.key]) for s in sites}
-
-    return jax.jit(merge), jax.jit(ranges)
+def _observer(act: ActSpec) -> Any:
+    return act.observer or minmax()
 
 
 def _observed(leaf: Leaf) -> list[Site]:
@@ -105,18 +93,6 @@ def _observed(leaf: Leaf) -> list[Site]:
         if reason:
             raise ValueError(f"the static activations of {leaf.path!r} cannot be observed: {reason}; make them qjax.dynamic(...)")
     return sites
-
-
-def _check_finite(program: Program, ranges: Mapping[Key, tuple[Any, Any]], number: int) -> None:
-    for site in program.sites:
-        if site.key in ranges and not all(np.isfinite(end).all() for end in ranges[site.key]):
-            raise not_finite(site, number)
-
-
-def _over_scans(f: Callable[..., Any], site: Site) -> Callable[..., Any]:
-    for _ in site.scans:
-        f = jax.vmap(f)
-    return f
 
 
 def _leaf_range(leaf: Leaf, found: Mapping[Key, tuple[np.ndarray, np.ndarray]]) -> tuple[jax.Array, jax.Array, tuple[str, ...]]:

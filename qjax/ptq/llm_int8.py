@@ -7,16 +7,15 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import OutlierCounts, init_states, observe_program, outlier_columns, why_no_rows
+from qjax.calibration import OutlierColumns, OutlierCounts, outlier_columns, why_no_rows
 from qjax.core import ActSpec, Outliers, QTensor, dynamic, int8
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program
-from qjax.ptq.data import not_finite
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.progress import Monitor, Phase
+from qjax.ptq.passes import observe_batches
+from qjax.ptq.progress import Monitor
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import forward
 from qjax.runtime.overflow import counted
@@ -134,7 +133,13 @@ def with_capacities(
         raise ValueError(f"`calibration` holds shapes, but llm_int8 of {unknown[0]!r} needs data to find its capacity: give batches of "
                          "numbers, or qjax.llm_int8(capacity=...)")  # fmt: skip
     phase = monitor.phase("outliers", [] if shapes else [forward(program) for program, _ in batches])
-    found = {} if shapes else _count(wanted, [done[i][0] if i in done else w for i, w in enumerate(flat)], batches, phase)
+
+    def observers(program: Program) -> dict[Key, OutlierColumns]:
+        mine = [(site, wanted[site.leaf]) for site in program.sites if site.leaf in wanted and counted(site, program.leaves[site.leaf])]
+        return {site.key: outlier_columns(limit.threshold, limit.capacity) for site, limit in mine}
+
+    params = [done[i][0] if i in done else w for i, w in enumerate(flat)]
+    found = {} if shapes else observe_batches(observers, params, batches, phase)
     for index, limit in wanted.items():
         q, notes = done[index]
         capacity, note = _capacity(leaves[index], limit, int(np.prod(q.sizes)), found)
@@ -161,27 +166,3 @@ def _capacity(leaf: Leaf, limit: Outliers, k: int, found: dict[Key, OutlierCount
         why = next((text for site in leaf.sites if site.op != "gather" and (text := why_no_rows(site, leaf))), "no data reached it")
         return capacity, (f"its outlier columns were not counted, {why}: {capacity} are set aside",)
     return capacity, (f"at most {most} outlier columns in {calls} calls of the data: {capacity} are set aside",)
-
-
-def _count(
-    wanted: dict[int, Outliers], params: list[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
-) -> dict[Key, OutlierCounts]:
-    total: dict[Key, OutlierCounts] = {}
-    runs: dict[int, Any] = {}
-    for number, (program, inputs) in enumerate(batches):
-        if id(program) not in runs:
-            observers = {
-                site.key: outlier_columns(limit.threshold, limit.capacity)
-                for index, limit in wanted.items()
-                for site in program.leaves[index].sites
-                if counted(site, program.leaves[index])
-            }
-            runs[id(program)] = jax.jit(observe_program(program, observers)), init_states(program, observers)
-        run, start = runs[id(program)]
-        states = run(start, [*params, *inputs])
-        for site in program.sites:
-            if site.key in states and not bool(jnp.isfinite(states[site.key].peak).all()):
-                raise not_finite(site, number)
-        total = states if not total else {key: outlier_columns(1.0).merge(total[key], state) for key, state in states.items()}
-        phase.step(f"batch {number}")
-    return total

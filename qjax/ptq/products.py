@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import OperandObservers, minmax, observe_program, why_not_observed
+from qjax.calibration import OperandObservers, minmax, why_not_observed
 from qjax.core import ActSpec, QProduct, params_from_range
 from qjax.core.products import describe_pair
 from qjax.policy import ProductChoice
-from qjax.program import Product, Program
+from qjax.program import Program
 from qjax.ptq.data import check_numbers
+from qjax.ptq.passes import observe_products
 from qjax.ptq.progress import Monitor, Phase
 from qjax.ptq.work import forward
 from qjax.report import Row
@@ -105,71 +106,30 @@ def _observe(
         name: OperandObservers(*((act.observer or minmax()) if act.static else None for act in pair))  # pyright: ignore[reportArgumentType]
         for name, pair in static.items()
     }
-    total: dict[str, Any] = {}
-    runs: dict[int, Callable[..., Any]] = {}
-    merge, ranges = _folds(observers, static, {p.name: p for p in batches[0][0].products})
-    for number, (program, inputs) in enumerate(batches):
-        if id(program) not in runs:
-            runs[id(program)] = _runner(program, observers, number)
-        states = runs[id(program)]([*params, *inputs])
-        _check_finite(ranges(states), number)
-        total = merge(total, states) if total else states
-        phase.step(f"batch {number}")
-    return ranges(total)
+    states = observe_products(observers, functools.partial(_refuse, static), params, batches, phase)
+    turns = {product.name: product.turns for product in batches[0][0].products}
+
+    def ends(name: str, side: int) -> Range | None:
+        observer, act = observers[name].pair[side], static[name][side]
+        if observer is None:
+            return None
+        f: Callable[..., Any] = functools.partial(observer.range, spec=act.spec)  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in turns[name]:
+            f = jax.vmap(f)
+        lo, hi = jax.jit(f)(states[name][side])
+        return lo[..., 0], hi[..., 0]
+
+    return {name: (ends(name, 0), ends(name, 1)) for name in states}
 
 
-def _runner(program: Program, observers: Mapping[str, OperandObservers], number: int) -> Callable[[list[Any]], dict[str, Any]]:
-    """What runs the data of one batch through: flat arguments -> states by name."""
-    products = {p.name: p for p in program.products if p.name in observers}
-    for name in observers:
+def _refuse(names: Iterable[str], program: Program, number: int) -> None:
+    products = {p.name: p for p in program.products}
+    for name in names:
         if name not in products:
             raise ValueError(f"`calibration` batch {number} traces to a program without the product {name!r}: drop that batch")
         reason = why_not_observed(products[name])
         if reason:
             raise ValueError(f"the static ranges of {name!r} cannot be observed: {reason}; make them qjax.dynamic(...)")
-    start = {p.key: observers[name].init(p) for name, p in products.items()}
-    run = jax.jit(observe_program(program, {}, {p.key: observers[name] for name, p in products.items()}))
-
-    def by_name(arguments: list[Any]) -> dict[str, Any]:
-        states = run(start, arguments)
-        return {name: states[p.key] for name, p in products.items()}
-
-    return by_name
-
-
-def _folds(
-    observers: Mapping[str, OperandObservers], static: Mapping[str, tuple[ActSpec, ActSpec]], products: Mapping[str, Product]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What joins the states of two batches, and what reads all ranges; compiled once, not for every batch."""
-
-    def over_turns(f: Callable[..., Any], name: str) -> Callable[..., Any]:
-        for _ in products[name].turns:
-            f = jax.vmap(f)
-        return f
-
-    def ends(name: str, side: int, state: Any) -> Range | None:
-        observer, act = observers[name].pair[side], static[name][side]
-        if observer is None:
-            return None
-        lo, hi = over_turns(functools.partial(observer.range, spec=act.spec), name)(state)  # pyright: ignore
-        return lo[..., 0], hi[..., 0]
-
-    def merge(total: dict[str, Any], states: dict[str, Any]) -> dict[str, Any]:
-        return {name: over_turns(observers[name].merge, name)(total[name], states[name]) for name in states}
-
-    def ranges(states: dict[str, Any]) -> dict[str, Any]:
-        return {name: (ends(name, 0, pair[0]), ends(name, 1, pair[1])) for name, pair in states.items()}
-
-    return jax.jit(merge), jax.jit(ranges)
-
-
-def _check_finite(ranges: Mapping[str, tuple[Range | None, Range | None]], number: int) -> None:
-    for name, pair in ranges.items():
-        for side, ends in zip(("left", "right"), pair, strict=True):
-            if ends is not None and not all(np.isfinite(end).all() for end in ends):
-                raise ValueError(
-                    f"`calibration` batch {number} gives the {side} operand of {name!r} NaN or infinity; look at that batch"
-                )
 
 
 def _scales(act: ActSpec, ends: Range | None, side: str) -> tuple[tuple[Any, Any], tuple[str, ...]] | None:

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import Channels, Sample, Together, channel_stats, init_states, observe_program, sample_rows, why_no_rows
+from qjax.calibration import Channels, Sample, Together, channel_stats, init_states, sample_rows, why_no_rows
 from qjax.core import ActSpec, Spec
 from qjax.graph import Fold, NoFold, NotPreserved, Scaling, apply_fold, build, find_fold, verifier
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site, shared_inputs
 from qjax.ptq.candidates import Member, Rescaling, best
-from qjax.ptq.data import check_numbers, not_finite, unseen_note
+from qjax.ptq.data import check_numbers, unseen_note
 from qjax.ptq.input_scale import blank, site_scale, why_no_scale
 from qjax.ptq.parts import Layout, matrices, part_axes, part_of, problem_of, take
+from qjax.ptq.passes import observe_batches
 from qjax.ptq.progress import Monitor, Phase
 from qjax.ptq.resume import Kept
 from qjax.ptq.work import Work, forward, matrix_sizes
@@ -316,17 +317,7 @@ def _observe(
     choice = wanted[groups[0].sites[0].leaf]
     check_numbers(batches, f"{groups[0].method.name} of {choice.leaf.path!r}")
     observers = _observers(groups)
-    states: dict[Key, Any] = init_states(batches[0][0], observers)
-    runs: dict[int, Any] = {}
-    for number, (program, inputs) in enumerate(batches):
-        if id(program) not in runs:
-            runs[id(program)] = jax.jit(observe_program(program, observers))
-        states = runs[id(program)](states, [*flat, *inputs])
-        for site in program.sites:
-            if site.key in states and not bool(jnp.isfinite(states[site.key][0].absmax).all()):
-                raise not_finite(site, number)
-        phase.step(f"batch {number}")
-    return states
+    return observe_batches(lambda _: observers, flat, batches, phase)
 
 
 def _members(

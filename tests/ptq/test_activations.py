@@ -82,7 +82,7 @@ def test_observers_through_the_checkpoint(observer, tmp_path):
     result = qjax.quantize(fn, {"w": normal(8, 3)}, star(qjax.static(qjax.int8(), observer=observer)), calibration=[x[:256], x[256:]])
     hi = range_of(result.params["w"])[1]
     clips = type(observer).__name__ in ("Percentile", "Entropy", "Mse", "MovingAverage")
-    assert (hi < 99) == clips
+    assert (hi < 99.5) == clips  # the moving average is 1 % of the way from 100 to the extreme of the second batch
     qjax.save(tmp_path / "ckpt", result)
     loaded = qjax.load(tmp_path / "ckpt")
     assert loaded.policy == result.policy
