@@ -24,6 +24,8 @@ from qjax.graph import equalize, fold_batch_norm
 CLASSES, BATCH, CALIBRATION = 10, 64, 256
 INT8, TENSOR4, CHANNEL4 = qjax.int8(), qjax.int4(per="tensor"), qjax.int4()
 ENTROPY = qjax.static(qjax.uint8(), qjax.entropy())
+# 128 levels over both sides are 64 above zero; 512 are the 256 that unsigned 8 bits have there.
+ENTROPY_512 = qjax.static(qjax.uint8(), qjax.entropy(quantized_bins=512))
 MINMAX = qjax.static(qjax.uint8())
 
 
@@ -121,6 +123,8 @@ def rows() -> dict[str, Any]:
     table = {
         "float": lambda variables, data: variables,
         "W8A8 static entropy": partial(quantize, weight=INT8, activation=ENTROPY),
+        "W8A8 static entropy, 512 levels": partial(quantize, weight=INT8, activation=ENTROPY_512),
+        "W8A8 static entropy, symmetric": partial(quantize, weight=INT8, activation=qjax.static(INT8, qjax.entropy())),
         "W8A8 static min-max": partial(quantize, weight=INT8, activation=MINMAX),
         "W8A8 static min-max, symmetric": partial(quantize, weight=INT8, activation=qjax.static(INT8)),
         "W8A8 dynamic": partial(quantize, weight=INT8, activation=qjax.dynamic(INT8)),
