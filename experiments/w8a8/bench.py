@@ -55,26 +55,38 @@ def tables():
     weights = {}
     for bits, spec in {"4": qjax.int4, "3": qjax.int3}.items():
         for group in (128, 64):
-            for method in (qjax.rtn(), qjax.rtn(mse=True), qjax.awq(clip=False), qjax.awq(), qjax.gptq(), qjax.awq(then=qjax.gptq())):
+            for method in (qjax.rtn(), qjax.gptq(), qjax.rtn(mse=True), qjax.awq(clip=False), qjax.awq(), qjax.awq(then=qjax.gptq())):
                 weights[f"{bits} bit g{group} {method.name}"] = (spec(group_size=group), None, method)
     return {"w8a8": w8a8, "weights": weights}
 
 
 def planted(params, factor, seed=0, share=0.02):
-    """The same function with outlier channels: scales of norms times `factor`, the rows of what reads them divided by it."""
+    """The same function with outlier channels: what makes them times `factor`, the rows of what reads them divided by it.
+
+    In what every norm and every gated product gives: the inputs of all linear layers but the output projections.
+    """
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda w: w, params)
     for layer in (v for k, v in params["params"].items() if k.startswith("layers")):
-        for norm, readers in (
-            ("input_layernorm", [("self_attn", n) for n in ("q_proj", "k_proj", "v_proj")]),
-            ("post_attention_layernorm", [("mlp", n) for n in ("gate_proj", "up_proj")]),
+        for maker, readers in (
+            (("input_layernorm", "scale"), [("self_attn", n) for n in ("q_proj", "k_proj", "v_proj")]),
+            (("post_attention_layernorm", "scale"), [("mlp", n) for n in ("gate_proj", "up_proj")]),
+            (("mlp", "up_proj", "kernel"), [("mlp", "down_proj")]),
         ):
-            size = layer[norm]["scale"].shape[0]
+            size = _leaf(layer, maker).shape[-1]
             by = np.where(rng.permutation(size) < share * size, factor, 1.0).astype(np.float32)
-            layer[norm] = {**layer[norm], "scale": layer[norm]["scale"] * by}
-            for part, name in readers:
-                layer[part] = {**layer[part], name: {**layer[part][name], "kernel": layer[part][name]["kernel"] / by[:, None]}}
+            _set(layer, maker, _leaf(layer, maker) * by)
+            for reader in readers:
+                _set(layer, (*reader, "kernel"), _leaf(layer, (*reader, "kernel")) / by[:, None])
     return params
+
+
+def _leaf(tree, path):
+    return tree if not path else _leaf(tree[path[0]], path[1:])
+
+
+def _set(tree, path, value):
+    _leaf(tree, path[:-1])[path[-1]] = value
 
 
 class Bench:
@@ -111,15 +123,19 @@ class Bench:
         }
 
 
-def show(name, rows, base):
-    """Prints a table in Markdown; the interval is that of the perplexity's ratio to the row `base`, 95 % of a paired bootstrap."""
+def heading(name, bases):
+    """Prints the head of a table in Markdown."""
+    ratios = " | ".join(f"ratio to {base}" for base in bases)
     print(f"\n### {name}\n")
-    print(f"| | perplexity | ratio to {base} | KL | MB | tokens/s | s to quantize |\n|---|---|---|---|---|---|---|")
-    for key, row in rows.items():
-        interval = paired_bootstrap(rows[base]["losses"], row["losses"]) if key != base else None
-        ratio = "" if interval is None else f"{np.exp(interval.low):.4f} .. {np.exp(interval.high):.4f}"
-        print(f"| {key} | {row['perplexity']:.3f} | {ratio} | {row['kl']:.5f} | {row['bytes'] / 1e6:.2f} "
-              f"| {row['tokens_per_second']:,.0f} | {row['seconds']:.1f} |", flush=True)  # fmt: skip
+    print(f"| | perplexity | {ratios} | KL | MB | tokens/s | s to quantize |\n|---|---|---|---|---|---|{'---|' * len(bases)}", flush=True)
+
+
+def show(key, row, bases):
+    """Prints a row; intervals are those of the perplexity's ratio to the rows `bases`, 95 % of a paired bootstrap."""
+    intervals = [None if base is None else paired_bootstrap(base["losses"], row["losses"]) for base in bases]
+    ratios = " | ".join("" if i is None else f"{np.exp(i.low):.4f} .. {np.exp(i.high):.4f}" for i in intervals)
+    print(f"| {key} | {row['perplexity']:.3f} | {ratios} | {row['kl']:.5f} | {row['bytes'] / 1e6:.2f} "
+          f"| {row['tokens_per_second']:,.0f} | {row['seconds']:.1f} |", flush=True)  # fmt: skip
 
 
 def main():
@@ -132,16 +148,21 @@ def main():
     bench, all_rows = Bench(options.windows), {}
     print(f"jax {jax.__version__}, {platform.machine()}, {platform.system()}, {len(bench.text)} windows of {bench.text.shape[1]} tokens")
     for table in options.tables:
-        if table == "sites":
-            text = jnp.asarray(bench.text[-64:])
-            all_rows[table] = sites.compare(bench.apply, bench.params, bench.keep, tables()["weights"], bench.data, text)
-            continue
         name, _, factor = table.partition(" x")
-        params = bench.params if not factor else planted(bench.params, float(factor))
-        recipes = tables()["w8a8" if name == "planted" else name]
-        wanted = [k for k in recipes if not options.rows or any(part in k for part in options.rows)]
-        rows = {key: bench.row(params, recipes[key]) for key in wanted}
-        show(table, rows, wanted[0])
+        recipes = tables()[{"planted": "w8a8", "sites": "weights"}.get(name, name)]
+        wanted = {k: how for k, how in recipes.items() if not options.rows or any(part in k for part in options.rows)}
+        if name == "sites":
+            text = jnp.asarray(bench.text[-64:])
+            all_rows[table] = sites.compare(bench.apply, bench.params, bench.keep, wanted, bench.data, text)
+            continue
+        params, rows = bench.params if not factor else planted(bench.params, float(factor)), {}
+        methods = ("rtn", "gptq") if name == "weights" else ()
+        heading(table, [f"{m} with the same spec" for m in methods] or ["float"])
+        for key, how in wanted.items():
+            rows[key] = bench.row(params, how)
+            # The first three words of a row of weights are its spec.
+            names = [" ".join([*key.split()[:3], m]) for m in methods] or ["float"]
+            show(key, rows[key], [rows[n] if n in rows and n != key else None for n in names])
         all_rows[table] = {key: {k: v for k, v in row.items() if k != "losses"} for key, row in rows.items()}
     if options.json:
         with open(options.json, "w") as file:
