@@ -1,6 +1,6 @@
 """Two CPU devices for every test, so that sharding is tested for real; little optimization, because most of the time is compilation.
 
-`.ci/run` runs the slow tests with XLA's usual optimization: XLA_FLAGS=--xla_backend_optimization_level=3.
+`.ci/run` runs some of them with XLA's usual optimization too: XLA_FLAGS=--xla_backend_optimization_level=3.
 """
 
 import importlib.metadata
