@@ -24,7 +24,6 @@ from qjax.graph import equalize, fold_batch_norm
 CLASSES, BATCH, CALIBRATION = 10, 64, 256
 INT8, TENSOR4, CHANNEL4 = qjax.int8(), qjax.int4(per="tensor"), qjax.int4()
 ENTROPY = qjax.static(qjax.uint8(), qjax.entropy())
-ONNXRUNTIME = qjax.static(qjax.uint8(), qjax.entropy(quantized_bins=128))
 MINMAX = qjax.static(qjax.uint8())
 
 
@@ -122,14 +121,13 @@ def rows() -> dict[str, Any]:
     table = {
         "float": lambda variables, data: variables,
         "W8A8 static entropy": partial(quantize, weight=INT8, activation=ENTROPY),
-        "W8A8 static entropy, onnxruntime's": partial(quantize, weight=INT8, activation=ONNXRUNTIME),
         "W8A8 static entropy, symmetric": partial(quantize, weight=INT8, activation=qjax.static(INT8, qjax.entropy())),
         "W8A8 static min-max": partial(quantize, weight=INT8, activation=MINMAX),
         "W8A8 static min-max, symmetric": partial(quantize, weight=INT8, activation=qjax.static(INT8)),
         "W8A8 dynamic": partial(quantize, weight=INT8, activation=qjax.dynamic(INT8)),
     }
     for name, weight in (("tensor", TENSOR4), ("channel", CHANNEL4)):
-        settings: dict[str, Any] = {"weight": weight, "activation": ONNXRUNTIME}
+        settings: dict[str, Any] = {"weight": weight, "activation": ENTROPY}
         table |= {
             f"W4A8 per {name}": partial(quantize, prepare=folded, **settings),
             f"W4A8 per {name}, equalized": partial(quantize, prepare=both, **settings),

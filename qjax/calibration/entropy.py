@@ -23,55 +23,45 @@ class Entropy(Histogram):
     """See `entropy`."""
 
     bins: int = 2048
-    quantized_bins: int | None = None
+    quantized_bins: int = 128
 
     def __post_init__(self):
         super().__post_init__()
         for argument in ("bins", "quantized_bins"):
             value = getattr(self, argument)
-            if argument == "quantized_bins" and value is None:
-                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{argument}` must be an int, got {value!r}")
             if value < 2 or value % 2:
                 raise ValueError(f"`{argument}` must be even and at least 2, got {value}")
-        self._check_bins(self.quantized_bins or 2)
+        if not self.quantized_bins <= self.bins <= 16384:
+            raise ValueError(f"`bins` must lie between `quantized_bins` ({self.quantized_bins}) and 16384, got {self.bins}")
         if self.per_side < 4 * self.bins:
             raise ValueError(f"`per_side` must be at least 4 * bins = {4 * self.bins}, got {self.per_side}; `entropy` chooses it")
 
-    def _check_bins(self, quantized_bins: int) -> None:
-        if not quantized_bins <= self.bins <= 16384:
-            raise ValueError(f"`bins` must lie between `quantized_bins` ({quantized_bins}) and 16384, got {self.bins}")
-
     def range(self, state: Bins, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
-        # All codes of an unsigned grid may lie on one of the two sides of a candidate.
-        levels = self.quantized_bins or 2 ** (spec.bits if spec.signed else spec.bits + 1)
-        self._check_bins(levels)
-        i = _best_candidates(state, self.bins, levels, self.quantized_bins is None)
+        i = _best_candidates(state, self.bins, self.quantized_bins)
         width = divide(absmax_of(state.seen), self.bins / 2)
         lo, hi = i * width, (i + 1) * width
         return cover_or_show(state, -(hi if spec.symmetric else lo), hi, spec)
 
 
-def entropy(bins: int = 2048, quantized_bins: int | None = None) -> Entropy:
+def entropy(bins: int = 2048, quantized_bins: int = 128) -> Entropy:
     """The range whose rounded distribution has the least Kullback-Leibler divergence from the data's.
 
     The histogram is put on `bins` bins of width `d = 2 absmax / bins` over `-absmax .. absmax`. For each `i` from
     `quantized_bins / 2` to `bins / 2` the candidate is `-i d .. (i + 1) d`:
 
     - p: its bins, with what lies outside added to the first and the last;
-    - q: its bins (without what lies outside) summed in `quantized_bins` runs, as equally long as can be, each sum shared evenly
+    - q: its bins (without what lies outside) summed in `quantized_bins` runs of equal length, each sum shared evenly
       over the run, rounded down, where p is not empty anywhere in the run;
     - in both an empty bin gets 1e-4, taken evenly from the others; `KL = sum p log(p / q)` of both normalized.
 
-    The first least one wins and is cut to the data's own range. It clips well for 8 bits with heavy tails; with few data
-    it is jumpy.
+    The first least one wins and is cut to the data's own range. The spec only says whether the sides are equal:
+    `quantized_bins` stands for its levels. It clips well for 8 bits with heavy tails; with few data it is jumpy.
 
     Args:
       bins: even, from `quantized_bins` to 16384. Time grows with its square (1e6 log's for 2048).
-      quantized_bins: runs over both sides. None takes one for each code of the spec: `2^bits`, and twice that for an unsigned
-        one, of which all codes lie on one side if the data do, as behind a ReLU. A number, even and at least 2, follows
-        onnxruntime instead, see below.
+      quantized_bins: even, at least 2.
 
     Returns:
       An observer; its state is `Bins` of at least 8 * bins bins a side (256 KiB for 2048).
@@ -88,19 +78,17 @@ def entropy(bins: int = 2048, quantized_bins: int | None = None) -> Entropy:
       >>> observer.range(state, int8())[1].item()
       1.0625
 
-    Source: Migacz, 8-bit inference with TensorRT (GTC 2017), who has 128 runs for the magnitudes of int8. onnxruntime's
-    `get_entropy_threshold` has 128 for both sides, half as fine, of `size // 128` bins each, and leaves the last
-    `size mod 128` bins of q empty: that favours sizes which leave few (and the result of `-x` is not exactly that of `x`).
-    `entropy(quantized_bins=128)` follows it to the letter. There the data of all batches must come at once or the bins
-    drift; here bins of 2^e are resampled to its grid, a count that straddles an edge going to the nearer bin. A
-    symmetric range is `(i + 1) d` on both sides.
+    Source: Migacz, 8-bit inference with TensorRT (GTC 2017), as onnxruntime's `get_entropy_threshold` has it, which is
+    followed to the letter: it leaves the last `size mod quantized_bins` bins of q empty, so the result of `-x` is not
+    exactly that of `x`. There the data of all batches must come at once or the bins drift; here bins of 2^e are resampled
+    to its grid, a count that straddles an edge going to the nearer bin. A symmetric range is `(i + 1) d` on both sides.
     """
     return Entropy(1 << max(8 * bins - 1, 63).bit_length() if isinstance(bins, int) else 8192, bins, quantized_bins)
 
 
 # Compiled also for callers outside `jit`, who would otherwise compile the loop again at every call.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _best_candidates(state: Bins, bins: int, quantized_bins: int, even: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _best_candidates(state: Bins, bins: int, quantized_bins: int) -> jax.Array:
     """The `i` of each entry, float32 (stack,)."""
     absmax = absmax_of(state.seen)
     ratio = divide(widths(state), jnp.where(absmax > 0, absmax, 1.0)) * (bins // 2)
@@ -108,7 +96,7 @@ def _best_candidates(state: Bins, bins: int, quantized_bins: int, even: bool) ->
     # One entry at a time, so that a stack of experts needs the memory of one.
     def best(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         negative, positive = (_resample(side, part[1], bins // 2) for side in part[0])
-        return _least_divergence(jnp.concatenate([negative[::-1], positive]), quantized_bins, even)
+        return _least_divergence(jnp.concatenate([negative[::-1], positive]), quantized_bins)
 
     return lax.map(best, (counts(state), ratio)).astype(jnp.float32)
 
@@ -123,8 +111,8 @@ def _resample(side: jax.Array, ratio: jax.Array, size: int) -> jax.Array:
     return jnp.zeros((size,), jnp.float32).at[first].add(here).at[jnp.minimum(first + 1, size - 1)].add(side - here)
 
 
-def _least_divergence(hist: jax.Array, quantized_bins: int, even: bool) -> jax.Array:
-    """The first `i` with the least divergence, int32, of a histogram of whole counts; `even`: no bin is left out of the runs."""
+def _least_divergence(hist: jax.Array, quantized_bins: int) -> jax.Array:
+    """The first `i` with the least divergence, int32, of a histogram of whole counts."""
     bins = hist.shape[0]
     place = jnp.arange(bins, dtype=jnp.int32)
     # Each from its own end: a difference of large sums would lose the tail.
@@ -135,9 +123,7 @@ def _least_divergence(hist: jax.Array, quantized_bins: int, even: bool) -> jax.A
         inside = (place >= start) & (place <= last)
         inner = jnp.where(inside, hist, 0.0)
         p = inner + jnp.where(place == start, below, 0.0) + jnp.where(place == last, above, 0.0)
-        size = last - start + 1
-        run = (place - start) * quantized_bins // size if even else (place - start) // (size // quantized_bins)
-        run = jnp.where(inside, run, quantized_bins)
+        run = jnp.where(inside, (place - start) // ((last - start + 1) // quantized_bins), quantized_bins)
         sums = jnp.zeros((quantized_bins,), jnp.float32)
         total = sums.at[jnp.minimum(run, quantized_bins - 1)].add(inner)
         filled = sums.at[run].add((p > 0).astype(jnp.float32), mode="drop")

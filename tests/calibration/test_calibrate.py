@@ -80,7 +80,7 @@ def test_the_range_is_the_one_that_quantize_stores():
 def test_golden_thresholds_through_a_function(case):
     """Within a bin of 2048 of onnxruntime's, though the data come in eight batches; equal sides under a symmetric spec are ours."""
     (data, method, kind), want = case[0].split("/"), case[1]
-    observer = qjax.entropy(quantized_bins=128) if method == "entropy" else qjax.percentile(float(method.removeprefix("percentile")))
+    observer = qjax.entropy() if method == "entropy" else qjax.percentile(float(method.removeprefix("percentile")))
     with np.load(GOLDEN / "calibration.npz") as arrays:
         x = arrays[data].astype(np.float32)
     batches = [part.reshape(-1, 1) for part in np.split(x, 8)]
