@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,7 +258,7 @@ def test_spilled_is_the_same():
 
 
 def mixing(p, x):
-    """Layers in a scan that mix the rows of what they read, in a loop too; the bias comes behind the mix."""
+    """Layers in a scan that mix the rows of what they read; the bias comes behind the mix."""
 
     def layer(x, w):
         h = x @ w["in"]
@@ -283,3 +284,26 @@ def test_products_of_activations_are_those_that_run():
         np.abs(np.asarray(jax.jit(qjax.quantized(mixing, sites=r.sites))(r.params, x)[0] - want).mean(1)).max() for r in (result, corrected)
     )
     assert wrong > 1e-3 and right < 2e-5, (wrong, right)
+
+
+@pytest.mark.slow
+def test_a_rescaled_module_with_other_variables(tmp_path):
+    """The folds are found again by path in the tree of all variables, which has more leaves than were quantized."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True, use_scale=False)(x)
+            return nn.Dense(4)(nn.relu(nn.Dense(8)(x)))
+
+    model, x = Net(), normal(20, 8) + 1
+    variables = model.init(jax.random.key(0), x)
+    policy = qjax.Policy([qjax.Rule("*kernel", weight=qjax.int4(), method=qjax.awq())])
+    result = qjax.linen.quantize(model, variables, policy, [x])
+    corrected = qjax.correct_bias(model.apply, variables, result, [x])
+    shift = np.asarray(jax.jit(qjax.quantized(model.apply))(corrected.params, x) - model.apply(variables, x)).mean(0)
+    assert result.folds and np.abs(shift).max() < 2e-5
+    qjax.save(tmp_path / "model", corrected)
+    loaded = qjax.load(tmp_path / "model")
+    with pytest.raises(ValueError, match="A result that was loaded does not know how inputs were rescaled"):
+        qjax.correct_bias(model.apply, variables, loaded, [x])
