@@ -24,7 +24,9 @@ class Pair:
     Attributes:
       producers: paths of the weights that make the channels.
       consumers: paths of the weights that read them.
-      spread: ratio of the largest to the smallest channel range of the producers, before and after.
+      spread: exp of the root mean square of log(r_i / r), before and after, where r_i is the range of a channel, in the producers and
+        in the consumers, and r the geometric mean on its side: the factor by which ranges of channels differ, 1 if they are alike. No
+        scales of the pair make it smaller; what other pairs do to the same weights may make it larger.
     """
 
     producers: tuple[str, ...]
@@ -80,12 +82,13 @@ def equalize(program: Program, params: Sequence[Any], inputs: Sequence[Any], ite
       ([[2.0, 10.0]], [[2.0], [10.0]])
 
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, equation 11 (their s_i is r1_i / sqrt(r1_i r2_i), the same number). Theirs
-    lists pairs joined by ReLU; here a pair is any fold whose producer is a linear layer, so heads that share a
-    value projection and gated products take part. Scales of norms and batch norms are kept: fold batch norms first.
+    lists pairs joined by ReLU; here a pair is any fold whose producer is a linear layer, so heads that share a value projection and
+    gated products take part. Their measure of a pair (equations 8 and 9) stays as it is where one channel is the largest on both
+    sides, however much the others gain; `Pair.spread` does not. Scales of norms and batch norms are kept: fold batch norms first.
     """
     system = build(program)
     folds, refused = _pairs(system)
-    before = [_spread(fold, params) for fold, _, _ in folds]
+    before = [_spread(*pair, params) for pair in folds]
     leaves, rounds, moved = list(params), 0, bool(folds)
     while moved and rounds < iterations:
         rounds, moved = rounds + 1, False
@@ -95,7 +98,7 @@ def equalize(program: Program, params: Sequence[Any], inputs: Sequence[Any], ite
             s = np.where(dead, 1.0, np.sqrt(first / np.where(dead, 1.0, second)))
             moved |= bool(np.abs(np.log(s)).max(initial=0.0) > CONVERGED)
             leaves = apply_fold(fold, leaves, s)
-    after = [_spread(fold, leaves) for fold, _, _ in folds]
+    after = [_spread(*pair, leaves) for pair in folds]
     pairs = tuple(
         Pair(tuple(s.path for s in producers), tuple(s.path for s in consumers), (b, a))
         for (_, producers, consumers), b, a in zip(folds, before, after, strict=True)
@@ -138,6 +141,11 @@ def _ranges(fold: Fold, scalings: Sequence[Scaling], leaves: Sequence[Any], powe
     return np.moveaxis(out, 0, -1)
 
 
-def _spread(fold: Fold, leaves: Sequence[Any]) -> float:
-    ranges = _ranges(fold, [s for s in fold.scalings if (s.power == -1).any() and s.power.ndim > 1], leaves, -1.0)
-    return float(ranges.max() / ranges[ranges > 0].min()) if (ranges > 0).any() else 1.0
+def _spread(fold: Fold, producers: Sequence[Scaling], consumers: Sequence[Scaling], leaves: Sequence[Any]) -> float:
+    """See `Pair.spread`; channels that are zero on a side do not count, layers of a stack have a mean of their own."""
+    sides = np.stack([_ranges(fold, producers, leaves, -1.0), _ranges(fold, consumers, leaves, 1.0)])
+    live = (sides > 0).all(axis=0)
+    logs = np.log(np.where(live, sides, 1.0))
+    count = np.maximum(live.sum(axis=-1, keepdims=True), 1)
+    off = np.where(live, logs - logs.sum(axis=-1, keepdims=True) / count, 0.0)
+    return float(np.exp(np.sqrt(np.square(off).sum() / max(2 * live.sum(), 1))))

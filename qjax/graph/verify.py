@@ -62,8 +62,11 @@ def verifier(
     limit = rounding(program) if tolerance is None else tolerance
     run = jax.jit(lambda values: Interpreter({})(program.jaxpr, values)[0])
     before = run([*params, *inputs])
+    empty = _says_nothing(before)
 
     def compare(new_params: Sequence[Any]) -> float:
+        if empty:
+            raise NotPreserved(empty)
         error = max((_error(a, b) for a, b in zip(before, run([*new_params, *inputs]), strict=True)), default=0.0)
         if not error <= limit:
             raise NotPreserved(f"the results differ by {error:.2g} of their largest element, more than rounding explains ({limit:.2g})")
@@ -90,7 +93,8 @@ def verify(
       The error.
 
     Raises:
-      NotPreserved: the error is larger, an integer result differs, or a result is NaN on one side only.
+      NotPreserved: the error is larger, an integer result differs, a result is NaN on one side only; or the results say nothing, because
+        one has no finite value or all are zero: give other inputs.
 
     Example:
       >>> from qjax.program import trace
@@ -147,6 +151,18 @@ def exact_scales(fold: Fold, seed: int = 0) -> np.ndarray:
       [0.25, 1.0, 4.0]
     """
     return 4.0 ** np.random.default_rng(seed).integers(-1, 2, fold.shape)
+
+
+def _says_nothing(results: Sequence[Any]) -> str:
+    """Why results would be alike whatever the parameters are; "" if they would not. Some values that are not finite (a mask) may be."""
+    arrays = [x for x in results if x.size and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
+    remedy = "which says nothing about a rewrite: give another batch"
+    if any(not bool(jnp.isfinite(x).any()) for x in floats):
+        return f"a result has no finite value on this batch, {remedy}"
+    if arrays and not any(bool((jnp.isfinite(x) & (x != 0)).any()) for x in floats or arrays):
+        return f"the results are all zero on this batch, {remedy}, or parameters that do not make them zero"
+    return ""
 
 
 def _error(before: Any, after: Any) -> float:

@@ -12,20 +12,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import QTensor
+from qjax.core import QProduct, QTensor
 from qjax.graph.affine import VIEWS, affine_after, constant_values, readers_of
 from qjax.graph.relations import is_floating
-from qjax.program import Interpreter, Packed, Program, ProgramCache, Site, compat, materialize, plain_rule, split_arguments
+from qjax.program import Interpreter, Key, Packed, Product, Program, ProgramCache, Site, compat, materialize, plain_rule, split_arguments
 from qjax.program.flatten import STACK, FlatEqn, Graph, Lit, canonical, flatten
 from qjax.program.packed import can_scan
 from qjax.program.segments import Cutter, Segment
 from qjax.ptq.quantize import Result, as_batches
+from qjax.ptq.reference import float_reference
 from qjax.ptq.sequential import Batch
-from qjax.ptq.spill import Live
+from qjax.ptq.spill import Live, Spill, opened
+from qjax.runtime.products import product_rule
+from qjax.runtime.quantized import checked_products, named_products
 from qjax.runtime.select import packed_rule
 
 PASSED = VIEWS | {"transpose"}
 CASTS = frozenset({"convert_element_type", "copy", "reduce_precision"})
+
+# What the report's notes begin with, so that a second correction replaces what the first one said.
+MOVED = "bias correction: "
+MEANS = "its mean is corrected in "
+NONE = "no bias correction: "
+UNSEEN = "no data reached a part of it: not corrected there"
+OWN = (MOVED, MEANS, NONE, UNSEEN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +69,19 @@ class Spot:
         return tuple(a for eqn in self.chain for a in eqn.inputs if not isinstance(a, Lit) and a not in made)
 
 
-def correct_bias(fn: Callable[..., Any], params: Any, result: Result, calibration: Iterable[Any]) -> Result:
+def correct_bias(
+    fn: Callable[..., Any], params: Any, result: Result, calibration: Iterable[Any], *, spill: Spill | None = None
+) -> Result:
     """Takes the mean that rounding adds to each layer's result off the bias that is added to it.
 
     b <- b - (E[z_q] - E[z])
     where z is what the bias is added to in the float program, z_q the same in the quantized one, and E the mean over the
-    calibration data and all positions that share an element of the bias. The layers are taken in data-flow order, and z_q is that of the
-    program whose earlier biases are corrected already, with its activations rounded as they will be: behind a
-    function that is not linear the mean depends on that, so one pass with the uncorrected program would not do. Both
-    programs walk through the data side by side, cut at the biases, so all of it costs one run of either.
+    calibration data and all positions that share an element of the bias. Where `qjax.quantize` rescaled inputs, the parameters
+    of the float program are rescaled likewise (z / s, not z); products of two activations in `result.sites` multiply integers. The
+    layers are taken in data-flow order, and z_q is that of the program whose earlier biases are corrected already, with its
+    activations rounded as they will be: behind a function that is not linear the mean depends on that, so one pass with the
+    uncorrected program would not do. Both programs walk through the data side by side, cut at the biases, so all of it costs one run of
+    either.
 
     Which bias belongs to a weight is found by data flow: a parameter with nothing else to read it that is added to (or subtracted from)
     the weight's result, in front of which sums, casts, changes of shape and products with parameters may stand: a batch norm's shift is
@@ -75,15 +89,18 @@ def correct_bias(fn: Callable[..., Any], params: Any, result: Result, calibratio
 
     Args:
       fn: the function that was quantized.
-      params: its float parameters.
-      result: from `qjax.quantize`.
+      params: its float parameters, as `qjax.quantize` was given them.
+      result: from `qjax.quantize`. One that was corrected before is corrected anew.
       calibration: batches, as for `qjax.quantize`.
+      spill: keeps the live values of both programs below a limit, the rest on disk; None keeps all in memory.
 
     Returns:
       A new `Result`: `result` with other biases. The report says for each weight which bias was corrected, or why none was.
 
     Raises:
-      ValueError: `result` has no quantized parameter or is not of `params`; `calibration` holds shapes, or data that is not finite.
+      TypeError: `result` is no `Result`, or `params` holds quantized parameters.
+      ValueError: `result` has no quantized parameter or is not of `params` (it was made of others, or was saved and loaded after inputs
+        were rescaled, of which a file keeps nothing); `calibration` holds shapes, or data that is not finite.
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -98,20 +115,32 @@ def correct_bias(fn: Callable[..., Any], params: Any, result: Result, calibratio
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2 and appendix D (the empirical one, in topological order). Theirs corrects the
     bias of the layer itself; here any that is found after it.
     """
+    if not isinstance(result, Result):
+        raise TypeError(f"`result` must be what `qjax.quantize` returned, a Result and not its params, got {type(result).__name__}")
     batches = as_batches(calibration)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches)):
         raise ValueError("`calibration` holds shapes, but a bias correction needs data: give batches of numbers")
     programs = ProgramCache(fn)
     arguments = [split_arguments(params, batch, {}) for batch in batches]
     packed = split_arguments(result.params, batches[0], {})
+    for path, w in zip(arguments[0].paths, arguments[0].params, strict=True):
+        if isinstance(w, QTensor):
+            raise TypeError(f"`params` leaf {path!r} is quantized ({w.spec}): give the float parameters")
     if packed.paths != arguments[0].paths:
         raise ValueError("`result` is not of `params`: their trees have other paths; give the parameters that were quantized")
     quantized = {i for i, w in enumerate(packed.params) if isinstance(w, QTensor)}
     if not quantized:
         raise ValueError("`result` has no quantized parameter: there is nothing to correct")
-    walk = _Walk([(programs(a), a.inputs) for a in arguments], arguments[0].params, packed.params, quantized)
-    notes = walk.run()
-    rows = [dataclasses.replace(row, notes=(*row.notes, *notes.get(row.path, ()))) for row in result.report.rows]
+    streams = [(programs(a), a.inputs) for a in arguments]
+    before = {row.path: tuple(note for note in row.notes if not note.startswith(OWN)) for row in result.report.rows}
+    again = {row.path for row in result.report.rows if any(note.startswith(MOVED) for note in row.notes)}
+    leaves = float_reference(streams[0][0], arguments[0].params, packed.params, result, again)
+    # What an earlier correction took off is not in z_q: it starts anew from the bias that was quantized with.
+    start = [b if path in again else w for path, b, w in zip(packed.paths, leaves, packed.params, strict=True)]
+    with opened(spill) as memory:
+        walk = _Walk(streams, leaves, start, quantized, checked_products(result.sites), memory)
+        notes = walk.run()
+    rows = [dataclasses.replace(row, notes=(*before[row.path], *notes.get(row.path, ()))) for row in result.report.rows]
     new, _, _ = packed.rebuild([jnp.asarray(w) if i in walk.corrected else w for i, w in enumerate(walk.quantized)], packed.inputs)
     return dataclasses.replace(result, params=new, report=dataclasses.replace(result.report, rows=tuple(rows)))
 
@@ -217,10 +246,12 @@ class _Walk:
     """Both programs on their way through the data. Lives for one call of `correct_bias`."""
 
     def __init__(
-        self, batches: Sequence[tuple[Program, Sequence[Any]]], float_params: Sequence[Any], packed: Sequence[Any], which: set[int]
-    ):
+        self, batches: Sequence[tuple[Program, Sequence[Any]]], float_params: Sequence[Any], packed: Sequence[Any], which: set[int],
+        products: Mapping[str, QProduct], memory: Live,
+    ):  # fmt: skip
         self.program = batches[0][0]
-        self.leaves, self.quantized, self.which = list(float_params), list(packed), which
+        self.leaves, self.quantized = list(float_params), list(packed)
+        self.products = products
         self.corrected: set[int] = set()
         self.compiled: dict[Hashable, Any] = {}
         cutters: dict[int, tuple[Cutter, list[Spot]]] = {}
@@ -237,33 +268,34 @@ class _Walk:
         if len({tuple((s.leaf, s.turn) for s in found) for found in self.spots}) > 1:
             raise ValueError("`calibration` holds batches whose shapes trace to programs with different biases; give batches of one shape")
         # For each batch the float program and the quantized one.
-        self.sides = [[Batch(p, cutters[id(p)][0], inputs, Live(None, None)) for p, inputs in batches] for _ in range(2)]
+        self.sides = [[Batch(p, cutters[id(p)][0], inputs, memory) for p, inputs in batches] for _ in range(2)]
 
     def run(self) -> dict[str, tuple[str, ...]]:
         """Corrects every bias in turn; returns remarks for the report."""
         paths = [leaf.path for leaf in self.program.leaves]
         notes: dict[str, dict[str, None]] = {}
-        shifts: dict[int, list[np.ndarray]] = {}
+        moved: dict[int, list[np.ndarray]] = {}
         at = [0] * len(self.spots)
         for number, spot in enumerate(self.spots[0]):
             stops = [found[number].position for found in self.spots]
-            both = zip(self.sides, (self.leaves, self.quantized), strict=True)
-            means = [self.mean(side, leaves, at, stops, number) for side, leaves in both]
+            both = zip(self.sides, (self.leaves, self.quantized), ({}, self.products), strict=True)
+            means = [self.mean(*side, at, stops, number) for side in both]
             at = stops
             shift = np.where(np.isnan(means[0]) | np.isnan(means[1]), 0, means[1] - means[0])
             if np.isnan(means).any():
-                notes.setdefault(paths[spot.leaf], {})["no data reached a part of it: not corrected there"] = None
+                notes.setdefault(paths[spot.leaf], {})[UNSEEN] = None
             self.move(spot, shift)
             for found, batch in zip(self.spots, self.sides[1], strict=True):
                 _take_up(batch, found[number], self.quantized[spot.leaf])
-            shifts.setdefault(spot.leaf, []).append(shift)
+            old, new = (np.asarray(leaves[spot.leaf], np.float64)[spot.turn] for leaves in (self.leaves, self.quantized))
+            moved.setdefault(spot.leaf, []).append(new - old)
             for weight in spot.weights:
-                notes.setdefault(paths[weight], {})[f"its mean is corrected in {paths[spot.leaf]}"] = None
-        for leaf, parts in shifts.items():
+                notes.setdefault(paths[weight], {})[f"{MEANS}{paths[spot.leaf]}"] = None
+        for leaf, parts in moved.items():
             size = np.sqrt(np.mean(np.square(np.concatenate([p.ravel() for p in parts]))))
-            notes.setdefault(paths[leaf], {})[f"bias correction: {size:.3g} root mean square"] = None
+            notes.setdefault(paths[leaf], {})[f"{MOVED}{size:.3g} root mean square"] = None
         for weight, texts in self.reasons.items():
-            notes.setdefault(paths[weight], {}).update(dict.fromkeys(f"no bias correction: {text}" for text in texts))
+            notes.setdefault(paths[weight], {}).update(dict.fromkeys(f"{NONE}{text}" for text in texts))
         return {path: tuple(texts) for path, texts in notes.items()}
 
     def move(self, spot: Spot, shift: np.ndarray) -> None:
@@ -273,13 +305,16 @@ class _Walk:
         self.quantized[spot.leaf] = jnp.asarray(new.astype(old.dtype))
         self.corrected.add(spot.leaf)
 
-    def mean(self, side: Sequence[Batch], leaves: Sequence[Any], starts: Sequence[int], stops: Sequence[int], number: int) -> np.ndarray:
+    def mean(
+        self, side: Sequence[Batch], leaves: Sequence[Any], products: Mapping[str, QProduct],
+        starts: Sequence[int], stops: Sequence[int], number: int,
+    ) -> np.ndarray:  # fmt: skip
         """Runs one program to the next bias; returns the mean of what it is added to, in the shape of the bias, NaN without data."""
         total = count = np.zeros(())
         for which, (batch, start, stop) in enumerate(zip(side, starts, stops, strict=True)):
             segment = batch.cutter.segment(start, stop)
             values = [_value(batch, leaves, var) for var in segment.inputs]
-            batch.advance(segment, self.execute(segment, batch.program)(values), stop)
+            batch.advance(segment, self.execute(segment, batch, products)(values), stop)
             spot = self.spots[which][number]
             shape = np.shape(leaves[spot.leaf])[len(spot.turn) :]
             operands = [batch.value(spot.value), [batch.value(v) for v in spot.others]]
@@ -290,12 +325,18 @@ class _Walk:
             total, count = total + summed, count + rows
         return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
-    def execute(self, segment: Segment, program: Program) -> Callable[[list[Any]], list[Any]]:
-        sites = {site.key: site for site in program.sites}
-        key = (segment.key, tuple((e.key in sites, e.key in sites and sites[e.key].custom_rule) for e in segment.eqns))
+    def execute(self, segment: Segment, batch: Batch, products: Mapping[str, QProduct]) -> Callable[[list[Any]], list[Any]]:
+        sites = {site.key: site for site in batch.program.sites}
+        named = named_products(batch.program, products)
+        inside = [tuple(k for k in sorted(named) if e.eqn is not None and k[: len(e.key)] == e.key) for e in segment.eqns]
+        graph, each = batch.cutter.graph, list(zip(segment.eqns, inside, strict=True))
+        states = [[_turn(products[named[key].name], named[key], e, graph) for key in keys] for e, keys in each]
+        # Segments that are equal stand in other places: what is told apart is where in an equation the products are.
+        places = tuple(tuple(key[len(e.key) :] for key in keys) for e, keys in each)
+        key = (segment.key, tuple((e.key in sites, e.key in sites and sites[e.key].custom_rule) for e in segment.eqns), places)
         if key not in self.compiled:
-            self.compiled[key] = jax.jit(functools.partial(_execute, segment, sites))
-        return self.compiled[key]
+            self.compiled[key] = jax.jit(functools.partial(_execute, segment, sites, named, inside))
+        return functools.partial(self.compiled[key], states)
 
     def sums(self, spot: Spot, shape: tuple[int, ...]) -> Callable[..., tuple[jax.Array, jax.Array]]:
         inner = {v: i for i, v in enumerate((spot.start, *spot.others, *(v for e in spot.chain for v in e.outputs)))}
@@ -314,13 +355,27 @@ def _rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[A
     return (plain_rule if site.custom_rule else packed_rule)(site, eqn, operands, state)
 
 
-def _execute(segment: Segment, sites: Mapping[Any, Site], values: list[Any]) -> list[Any]:
-    """Computes a segment's outputs with packed weights as `quantized` does."""
-    interpreter = Interpreter(sites, rule=_rule)
+def _turn(how: QProduct, product: Product, eqn: FlatEqn, graph: Graph) -> QProduct:
+    """A product's static scales in the turns of the loops that were laid out around an equation."""
+    loops = [eqn.key[: i + 1] for i in range(len(eqn.key)) if eqn.key[: i + 1] in graph.unrolled]
+    steps = dict(zip(loops, eqn.steps, strict=True))
+    turn = tuple(steps[key] for key in product.scans if key in steps)
+    return jax.tree.map(lambda a: a[turn], how)
+
+
+def _execute(
+    segment: Segment, sites: Mapping[Any, Site], products: Mapping[Key, Product], inside: Sequence[tuple[Key, ...]],
+    states: list[list[QProduct]], values: list[Any],
+) -> list[Any]:  # fmt: skip
+    """Computes a segment's outputs with packed weights, and with products of activations on integers, as `quantized` does."""
+    interpreter = Interpreter(sites, rule=_rule, products=products, product_rule=product_rule)
     env = {v: Packed(x) if isinstance(x, QTensor) else x for v, x in zip(segment.inputs, values, strict=True)}
-    for eqn in segment.eqns:
+    for eqn, keys, state in zip(segment.eqns, inside, states, strict=True):
         operands = [a.value if isinstance(a, Lit) else env[a] for a in eqn.inputs]
-        outs = [jnp.stack(list(map(materialize, operands)))] if eqn.name == STACK else interpreter.equation(eqn.eqn, operands, eqn.key, {})
+        if eqn.name == STACK:
+            outs = [jnp.stack(list(map(materialize, operands)))]
+        else:
+            outs = interpreter.equation(eqn.eqn, operands, eqn.key, dict(zip(keys, state, strict=True)))
         env.update(zip(eqn.outputs, outs, strict=True))
     return [materialize(env[v]) for v in segment.outputs]
 
@@ -349,7 +404,10 @@ def _take_up(batch: Batch, spot: Spot, bias: Any) -> None:
     for eqn in spot.chain:
         operands = [a.value if isinstance(a, Lit) else env[a] for a in eqn.inputs]
         env.update(zip(eqn.outputs, compat.bind(eqn.eqn, operands), strict=True))
-    batch.live.update({v: env[v] for eqn in spot.chain for v in eqn.outputs if v in batch.live})
+    for var in [v for eqn in spot.chain for v in eqn.outputs if v in batch.live]:
+        batch.memory.drop(batch.live[var])
+        batch.live[var] = env[var]
+        batch.memory.take_up(env[var])
 
 
 def _value(batch: Batch, leaves: Sequence[Any], var: int) -> Any:

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from qjax.calibration import as_batches, why_no_rows
 from qjax.core import QProduct, QTensor, Spec, check_finite
+from qjax.graph import Fold
 from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
@@ -51,6 +52,8 @@ class Result:
       metadata: the caller's own, kept by `qjax.save`.
       sites: the products of two activations that a rule names, by name, for `qjax.quantized(fn, sites=result.sites)`; they have no
         parameter to ride on. Empty without such a rule.
+      folds: how inputs were rescaled before anything was rounded: (`qjax.graph.Fold`, its scales s), in order. `apply_fold` of all to the
+        float parameters gives those that `params` rounds. Not saved: empty for a model that was loaded.
     """
 
     params: Any
@@ -58,6 +61,7 @@ class Result:
     policy: Policy | None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     sites: dict[str, QProduct] = dataclasses.field(default_factory=dict)
+    folds: tuple[tuple[Fold, jax.Array], ...] = ()
 
 
 def quantize(
@@ -126,7 +130,7 @@ def quantize(
     kept = open_kept(resume, None if resume is None else describe_job(policy, arguments, [p for p, _ in streams]))
     monitor = Monitor(progress)
 
-    flat, scales, rescaled = rescale(flat, choices, streams, monitor, kept)
+    flat, scales, rescaled, folds = rescale(flat, choices, streams, monitor, kept)
     done, tasks = _without_data(choices, flat, scales, monitor, kept)
     memory: dict[str, int] = {}
     if tasks:
@@ -143,7 +147,7 @@ def quantize(
     report = describe(program, choices, flat, done, seconds, rescaled)
     report = dataclasses.replace(report, rows=(*report.rows, *product_rows), memory=memory)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
-    return Result(new_params, report, policy, sites=products)
+    return Result(new_params, report, policy, sites=products, folds=folds)
 
 
 def _without_data(
@@ -266,14 +270,15 @@ def describe(
         if q is None:
             rows.append(dataclasses.replace(planned_row(choice), notes=notes))
             continue
-        error = float(_relative_error(jnp.asarray(flat[choice.leaf.index]), q))
+        error = float(relative_error(jnp.asarray(flat[choice.leaf.index]), q))
         row = planned_row(choice, q)
         rows.append(dataclasses.replace(row, error=error, notes=tuple(dict.fromkeys((*notes, *row.notes)))))
     return Report(tuple(rows), program_notes(program), seconds)
 
 
 @jax.jit
-def _relative_error(w: jax.Array, q: QTensor) -> jax.Array:
+def relative_error(w: jax.Array, q: QTensor) -> jax.Array:
+    """What `Row.error` says of a weight: |w - w_hat|^2 / |w|^2, a float32 scalar."""
     # Squares of very small and very large weights leave float32.
     reach = jnp.max(jnp.abs(w)).astype(jnp.float32)
     unit = 1 / jnp.where(reach > 0, reach, 1.0)

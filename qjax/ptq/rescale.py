@@ -63,11 +63,13 @@ class Rescaled(NamedTuple):
       params: the parameters, which compute the same function.
       scales: for parameters whose input is divided at run time by s: s, float32, one along kept axes.
       notes: remarks for those with such a method and for those that changed in exchange.
+      folds: what was applied, in order: `apply_fold` of all to the parameters that came in gives `params`.
     """
 
     params: list[Any]
     scales: dict[int, np.ndarray]
     notes: Notes
+    folds: tuple[tuple[Fold, jax.Array], ...] = ()
 
 
 def rescale(
@@ -109,7 +111,8 @@ def rescale(
         others = {s.leaf for s in group.fold.scalings} - {site.leaf for site in group.sites}
         _note(notes, others, f"{method}: changed in exchange for an input")
     alone = _alone(refusals, wanted, program, notes)
-    return Rescaled(new, _at_run_time(alone, len(chosen), wanted, new, batches, monitor, kept, notes), notes)
+    scales = _at_run_time(alone, len(chosen), wanted, new, batches, monitor, kept, notes)
+    return Rescaled(new, scales, notes, tuple((group.fold, s) for group, s in chosen if id(group) not in refused))
 
 
 def rescaled_by(choices: Sequence[Choice]) -> dict[int, Choice]:

@@ -76,7 +76,7 @@ class BatchNormFolding:
         for fold in result.folded:
             changes += [(fold.weight, f"took the scale of {fold.scale}"), (fold.scale, "multiplies by one now")]
             changes += [(fold.shift, "holds the whole shift"), *((path, "is zero now") for path in fold.zeroed)]
-        return StepOutcome(result.params, tuple(changes), result.refused, result.error)
+        return _outcome(result, changes, result.refused, "found no batch norm behind a linear layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +94,11 @@ class Equalization:
         changes: list[tuple[str, str]] = []
         for pair in result.pairs:
             before, after = pair.spread
-            text = f"shares its range with {', '.join(pair.consumers)}: largest by smallest channel {before:.3g} -> {after:.3g}"
-            changes += [(path, text) for path in pair.producers]
+            gain = f"spread of channels on both sides {before:.3g} -> {after:.3g}"
+            changes += [(path, f"shares its range with {', '.join(pair.consumers)}: {gain}") for path in pair.producers]
             changes += [(path, f"shares its range with {', '.join(pair.producers)}") for path in pair.consumers]
-        return StepOutcome(result.params, tuple(changes), result.refused, result.error)
+        refused = [(path, f"the channels that it reads stay as they are: {reason}") for path, reason in result.refused]
+        return _outcome(result, changes, refused, "found no two layers with a channel between them")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +121,13 @@ class StreamRotation:
             for path, axes in done.rotated:
                 which = f"{'axes' if len(axes) > 1 else 'axis'} {', '.join(map(str, axes))}"
                 changes.append((path, f"{which} rotated by a matrix of size {done.size} ({done.kind}{ones})"))
-        return StepOutcome(result.params, tuple(changes), result.refused, result.error)
+        return _outcome(result, changes, result.refused, "found no value between two layers to rotate")
+
+
+def _outcome(result: Any, changes: Iterable[tuple[str, str]], refused: Iterable[tuple[str, str]], nothing: str) -> StepOutcome:
+    """What a step gives; one that changed nothing and refused nothing says `nothing`."""
+    changes, refused = tuple(changes), tuple(refused)
+    return StepOutcome(result.params, changes, refused if changes or refused else (("*", nothing),), result.error)
 
 
 def batch_norm_folding() -> BatchNormFolding:
@@ -262,8 +269,8 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
 
     Raises:
       TypeError: `steps` holds something else, or a parameter is quantized already.
-      ValueError: `calibration` is empty or holds shapes, a parameter NaN or infinity; or all steps together change the results by more
-        than each of them may.
+      ValueError: `steps` is empty; `calibration` is empty or holds shapes; its first batch or a parameter holds NaN or infinity; on
+        that batch the results say nothing (all zero, or not finite); or all steps together change them by more than each of them may.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -273,13 +280,14 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
       >>> result.params["a"].tolist()
       [[2.0, 10.0]]
       >>> [(change.path, change.done, change.text) for change in result.changes]  # doctest: +ELLIPSIS
-      [('a', True, 'shares its range with b: ...'), ('b', True, ...), ('a', False, 'the scale would reach an input of the program')]
+      [('a', True, 'shares its range with b: ...'), ('b', True, ...), ('a', False, 'the channels that it reads ...')]
     """
     steps = _checked(steps)
     batches = as_batches(calibration)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches[0])):
         raise ValueError("`calibration` holds shapes, but a rewrite is verified on data: give a batch of numbers")
     arguments = split_arguments(params, batches[0], {})
+    _check_batch(arguments.inputs)
     program = trace_arguments(fn, arguments)
     for leaf, w in zip(program.leaves, arguments.params, strict=True):
         if isinstance(w, QTensor):
@@ -295,14 +303,26 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
             outcome = StepOutcome(leaves, (), (("*", f"nothing of it was kept: {failure}"),), 0.0)
         leaves = outcome.params
         changes += [Rewrite(step.name, path, text, True, touched.get(path, ())) for path, text in outcome.changes]
+        if not outcome.changes and not outcome.refused:
+            outcome = dataclasses.replace(outcome, refused=(("*", "found nothing to do"),))
         changes += [Rewrite(step.name, path, text, False) for path, text in outcome.refused]
         errors.append((step.name, outcome.error))
         for path in dict.fromkeys(path for path, _ in outcome.changes):
             touched[path] = (*touched.get(path, ()), step.name)
-    error = verify(program, arguments.params, leaves, arguments.inputs) if steps else 0.0
+    error = verify(program, arguments.params, leaves, arguments.inputs)
     new = [old if w is old else jnp.asarray(w) for old, w in zip(arguments.params, leaves, strict=True)]
     tree, _, _ = arguments.rebuild(new, arguments.inputs)
     return Rewritten(tree, tuple(changes), tuple(errors), error)
+
+
+def _check_batch(inputs: Sequence[Any]) -> None:
+    for number, x in enumerate(inputs):
+        if not isinstance(x, QTensor) and jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(np.asarray(x)).all():
+            what = f"its array {number} of shape {tuple(x.shape)}"
+            raise ValueError(
+                f"`calibration` batch 0 holds NaN or infinity in {what}: a rewrite cannot be verified on it; look at that batch "
+                "(-inf in a mask can be a large negative number)"
+            )
 
 
 def _checked(steps: Any) -> tuple[Step, ...]:
@@ -315,4 +335,6 @@ def _checked(steps: Any) -> tuple[Step, ...]:
         if not isinstance(step, Step) or isinstance(step, type):
             raise TypeError(f"`steps` must hold steps such as qjax.equalization(), got {step!r}")
         checked.append(step)
+    if not checked:
+        raise ValueError("`steps` is empty: give at least one, such as [qjax.equalization()]")
     return tuple(checked)

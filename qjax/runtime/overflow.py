@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qjax.calibration import OutlierCounts, init_states, outlier_columns, site_rows, why_no_rows
-from qjax.core import QTensor
+from qjax.core import QProduct, QTensor
 from qjax.program import Interpreter, Leaf, ProgramCache, Site, split_arguments
+from qjax.runtime.products import product_rule
+from qjax.runtime.quantized import checked_products, named_products
 from qjax.runtime.select import packed_rule
 
 
@@ -31,7 +33,7 @@ class Overflow(NamedTuple):
     capacity: jax.Array
 
 
-def overflow(fn: Callable[..., Any]) -> Callable[..., dict[str, Overflow]]:
+def overflow(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = None) -> Callable[..., dict[str, Overflow]]:
     """Transforms `fn(params, *args)` into a function that counts outlier columns beyond the capacity of `llm_int8`.
 
     The packed model runs as under `quantized`, and every product counts the columns of its activations with any |x| >= threshold.
@@ -39,6 +41,7 @@ def overflow(fn: Callable[..., Any]) -> Callable[..., dict[str, Overflow]]:
 
     Args:
       fn: the function that was quantized.
+      sites: `result.sites`, the products of two activations that multiply integers; without it they are float, and so not what runs.
 
     Returns:
       A function of the same arguments that gives, for the path of each parameter with outlier columns, an `Overflow`. It is pure:
@@ -47,8 +50,8 @@ def overflow(fn: Callable[..., Any]) -> Callable[..., dict[str, Overflow]]:
       observed (inside a `shard_map`, in the condition of a loop) are not counted.
 
     Raises:
-      TypeError: `fn` is no function.
-      ValueError: when called with parameters of which none has outlier columns.
+      TypeError: `fn` is no function, or `sites` holds something else than products.
+      ValueError: when called with parameters of which none has outlier columns, or when `sites` names a product that is not there.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -62,6 +65,7 @@ def overflow(fn: Callable[..., Any]) -> Callable[..., dict[str, Overflow]]:
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}")
+    sites = checked_products(sites)
     programs = ProgramCache(fn)
 
     @functools.wraps(fn)
@@ -83,8 +87,11 @@ def overflow(fn: Callable[..., Any]) -> Callable[..., dict[str, Overflow]]:
                 state = observers[site.key].update(state, site_rows(site, eqn, operands))
             return packed_rule(site, eqn, operands, None)[0], state
 
-        interpreter = Interpreter({site.key: site for site in program.sites}, rule, watched=frozenset(observers))
-        _, states = interpreter(program.jaxpr, [*arguments.params, *arguments.inputs], init_states(program, observers))
+        named = named_products(program, sites)
+        watched = frozenset(observers)
+        interpreter = Interpreter({s.key: s for s in program.sites}, rule, watched, products=named, product_rule=product_rule)
+        start = init_states(program, observers) | {key: sites[product.name] for key, product in named.items()}
+        _, states = interpreter(program.jaxpr, [*arguments.params, *arguments.inputs], start)
         found: dict[str, list[OutlierCounts]] = {path: [] for path in capacities}
         for site in program.sites:
             if site.key in states:

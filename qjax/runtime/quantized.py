@@ -45,14 +45,14 @@ def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = Non
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
-    sites = _checked(sites)
+    sites = checked_products(sites)
     programs = ProgramCache(fn)
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
-        named = _named(program, sites)
+        named = named_products(program, sites)
         interpreter = Interpreter(
             {site.key: site for site in program.sites}, rule=packed_rule, products=named, product_rule=product_rule
         )
@@ -63,7 +63,8 @@ def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = Non
     return call
 
 
-def _checked(sites: Any) -> dict[str, QProduct]:
+def checked_products(sites: Any) -> dict[str, QProduct]:
+    """The argument `sites`, or an error that names it."""
     if sites is None:
         return {}
     if not isinstance(sites, Mapping) or not all(isinstance(q, QProduct) for q in sites.values()):
@@ -71,7 +72,8 @@ def _checked(sites: Any) -> dict[str, QProduct]:
     return dict(sites)
 
 
-def _named(program: Program, sites: Mapping[str, QProduct]) -> dict[Key, Product]:
+def named_products(program: Program, sites: Mapping[str, QProduct]) -> dict[Key, Product]:
+    """The products of a program that `sites` names, by key; ValueError if it names others."""
     known = {product.name: product for product in program.products}
     for name in sites:
         if name not in known:

@@ -21,6 +21,16 @@ def test_two_layers_by_the_formula():
         np.testing.assert_allclose(new, want, rtol=1e-5)
     live = first > 0
     np.testing.assert_allclose(np.abs(result.params[0]).max(0)[live], np.abs(result.params[2]).max(1)[live], rtol=1e-5)
+
+    # The root mean square over both sides of how far a channel's range is from the mean of its side; no other scales give less.
+    def spread(a, c):
+        logs = np.log(np.stack([np.abs(a).max(0)[live], np.abs(c).max(1)[live]]))
+        return np.exp(np.sqrt(np.var(logs, axis=1).mean()))
+
+    before, after = result.pairs[0].spread
+    np.testing.assert_allclose((before, after), (spread(p["a"], p["c"]), spread(result.params[0], result.params[2])), rtol=1e-5)
+    others = [np.exp(np.asarray(normal(6, seed=20 + i))) for i in range(20)]
+    assert after < 0.9 * before and all(spread(p["a"] / t, p["c"] * t[:, None]) > after for t in others)
     assert result.rounds == 2 and result.error < 4e-6 and result.refused == (("a", "the scale would reach an input of the program"),)
 
 

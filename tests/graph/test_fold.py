@@ -103,6 +103,21 @@ def test_nan_and_integers_are_compared():
         verify(program, [jnp.ones((4, 2))], [-jnp.ones((4, 2))], [x])
 
 
+def test_results_that_say_nothing_prove_nothing():
+    """NaN is alike NaN and zero alike zero whatever the parameters; a mask among finite values is no such case."""
+    x, p = normal(3, 4), normal(4, 2)
+    masked = trace(lambda p, x: jnp.where(jnp.arange(2) > 0, x @ p, -jnp.inf), p, x)
+    assert verify(masked, [p], [p], [x]) == 0
+    with pytest.raises(NotPreserved, match="more than rounding"):
+        verify(masked, [p], [2 * p], [x])
+    wide = trace(lambda p, x: (x @ p, 1 + 0 * x), p, x)
+    with pytest.raises(NotPreserved, match="no finite value on this batch, which says nothing about a rewrite: give another batch"):
+        verify(wide, [p], [2 * p], [x * jnp.nan])
+    count = trace(lambda p, x: (jax.nn.relu(x @ p), len(x) + jnp.argmax(x @ p)), p, x)
+    with pytest.raises(NotPreserved, match="all zero on this batch"):
+        verify(count, [p], [2 * p], [0 * x])
+
+
 def test_wrong_arguments_are_named():
     program, fold, params, _ = first_fold()
     with pytest.raises(ValueError, match=r"`s` has shape \(3,\)"):

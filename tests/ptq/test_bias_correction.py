@@ -1,5 +1,8 @@
 """Bias correction: after it every layer has the mean that it has in float, in data-flow order; where there is no bias it says so."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,3 +195,115 @@ def test_wrong_arguments_are_named():
     plain = qjax.quantize(fn, params, qjax.Policy([qjax.Rule("*", weight=None)]), [x])
     with pytest.raises(ValueError, match="no quantized parameter"):
         qjax.correct_bias(fn, params, plain, [x])
+
+
+def rescaled(p, x):
+    """Behind a relu: a method that rescales the second layer's input changes the first layer and its bias in exchange."""
+    return jax.nn.relu(x @ p["a"] + p["b"]) @ p["c"] + p["d"]
+
+
+OUTLIERS = {"a": normal(8, 16) * jnp.exp(1.5 * normal(16, seed=5)), "b": normal(16), "c": normal(16, 4, seed=1), "d": normal(4)}
+SMOOTH = qjax.Rule("*", weight=qjax.int4(), activation=qjax.static(qjax.int8()), method=qjax.smoothquant())
+AWQ = qjax.Rule("*", weight=qjax.int4(), method=qjax.awq())
+
+
+@pytest.mark.parametrize("rule", [SMOOTH, pytest.param(AWQ, marks=pytest.mark.slow)], ids=["smoothquant", "awq"])
+def test_rescaled_inputs(rule):
+    """The mean is that of the float model whose parameters are rescaled likewise: x / s, not x."""
+    x = normal(40, 8, seed=2) + 1
+    result = qjax.quantize(rescaled, OUTLIERS, qjax.Policy([rule]), [x])
+    assert result.folds and not np.array_equal(result.params["b"], OUTLIERS["b"])
+    corrected = qjax.correct_bias(rescaled, OUTLIERS, result, [x])
+    errors = [
+        float(jnp.mean((jax.jit(qjax.quantized(rescaled))(r.params, x) - rescaled(OUTLIERS, x)) ** 2)) for r in (result, corrected)
+    ]
+    assert errors[1] < errors[0]
+    shift = np.asarray(jax.jit(qjax.quantized(rescaled))(corrected.params, x) - rescaled(OUTLIERS, x)).mean(0)
+    assert np.abs(shift).max() < 2e-5
+    loaded = dataclasses.replace(result, folds=())  # as `qjax.load` gives it
+    with pytest.raises(ValueError, match=r"`params` leaf .* A result that was loaded does not know how inputs were rescaled"):
+        qjax.correct_bias(rescaled, OUTLIERS, loaded, [x])
+
+
+def test_other_parameters_are_refused():
+    fn, params, x, _ = DENSE
+    result = qjax.quantize(fn, params, qjax.Policy([INT4]), [x])
+    with pytest.raises(ValueError, match="`params` leaf 'b1' differs from that of `result`, where it is float"):
+        qjax.correct_bias(fn, {k: w + 1 for k, w in params.items()}, result, [x])
+    with pytest.raises(ValueError, match="`params` leaf 'w2' is not what `result` rounds: the error of its weights is"):
+        qjax.correct_bias(fn, {**params, "w2": params["w2"] + 0.1}, result, [x])
+    with pytest.raises(ValueError, match=r"`params` leaf 'b2' is float32\(5,\), that of `result` float32\(4,\)"):
+        qjax.correct_bias(lambda p, x: fn({**p, "b2": p["b2"][:4]}, x), {**params, "b2": normal(5)}, result, [x])
+    with pytest.raises(TypeError, match=r"`result` must be what `qjax\.quantize` returned, a Result and not its params, got dict"):
+        qjax.correct_bias(fn, params, result.params, [x])
+    with pytest.raises(TypeError, match="`params` leaf 'w1' is quantized"):
+        qjax.correct_bias(fn, result.params, result, [x])
+
+
+def test_twice_is_once():
+    fn, params, x, _ = DENSE
+    result = qjax.quantize(fn, params, qjax.Policy([INT4]), [x])
+    once = qjax.correct_bias(fn, params, result, [x])
+    twice = qjax.correct_bias(fn, params, once, [x])
+    assert [row.notes for row in twice.report.rows] == [row.notes for row in once.report.rows]
+    for name in ("b1", "b2"):
+        np.testing.assert_allclose(twice.params[name], once.params[name], rtol=1e-5, atol=1e-5)
+
+
+def test_spilled_is_the_same():
+    fn, params, x, _ = DENSE
+    result = qjax.quantize(fn, params, qjax.Policy([INT4]), [x, 2 * x])
+    held, spilled = (qjax.correct_bias(fn, params, result, [x, 2 * x], spill=spill) for spill in (None, qjax.Spill(limit=0)))
+    assert all(np.array_equal(held.params[name], spilled.params[name]) for name in ("b1", "b2"))
+
+
+def mixing(p, x):
+    """Layers in a scan that mix the rows of what they read; the bias comes behind the mix."""
+
+    def layer(x, w):
+        h = x @ w["in"]
+        with jax.named_scope("mix"):
+            h = jax.nn.softmax(h @ h.T) @ h
+        a = h + w["in_bias"]
+        x = x + jax.nn.relu(a) @ w["out"] + w["out_bias"]
+        return x, x
+
+    return (lax.scan(layer, x, p)[1],)
+
+
+def test_products_of_activations_are_those_that_run():
+    """The mean behind a product on integers, with scales for each layer, is that which runs."""
+    params, x = {**STACKED[1], "in": 0.5 * STACKED[1]["in"]}, normal(12, 8) + 1
+    coarse = qjax.static(qjax.int8())
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8()), qjax.Rule("*:*", activation=(qjax.static(qjax.uint8()), coarse))])
+    result = qjax.quantize(mixing, params, policy, [x])
+    assert len(result.sites) == 2 and all(jax.tree.leaves(q)[0].shape == (3,) for q in result.sites.values())
+    corrected = qjax.correct_bias(mixing, params, result, [x])
+    want = jax.jit(mixing)(params, x)[0]
+    wrong, right = (
+        np.abs(np.asarray(jax.jit(qjax.quantized(mixing, sites=r.sites))(r.params, x)[0] - want).mean(1)).max() for r in (result, corrected)
+    )
+    assert wrong > 1e-3 and right < 2e-5, (wrong, right)
+
+
+@pytest.mark.slow
+def test_a_rescaled_module_with_other_variables(tmp_path):
+    """The folds are found again by path in the tree of all variables, which has more leaves than were quantized."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True, use_scale=False)(x)
+            return nn.Dense(4)(nn.relu(nn.Dense(8)(x)))
+
+    model, x = Net(), normal(20, 8) + 1
+    variables = model.init(jax.random.key(0), x)
+    policy = qjax.Policy([qjax.Rule("*kernel", weight=qjax.int4(), method=qjax.awq())])
+    result = qjax.linen.quantize(model, variables, policy, [x])
+    corrected = qjax.correct_bias(model.apply, variables, result, [x])
+    shift = np.asarray(jax.jit(qjax.quantized(model.apply))(corrected.params, x) - model.apply(variables, x)).mean(0)
+    assert result.folds and np.abs(shift).max() < 2e-5
+    qjax.save(tmp_path / "model", corrected)
+    loaded = qjax.load(tmp_path / "model")
+    with pytest.raises(ValueError, match="A result that was loaded does not know how inputs were rescaled"):
+        qjax.correct_bias(model.apply, variables, loaded, [x])

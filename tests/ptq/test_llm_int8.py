@@ -199,6 +199,22 @@ def test_overflow_counts_what_numpy_counts():
         qjax.overflow(fn)(params, data[0])
 
 
+def test_overflow_sees_what_products_on_integers_give():
+    def fn(p, x):
+        return lax.scan(lambda x, w: (x @ (x.T @ x) @ w, None), x, p)[0]
+
+    params, x = 0.1 * normal(2, 8, 8), planted(normal(9, 8), [2])
+    product = qjax.Rule("*:*", activation=qjax.static(qjax.int4()))
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8(), method=qjax.llm_int8(capacity=1)), product])
+    result = qjax.quantize(fn, params, policy, calibration=[0.01 * x])
+    # The ranges of the small batch cut the products of the large one off, so fewer columns of theirs are outliers.
+    seen, unseen = (jax.jit(qjax.overflow(fn, sites=sites))(result.params, x) for sites in (result.sites, None))
+    (seen,), (unseen,) = seen.values(), unseen.values()
+    assert result.sites and int(seen.calls) == int(unseen.calls) == 2 and int(seen.most) < int(unseen.most)
+    with pytest.raises(TypeError, match="`sites` must be the `sites` of a result"):
+        qjax.overflow(fn, sites=result)
+
+
 def test_the_capacity_comes_from_the_data_with_a_margin():
     x = planted(normal(30, 64), list(range(14)))
     result = quantized(matmul, {"w": normal(64, 5)}, (x,))

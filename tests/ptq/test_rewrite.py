@@ -157,4 +157,27 @@ def test_wrong_arguments_are_named():
     packed = qjax.quantize(fn, params, qjax.Policy([qjax.Rule("*", weight=qjax.int8())]), [x]).params
     with pytest.raises(TypeError, match="'a' is quantized already"):
         qjax.rewrite(fn, packed, [x], STEPS)
-    assert qjax.rewrite(fn, params, [x], []).error == 0
+    with pytest.raises(ValueError, match="`steps` is empty"):
+        qjax.rewrite(fn, params, [x], [])
+    for bad in (x.at[1, 2].set(jnp.nan), x.at[0, 0].set(-jnp.inf)):
+        with pytest.raises(ValueError, match=r"`calibration` batch 0 holds NaN or infinity in its array 0 of shape \(3, 4\)"):
+            qjax.rewrite(fn, params, [bad], STEPS)
+    with pytest.raises(ValueError, match="all zero on this batch, which says nothing about a rewrite: give another batch"):
+        qjax.rewrite(fn, params, [0 * x], STEPS)
+
+
+def test_a_step_says_what_it_finds():
+    """Equalization: what it improves, and which input a refusal is about. A step that finds nothing has a line, too."""
+    fn, x = (lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]), normal(3, 6)
+    params = {"a": normal(6, 6) * jnp.exp(normal(6, seed=3)), "b": normal(6, 4, seed=1) * jnp.exp(normal(6, 1, seed=4))}
+    result = qjax.rewrite(fn, params, [x], STEPS[:2])
+    folding, a, b, refused = result.changes
+    assert (folding.path, folding.text, folding.done) == ("*", "found no batch norm behind a linear layer", False)
+    said = a.text.removeprefix("shares its range with b: spread of channels on both sides ")
+    before, after = map(float, said.split(" -> "))
+    assert before > after >= 1 and b.text == "shares its range with a"
+    assert refused.path == "a" and refused.text.startswith("the channels that it reads stay as they are: the scale would reach an input")
+    assert "found no batch norm" in str(result)
+    quiet = dataclasses.replace(Wrong(False), name="quiet")
+    object.__setattr__(quiet, "apply", lambda program, params, inputs: StepOutcome(list(params), (), (), 0.0))
+    assert qjax.rewrite(fn, params, [x], [quiet]).changes[0].text == "found nothing to do"
