@@ -65,9 +65,10 @@ def test_ranges_and_shares_do_not_depend_on_the_cut(name, kind):
     assert (found[0].mean, found[0].std) == pytest.approx((X.mean(), X.std()), rel=1e-5)
 
 
-def test_the_range_is_the_one_that_quantize_stores():
-    batches = np.split(X, 3)
-    act = qjax.static(qjax.int8(), observer=qjax.percentile(99))
+@pytest.mark.parametrize("observer", [qjax.percentile(99), qjax.moving_average(0.9)], ids=lambda observer: type(observer).__name__)
+def test_the_range_is_the_one_that_quantize_stores(observer):
+    batches = [X, 2 * X, 3 * X, 10 * X]
+    act = qjax.static(qjax.int8(), observer=observer)
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8(), activation=act)])
     stored = qjax.quantize(matmul, W, policy, calibration=batches).params["w"].act_scale.item()
     (row,) = qjax.calibrate(matmul, W, batches, policy).rows
