@@ -92,7 +92,7 @@ class Calibration:
         sites = dict.fromkeys(row.site for row in self.rows)
         title = f"{len(sites)} sites, {self.batches} {'batch' if self.batches == 1 else 'batches'}"
         table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
-        table.add_column("site", overflow="fold", min_width=24)
+        table.add_column("site", no_wrap=True)
         for name in ("rows", "range", "values", "outside", "moved", "drift"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("notes", overflow="fold", min_width=8)
