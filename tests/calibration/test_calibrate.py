@@ -216,7 +216,7 @@ def test_batches_of_other_shapes():
         ([X], {"observer": qjax.minmax}, TypeError, "`observer` must find ranges"),
         ([X], {"spec": qjax.nf4()}, TypeError, "`spec` of activations must be integers"),
         ([X], {"where": 3}, TypeError, "`where` must be a pattern"),
-        ([X], {"where": "v"}, ValueError, "'v' matches no parameter"),
+        ([X], {"where": "v"}, ValueError, "^`where` 'v' matches no parameter of the program; what can be observed is w$"),
     ],
 )
 def test_bad_arguments(data, options, error, match):
