@@ -89,16 +89,21 @@ class Report:
         document = dataclasses.asdict(self) | {"nbytes": self.nbytes, "float_nbytes": self.float_nbytes}
         return json.dumps(document, indent=1)
 
-    def __rich__(self) -> Table:
+    @property
+    def summary(self) -> str:
+        """How much was or would be quantized, in one line."""
         quantized = [r for r in self.rows if r.spec]
         sizes = f"{format_bytes(self.float_nbytes)} -> {format_bytes(self.nbytes)}"
         planned = bool(quantized) and all(row.error is None for row in quantized)
         verb = "would be quantized" if planned else "quantized"
         products = [r for r in self.rows if r.what == "product"]
-        title = f"{len(quantized)} of {len(self.rows) - len(products)} parameters {verb}, {sizes}"
+        text = f"{len(quantized)} of {len(self.rows) - len(products)} parameters {verb}, {sizes}"
         if products:
-            title += f", and {sum(bool(r.activation) for r in products)} of {len(products)} named products of two activations"
-        table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
+            text += f", and {sum(bool(r.activation) for r in products)} of {len(products)} named products of two activations"
+        return text
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.summary, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
         table.add_column("parameter", no_wrap=True)
         for name in ("shape", "op", "spec", "method"):
             table.add_column(name, overflow="fold")

@@ -62,3 +62,13 @@ def test_no_name_and_no_number_is_cut(monkeypatch, columns):
         assert all(word in text for word in words), text
         assert "…" not in text and len({len(line) for line in text.splitlines() if line[:1] in "│┃┏└"}) == 1, text
     assert max(map(len, str(report()).splitlines())) <= max(columns, 111)  # no wider than the columns need
+
+
+def test_a_result_prints_in_one_line_and_is_no_tree_of_parameters():
+    fn, params, x = lambda p, x: x @ p["w"], {"w": jnp.ones((16, 4))}, jnp.ones((2, 16))
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8())])
+    result = qjax.quantize(fn, params, policy, calibration=[x])
+    assert repr(result) == str(result) == "Result(1 of 1 parameters quantized, 256 B -> 80 B)"
+    for transform in (qjax.quantized, qjax.overflow):
+        with pytest.raises(TypeError, match=r"`params` is a Result, .* pass its parameters, result\.params"):
+            transform(fn)(result, x)

@@ -36,10 +36,6 @@ class SiteShift:
       outside: share of the second data set's values beyond the first one's range.
       shifted: whether they disagree; None where that cannot be told.
       verdict: why, in words.
-
-    Example:
-      >>> SiteShift("w", "w", 0.5, 0.1, 3.0, 0.2, True, "50 % of the values lie elsewhere, 5 times the floor").shifted
-      True
     """
 
     name: str
@@ -59,6 +55,11 @@ class Comparison:
     Attributes:
       rows: one for each part of every site: those that are shifted, then the others, then those that cannot be judged; by distance.
       notes: remarks on the whole.
+
+    Example:
+      >>> row = SiteShift("w", "w", 0.5, 0.1, 3.0, 0.2, True, "50 % of the values lie elsewhere, 5 times the floor")
+      >>> Comparison((row,)).shifted
+      ('w',)
     """
 
     rows: tuple[SiteShift, ...]
@@ -188,7 +189,7 @@ def _shift(own: SiteRange, other: SiteRange, floor: float | None, distance: floa
     more, fewer = _beyond_chance(beyond, own, other), _beyond_chance(inverse, other, own)
     if more and beyond > own.outside + _BEYOND:
         reasons.append(f"{share(beyond)} lie beyond the range")
-    if stretch is not None and (more and stretch > allowed or fewer and stretch < 1 / allowed):
+    if stretch is not None and ((more and stretch > allowed) or (fewer and stretch < 1 / allowed)):
         reasons.append(f"the range is {stretch:.3g} times as wide")
     return SiteShift(own.name, own.site, distance, floor, stretch, beyond, bool(reasons), "; ".join(reasons) or "within the floor")
 

@@ -71,6 +71,12 @@ class Calibration:
       batches: how many were seen.
       notes: remarks on the whole, such as sites that cannot be observed.
       bins: the histogram of every site, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> found = qjax.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [jnp.array([[1.0, -4.0]])])
+      >>> found.rows[0].least, found.rows[0].hi, found.unseen
+      (-4.0, 4.0, ())
     """
 
     rows: tuple[SiteRange, ...]

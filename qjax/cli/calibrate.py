@@ -100,7 +100,7 @@ def _compare(a: Any, b: Any) -> Any:
     found = qjax.compare(a, b)
     if a.batches > 1:
         return found
-    note = "A gives one batch, whose halves cannot be compared, so nothing is judged: give a longer A, or a smaller --batch-size or --window"
+    note = "A gives one batch, whose halves cannot be compared; nothing is judged: give a longer A, or smaller --batch-size or --window"
     return dataclasses.replace(found, notes=(note,))
 
 

@@ -233,8 +233,8 @@ def check_keeps(model: Model, policy: Any) -> None:
         try:
             qjax.Policy([keep]).resolve(program)
         except ValueError as error:
-            said = str(error).replace("rule `pattern` ", "--keep ").replace("remove the rule or widen its pattern", "leave it out or widen it")
-            raise ValueError(said) from error
+            said = str(error).replace("rule `pattern` ", "--keep ")
+            raise ValueError(said.replace("remove the rule or widen its pattern", "leave it out or widen it")) from error
     if all(any(keep.matches(path) for keep in keeps) for path in paths):
         patterns = ", ".join(repr(keep.pattern) for keep in keeps)
         raise ValueError(f"--keep {patterns} leaves nothing to quantize of {len(paths)} parameters, such as {paths[0]!r}: keep less")

@@ -68,7 +68,8 @@ def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
     table.add_column("parameter", overflow="fold")
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("shape", no_wrap=True)
-    for name in ("spec", "method", *(("activations",) if any(map(_activation, rows)) else ())) if show_how else ():
+    several = len(set(map(_activation, rows))) > 1
+    for name in ("spec", "method", *(("activations",) if several else ())) if show_how else ():
         table.add_column(name, overflow="fold")
     measured = any(row.error is not None for row in rows)
     for name in ("bits", "size", *(("error",) if measured else ())):
@@ -78,7 +79,8 @@ def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
         kinds.setdefault((_kind(row.path, every), row.shape, row.spec, row.method, _activation(row)), []).append(row)
     for (path, shape, spec, method, activation), members in kinds.items():
         errors = [row.error for row in members if row.error is not None]
-        cells = [path, str(len(members)), "x".join(map(str, shape)), *((spec, method, *((activation,) if any(map(_activation, rows)) else ())) if show_how else ())]
+        how = (spec, method, *((activation,) if several else ())) if show_how else ()
+        cells = [path, str(len(members)), "x".join(map(str, shape)), *how]
         bits = sum(row.bits_per_weight for row in members) / len(members)
         cells += [f"{bits:.2f}", format_bytes(sum(row.nbytes for row in members))]
         table.add_row(*cells, *([f"{sum(errors) / len(errors):.2e}"] if errors else []))

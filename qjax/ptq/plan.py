@@ -283,7 +283,8 @@ def _operands(named: Sequence[ProductChoice]) -> int | None:
     pairs = [(c.product, c.operands) for c in named if c.operands is not None and any(act.static for act in c.operands)]
     total = 0
     for product, acts in pairs:
-        found: list[Any] = [Together((act.observer or minmax(), AllFinite())) if act.static else None for act in acts]
+        observers: list[Any] = [(act.observer or minmax()) if act.static else None for act in acts]
+        found = [None if observer is None else Together((observer, AllFinite())) for observer in observers]
         if not why_not_observed(product):
             total += _nbytes(functools.partial(OperandObservers(*found).init, product))
     return total if pairs else None

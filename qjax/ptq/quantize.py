@@ -59,6 +59,9 @@ class Result:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     sites: dict[str, QProduct] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Result({self.report.summary})"
+
 
 def quantize(
     fn: Callable[..., Any],

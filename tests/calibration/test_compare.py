@@ -89,10 +89,9 @@ def alone(seed, rows, scale=1.0, batches=1):
     product = lambda p, x: jnp.einsum("nri,nio->nro", x, p["w"])  # noqa: E731
     whole = qjax.calibrate(product, {"w": jnp.ones((SEEDS, 8, 4))}, np.split(x, batches, axis=1))
     assert len(whole.rows) == SEEDS
-    return [
-        dataclasses.replace(whole, rows=(dataclasses.replace(row, name="w"),), bins={"w": jax.tree.map(lambda x, i=i: x[i : i + 1], whole.bins["w"])})
-        for i, row in enumerate(whole.rows)
-    ]  # fmt: skip
+    bins = [{"w": jax.tree.map(lambda x, i=i: x[i : i + 1], whole.bins["w"])} for i in range(SEEDS)]
+    rows = [dataclasses.replace(row, name="w") for row in whole.rows]
+    return [dataclasses.replace(whole, rows=(row,), bins=own) for row, own in zip(rows, bins, strict=True)]
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def test_a_short_text_still_has_two_halves(tiny, texts, tmp_path):
     assert json_of("calibrate", tiny, "--compare", tmp_path / "short", texts["b"], *only)["rows"][0]["shifted"] is not None
     one = invoke("calibrate", tiny, "--compare", tmp_path / "short", texts["b"], *only, "--batch-size", 8)
     text = " ".join(one.stdout.split())
-    assert one.exit_code == 0 and "1 cannot be judged" in text and "give a longer A, or a smaller --batch-size" in text
+    assert one.exit_code == 0 and "1 cannot be judged" in text and "give a longer A, or smaller --batch-size" in text
     assert "`a`" not in text and "layers_0/mlp/up_proj/kernel" in text and "%" in text
 
 

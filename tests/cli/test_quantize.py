@@ -343,7 +343,8 @@ def test_resume_goes_on_and_is_removed(tiny, passages, tmp_path, monkeypatch):
     assert "--resume" in line and str(kept) in line
     other = invoke("quantize", tiny, folder, *options, "--act-order", "--resume")
     assert other.exit_code == 1 and "differs in its policy" in other.stderr
-    assert other.stderr.startswith(f"qjax: error: --resume: {str(kept)!r} holds") and "give another DST, or remove that folder" in other.stderr
+    assert other.stderr.startswith(f"qjax: error: --resume: {str(kept)!r} holds")
+    assert "give another DST, or remove that folder" in other.stderr
     with monkeypatch.context() as patch:
         patch.setattr(qjax, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         stopped = invoke("quantize", tiny, folder, *options, "--resume")
