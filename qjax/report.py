@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -87,17 +89,22 @@ class Report:
         document = dataclasses.asdict(self) | {"nbytes": self.nbytes, "float_nbytes": self.float_nbytes}
         return json.dumps(document, indent=1)
 
-    def __rich__(self) -> Table:
+    @property
+    def summary(self) -> str:
+        """How much was or would be quantized, in one line."""
         quantized = [r for r in self.rows if r.spec]
         sizes = f"{format_bytes(self.float_nbytes)} -> {format_bytes(self.nbytes)}"
         planned = bool(quantized) and all(row.error is None for row in quantized)
         verb = "would be quantized" if planned else "quantized"
         products = [r for r in self.rows if r.what == "product"]
-        title = f"{len(quantized)} of {len(self.rows) - len(products)} parameters {verb}, {sizes}"
+        text = f"{len(quantized)} of {len(self.rows) - len(products)} parameters {verb}, {sizes}"
         if products:
-            title += f", and {sum(bool(r.activation) for r in products)} of {len(products)} named products of two activations"
-        table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
-        table.add_column("parameter", overflow="fold", min_width=14)
+            text += f", and {sum(bool(r.activation) for r in products)} of {len(products)} named products of two activations"
+        return text
+
+    def __rich__(self) -> Table:
+        table = Table(title=self.summary, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
+        table.add_column("parameter", no_wrap=True)
         for name in ("shape", "op", "spec", "method"):
             table.add_column(name, overflow="fold")
         for name in ("bits", "bytes", "error"):
@@ -114,12 +121,28 @@ class Report:
 def render(value: Any, width: int | None = None) -> str:
     """Renders anything rich can show as plain text, as wide as the terminal unless told; 140 columns where there is none.
 
-    Wider where the columns need it: a line that wraps can be read, numbers that are cut off cannot.
+    Wider where the columns need it: a line that wraps can be read, numbers and names that are cut off cannot.
     """
     width = width or shutil.get_terminal_size((140, 24)).columns
+    value = value.__rich__() if hasattr(value, "__rich__") else value
+    least = _keep_words(value) if isinstance(value, Table) else 0
+    width = max(width, least)
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(value, width=max(width, console.measure(value).minimum), crop=False, no_wrap=False)
+    console.print(value, width=width, crop=False, no_wrap=False)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip("\n").split("\n"))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _keep_words(table: Table) -> int:
+    """Makes every column as wide as its longest word, or longest line where it must not wrap; returns the table's least width.
+
+    A console as narrow as the terminal would say that its own width is the least.
+    """
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    for column in table.columns:
+        texts = [console.render_str(str(cell)).plain for cell in (column.header, *column.cells)]
+        pieces = (piece for text in texts for piece in (text.splitlines() if column.no_wrap else text.split()))
+        column.min_width = max((cell_len(piece) for piece in pieces), default=1)
+    return Measurement.get(console, console.options, table).minimum
 
 
 def _cells(row: Row) -> Sequence[str]:

@@ -16,7 +16,17 @@ from qjax.calibration.distance import outside, total_variation
 from qjax.calibration.features import Features, feature_stats
 from qjax.calibration.findings import Calibration, SiteRange
 from qjax.calibration.histogram import Bins, Histogram, histogram
-from qjax.calibration.observe import Observation, Seen, Watched, check_where, init_states, observations, observe_program, watched_sites
+from qjax.calibration.observe import (
+    Observation,
+    Seen,
+    Watched,
+    check_where,
+    init_states,
+    observations,
+    observe_program,
+    unflattened,
+    watched_sites,
+)
 from qjax.calibration.observers import RangeObserver, Together
 from qjax.core import IntSpec, static
 from qjax.policy import Policy
@@ -40,9 +50,9 @@ def calibrate(
     """Runs data through a function, and says for every site which range its input gets and how far that can be trusted.
 
     It is one pass; what is kept does not grow with the number of batches. The ranges of the extreme-value and the histogram
-    observers do not depend on how the data is cut into batches; a moving average does, and is joined from batches as `quantize` joins
-    it, by its `merge`. Nothing is rounded: activations are those of the function as it is given,
-    so for a packed model those of its dequantized weights.
+    observers do not depend on how the data is cut into batches; that of a moving average does: its state is carried from batch to
+    batch in order, as `quantize` carries it. Nothing is rounded: activations are those of the function as it is given, so for a
+    packed model those of its dequantized weights.
 
     Args:
       fn: any JAX function whose first argument is `params`; see `qjax.quantize`.
@@ -90,11 +100,11 @@ def calibrate(
             first = first or plans[id(program)]
             _check_same(first, plans[id(program)], i)
         plan = plans[id(program)]
-        seen, finite = plan.run([*arguments.params, *arguments.inputs])
-        _check_finite(np.asarray(finite), plan.sites, i)
         half = 0 if 2 * i < number else 1
-        now = halves[half]
-        halves[half] = seen if now is None else _merge(now, seen)
+        before = halves[half]
+        seen, finite = plan.run(plan.begin(halves[0]) if before is None else before, [*arguments.params, *arguments.inputs])
+        _check_finite(np.asarray(finite), plan.sites, i)
+        halves[half] = seen
         if progress is not None:
             progress(i + 1, number)
     if first is None or halves[0] is None:
@@ -110,7 +120,8 @@ class _Plan:
       program: the program, which is kept alive so that its identity stays its own.
       sites: what is watched.
       refused: what cannot be, and why.
-      run: flat arguments -> (what one batch shows, whether each site's input is finite).
+      begin: (what the first half showed, or None) -> what is seen before any data of a half.
+      run: (what was seen before, flat arguments) -> (what is seen with this batch, whether each site's input is finite).
       kept: name, parts and columns of every site.
       shapes: of the batch it was made for.
     """
@@ -118,7 +129,8 @@ class _Plan:
     program: Program
     sites: list[Watched]
     refused: dict[str, str]
-    run: Callable[[list[Any]], tuple[Seen, jax.Array]]
+    begin: Callable[[Seen | None], Seen]
+    run: Callable[[Seen, list[Any]], tuple[Seen, jax.Array]]
     kept: dict[str, tuple[Any, ...]]
     shapes: str
 
@@ -128,19 +140,35 @@ def _plan(program: Program, sites: list[Watched], refused: dict[str, str], shape
     observers = {w.site.key: w.observer for w in watched}
     observe = observe_program(program, observers)
 
-    def run(values: list[Any]) -> tuple[Seen, jax.Array]:
-        seen = observations(observe(init_states(program, observers), values), watched)
+    def begin(first: Seen | None) -> Seen:
+        new = observations(init_states(program, observers), watched)
+        return new if first is None else {name: _carried(first[name], new[name]) for name in new}
+
+    def run(before: Seen, values: list[Any]) -> tuple[Seen, jax.Array]:
+        start = init_states(program, observers)
+        start = {w.site.key: unflattened(before[w.names.site].state, start[w.site.key]) for w in watched}
+        seen = observations(observe(start, values), watched)
         features = [_features(seen[w.names.site]) for w in watched]
         return seen, jnp.stack([jnp.isfinite(f.lo).all() & jnp.isfinite(f.hi).all() for f in features])
 
-    empty = jax.eval_shape(lambda: observations(init_states(program, observers), watched))
+    empty = jax.eval_shape(lambda: begin(None))
     kept = {w.names.site: (w.names.parts, _features(empty[w.names.site]).lo.shape) for w in watched}
-    return _Plan(program, sites, refused, jax.jit(run), kept, shapes)
+    return _Plan(program, sites, refused, begin, jax.jit(run), kept, shapes)
 
 
 def _together(observer: Any) -> Together:
-    more = () if isinstance(observer, Histogram) else (_BINS,)
+    """What watches a site: the observer, the features, a histogram, and the observer again for what it makes of both halves.
+
+    The last is carried from the first half into the second: of an observer whose result depends on the order, such as a moving average,
+    merged halves are not the whole. Those that keep a histogram merge exactly and need neither of the two.
+    """
+    more = () if isinstance(observer, Histogram) else (_BINS, observer)
     return Together((observer, feature_stats(), *more))
+
+
+def _carried(before: Observation, after: Observation) -> Observation:
+    """`after`, but for what runs through both halves, which is that of `before`."""
+    return Observation((*after.state[:3], *before.state[3:]), after.observer)
 
 
 def _features(observation: Observation) -> Features:
@@ -153,7 +181,8 @@ def _bins(observation: Observation) -> Bins:
 
 @jax.jit
 def _merge(a: Seen, b: Seen) -> Seen:
-    return {name: a[name].merge(b[name]) for name in a}
+    """Both halves; what runs through them is in the second one whole."""
+    return {name: _carried(b[name], a[name].merge(b[name])) for name in a}
 
 
 def _check_observer(observer: Any) -> None:
@@ -207,7 +236,7 @@ def _rows(w: Watched, whole: Observation, first: Observation, second: Observatio
     """One row for each part of a site."""
     bins, features = _bins(whole), jax.device_get(_features(whole))
     seen, count = jax.device_get(bins.seen), features.count
-    lo, hi = _range(w, whole)
+    lo, hi = _range(w, whole.state[-1] if len(whole.state) == 4 else whole.state[0])
     beyond = outside(bins, lo, hi)
     moved, drift = _apart(w, hi - lo, first, second) if second is not None else ([None] * len(count),) * 2
     constant = (features.lo == features.hi) & (count > 1)[:, None]
@@ -249,15 +278,15 @@ def _notes(rows: int, one_half: bool) -> tuple[str, ...]:
     return ("data reached it in one half only: its halves cannot be compared",) if one_half else ()
 
 
-def _range(w: Watched, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
+def _range(w: Watched, state: Any) -> tuple[np.ndarray, np.ndarray]:
     observer: Any = w.observer
-    lo, hi = observer.range(observation.state[0], w.spec)
+    lo, hi = observer.range(state, w.spec)
     return np.asarray(lo, np.float64), np.asarray(hi, np.float64)
 
 
 def _apart(w: Watched, width: np.ndarray, first: Observation, second: Observation) -> tuple[list[float | None], list[float | None]]:
     """How far the halves are apart: (the range, in widths of the whole one; the values, as `total_variation`), None without both."""
-    (lo_a, hi_a), (lo_b, hi_b) = _range(w, first), _range(w, second)
+    (lo_a, hi_a), (lo_b, hi_b) = _range(w, first.state[0]), _range(w, second.state[0])
     moved = np.maximum(np.abs(lo_b - lo_a), np.abs(hi_b - hi_a)) / np.where(width > 0, width, 1.0)
     both = (np.asarray(_features(first).count) > 0) & (np.asarray(_features(second).count) > 0)
     drift = total_variation(_bins(first), _bins(second))

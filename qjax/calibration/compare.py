@@ -18,6 +18,8 @@ from qjax.report import render
 _MARGIN = 2.0
 # A range this many times as wide or as narrow costs a bit of the codes.
 _STRETCH = 2.0
+# Values beyond a range count from this share on, and from so many standard deviations of what chance puts there.
+_BEYOND, _DEVIATIONS = 0.01, 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Comparison:
     Attributes:
       rows: one for each part of every site: those that are shifted, then the others, then those that cannot be judged; by distance.
       notes: remarks on the whole.
+
+    Example:
+      >>> row = SiteShift("w", "w", 0.5, 0.1, 3.0, 0.2, True, "50 % of the values lie elsewhere, 5 times the floor")
+      >>> Comparison((row,)).shifted
+      ('w',)
     """
 
     rows: tuple[SiteShift, ...]
@@ -71,7 +78,7 @@ class Comparison:
     def __rich__(self) -> Table:
         title = f"{len(self.shifted)} of {len(self.rows)} inputs have shifted"
         table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
-        table.add_column("site", overflow="fold")
+        table.add_column("site", no_wrap=True)
         for name in ("distance", "floor", "width", "outside"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("verdict", overflow="fold")
@@ -91,7 +98,11 @@ def compare(a: Calibration, b: Calibration) -> Comparison:
     The distance is the total variation between the histograms. Its floor is what `a` shows between its own halves,
     `floor = drift sqrt((1 + n_a / n_b) / 4)` for `n` rows, since that of two samples goes as `sqrt(1 / n_a + 1 / n_b)`; the
     median floor of all sites where that is larger, for one pair of halves can agree by luck. A site is shifted if the distance
-    exceeds twice the floor, or if `b`'s range is more than `2 (1 + moved)` times as wide or as narrow as `a`'s.
+    exceeds twice the floor, or if one of them has more values beyond the other's range than chance puts there: for the range of
+    `n` rows with the share `s` of its own values outside, beyond which `m` rows of the other lie,
+    `p + 3 sqrt(p (1 - p) (1 / n + 1 / m))` with `p = (s n + 1) / (n + 1)`. Of `b`'s values that must be 1 % more than `s`, or a range
+    more than `2 (1 + moved)` times as wide; of `a`'s a range of `b` that many times as narrow. So the small maximum of few rows is
+    no finding.
 
     Args:
       a: of the data the ranges are for, at least two batches.
@@ -123,6 +134,7 @@ def compare(a: Calibration, b: Calibration) -> Comparison:
     rows = [(own, others[own.name]) for own in a.rows]
     distance = {n: dict(zip(_parts(a, n), total_variation(a.bins[n], b.bins[n]), strict=True)) for n in a.bins}
     beyond = {n: dict(zip(_parts(a, n), outside(b.bins[n], *_ends(a, n)), strict=True)) for n in a.bins}
+    inverse = {n: dict(zip(_parts(a, n), outside(a.bins[n], *_ends(b, n, _parts(a, n))), strict=True)) for n in a.bins}
     floors = {own.name: _floor(own, other) for own, other in rows}
     known = [floor for floor in floors.values() if floor is not None]
     least = float(np.median(known)) if known else 0.0
@@ -130,7 +142,8 @@ def compare(a: Calibration, b: Calibration) -> Comparison:
     for own, other in rows:
         floor = floors[own.name]
         floor = None if floor is None else max(floor, least)
-        shifts.append(_shift(own, other, float(distance[own.site][own.name]), floor, float(beyond[own.site][own.name])))
+        shares = tuple(float(found[own.site][own.name]) for found in (distance, beyond, inverse))
+        shifts.append(_shift(own, other, floor, *shares))
     notes = () if a.batches > 1 else ("`a` is one batch, whose halves cannot be compared: there is no floor, and nothing is judged",)
     return Comparison(tuple(sorted(shifts, key=_badness)), notes)
 
@@ -139,8 +152,9 @@ def _parts(a: Calibration, site: str) -> list[str]:
     return [row.name for row in a.rows if row.site == site]
 
 
-def _ends(a: Calibration, site: str) -> tuple[np.ndarray, np.ndarray]:
-    rows = [row for row in a.rows if row.site == site]
+def _ends(a: Calibration, site: str, parts: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+    known = {row.name: row for row in a.rows if row.site == site}
+    rows = [known[name] for name in parts or known]
     return np.array([row.lo for row in rows]), np.array([row.hi for row in rows])
 
 
@@ -150,7 +164,16 @@ def _floor(own: SiteRange, other: SiteRange) -> float | None:
     return own.drift * math.sqrt((1 + own.rows / other.rows) / 4)
 
 
-def _shift(own: SiteRange, other: SiteRange, distance: float, floor: float | None, beyond: float) -> SiteShift:
+def _beyond_chance(share_beyond: float, of: SiteRange, seen: SiteRange) -> bool:
+    """Whether more of the values of `seen` lie beyond the range of `of` than chance puts there.
+
+    Rows are what is drawn: the values of one row may all be large together.
+    """
+    p = (of.outside * of.rows + 1) / (of.rows + 1)
+    return share_beyond > p + _DEVIATIONS * math.sqrt(p * (1 - p) * (1 / of.rows + 1 / seen.rows))
+
+
+def _shift(own: SiteRange, other: SiteRange, floor: float | None, distance: float, beyond: float, inverse: float) -> SiteShift:
     if not own.rows or not other.rows:
         which = "either" if not own.rows and not other.rows else "the first" if not own.rows else "the second"
         return SiteShift(own.name, own.site, None, floor, None, None, None, f"no data of {which} reached it")
@@ -163,7 +186,10 @@ def _shift(own: SiteRange, other: SiteRange, distance: float, floor: float | Non
     if distance > _MARGIN * floor:
         reasons.append(f"{share(distance)} of the values lie elsewhere" + (f", {distance / floor:.0f} times the floor" if floor else ""))
     allowed = _STRETCH * (1 + own.moved)
-    if stretch is not None and not 1 / allowed <= stretch <= allowed:
+    more, fewer = _beyond_chance(beyond, own, other), _beyond_chance(inverse, other, own)
+    if more and beyond > own.outside + _BEYOND:
+        reasons.append(f"{share(beyond)} lie beyond the range")
+    if stretch is not None and ((more and stretch > allowed) or (fewer and stretch < 1 / allowed)):
         reasons.append(f"the range is {stretch:.3g} times as wide")
     return SiteShift(own.name, own.site, distance, floor, stretch, beyond, bool(reasons), "; ".join(reasons) or "within the floor")
 

@@ -71,6 +71,12 @@ class Calibration:
       batches: how many were seen.
       notes: remarks on the whole, such as sites that cannot be observed.
       bins: the histogram of every site, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> found = qjax.calibrate(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [jnp.array([[1.0, -4.0]])])
+      >>> found.rows[0].least, found.rows[0].hi, found.unseen
+      (-4.0, 4.0, ())
     """
 
     rows: tuple[SiteRange, ...]
@@ -92,7 +98,7 @@ class Calibration:
         sites = dict.fromkeys(row.site for row in self.rows)
         title = f"{len(sites)} sites, {self.batches} {'batch' if self.batches == 1 else 'batches'}"
         table = Table(title=title, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
-        table.add_column("site", overflow="fold", min_width=24)
+        table.add_column("site", no_wrap=True)
         for name in ("rows", "range", "values", "outside", "moved", "drift"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("notes", overflow="fold", min_width=8)

@@ -16,7 +16,7 @@ from qjax.calibration.products import OperandObservers, operand_rows
 from qjax.calibration.ranges import minmax
 from qjax.calibration.rows import columns, site_rows, stack_size, why_no_rows
 from qjax.core import ActSpec, IntSpec, int8, static
-from qjax.policy import Policy, Rule
+from qjax.policy import Policy, Rule, is_candidate, no_site_reason
 from qjax.program import Interpreter, Key, Product, Program, ProgramCache, Site, compat, materialize, split_arguments
 
 
@@ -132,7 +132,7 @@ def watched_sites(
     Raises:
       ValueError: a pattern matches nothing, or nothing that can be observed.
     """
-    policy = where if isinstance(where, Policy) else Policy([Rule(where, weight=int8())])
+    policy = where if isinstance(where, Policy) else _policy_of(where, program)
     chosen = {c.leaf.index: c.activation for c in policy.resolve(program) if c.spec is not None}
     named = name_sites(program, scan_lengths(program))
     found, refused = [], {}
@@ -149,6 +149,17 @@ def watched_sites(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it leaves everything float"
         raise ValueError(f"`where` {where!r} names no site that can be observed: {reasons}")
     return found, refused
+
+
+def _policy_of(where: str, program: Program) -> Policy:
+    """The policy of a pattern; refuses one that names nothing in the words of the argument, not of a rule that nobody wrote."""
+    rule = Rule(where, weight=int8())
+    matched = [leaf for leaf in program.leaves if rule.matches(leaf.path)]
+    if not any(map(is_candidate, matched)):
+        known = ", ".join([leaf.path for leaf in program.leaves if is_candidate(leaf)][:3]) or "nothing"
+        why = f"only {matched[0].path!r}: {no_site_reason(matched[0])}" if matched else "no parameter of the program"
+        raise ValueError(f"`where` {where!r} matches {why}; what can be observed is {known}")
+    return Policy([rule])
 
 
 def _of_rule(act: ActSpec | None) -> tuple[Observer[Any], IntSpec]:

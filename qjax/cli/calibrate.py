@@ -1,5 +1,6 @@
 """`qjax calibrate`: which ranges a text gives, how far they can be trusted, and how far two texts disagree."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -7,9 +8,19 @@ from typing import Any
 
 import click
 
-from qjax.cli.shared import SHIPPED, Model, check_tokenizer, emit, json_option, open_model, progress, window_length
+from qjax.cli.shared import (
+    OBSERVERS,
+    SHIPPED,
+    Model,
+    check_tokenizer,
+    emit,
+    json_option,
+    observer_of,
+    open_model,
+    progress,
+    window_length,
+)
 
-OBSERVERS = ["minmax", "absmax", "moving-average", "percentile", "entropy", "mse"]
 _TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -27,7 +38,7 @@ _TEXT = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--only", "where", default="*", show_default=True, metavar="PATTERN", help="A glob over parameter paths.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of text at most.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens a window.  [default: the context, at most 2048]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Windows at a time.  [default: 8, or half of a text that has fewer than 16]")
 @click.option("--every", is_flag=True, help="A row an input, not one for those that differ only in their layer, and what has not shifted.")
 @json_option
 def command(src: str, data: Path | None, pair: tuple[Path, Path] | None, every: bool, as_json: bool, **options: Any) -> None:
@@ -76,25 +87,21 @@ def _calibrate(model: Model, rows: Any, options: dict[str, Any], advance: Any) -
     from qjax.cli.quantize import batches_of
     from qjax.core import integer
 
-    p = options["percentile"]
-    observer: Any = {
-        "minmax": qjax.minmax,
-        "absmax": qjax.absmax,
-        "moving-average": qjax.moving_average,
-        "percentile": lambda: qjax.percentile() if p is None else qjax.percentile(p),
-        "entropy": qjax.entropy,
-        "mse": qjax.mse,
-    }[options["observer"]]()
+    observer = observer_of(options["observer"], options["percentile"])
     symmetric = not options["asymmetric"]
     spec = integer(options["bits"], signed=symmetric, symmetric=symmetric)
-    batches = batches_of(rows, options["batch_size"])
+    batches = batches_of(rows, options["batch_size"] or max(1, min(8, len(rows) // 2)))  # two halves, where there can be
     return qjax.calibrate(model.apply, model.params, batches, options["where"], observer=observer, spec=spec, progress=advance)
 
 
 def _compare(a: Any, b: Any) -> Any:
     import qjax
 
-    return qjax.compare(a, b)
+    found = qjax.compare(a, b)
+    if a.batches > 1:
+        return found
+    note = "A gives one batch, whose halves cannot be compared; nothing is judged: give a longer A, or smaller --batch-size or --window"
+    return dataclasses.replace(found, notes=(note,))
 
 
 def _show(document: dict[str, Any], result: Any, every: bool, texts: list[dict[str, Any]]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from qjax.cli.shared import in_options
+
 # Where each command is. A command's module imports jax only when it runs, so that help is instant.
 _COMMANDS = {
     "demo": "qjax.cli.demo",
@@ -42,8 +44,8 @@ class Commands(click.Group):
         kwargs["standalone_mode"] = False
         try:
             sys.exit(super().main(*args, **kwargs))
-        except click.Abort:
-            click.echo("qjax: interrupted", err=True)
+        except click.Abort as error:
+            click.echo(f"qjax: interrupted{f': {error}' if str(error) else ''}", err=True)
             sys.exit(130)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
@@ -56,7 +58,7 @@ class Commands(click.Group):
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    return str(error) or type(error).__name__
+    return in_options(str(error)) or type(error).__name__
 
 
 def _one_line(text: str) -> str:

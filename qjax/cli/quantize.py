@@ -13,13 +13,16 @@ from typing import Any
 import click
 
 from qjax.cli.shared import (
+    OBSERVERS,
     SHIPPED,
     Model,
     Update,
     check_tokenizer,
     describe_model,
     emit,
+    in_options,
     json_option,
+    observer_of,
     open_model,
     packed_bytes,
     progress,
@@ -45,6 +48,8 @@ METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
               help="Round to nearest, GPTQ, AWQ, SmoothQuant (with --activation), or LLM.int8().")
 @click.option("--activation", type=click.Choice(["dynamic", "static"]),
               help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
+@click.option("--observer", type=click.Choice(OBSERVERS), metavar="NAME",
+              help="--activation static: what chooses a range: " + ", ".join(OBSERVERS) + ".  [default: minmax]")
 @click.option("--mse/--no-mse", default=None,
               help="Search the range of each group instead of taking its extremes.  [default: gptq searches, rtn does not]")
 @click.option("--act-order", is_flag=True, help="gptq: columns with the largest activations first.")
@@ -85,12 +90,15 @@ def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
     if options["dry_run"]:
         _price(model, policy, batches, text, as_json)
         return
-    with progress() as begin:
+    found = _pieces(kept)
+    with progress() as begin, _saying_what_is_kept(kept):
         result = quantize_model(model, policy, batches, begin("quantizing"), kept, options["memory_limit"])
         metadata = {**describe_model(model), "calibration": text}
         save(dst, result, model, metadata, overwrite=options["overwrite"])
     if kept is not None:
         shutil.rmtree(kept)
+    if found:
+        click.echo(f"qjax: took over {found} finished pieces from `{kept}`", err=True)
     _warn_larger(result.report)
     document = describe_run(model, dst, result, metadata) | {"seconds": round(time.perf_counter() - started, 3)}
     emit(document) if as_json else _show(document, result, model)
@@ -102,11 +110,13 @@ def _check_options(options: dict[str, Any]) -> None:
     for names, fits, what in (
         (("act_order", "static_groups", "damping"), method == "gptq", "--method gptq"),
         (("calibration",), _needs_data(options), "a --method other than rtn, or --activation static"),
+        (("observer",), options["activation"] == "static", "--activation static"),
         (("mse",), method in ("rtn", "gptq"), "--method rtn or gptq"),
     ):
         given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, False)]
         if given and not fits:
-            raise click.UsageError(f"{given[0]} goes with {what}, and the method is {method}")
+            is_there = f"the method is {method}" if names != ("observer",) else f"--activation is {options['activation'] or 'float'}"
+            raise click.UsageError(f"{given[0]} goes with {what}, and {is_there}")
     if method == "smoothquant" and options["activation"] is None:
         raise click.UsageError("--method smoothquant is for quantized activations: give --activation static or dynamic")
     if method == "llm_int8" and weight not in _INTEGERS:
@@ -158,6 +168,23 @@ def _kept(dst: Path, options: dict[str, Any]) -> Path | None:
     return folder if options["resume"] else None
 
 
+def _pieces(kept: Path | None) -> int:
+    """How many finished parameters, layers of them and inputs' scales a folder holds."""
+    return 0 if kept is None or not kept.is_dir() else sum(path.name.startswith(("leaf.", "scales.")) for path in kept.iterdir())
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(kept: Path | None) -> Iterator[None]:
+    """Where Ctrl-C ends the work, says what is left of it and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not _pieces(kept):
+            raise
+        click.echo(err=True)  # ends the line of ^C
+        raise click.Abort(f"{_pieces(kept)} finished pieces are kept in `{kept}`; repeat the command with --resume to go on") from None
+
+
 def open_float(name: str) -> Model:
     """Opens a model that is to be quantized; refuses a packed one."""
     model = open_model(name)
@@ -185,7 +212,9 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
     }[options["method"]]()
     if weight in _CASTS:
         method = None
-    activation = {None: None, "dynamic": qjax.dynamic(qjax.int8()), "static": qjax.static(qjax.int8())}[options["activation"]]
+    observer = None if options["observer"] is None else observer_of(options["observer"])
+    static = qjax.static(qjax.int8(), observer=observer)
+    activation = {None: None, "dynamic": qjax.dynamic(qjax.int8()), "static": static}[options["activation"]]
     rule = qjax.Rule("*", weight=spec, method=method, activation=activation)
     return qjax.Policy([*(qjax.Rule(pattern) for pattern in keep), rule])
 
@@ -200,6 +229,12 @@ def check_keeps(model: Model, policy: Any) -> None:
     *keeps, _ = policy.rules
     program = qjax.trace(model.apply, model.params, jax.ShapeDtypeStruct((1, 2), np.int32))
     paths = [leaf.path for leaf in program.leaves if leaf.sites]
+    for keep in keeps:
+        try:
+            qjax.Policy([keep]).resolve(program)
+        except ValueError as error:
+            said = str(error).replace("rule `pattern` ", "--keep ")
+            raise ValueError(said.replace("remove the rule or widen its pattern", "leave it out or widen it")) from error
     if all(any(keep.matches(path) for keep in keeps) for path in paths):
         patterns = ", ".join(repr(keep.pattern) for keep in keeps)
         raise ValueError(f"--keep {patterns} leaves nothing to quantize of {len(paths)} parameters, such as {paths[0]!r}: keep less")
@@ -341,16 +376,19 @@ def _price(model: Model, policy: Any, batches: list[Any], text: Any, as_json: bo
     from qjax.cli.tables import describe_rows, report_table
 
     plan = qjax.plan(model.apply, model.params, policy, batches)
-    plan = dataclasses.replace(plan, report=_as_stored(plan.report, model))
+    plan = dataclasses.replace(plan, report=_as_stored(plan.report, model), problems=tuple(map(in_options, plan.problems)))
     _warn_larger(plan.report)
     if as_json:
         numbers = ("problems", "batches", "rows", "passes", "statistics", "live", "working", "peak", "programs", "seconds")
         emit({"source": model.name, **describe_rows(plan.report), "calibration": text, "dry_run": True,
               "plan": {name: getattr(plan, name) for name in numbers} | plan.work._asdict()})  # fmt: skip
-        return
-    console = Console(highlight=False)
-    for part in [*report_table(plan.report), *plan.lines(), "nothing was written"]:
-        console.print(part, markup=not isinstance(part, str))
+    else:
+        console = Console(highlight=False)
+        lines, refused = plan.lines(), len(plan.problems)
+        for part in [*lines[:refused], *report_table(plan.report), *lines[refused:], "nothing was written"]:
+            console.print(part, markup=not isinstance(part, str))
+    if plan.problems:
+        click.get_current_context().exit(1)
 
 
 def save(dst: Path, result: Any, model: Model, metadata: dict[str, Any], overwrite: bool) -> None:

@@ -19,6 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SHIPPED = "books-llama-4m"
 CONTEXT_LIMIT = 2048  # tokens of a window where a model could take more and the user did not say
 
+# What chooses a range: names of the library's observers.
+OBSERVERS = ["minmax", "absmax", "moving-average", "percentile", "entropy", "mse"]
+# Remedies of the library that are options here.
+_WORDS = (
+    ("`group_size`=", "--group-size "),
+    ("or pad=True, which pads", "or --pad, which pads"),
+    ("`where` ", "--only "),
+    ("`resume` ", "--resume: "),
+    ("give another folder, or remove this one to begin anew", "give another DST, or remove that folder to begin anew"),
+    ("which no quantization kept: give a new folder", "which no quantization kept: give another DST, or remove that folder"),
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else there.")
 
 
@@ -52,6 +64,25 @@ class Model:
     def start_ids(self) -> list[int]:
         """What stands before a text."""
         return [] if self.config.bos_token_id is None else [self.config.bos_token_id]
+
+
+def in_options(text: str) -> str:
+    """Says what the library says of its arguments of the options that set them.
+
+    >>> in_options("`group_size`=7 does not divide the 48 contracted values of `w`: take 8, or pad=True, which pads them to 49")
+    '--group-size 7 does not divide the 48 contracted values of `w`: take 8, or --pad, which pads them to 49'
+    """
+    for said, option in _WORDS:
+        text = text.replace(said, option)
+    return text
+
+
+def observer_of(name: str, percentile: float | None = None) -> Any:
+    """The observer of `OBSERVERS` with a name; `percentile` is for the one that has one."""
+    import qjax
+
+    make = getattr(qjax, name.replace("-", "_"))
+    return make() if percentile is None else make(percentile)
 
 
 def open_model(name: str) -> Model:

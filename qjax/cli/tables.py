@@ -1,8 +1,9 @@
 """A report for a terminal: parameters that differ only in the number of their layer are one row."""
 
+import collections
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -43,19 +44,22 @@ def report_table(report: Any, every: bool = False) -> list[Any]:
     """
     sums = totals(report)
     listed = [row for row in report.rows if row.spec]
-    how = sorted({(row.spec, row.method) for row in listed})
+    how = sorted({(row.spec, row.method, _activation(row)) for row in listed})
     sizes = f"{format_bytes(sums['float_nbytes'])} -> {format_bytes(sums['nbytes'])}"
     verb = "would be quantized" if listed and all(row.error is None for row in listed) and listed[0].method else "quantized"
     head = f"{sums['quantized']} of {sums['parameters']} parameters {verb}, {sizes}"
     if len(how) == 1:
         head += f": {how[0][0]} by {how[0][1]}"
+    acts = sorted({act for *_, act in how})
+    extra = [] if not any(acts) else [f"activations: {acts[0]}"] if len(acts) == 1 else ["activations: see the table"]
     if not listed:  # a float model: what could be quantized
         listed = [row for row in report.rows if row.ops]
         head = f"{len(listed)} of {sums['parameters']} parameters can be quantized, {format_bytes(sums['nbytes'])} in all"
-    lines: list[Any] = [head, "", _table(listed, show_how=len(how) > 1, every=every), ""]
+    lines: list[Any] = [head, *extra, "", _table(listed, show_how=len(how) > 1, every=every), ""]
     for reason, rows in _grouped(row for row in report.rows if row not in listed).items():
         lines.append(f"float: {_names(rows, every)}, {format_bytes(sum(row.nbytes for row in rows))}: {reason}")
-    lines += [f"note: {_names(rows, every)}: {note}" for note, rows in _grouped_notes(report.rows).items()]
+    kinds = collections.Counter(_kind(row.path, every) for row in report.rows)
+    lines += [f"note: {_names(rows, every, kinds)}: {note}" for note, rows in _grouped_notes(report.rows).items()]
     return [*lines, *(f"note: {note}" for note in report.notes)]
 
 
@@ -64,17 +68,19 @@ def _table(rows: list[Any], show_how: bool, every: bool) -> Table:
     table.add_column("parameter", overflow="fold")
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("shape", no_wrap=True)
-    for name in ("spec", "method") if show_how else ():
+    several = len(set(map(_activation, rows))) > 1
+    for name in ("spec", "method", *(("activations",) if several else ())) if show_how else ():
         table.add_column(name, overflow="fold")
     measured = any(row.error is not None for row in rows)
     for name in ("bits", "size", *(("error",) if measured else ())):
         table.add_column(name, justify="right", no_wrap=True)
     kinds: dict[Any, list[Any]] = {}
     for row in rows:
-        kinds.setdefault((_kind(row.path, every), row.shape, row.spec, row.method), []).append(row)
-    for (path, shape, spec, method), members in kinds.items():
+        kinds.setdefault((_kind(row.path, every), row.shape, row.spec, row.method, _activation(row)), []).append(row)
+    for (path, shape, spec, method, activation), members in kinds.items():
         errors = [row.error for row in members if row.error is not None]
-        cells = [path, str(len(members)), "x".join(map(str, shape)), *((spec, method) if show_how else ())]
+        how = (spec, method, *((activation,) if several else ())) if show_how else ()
+        cells = [path, str(len(members)), "x".join(map(str, shape)), *how]
         bits = sum(row.bits_per_weight for row in members) / len(members)
         cells += [f"{bits:.2f}", format_bytes(sum(row.nbytes for row in members))]
         table.add_row(*cells, *([f"{sum(errors) / len(errors):.2e}"] if errors else []))
@@ -104,7 +110,7 @@ def calibration_table(calibration: Any, every: bool = False) -> list[Any]:
 def comparison_table(comparison: Any, every: bool = False) -> list[Any]:
     """What to print of a comparison: the inputs that have shifted, or all of them."""
     table = _narrow("input", ("distance", "floor", "width", "beyond"))
-    shown = [row for row in comparison.rows if every or row.shifted]
+    shown = [row for row in comparison.rows if every or row.shifted or row.shifted is None]
     for row in shown:
         width = "" if row.stretch is None else f"x {row.stretch:.3g}"
         table.add_row(row.name, share(row.distance), share(row.floor), width, share(row.outside), style=None if row.shifted else "dim")
@@ -125,8 +131,16 @@ def _kind(path: str, every: bool) -> str:
     return path if every else _NUMBER.sub("*", path)
 
 
-def _names(rows: list[Any], every: bool) -> str:
-    names = dict.fromkeys(_kind(row.path, every) for row in rows)
+def _activation(row: Any) -> str:
+    """What becomes of the activations, without what differs from one parameter to the next; the notes have that."""
+    return re.sub(r",? ?capacity=\d+", "", row.activation)
+
+
+def _names(rows: list[Any], every: bool, kinds: Mapping[str, int] | None = None) -> str:
+    """Names of parameters; with `kinds`, how many there are of each, a layer is named where only some are meant."""
+    mine = collections.Counter(_kind(row.path, every) for row in rows)
+    whole = {kind for kind, count in mine.items() if kinds is None or kinds[kind] == count}
+    names = dict.fromkeys(kind if (kind := _kind(row.path, every)) in whole else row.path for row in rows)
     shown = ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
     return shown if len(rows) == 1 else f"{len(rows)} parameters ({shown})"
 

@@ -96,6 +96,8 @@ def split_arguments(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Separates arrays, which are traced, from everything else (numbers, strings, callables), which is static."""
     flat, params_tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     values = [leaf for _, leaf in flat]
+    if values and values[0] is params and hasattr(params, "params") and hasattr(params, "report"):
+        raise TypeError(f"`params` is a {type(params).__name__}, which is no tree of arrays: pass its parameters, result.params")
     inputs, inputs_tree = jax.tree_util.tree_flatten((args, kwargs), is_leaf=is_qtensor)
     dynamic = [is_array(v) for v in values], [is_array(v) for v in inputs]
     static = tuple((i, _static_key(v)) for i, v in enumerate((*values, *inputs)) if not is_array(v))

@@ -7,20 +7,32 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.calibration import columns, stack_size
+from qjax.calibration import (
+    AllFinite,
+    OperandObservers,
+    Together,
+    columns,
+    init_states,
+    minmax,
+    outlier_columns,
+    stack_size,
+    why_no_rows,
+    why_not_observed,
+)
 from qjax.core import IntSpec
-from qjax.policy import Choice, Policy, check_policy
+from qjax.policy import Choice, Policy, ProductChoice, check_policy
 from qjax.program import Program, ProgramCache, Site, split_arguments
 from qjax.ptq.data import check_same_sites
 from qjax.ptq.groups import undivided
 from qjax.ptq.parts import layout_of
+from qjax.ptq.products import product_row
 from qjax.ptq.quantize import as_batches, method_of, planned_row, program_notes, whole_problem
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.rescale import plan_rescaling
@@ -28,6 +40,7 @@ from qjax.ptq.sequential import Task, flat_leaves, grouped, streams_of, visit_wo
 from qjax.ptq.spill import Live
 from qjax.ptq.work import Work, forward, rows_seen, work_of
 from qjax.report import Report, format_bytes
+from qjax.runtime.overflow import counted
 
 COMPILE = 0.4  # seconds that a program takes to be compiled, about what the segments of a language model take on a CPU
 
@@ -98,11 +111,13 @@ class Plan:
     """What `qjax.quantize` would make, need and take. Nothing of it was computed on the weights or the data.
 
     Attributes:
-      report: a row for each parameter, with what it would become and its bytes before and after.
+      report: a row for each parameter, with what it would become and its bytes before and after, then one for each product of two
+        activations that a rule names.
       problems: what `qjax.quantize` would refuse, all of it; such parameters count as float in `report`.
       batches: calibration batches.
       rows: rows of activations in all batches, at the site that reads most (of a language model: tokens).
-      passes: runs of the whole program over all batches, one of which sequential methods make in pieces.
+      passes: runs of the whole program over all batches: to rescale, for sequential methods (in pieces), for static ranges, for the
+        outlier columns of `llm_int8`, and for static products.
       statistics: bytes that observers remember at a time, at most. Independent of the number of batches.
       live: bytes of the values between two sites that sequential methods keep, of all batches; `spill=` moves them to disk.
       working: bytes of the largest weight and its statistics in the forms in which a method holds them, about.
@@ -110,6 +125,12 @@ class Plan:
       programs: programs to be compiled for sequential methods.
       seconds: what that takes at `rates`, and `COMPILE` for each program. Overheads of small arrays are not in it.
       rates: of this device, as measured or given.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8())])
+      >>> print(qjax.plan(lambda p, x: x @ p, jnp.ones((16, 4)), policy, [jnp.ones((2, 16))], rates=Rates(1e10, 1e8)).lines()[1])
+      data: none is used, and little is computed: it takes as long as reading and writing the weights
     """
 
     report: Report
@@ -134,22 +155,30 @@ class Plan:
         """The estimates in words, one line each."""
         memory = f"{format_bytes(self.report.nbytes)} packed, {format_bytes(self.statistics)} statistics"
         memory += f", {format_bytes(self.live)} live values, {format_bytes(self.working)} at work"
-        made = sum(row.nbytes for row in self.report.rows if row.spec)
-        bits = sum(row.bits_per_weight * row.nbytes for row in self.report.rows if row.spec) / max(made, 1)
-        flops = f"{self.work.products:.2g} operations at {self.rates.products:.2g}/s"
-        steps = f"{self.work.steps:.2g} roundings at {self.rates.steps:.2g}/s"
+        made = [(row.bits_per_weight, math.prod(row.shape)) for row in self.report.rows if row.spec]
+        bits = sum(each * size for each, size in made) / max(sum(size for _, size in made), 1)
+        sizes = f"bytes: {format_bytes(self.report.float_nbytes)} -> {format_bytes(self.report.nbytes)}"
         return [
-            f"bytes: {format_bytes(self.report.float_nbytes)} -> {format_bytes(self.report.nbytes)}, "
-            f"{bits:.2f} bits a weight where quantized",
-            f"data: {self.batches} batches, {self.rows} rows at a site, {self.passes} passes",
-            f"peak memory beside the float parameters: about {format_bytes(self.peak)} ({memory})",
-            f"time: about {_duration(self.seconds)} ({flops}, {steps}, {self.programs} programs to compile; right within a factor of "
-            "three or so)",
             *(f"would be refused: {problem}" for problem in self.problems),
+            sizes + (f", {bits:.2f} bits a weight where quantized" if made else ""),
+            *self._course(),
+            f"peak memory beside the float parameters: about {format_bytes(self.peak)} ({memory})",
         ]
 
+    def _course(self) -> list[str]:
+        """What is done with data, and how long it takes."""
+        used = f"data: {self.batches} batches, {self.rows} rows at a site, {self.passes} passes" if self.passes else "data: none is used"
+        if not self.passes and self.seconds < 0.1:
+            return [used + ", and little is computed: it takes as long as reading and writing the weights"]
+        flops = f"{self.work.products:.2g} operations at {self.rates.products:.2g}/s"
+        steps = f"{self.work.steps:.2g} roundings at {self.rates.steps:.2g}/s"
+        how = f"{flops}, {steps}, {self.programs} programs to compile; right within a factor of three or so"
+        return [used, f"time: about {_duration(self.seconds)} ({how})"]
+
     def __str__(self) -> str:
-        return "\n".join([str(self.report), *self.lines()])
+        refused = len(self.problems)
+        lines = self.lines()
+        return "\n".join([*lines[:refused], str(self.report), *lines[refused:]])
 
 
 def plan(
@@ -189,7 +218,8 @@ def plan(
     program = batches[0][0]
     check_same_sites(batches)
     choices, problems = _without_problems(policy.resolve(program))
-    report = Report(tuple(map(planned_row, choices)), program_notes(program))
+    named = policy.resolve_products(program)
+    report = Report((*map(planned_row, choices), *map(product_row, named)), program_notes(program))
     chosen = [choice for choice in choices if choice.spec is not None]
     tasks, now = {}, Work()
     for choice in chosen:
@@ -200,8 +230,10 @@ def plan(
             tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method)
     rescaling = plan_rescaling(choices, program)
     sequential = plan_sequential(tasks, batches) if tasks else SequentialPlan(Work(), 0, 0, 0, 0, 0)
-    static = any(choice.activation is not None and choice.activation.static for choice in chosen)
-    passes = len(rescaling) + (1 + sequential.reruns if tasks else 0) + static
+    shapes = any(isinstance(x, jax.ShapeDtypeStruct) for _, inputs in batches for x in inputs)
+    observing = [_ranges(chosen, program), *([] if shapes and not _uncounted(chosen) else [_outliers(chosen, program)]), _operands(named)]
+    observing = [nbytes for nbytes in observing if nbytes is not None]
+    passes = len(rescaling) + (1 + sequential.reruns if tasks else 0) + len(observing)
     data = Work(sum(forward(p) for p, _ in batches)).times(passes)
     work = functools.reduce(Work.plus, [now, data, sequential.work, *(w for w, _ in rescaling)])
     rates = measured_rates() if rates is None else rates
@@ -212,7 +244,7 @@ def plan(
         batches=len(batches),
         rows=_rows(chosen, [p for p, _ in batches]),
         passes=passes,
-        statistics=max([sequential.statistics, *(n for _, n in rescaling)]),
+        statistics=max([sequential.statistics, *(n for _, n in rescaling), *observing]),
         live=sequential.live,
         working=4 * sequential.largest,
         work=work,
@@ -220,6 +252,51 @@ def plan(
         seconds=seconds,
         rates=rates,
     )
+
+
+def _ranges(chosen: Sequence[Choice], program: Program) -> int | None:
+    """Bytes of the observers of static ranges, all of which watch in one pass; None without one."""
+    static = {c.leaf.index: c.activation for c in chosen if c.activation is not None and c.activation.static}
+    sites = [site for site in program.sites if site.leaf in static and not why_no_rows(site, program.leaves[site.leaf])]
+    return _watching(program, {site.key: static[site.leaf].observer or minmax() for site in sites}) if static else None
+
+
+def _limits(chosen: Sequence[Choice]) -> dict[int, Any]:
+    return {c.leaf.index: c.activation.outliers for c in chosen if c.activation is not None and c.activation.outliers is not None}
+
+
+def _uncounted(chosen: Sequence[Choice]) -> bool:
+    """Whether the data must say how many outlier columns there are; without that, shapes are enough."""
+    return any(limit.capacity is None for limit in _limits(chosen).values())
+
+
+def _outliers(chosen: Sequence[Choice], program: Program) -> int | None:
+    """Bytes of the counts of outlier columns, None without any."""
+    limits = _limits(chosen)
+    sites = [site for site in program.sites if site.leaf in limits and counted(site, program.leaves[site.leaf])]
+    observers = {s.key: outlier_columns(limits[s.leaf].threshold, limits[s.leaf].capacity) for s in sites}
+    return _watching(program, observers) if limits else None
+
+
+def _operands(named: Sequence[ProductChoice]) -> int | None:
+    """Bytes of the observers of static products, None without one."""
+    pairs = [(c.product, c.operands) for c in named if c.operands is not None and any(act.static for act in c.operands)]
+    total = 0
+    for product, acts in pairs:
+        observers: list[Any] = [(act.observer or minmax()) if act.static else None for act in acts]
+        found = [None if observer is None else Together((observer, AllFinite())) for observer in observers]
+        if not why_not_observed(product):
+            total += _nbytes(functools.partial(OperandObservers(*found).init, product))
+    return total if pairs else None
+
+
+def _watching(program: Program, observers: Mapping[Any, Any]) -> int:
+    watched: Any = {key: Together((observer, AllFinite())) for key, observer in observers.items()}
+    return _nbytes(functools.partial(init_states, program, watched))
+
+
+def _nbytes(make: Callable[[], Any]) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
 
 
 def _without_problems(choices: Sequence[Choice]) -> tuple[list[Choice], tuple[str, ...]]:

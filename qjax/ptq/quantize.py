@@ -63,6 +63,9 @@ class Result:
     sites: dict[str, QProduct] = dataclasses.field(default_factory=dict)
     folds: tuple[tuple[Fold, jax.Array], ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Result({self.report.summary})"
+
 
 def quantize(
     fn: Callable[..., Any],

@@ -65,9 +65,10 @@ def test_ranges_and_shares_do_not_depend_on_the_cut(name, kind):
     assert (found[0].mean, found[0].std) == pytest.approx((X.mean(), X.std()), rel=1e-5)
 
 
-def test_the_range_is_the_one_that_quantize_stores():
-    batches = np.split(X, 3)
-    act = qjax.static(qjax.int8(), observer=qjax.percentile(99))
+@pytest.mark.parametrize("observer", [qjax.percentile(99), qjax.moving_average(0.9)], ids=lambda observer: type(observer).__name__)
+def test_the_range_is_the_one_that_quantize_stores(observer):
+    batches = [X, 2 * X, 3 * X, 10 * X]
+    act = qjax.static(qjax.int8(), observer=observer)
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8(), activation=act)])
     stored = qjax.quantize(matmul, W, policy, calibration=batches).params["w"].act_scale.item()
     (row,) = qjax.calibrate(matmul, W, batches, policy).rows
@@ -215,7 +216,7 @@ def test_batches_of_other_shapes():
         ([X], {"observer": qjax.minmax}, TypeError, "`observer` must find ranges"),
         ([X], {"spec": qjax.nf4()}, TypeError, "`spec` of activations must be integers"),
         ([X], {"where": 3}, TypeError, "`where` must be a pattern"),
-        ([X], {"where": "v"}, ValueError, "'v' matches no parameter"),
+        ([X], {"where": "v"}, ValueError, "^`where` 'v' matches no parameter of the program; what can be observed is w$"),
     ],
 )
 def test_bad_arguments(data, options, error, match):

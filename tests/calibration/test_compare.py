@@ -80,6 +80,37 @@ def test_an_outlier_channel_shows_in_the_width(usual):
     assert found.shifted == ("three/up",) and found.rows[0].stretch > 10 and "times as wide" in found.rows[0].verdict
 
 
+SEEDS = 100
+
+
+def alone(seed, rows, scale=1.0, batches=1):
+    """A calibration of one site for each of a hundred data sets; made together, as the parts of a stack, to compile once."""
+    x = scale * np.random.default_rng(seed).standard_normal((SEEDS, rows, 8)).astype(np.float32)
+    product = lambda p, x: jnp.einsum("nri,nio->nro", x, p["w"])  # noqa: E731
+    whole = qjax.calibrate(product, {"w": jnp.ones((SEEDS, 8, 4))}, np.split(x, batches, axis=1))
+    assert len(whole.rows) == SEEDS
+    bins = [{"w": jax.tree.map(lambda x, i=i: x[i : i + 1], whole.bins["w"])} for i in range(SEEDS)]
+    rows = [dataclasses.replace(row, name="w") for row in whole.rows]
+    return [dataclasses.replace(whole, rows=(row,), bins=own) for row, own in zip(rows, bins, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def references():
+    return alone(0, 1024, batches=2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 256])
+def test_few_rows_of_the_same_kind_have_not_shifted(references, rows):
+    found = [qjax.compare(a, b).shifted for a, b in zip(references, alone(rows, rows), strict=True)]
+    assert sum(map(bool, found)) <= 3
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(3.0, 16), (1 / 3, 32)])
+def test_few_rows_of_another_width_have(references, scale, rows):
+    found = [qjax.compare(a, b).shifted for a, b in zip(references, alone(7, rows, scale), strict=True)]
+    assert sum(map(bool, found)) >= 97
+
+
 @pytest.mark.slow
 def test_one_layer_of_a_scan_is_found():
     def scanned(p, x):

@@ -72,8 +72,8 @@ def packed(tiny, tmp_path_factory):
 
 
 def invoke(*arguments):
-    """Runs a command in this process."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    """Runs a command in this process, in a terminal of 80 columns."""
+    return CliRunner(env={"COLUMNS": "80"}).invoke(main, [str(argument) for argument in arguments])
 
 
 def json_of(*arguments):

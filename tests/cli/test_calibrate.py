@@ -42,6 +42,16 @@ def test_a_text_of_another_kind_shows_and_one_of_the_same_does_not(tiny, texts):
     assert (other["a"]["file"], other["b"]["file"]) == ("a", "other")
 
 
+def test_a_short_text_still_has_two_halves(tiny, texts, tmp_path):
+    (tmp_path / "short").write_text("\n".join(texts["a"].read_text().splitlines()[:5]))
+    only = ["--only", "*layers_0/mlp/up*"]
+    assert json_of("calibrate", tiny, "--compare", tmp_path / "short", texts["b"], *only)["rows"][0]["shifted"] is not None
+    one = invoke("calibrate", tiny, "--compare", tmp_path / "short", texts["b"], *only, "--batch-size", 8)
+    text = " ".join(one.stdout.split())
+    assert one.exit_code == 0 and "1 cannot be judged" in text and "give a longer A, or smaller --batch-size" in text
+    assert "`a`" not in text and "layers_0/mlp/up_proj/kernel" in text and "%" in text
+
+
 def test_for_people(tiny, packed, texts):
     shown = invoke("calibrate", packed, "--data", texts["a"], "--only", "*mlp*")
     assert shown.exit_code == 0, shown.stderr or shown.exception
@@ -59,7 +69,7 @@ def test_for_people(tiny, packed, texts):
         (["TINY", "--data", "A", "--percentile", "99"], 2, ["--percentile goes with --observer percentile"]),
         (["TINY", "--data", "NONE"], 2, ["NONE"]),
         (["TINY", "--data", "SHORT"], 1, ["SHORT", "less than one window of 32 tokens"]),
-        (["TINY", "--data", "A", "--only", "nothing"], 1, ["'nothing' matches no parameter"]),
+        (["TINY", "--data", "A", "--only", "nothing"], 1, ["error: --only 'nothing' matches no parameter"]),
         (["TINY", "--data", "A", "--window", "64"], 1, ["--window 64"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,

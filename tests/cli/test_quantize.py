@@ -1,5 +1,6 @@
 """`qjax quantize`: what it writes, what it refuses, and that it never leaves half a checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ import pytest
 import qjax
 from qjax.cli.quantize import calibration_rows
 from qjax.cli.shared import open_model
+from qjax.cli.tables import report_table
 from qjax.evaluation import calibration_windows
 from qjax.formats.huggingface import load_checkpoint
+from qjax.report import Report
 
 from .conftest import error_of, invoke, json_of
 
@@ -125,6 +128,29 @@ def test_awq_and_integer_activations(tiny, passages, tmp_path):
     assert json_of("eval", tmp_path / "w8a8", "--against", tiny, "--text", passages)["kl"] < 0.05
 
 
+def test_it_says_what_becomes_of_the_activations(tiny, passages, tmp_path):
+    given = ["--calibration", passages, "--samples", 8, "--weight", "int8", *ONE_SHAPE]
+    static = invoke("quantize", tiny, tmp_path / "a", *given, "--activation", "static", "--observer", "percentile")
+    assert static.exit_code == 0 and "\nactivations: static(int8" in static.stdout
+    mixed = invoke("quantize", tiny, tmp_path / "b", *given, "--method", "llm_int8")
+    assert mixed.exit_code == 0 and "\nactivations: dynamic(int8" in mixed.stdout and "capacity" not in mixed.stdout
+    assert "activations:" not in invoke("quantize", tiny, tmp_path / "c", "--weight", "int8", *ONE_SHAPE).stdout
+    found = {}
+    for name in ("mse", "minmax"):
+        arguments = [*given, "--activation", "static", "--observer", name, "--overwrite"]
+        assert invoke("quantize", tiny, tmp_path / name, *arguments).exit_code == 0
+        found[name] = [float(np.max(q.act_scale)) for q in quantized(qjax.load(tmp_path / name).params)]
+    assert all(p <= m for p, m in zip(found["mse"], found["minmax"], strict=True)) and found["mse"] != found["minmax"]
+
+
+@pytest.mark.parametrize(("notes", "want"), [(("x", "y"), ["layers_0/w: x", "layers_1/w: y"]), (("x", "x"), ["(layers_*/w): x"])])
+def test_a_note_names_its_layer(notes, want):
+    row = qjax.sites(lambda p, x: x @ p, qjax.Policy([qjax.Rule("*", weight=qjax.int8())]))(np.ones((8, 8)), np.ones((2, 8))).rows[0]
+    rows = tuple(dataclasses.replace(row, path=f"layers_{i}/w", notes=(note,)) for i, note in enumerate(notes))
+    lines = [line for line in report_table(Report(rows)) if isinstance(line, str) and line.startswith("note")]
+    assert len(lines) == len(want) and all(line.endswith(words) for line, words in zip(lines, want, strict=True))
+
+
 @pytest.mark.slow
 def test_llm_int8(tiny, passages, tmp_path):
     given = ["--calibration", passages, "--samples", 8, *ONE_SHAPE]
@@ -173,10 +199,10 @@ def bad_inputs():
     yield ["SRC/none", "DST"], 1, ["SRC/none", "is not a folder"]
     yield ["EMPTY", "DST"], 1, ["EMPTY", "config.json"]
     yield ["SRC", "DST", "--weight", "int9"], 2, ["--weight", "int9", "uint8"]
-    yield ["SRC", "DST", "--group-size", "7"], 1, ["group_size", "7", "48", "down_proj"]
-    yield ["SRC", "DST", "--group-size", "7", *gptq, "PASSAGES"], 1, ["group_size", "7", "48", "down_proj"]
-    yield ["SRC", "DST", "--keep", "*q_porj*"], 1, ["*q_porj*", "*q_proj*"]
-    yield ["SRC", "DST", "--keep", "*norm*"], 1, ["*norm*", "cannot be quantized"]
+    yield ["SRC", "DST", "--group-size", "7"], 1, ["--group-size 7", "--pad", "48", "down_proj"]
+    yield ["SRC", "DST", "--group-size", "7", *gptq, "PASSAGES"], 1, ["--group-size 7", "48", "down_proj"]
+    yield ["SRC", "DST", "--keep", "*q_porj*"], 1, ["--keep '*q_porj*'", "*q_proj*"]
+    yield ["SRC", "DST", "--keep", "*norm*"], 1, ["--keep '*norm*'", "cannot be quantized"]
     yield ["SRC", "DST", "--keep", "*", "--keep-none"], 2, ["--keep", "--keep-none"]
     yield ["SRC", "DST", "--method", "gptq"], 2, ["--calibration FILE"]
     yield ["SRC", "DST", *gptq, "MISSING"], 2, ["MISSING", "does not exist"]
@@ -193,6 +219,7 @@ def bad_inputs():
     mixed = ["SRC", "DST", "--method", "llm_int8", "--calibration", "PASSAGES"]
     yield [*mixed, "--weight", "nf4"], 2, ["llm_int8", "--weight int8", "nf4"]
     yield [*mixed, "--weight", "int8", "--activation", "static"], 2, ["llm_int8", "--activation static"]
+    yield ["SRC", "DST", "--observer", "mse"], 2, ["--observer goes with --activation static", "float"]
     yield ["SRC", "DST", "--act-order"], 2, ["--act-order", "rtn"]
     yield ["SRC", "DST", "--per", "tensor", "--group-size", "8"], 2, ["--per", "--group-size"]
     yield ["SRC", "DST", "--weight", "nf4", "--per", "channel"], 2, ["--per", "nf4"]
@@ -291,9 +318,10 @@ def test_a_dry_run_prices_and_writes_nothing(tiny, passages, tmp_path):
 
 def test_a_dry_run_lists_what_would_be_refused(tiny, tmp_path):
     result = invoke("quantize", tiny, tmp_path / "out", "--group-size", 7, "--dry-run")
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 1 and result.stderr == ""
     text = " ".join(result.stdout.split())
-    assert "would be refused: `group_size`=7 does not divide the 48 contracted values" in text
+    assert text.startswith("would be refused: --group-size 7 does not divide the 48 contracted values")
+    assert "or --pad, which pads" in text and "data: none is used" in text
     assert "take 8, the nearest size that divides those of all" in text and "nothing was written" in text
     assert list(tmp_path.iterdir()) == []
 
@@ -315,8 +343,18 @@ def test_resume_goes_on_and_is_removed(tiny, passages, tmp_path, monkeypatch):
     assert "--resume" in line and str(kept) in line
     other = invoke("quantize", tiny, folder, *options, "--act-order", "--resume")
     assert other.exit_code == 1 and "differs in its policy" in other.stderr
+    assert other.stderr.startswith(f"qjax: error: --resume: {str(kept)!r} holds")
+    assert "give another DST, or remove that folder" in other.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(qjax, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped = invoke("quantize", tiny, folder, *options, "--resume")
+    pieces = len(list(kept.glob("leaf.*")))
+    said = f"{pieces} finished pieces are kept in `{kept}`; repeat the command with --resume to go on"
+    assert stopped.exit_code == 130 and pieces and stopped.stderr.endswith(f"\nqjax: interrupted: {said}\n")
     monkeypatch.setattr(type(qjax.gptq()), "quantize", lambda *_: pytest.fail("solved again"))
-    assert json_of("quantize", tiny, folder, *options, "--resume")["destination"] == str(folder)
+    resumed = invoke("quantize", tiny, folder, *options, "--resume", "--json")
+    assert json.loads(resumed.stdout)["destination"] == str(folder)
+    assert f"took over {pieces} finished pieces" in resumed.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -54,7 +54,64 @@ def test_what_would_be_refused_is_listed_not_raised():
     (problem,) = plan.problems
     assert "`group_size`=6 does not divide the 8 contracted values of `a`: take 4" in problem
     assert [bool(row.spec) for row in plan.report.rows] == [False, True]
-    assert problem in str(plan)
+    assert plan.lines()[0] == f"would be refused: {problem}" and problem in str(plan)
+
+
+def lines_of(policy, params, data):
+    plan = qjax.plan(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, policy, data, rates=RATES)
+    return plan, "\n".join(plan.lines())
+
+
+PAIR = {"a": jnp.ones((16, 16)), "b": jnp.ones((16, 16))}
+
+
+def test_bits_a_weight_are_those_of_all_weights():
+    plan, text = lines_of(Policy([Rule("a", weight=qjax.int2()), Rule("b", weight=qjax.int8())]), PAIR, [jnp.ones((2, 16))])
+    made = sum(row.nbytes for row in plan.report.rows)
+    assert f"{8 * made / 512:.2f} bits a weight" in text
+    assert "data: none is used" in text and "passes" not in text and "0.0 s" not in text
+
+
+def told(policy, fn, params, data):
+    """The phases that run over the batches, by how often."""
+    begun = []
+    qjax.quantize(fn, params, policy, data, progress=lambda p: begun.append(p.phase) if p.done == 0 and p.phase != "round" else None)
+    return len(begun)
+
+
+def test_the_passes_are_those_that_quantize_makes():
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    data = [normal(4, 16)] * 2
+    for method in (qjax.llm_int8(), qjax.llm_int8(capacity=8)):
+        policy = Policy([Rule("*", weight=qjax.int8(), method=method)])
+        plan = qjax.plan(fn, PAIR, policy, data, rates=RATES)
+        assert plan.passes == told(policy, fn, PAIR, data) == 1 and plan.statistics > 0
+    shapes = [jax.ShapeDtypeStruct((4, 16), jnp.float32)]
+    assert qjax.plan(fn, PAIR, policy, shapes, rates=RATES).passes == told(policy, fn, PAIR, shapes) == 0
+    act = qjax.static(qjax.int8(), observer=qjax.entropy())
+    policy = Policy([Rule("*", weight=qjax.int8(), activation=act)])
+    plan = qjax.plan(fn, PAIR, policy, data, rates=RATES)
+    state = sum(x.nbytes for x in jax.tree.leaves(act.observer.init(1, 16)))
+    assert plan.passes == told(policy, fn, PAIR, data) == 1 and plan.statistics == 2 * (state + 4)
+
+
+def test_products_are_in_the_plan():
+    def squared(p, x):
+        y = x @ p
+        with jax.named_scope("square"):
+            return y @ y.T
+
+    (name,) = (product.name for product in qjax.trace(squared, PAIR["a"], normal(4, 16)).products)
+    policy = Policy([Rule("*", weight=qjax.int8()), Rule(name, activation=qjax.static(qjax.int8()))])
+    data = [normal(4, 16)]
+    plan = qjax.plan(squared, PAIR["a"], policy, data, rates=RATES)
+    assert plan.passes == told(policy, squared, PAIR["a"], data) == 1 and plan.statistics > 0
+    result = qjax.quantize(squared, PAIR["a"], policy, data)
+    keys = ("path", "what", "activation", "nbytes")
+    assert [[getattr(r, k) for k in keys] for r in plan.report.rows] == [[getattr(r, k) for k in keys] for r in result.report.rows]
+    missing = Policy([Rule("*", weight=qjax.int8()), Rule("nothing:*", activation=qjax.static(qjax.int8()))])
+    with pytest.raises(ValueError, match=r"'nothing:\*'"):
+        qjax.plan(squared, PAIR["a"], missing, data, rates=RATES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
