@@ -12,6 +12,7 @@ from qjax.calibration.distance import outside as outside
 from qjax.calibration.distance import total_variation as total_variation
 from qjax.calibration.divided import divide_columns as divide_columns
 from qjax.calibration.entropy import Entropy as Entropy
+from qjax.calibration.entropy import check_levels as check_levels
 from qjax.calibration.entropy import entropy as entropy
 from qjax.calibration.features import Features as Features
 from qjax.calibration.features import FeatureStats as FeatureStats

@@ -13,6 +13,7 @@ import numpy as np
 
 from qjax.calibration.batches import as_arguments, counted
 from qjax.calibration.distance import outside, total_variation
+from qjax.calibration.entropy import check_levels
 from qjax.calibration.features import Features, feature_stats
 from qjax.calibration.findings import Calibration, SiteRange
 from qjax.calibration.histogram import Bins, Histogram, histogram
@@ -124,6 +125,8 @@ class _Plan:
 
 
 def _plan(program: Program, sites: list[Watched], refused: dict[str, str], shapes: str) -> _Plan:
+    for w in sites:
+        check_levels(w.observer, w.spec)
     watched = [dataclasses.replace(w, observer=_together(w.observer)) for w in sites]
     observers = {w.site.key: w.observer for w in watched}
     observe = observe_program(program, observers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +36,35 @@ class Entropy(Histogram):
                 raise TypeError(f"`{argument}` must be an int, got {value!r}")
             if value < 2 or value % 2:
                 raise ValueError(f"`{argument}` must be even and at least 2, got {value}")
-        self._check_bins(self.quantized_bins or 2)
+        if not (self.quantized_bins or 2) <= self.bins <= 16384:
+            raise ValueError(f"`bins` must lie between `quantized_bins` ({self.quantized_bins or 2}) and 16384, got {self.bins}")
         if self.per_side < 4 * self.bins:
             raise ValueError(f"`per_side` must be at least 4 * bins = {4 * self.bins}, got {self.per_side}; `entropy` chooses it")
 
-    def _check_bins(self, quantized_bins: int) -> None:
-        if not quantized_bins <= self.bins <= 16384:
-            raise ValueError(f"`bins` must lie between `quantized_bins` ({quantized_bins}) and 16384, got {self.bins}")
+    def check_spec(self, spec: IntSpec) -> None:
+        """Refuses a spec with more codes than there are bins.
+
+        Raises:
+          ValueError: naming `bins`.
+        """
+        least, grows = self._runs(spec)
+        most = 2 * least if grows else least
+        if self.bins < most:
+            why = ", which may all lie on one side" if most > 2**spec.bits else ""
+            raise ValueError(f"`bins` of entropy must be at least {most} for {spec}, a bin for each of its codes{why}, got {self.bins}: "
+                             f"write qjax.entropy(bins={most}) or more, or set `quantized_bins`")  # fmt: skip
+
+    def _runs(self, spec: IntSpec) -> tuple[int, bool]:
+        """How many runs of bins there are at least, and whether there are up to twice as many where the data are on one side."""
+        if self.quantized_bins is not None:
+            return self.quantized_bins, False
+        if spec.symmetric:  # without a sign all codes are on the side above zero
+            return 2 ** (spec.bits if spec.signed else spec.bits + 1), False
+        return 2**spec.bits, True
 
     def range(self, state: Bins, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
-        # All codes of an unsigned grid may lie on one of the two sides of a candidate.
-        levels = self.quantized_bins or 2 ** (spec.bits if spec.signed else spec.bits + 1)
-        self._check_bins(levels)
-        i = _best_candidates(state, self.bins, levels, self.quantized_bins is None)
+        self.check_spec(spec)
+        i = _best_candidates(state, self.bins, *self._runs(spec), self.quantized_bins is None)
         width = divide(absmax_of(state.seen), self.bins / 2)
         lo, hi = i * width, (i + 1) * width
         return cover_or_show(state, -(hi if spec.symmetric else lo), hi, spec)
@@ -69,9 +86,10 @@ def entropy(bins: int = 2048, quantized_bins: int | None = None) -> Entropy:
 
     Args:
       bins: even, from `quantized_bins` to 16384. Time grows with its square (1e6 log's for 2048).
-      quantized_bins: runs over both sides. None takes one for each code of the spec: `2^bits`, and twice that for an unsigned
-        one, of which all codes lie on one side if the data do, as behind a ReLU. A number, even and at least 2, follows
-        onnxruntime instead, see below.
+      quantized_bins: runs over both sides. None takes one for each code of the spec: `2^bits`. The range of an asymmetric one is
+        cut to the data's, so its codes lie closer than that: of data on one side, as behind a ReLU, a candidate has twice the
+        runs, and `2^(bits + 1) i d / (min(i d, -lo) + min(i d, hi))` of data from lo to hi. `bins` must be at least `2^bits`, or
+        twice that for an asymmetric spec. A number, even and at least 2, follows onnxruntime instead, see below.
 
     Returns:
       An observer; its state is `Bins` of at least 8 * bins bins a side (256 KiB for 2048).
@@ -99,18 +117,20 @@ def entropy(bins: int = 2048, quantized_bins: int | None = None) -> Entropy:
 
 
 # Compiled also for callers outside `jit`, who would otherwise compile the loop again at every call.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _best_candidates(state: Bins, bins: int, quantized_bins: int, even: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _best_candidates(state: Bins, bins: int, quantized_bins: int, grows: bool, even: bool) -> jax.Array:
     """The `i` of each entry, float32 (stack,)."""
     absmax = absmax_of(state.seen)
-    ratio = divide(widths(state), jnp.where(absmax > 0, absmax, 1.0)) * (bins // 2)
+    reach = jnp.where(absmax > 0, absmax, 1.0)
+    ratio = divide(widths(state), reach) * (bins // 2)
+    ends = jnp.stack([divide(jnp.maximum(end, 0.0), reach) * (bins // 2) for end in (-state.seen.lo, state.seen.hi)], axis=1)
 
     # One entry at a time, so that a stack of experts needs the memory of one.
-    def best(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def best(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         negative, positive = (_resample(side, part[1], bins // 2) for side in part[0])
-        return _least_divergence(jnp.concatenate([negative[::-1], positive]), quantized_bins, even)
+        return _least_divergence(jnp.concatenate([negative[::-1], positive]), quantized_bins, even, part[2] if grows else None)
 
-    return lax.map(best, (counts(state), ratio)).astype(jnp.float32)
+    return lax.map(best, (counts(state), ratio, ends)).astype(jnp.float32)
 
 
 def _resample(side: jax.Array, ratio: jax.Array, size: int) -> jax.Array:
@@ -123,10 +143,14 @@ def _resample(side: jax.Array, ratio: jax.Array, size: int) -> jax.Array:
     return jnp.zeros((size,), jnp.float32).at[first].add(here).at[jnp.minimum(first + 1, size - 1)].add(side - here)
 
 
-def _least_divergence(hist: jax.Array, quantized_bins: int, even: bool) -> jax.Array:
-    """The first `i` with the least divergence, int32, of a histogram of whole counts; `even`: no bin is left out of the runs."""
+def _least_divergence(hist: jax.Array, quantized_bins: int, even: bool, ends: jax.Array | None = None) -> jax.Array:
+    """The first `i` with the least divergence, int32, of a histogram of whole counts.
+
+    `even`: no bin is left out of the runs. `ends`: how many bins the data reach down and up, to which candidates are cut.
+    """
     bins = hist.shape[0]
     place = jnp.arange(bins, dtype=jnp.int32)
+    most_runs = quantized_bins if ends is None else 2 * quantized_bins
     # Each from its own end: a difference of large sums would lose the tail.
     below, above = (sums - hist for sums in (lax.cumsum(hist, axis=0), lax.cumsum(hist, axis=0, reverse=True)))
 
@@ -136,19 +160,38 @@ def _least_divergence(hist: jax.Array, quantized_bins: int, even: bool) -> jax.A
         inner = jnp.where(inside, hist, 0.0)
         p = inner + jnp.where(place == start, below, 0.0) + jnp.where(place == last, above, 0.0)
         size = last - start + 1
-        run = (place - start) * quantized_bins // size if even else (place - start) // (size // quantized_bins)
-        run = jnp.where(inside, run, quantized_bins)
-        sums = jnp.zeros((quantized_bins,), jnp.float32)
-        total = sums.at[jnp.minimum(run, quantized_bins - 1)].add(inner)
+        runs = quantized_bins if ends is None else _cut_runs(i, quantized_bins, ends)
+        run = (place - start) * runs // size if even else (place - start) // (size // runs)
+        run = jnp.where(inside, run, most_runs)
+        sums = jnp.zeros((most_runs,), jnp.float32)
+        total = sums.at[jnp.minimum(run, runs - 1)].add(inner)
         filled = sums.at[run].add((p > 0).astype(jnp.float32), mode="drop")
         share = jnp.floor(divide(total, jnp.maximum(filled, 1.0)))
-        q = jnp.where(inside & (run < quantized_bins), share[jnp.minimum(run, quantized_bins - 1)], 0.0)
-        return _kl(p, q, inside)
+        q = jnp.where(inside & (run < runs), share[jnp.minimum(run, runs - 1)], 0.0)
+        return jnp.where(2 * i >= runs, _kl(p, q, inside), jnp.inf)
 
     least, most = quantized_bins // 2, bins // 2
     count = -(-(most - least + 1) // _BATCH) * _BATCH  # the last one again, so that all batches are full
     candidates = jnp.minimum(least + jnp.arange(count, dtype=jnp.int32), most)
     return candidates[jnp.argmin(lax.map(divergence, candidates, batch_size=_BATCH))]
+
+
+def _cut_runs(i: jax.Array, quantized_bins: int, ends: jax.Array) -> jax.Array:
+    """The runs of a candidate, int32, whose codes are spread over what is left of its two sides when it is cut to the data's."""
+    cut = jnp.maximum(jnp.sum(jnp.minimum(ends, i.astype(jnp.float32))), i.astype(jnp.float32))
+    runs = jnp.round(divide((2 * quantized_bins * i).astype(jnp.float32), cut)).astype(jnp.int32)
+    return jnp.clip(runs, quantized_bins, 2 * quantized_bins)
+
+
+def check_levels(observer: Any, spec: IntSpec) -> None:
+    """Refuses a spec that an observer cannot find a range for, before there are data; most find one for any.
+
+    Raises:
+      ValueError: naming the observer's argument.
+    """
+    check = getattr(observer, "check_spec", None)
+    if check is not None:
+        check(spec)
 
 
 def _kl(p: jax.Array, q: jax.Array, inside: jax.Array) -> jax.Array:

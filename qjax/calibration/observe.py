@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.calibration.entropy import check_levels
 from qjax.calibration.names import Names, name_sites
 from qjax.calibration.observers import Observer
 from qjax.calibration.products import OperandObservers, operand_rows
@@ -144,6 +145,8 @@ def watched_sites(
             refused[f"{site.path} ({site.op})"] = reason
             continue
         own_observer, own_spec = _of_rule(chosen[site.leaf])
+        if chosen[site.leaf] is not None:
+            check_levels(observer or own_observer, spec or own_spec)
         found.append(Watched(site, named[site.key], observer or own_observer, spec or own_spec))
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it leaves everything float"

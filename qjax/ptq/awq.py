@@ -114,7 +114,8 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
       clip: search the ranges; else they are those of the extreme values.
       then: how the rescaled weights are rounded, such as `qjax.gptq()`, and with `qjax.llm_int8()` their activations, too (the
         threshold is one of what was rescaled); None: to nearest, within the clipped ranges.
-      rows: rows of activations that candidates are tried on.
+      rows: rows of activations that candidates are tried on. Static activations are rounded there within the extreme values of
+        those rows, whatever the rule's observer finds over all the data afterwards.
       unfoldable: what becomes of an input when nothing that makes it can take 1 / s in exchange. "leave": the weight is rounded as it
         is. "scale": each such weight keeps scales of its own (float32, one a column), and its product divides the input at run
         time. The report says which, and why.

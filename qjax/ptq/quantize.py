@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from qjax.calibration import as_batches, why_no_rows
-from qjax.core import QProduct, QTensor, Spec, check_finite
-from qjax.policy import Choice, Policy, check_policy
+from qjax.calibration import as_batches, check_levels, why_no_rows
+from qjax.core import ActSpec, QProduct, QTensor, Spec, check_finite
+from qjax.policy import Choice, Policy, ProductChoice, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
 from qjax.ptq.activations import with_activations
@@ -122,7 +122,7 @@ def quantize(
     traced = time.perf_counter()
 
     streams = [(programs(a), a.inputs) for a in arguments]
-    _check_work(choices, streams)
+    _check_work(choices, named, streams)
     kept = open_kept(resume, None if resume is None else describe_job(policy, arguments, [p for p, _ in streams]))
     monitor = Monitor(progress)
 
@@ -236,18 +236,30 @@ def shapes_of(choice: Choice) -> QTensor:
     return method_of(choice)[0].shapes(whole_problem(choice))
 
 
-def _check_work(choices: Sequence[Choice], batches: Batches) -> None:
+def _check_work(choices: Sequence[Choice], named: Sequence[ProductChoice], batches: Batches) -> None:
     """Says now, not after minutes of calibration, what cannot be done."""
     chosen = [choice for choice in choices if choice.spec is not None]
     check_groups(chosen)
     for choice in chosen:
         shapes_of(choice)
+    ranges = [(c.leaf.path, c.activation) for c in chosen] + [(c.product.name, act) for c in named for act in c.operands or ()]
+    for name, act in ranges:
+        _check_range(name, act)
     needs = [(c, method_of(c)[0]) for c in chosen if method_of(c)[0].observer is not None or c.leaf.index in rescaled_by(chosen)]
     if needs:
         choice, method = needs[0]
         check_numbers(batches, f"{method.name} of {choice.leaf.path!r}")
     if needs or any(c.activation is not None and c.activation.static for c in chosen):
         check_same_sites(batches)
+
+
+def _check_range(name: str, act: ActSpec | None) -> None:
+    if act is None or not act.static:
+        return
+    try:
+        check_levels(act.observer, act.spec)
+    except ValueError as error:
+        raise ValueError(f"the static range of {name!r} cannot be found: {error}") from error
 
 
 def describe(

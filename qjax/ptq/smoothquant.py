@@ -80,7 +80,8 @@ def smoothquant(
         each group of weights that share an input the one with the least error of their outputs (.30, .35 ... .90).
       then: how the rescaled weights are rounded, and with `qjax.llm_int8()` their activations, too (the threshold is one of what was
         rescaled); None: to nearest.
-      rows: rows of activations that a search tries its candidates on.
+      rows: rows of activations that a search tries its candidates on. Static activations are rounded there within the extreme
+        values of those rows, whatever the rule's observer finds over all the data afterwards.
       unfoldable: what becomes of an input when nothing that makes it can take 1 / s in exchange. "leave": the weight is rounded as it
         is. "scale": each such weight keeps scales of its own (float32, one a column), and its product divides the input at run
         time. The report says which, and why.

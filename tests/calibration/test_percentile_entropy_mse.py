@@ -154,8 +154,38 @@ def test_entropy_has_a_run_for_every_code():
     for bits, size in asked.items():
         assert chosen(entropy(512), integer(bits), x)[1] == pytest.approx(size * width, rel=1e-5)
     assert asked[5] < asked[8], "fewer codes, more of the tail is cut"
-    with pytest.raises(ValueError, match=r"`bins` must lie between `quantized_bins` \(256\) and 16384, got 128"):
+    with pytest.raises(ValueError, match=r"`bins` of entropy must be at least 256 for int8.*got 128: write qjax.entropy\(bins=256\)"):
         chosen(entropy(128), int8(), x)
+
+
+@pytest.mark.parametrize("low", [0.0, -0.3, -1.0])
+def test_codes_of_an_asymmetric_grid_lie_where_the_data_do(low):
+    """As many runs on both sides as there are codes; twice as many on one, and in between where one side is short."""
+    x = np.abs(heavy_tailed()) * np.where(np.arange(4000) % 2, 1, low).astype(np.float32)
+    reach = np.abs(x).max()
+    hist = np.histogram(x, 256, range=(-reach, reach))[0]
+    divergences = {}
+    for i in range(8, 129):
+        cut = min(i, -x.min() / reach * 128) + min(i, x.max() / reach * 128)
+        runs = int(np.clip(round(32 * i / cut), 16, 32))
+        if 2 * i >= runs:
+            divergences[i] = even_divergence(hist, i, runs)
+    best, second = sorted(divergences.values())[:2]
+    assert second > best * (1 + 1e-4)
+    wanted = min(divergences, key=lambda i: divergences[i])
+    assert chosen(entropy(256), integer(4, signed=False), x)[1] == pytest.approx(min((wanted + 1) / 128 * reach, x.max()), rel=1e-5)
+
+
+def even_divergence(hist, i, runs):
+    start, end = len(hist) // 2 - i, min(len(hist) // 2 + i + 1, len(hist))
+    inner = hist[start:end]
+    p = inner.copy()
+    p[0] += hist[:start].sum()
+    p[-1] += hist[end:].sum()
+    run = np.arange(len(inner)) * runs // len(inner)
+    sums, filled = np.bincount(run, inner, runs), np.bincount(run, p > 0, runs)
+    q = np.where(p * 0 == 0, np.floor(sums / np.maximum(filled, 1))[run], 0)
+    return divergence(p, q) if q.any() else np.inf
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -110,3 +110,24 @@ def test_shapes_are_not_enough_for_static_ranges():
     with pytest.raises(ValueError, match=r"`calibration` holds shapes, but the static range of 'w' needs data"):
         shapes = [jax.ShapeDtypeStruct((4, 8), jnp.float32)]
         qjax.quantize(lambda p, x: x @ p["w"], {"w": normal(8, 3)}, star(qjax.static(qjax.int8())), calibration=shapes)
+
+
+@pytest.mark.parametrize(("spec", "bins", "least"), [(qjax.int8(), 128, 256), (qjax.uint8(), 256, 512)], ids=str)
+def test_too_few_bins_are_found_before_any_work(spec, bins, least):
+    act = qjax.static(spec, qjax.entropy(bins))
+    fn, params, x = lambda p, x: jnp.tanh(x @ p["w"]) @ x.T, {"w": normal(8, 8)}, normal(4, 8)
+    words = rf"`bins` of entropy must be at least {least} for .*got {bins}: write qjax.entropy\(bins={least}\)"
+    rules = {"w": qjax.Rule("*", weight=qjax.int8(), activation=act), ":dot_general.0": qjax.Rule(":dot_general.0", activation=act)}
+    for name, rule in rules.items():
+        seen = []
+        with pytest.raises(ValueError, match=f"the static range of {name!r} cannot be found: {words}"):
+            qjax.quantize(fn, params, qjax.Policy([rule]), [x], progress=seen.append)
+        assert not seen
+    policy = qjax.Policy([rules["w"]])
+    for call in (
+        lambda: qjax.calibrate(fn, params, [x], observer=qjax.entropy(bins), spec=spec),
+        lambda: qjax.calibrate(fn, params, [x], policy),
+        lambda: qjax.observe(fn, policy)(params, x),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
