@@ -33,8 +33,8 @@ class Method(Protocol):
 class ChoosesActivation(Protocol):
     """A method that decides what becomes of the activations, too."""
 
-    def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec, str]:
-        """Returns the spec, given the rule's and the primitives of the parameter's sites, and a remark or "".
+    def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
+        """Returns the spec, given the rule's and the primitives of the parameter's sites, and a remark or ""; None leaves them float.
 
         Raises:
           ValueError: it does not go with the one given.

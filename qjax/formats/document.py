@@ -152,9 +152,23 @@ def write_document(document: Document) -> bytes:
     Returns:
       The bytes of the file.
     """
-    body = {"format": FORMAT, "layout": LAYOUT, **encode(document)}
+    entries = encode(document)
+    entries = {key: _plain(value) if key in ("leaves", "policy", "report", "sites") else value for key, value in entries.items()}
+    body = {"format": FORMAT, "layout": LAYOUT, **{key: v for key, v in entries.items() if key != "sites" or v}}
     lines = [f"{json.dumps(name)}: {_lines(value)}" for name, value in {**body, "sha256": digest(body)}.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
+
+
+# Entries that came after the layout was first published, and what one that is missing means. They are left out where they say
+# no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
+_LATER = {"input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
+
+
+def _plain(value: Any) -> Any:
+    """A part of a document without the later entries that are as if missing."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items() if key not in _LATER or v != _LATER[key]}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 def _lines(value: Any) -> str:

@@ -15,7 +15,7 @@ from qjax.calibration import minmax, why_no_rows
 from qjax.core import ActSpec, QTensor, params_from_range
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site
-from qjax.ptq.data import check_numbers
+from qjax.ptq.data import check_numbers, with_unseen
 from qjax.ptq.passes import observe_batches
 from qjax.ptq.progress import Monitor
 from qjax.ptq.work import forward
@@ -115,11 +115,6 @@ def _leaf_range(leaf: Leaf, found: Mapping[Key, tuple[np.ndarray, np.ndarray]]) 
             end = widest.reduce(end.reshape(*turns, *(leaf.shape[a] for a in own), -1), axis=-1)
             end = end.transpose(np.argsort(axes)).reshape([len(where[a]) if a in axes else 1 for a in range(lo.ndim)])
             whole[np.ix_(*where)] = widest(whole[np.ix_(*where)], end)
-    unseen = np.flatnonzero((lo == 0) & (hi == 0))
-    notes = ()
-    if unseen.size:
-        parts = f" in parts {', '.join(map(str, unseen))}" if lo.size > 1 else ""
-        notes = (f"no calibration data reached its activations{parts}: they have the widest range of the others",)
-        lo, hi = np.where((lo == 0) & (hi == 0), lo.min(), lo), np.where((lo == 0) & (hi == 0), hi.max(), hi)
+    lo, hi, notes = with_unseen(lo, hi, "its activations")
     kept = [lo.shape[a] for a in range(lo.ndim) if a not in leaf.sites[0].contracted]
     return jnp.asarray(lo.reshape(*kept, 1)), jnp.asarray(hi.reshape(*kept, 1)), notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax import lax
 
 from qjax.calibration import Observer, Sample, sample_rows
 from qjax.core import (
+    ActSpec,
     CastSpec,
     CodebookSpec,
     IntSpec,
@@ -27,7 +29,7 @@ from qjax.core import (
     logical_blocks,
     params_from_range,
 )
-from qjax.ptq.candidates import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, means
+from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import for_each_matrix, matrices, packed
@@ -58,6 +60,9 @@ class AWQ:
         if self.then is not None:
             return self.then.observer
         return sample_rows(self.rows) if self.clip else None
+
+    def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
+        return activation_of(self.then, given, ops)
 
     def shapes(self, problem: Problem) -> QTensor:
         return (self.then or rtn()).shapes(problem)
@@ -107,8 +112,10 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
     Args:
       grid: how many ratios are tried.
       clip: search the ranges; else they are those of the extreme values.
-      then: how the rescaled weights are rounded, such as `qjax.gptq()`; None: to nearest, within the clipped ranges.
-      rows: rows of activations that candidates are tried on.
+      then: how the rescaled weights are rounded, such as `qjax.gptq()`, and with `qjax.llm_int8()` their activations, too (the
+        threshold is one of what was rescaled); None: to nearest, within the clipped ranges.
+      rows: rows of activations that candidates are tried on. Static activations are rounded there within the extreme values of
+        those rows, whatever the rule's observer finds over all the data afterwards.
       unfoldable: what becomes of an input when nothing that makes it can take 1 / s in exchange. "leave": the weight is rounded as it
         is. "scale": each such weight keeps scales of its own (float32, one a column), and its product divides the input at run
         time. The report says which, and why.
@@ -117,7 +124,7 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
       A method for `qjax.Rule`. Needs calibration data.
 
     Raises:
-      ValueError: `grid` or `rows` less than 1; another `unfoldable`.
+      ValueError: `grid` or `rows` less than 1; another `unfoldable`; a `then` that rescales, too.
       TypeError: `then` is no method.
 
     Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.calibration import Channels
-from qjax.core import ActSpec, Spec, quantize, round_activation
+from qjax.core import ActSpec, Spec, quantize, round_inliers
+from qjax.policy import ChoosesActivation
 from qjax.ptq.method import Method
 from qjax.ptq.rtn import rtn
 
@@ -78,7 +79,7 @@ def _errors(candidates: jax.Array, members: tuple[Member, ...], how: tuple[tuple
             w = quantize(member.w * by, spec, (-1,), (-3,)).dequantize()
             x = member.x / by
             if act is not None:
-                x = round_activation(x, dataclasses.replace(act, static=False, observer=None), (2,) if act.per_token else (1, 2))
+                x = round_inliers(x, dataclasses.replace(act, static=False, observer=None), (2,) if act.per_token else (1, 2), (1,))
             made, wanted = (
                 jnp.einsum("smk,snk->smn", a, b, precision=lax.Precision.HIGHEST) for a, b in ((x, w), (member.x, member.w))
             )
@@ -116,7 +117,15 @@ def checked_then(then: Any) -> Method:
         return rtn()
     if not isinstance(then, Method) or isinstance(then, type):
         raise TypeError(f"`then` must be a method such as qjax.gptq(), got {then!r}")
+    if isinstance(then, Rescaling):
+        raise ValueError(f"`then` must be a method that rounds, such as qjax.gptq() or qjax.llm_int8(), got {then.name}: an input is "
+                         "rescaled once; take one of the two, with what rounds as its `then`")  # fmt: skip
     return then
+
+
+def activation_of(then: Method | None, given: ActSpec | None, ops: Collection[str]) -> tuple[ActSpec | None, str]:
+    """What becomes of activations, and a remark: what the method that follows a rescaling makes of them."""
+    return then.activation(given, ops) if isinstance(then, ChoosesActivation) else (given, "")
 
 
 def checked_unfoldable(unfoldable: Any) -> Unfoldable:

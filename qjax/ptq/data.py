@@ -64,13 +64,37 @@ def unseen_note(seen: Any, what: str) -> str:
       A remark for the report.
 
     >>> unseen_note(np.array([True, False]), "rounded")
-    'no calibration data reached it in parts 1: rounded'
+    'no calibration data but zeros reached it in parts 1: rounded'
     """
+    return f"no calibration data but zeros reached it{_which(seen)}: {what}" if not np.all(seen) else ""
+
+
+def with_unseen(lo: np.ndarray, hi: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Gives parts of which nothing but zero was seen the widest range of the others.
+
+    Args:
+      lo: the lower end for each part, 0 where nothing came.
+      hi: the upper ends.
+      what: what no data reached.
+
+    Returns:
+      The ends, and a remark for the report. Where no part has a range they stay 0.
+
+    >>> with_unseen(np.array([-1.0, 0.0]), np.array([2.0, 0.0]), "its activations")[2]
+    ('no calibration data but zeros reached its activations in parts 1: they have the widest range of the others',)
+    """
+    seen = (lo != 0) | (hi != 0)
+    if seen.all():
+        return lo, hi, ()
+    then = "they have the widest range of the others" if seen.any() else "they have the scale 1"
+    remark = f"no calibration data but zeros reached {what}{_which(seen)}: {then}"
+    return np.where(seen, lo, lo.min()), np.where(seen, hi, hi.max()), (remark,)
+
+
+def _which(seen: Any) -> str:
+    """Names the parts that are not seen, unless that is all of them."""
     empty = np.argwhere(~seen)
-    if not len(empty):
-        return ""
-    which = "" if seen.size == 1 or len(empty) == seen.size else f" in parts {', '.join(_index(i, seen.shape) for i in empty)}"
-    return f"no calibration data reached it{which}: {what}"
+    return f" in parts {', '.join(_index(i, seen.shape) for i in empty)}" if 0 < len(empty) < seen.size else ""
 
 
 def _index(position: np.ndarray, shape: tuple[int, ...]) -> str:

@@ -54,7 +54,8 @@ class GPTQ:
         w = matrices(problem)
         solution = _solve(w, hessian(state), problem, self.options)
         check_solved(solution, problem.name)
-        return Outcome(packed(problem, *_arrays(solution)), _notes(solution, w.shape[2], w.shape[0] > 1))
+        notes = (*_few_rows(np.asarray(state.count), w.shape[2]), *_notes(solution, w.shape[2], w.shape[0] > 1))
+        return Outcome(packed(problem, *_arrays(solution)), notes)
 
     def work(self, problem: Problem) -> Work:
         stack, n, k = matrix_sizes(problem)
@@ -135,6 +136,15 @@ def _arrays(solution: Solution) -> tuple[jax.Array, jax.Array, jax.Array | None,
     return solution.codes, solution.scale, solution.zero_point, solution.perm
 
 
+def _few_rows(count: np.ndarray, k: int) -> tuple[str, ...]:
+    """Says where fewer rows than columns were seen: directions that no row has are rounded as if they did not matter."""
+    few = np.unique(count[(count > 0) & (count < k)]).tolist()
+    if not few:
+        return ()
+    rows = f"{few[0]} row{'s' * (few[0] != 1)}" if len(few) == 1 else f"{few[0]} to {few[-1]} rows"
+    return (f"{rows} for {k} columns: the Hessian is not of full rank",)
+
+
 def _notes(solution: Solution, k: int, many: bool) -> tuple[str, ...]:
     retries, dead = np.asarray(solution.retries), np.asarray(solution.dead)
     damping = np.asarray(solution.damping_used)
@@ -144,7 +154,7 @@ def _notes(solution: Solution, k: int, many: bool) -> tuple[str, ...]:
     unseen = np.flatnonzero(dead == k)
     if unseen.size:
         which = f" in parts {', '.join(map(str, unseen))}" if many else ""
-        notes.append(f"no calibration data reached it{which}: rounded")
+        notes.append(f"no calibration data but zeros reached it{which}: rounded")
     partly = dead[dead < k]
     if partly.any():
         notes.append(f"{partly.max()} dead columns")

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.calibration import OutlierColumns, OutlierCounts, outlier_columns, why_no_rows
+from qjax.calibration import OutlierColumns, OutlierCounts, outlier_columns, stack_size, why_no_rows
 from qjax.core import ActSpec, Outliers, QTensor, dynamic, int8
 from qjax.policy import Choice
-from qjax.program import Key, Leaf, Program
+from qjax.program import Key, Leaf, Program, Site
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.passes import observe_batches
 from qjax.ptq.progress import Monitor
 from qjax.ptq.rtn import rtn
-from qjax.ptq.work import forward
+from qjax.ptq.work import forward, rows_seen
 from qjax.runtime.overflow import counted
 
 MARGIN, LEAST, MULTIPLE = 1.25, 8, 8  # of a calibrated capacity
@@ -64,7 +64,8 @@ def llm_int8(threshold: float = 6.0, capacity: int | None = None) -> LLMInt8:
     Shapes in a compiled program are fixed, so the second product always has `capacity` columns: of the columns in O those with the
     largest values, zeros in places that are left. Outliers beyond the capacity stay int8: the report says in how many calls of
     the calibration that happened, and `qjax.overflow` counts it on any batch. Columns are those of one call: of one
-    execution of a product, over all the rows of its batch.
+    execution of a product, over all the rows of its batch. Calls of more rows than the calibration's, which the report names,
+    have more outlier columns.
 
     Args:
       threshold: from which on a value is an outlier, in the units of the activations.
@@ -76,6 +77,7 @@ def llm_int8(threshold: float = 6.0, capacity: int | None = None) -> LLMInt8:
       is `qjax.dynamic(qjax.int8())`; a static one, or one per tensor, is refused. Needs data unless `capacity` is given.
 
     Raises:
+      TypeError: `threshold` is no number, `capacity` no whole one.
       ValueError: `threshold` is not positive, `capacity` less than 1.
 
     Example:
@@ -85,7 +87,7 @@ def llm_int8(threshold: float = 6.0, capacity: int | None = None) -> LLMInt8:
       >>> policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8(scale_rule="full"), method=llm_int8())])
       >>> result = qjax.quantize(fn, params, policy, calibration=[x])
       >>> result.report.rows[0].kernel, result.report.rows[0].notes
-      ('xla int8 + 16 bit outliers', ('at most 1 outlier columns in 1 calls of the data: 8 are set aside',))
+      ('xla int8 + 16 bit outliers', ('at most 1 outlier column in 1 call of 2 rows: room for 8',))
       >>> jax.jit(qjax.quantized(fn))(result.params, x)[0, 2:5].round(2).tolist()
       [1.0, 20.25, 1.0]
 
@@ -97,6 +99,10 @@ def llm_int8(threshold: float = 6.0, capacity: int | None = None) -> LLMInt8:
     rule is that of the specs, `scale_rule="full"` is theirs. Experts that share a list of rows choose their columns for each
     block of rows; convolutions get plain integers, and the report says so.
     """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)):
+        raise TypeError(f"`threshold` must be a number such as 6.0, got {threshold!r}")
+    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer))):
+        raise TypeError(f"`capacity` must be a whole number of columns or None, got {capacity!r}")
     method = LLMInt8(threshold, capacity)
     method.activation(None)
     return method
@@ -142,27 +148,50 @@ def with_capacities(
     found = {} if shapes else observe_batches(observers, params, batches, phase)
     for index, limit in wanted.items():
         q, notes = done[index]
-        capacity, note = _capacity(leaves[index], limit, int(np.prod(q.sizes)), found)
+        rows = {_rows(site, leaves[index]) for program, _ in batches for site in program.leaves[index].sites if site.key in found}
+        capacity, note = _capacity(leaves[index], limit, int(np.prod(q.sizes)), found, rows)
         act = dataclasses.replace(q.act or dynamic(int8()), outliers=Outliers(limit.threshold, capacity))
         new[index] = dataclasses.replace(q, act=act), (*notes, *note)
     return new
 
 
-def _capacity(leaf: Leaf, limit: Outliers, k: int, found: dict[Key, OutlierCounts]) -> tuple[int, tuple[str, ...]]:
-    """The number of columns to set aside for a parameter, and what the report says of it."""
+def _capacity(
+    leaf: Leaf, limit: Outliers, k: int, found: dict[Key, OutlierCounts], rows: Collection[int]
+) -> tuple[int, tuple[str, ...]]:
+    """The number of columns to set aside for a parameter, and what the report says of it; `rows`: those of its calls."""
     mine = [found[site.key] for site in leaf.sites if site.key in found]
     most = max((int(np.max(counts.most)) for counts in mine), default=0)
     calls, over = (sum(int(np.sum(getattr(counts, name))) for counts in mine) for name in ("calls", "over"))
     if limit.capacity is not None:
         capacity = min(limit.capacity, k)
+        notes = [] if limit.capacity <= k else [f"its capacity of {limit.capacity} is more than its columns: {_room(k, k)}"]
         if over:
-            much = f"more than {capacity} outlier columns, up to {most}"
-            return capacity, (f"{over} of {calls} calls of the data had {much}: the others stay int8",)
-        return capacity, ()
+            much = f"more than {_columns(capacity)}, up to {most}"
+            notes.append(f"{over} of {_calls(calls, rows)} had {much}: the others stay int8")
+        return capacity, tuple(notes)
     if all(site.custom_rule for site in leaf.sites):
         return min(k, LEAST), ()  # nothing is rounded there
     capacity = min(k, max(LEAST, -(-int(np.ceil(MARGIN * most)) // MULTIPLE) * MULTIPLE))
+    room = _room(capacity, k)
     if not calls:
         why = next((text for site in leaf.sites if site.op != "gather" and (text := why_no_rows(site, leaf))), "no data reached it")
-        return capacity, (f"its outlier columns were not counted, {why}: {capacity} are set aside",)
-    return capacity, (f"at most {most} outlier columns in {calls} calls of the data: {capacity} are set aside",)
+        return capacity, (f"its outlier columns were not counted, {why}: {room}",)
+    return capacity, (f"{f'at most {_columns(most)}' if most else 'no outlier columns'} in {_calls(calls, rows)}: {room}",)
+
+
+def _rows(site: Site, leaf: Leaf) -> int:
+    """The rows of one call: each of the batched experts has its own, a list of rows is counted whole."""
+    return rows_seen(site, leaf) // (stack_size(site, leaf) if site.op == "dot_general" else 1)
+
+
+def _room(capacity: int, k: int) -> str:
+    return f"room for {capacity}" if capacity < k else f"room for all {k} columns, the product in 16 bit is as large as the float one"
+
+
+def _columns(count: int) -> str:
+    return f"{count} outlier column{'s' * (count != 1)}"
+
+
+def _calls(calls: int, rows: Collection[int]) -> str:
+    span = str(max(rows)) if len(rows) == 1 else f"{min(rows)} to {max(rows)}"
+    return f"{calls} call{'s' * (calls != 1)} of {span} row{'s' * (span != '1')}"

@@ -17,7 +17,7 @@ from qjax.core import ActSpec, QProduct, params_from_range
 from qjax.core.products import describe_pair
 from qjax.policy import ProductChoice
 from qjax.program import Program
-from qjax.ptq.data import check_numbers
+from qjax.ptq.data import check_numbers, with_unseen
 from qjax.ptq.passes import observe_products
 from qjax.ptq.progress import Monitor, Phase
 from qjax.ptq.work import forward
@@ -137,12 +137,7 @@ def _scales(act: ActSpec, ends: Range | None, side: str) -> tuple[tuple[Any, Any
     if ends is None:
         return (None, None), ()
     lo, hi = (np.asarray(end) for end in ends)
-    unseen = (lo == 0) & (hi == 0)
-    if unseen.all():
+    if not (lo.any() or hi.any()):
         return None
-    notes = ()
-    if unseen.any():
-        layers = ", ".join(map(str, np.flatnonzero(unseen)))
-        notes = (f"no calibration data but zeros reached its {side} operand in layers {layers}: they have the widest range of the others",)
-        lo, hi = np.where(unseen, lo.min(), lo), np.where(unseen, hi.max(), hi)
+    lo, hi, notes = with_unseen(lo, hi, f"its {side} operand")
     return params_from_range(jnp.asarray(lo), jnp.asarray(hi), act.spec), notes

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qjax.calibration import Observer
-from qjax.core import QTensor, Spec
-from qjax.ptq.candidates import Member, Unfoldable, checked_rows, checked_then, checked_unfoldable, peaks
+from qjax.core import ActSpec, QTensor, Spec
+from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, peaks
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, work_of
@@ -38,6 +39,9 @@ class SmoothQuant:
     @property
     def observer(self) -> Observer[Any] | None:
         return self.then.observer
+
+    def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
+        return activation_of(self.then, given, ops)
 
     def shapes(self, problem: Problem) -> QTensor:
         return self.then.shapes(problem)
@@ -74,8 +78,10 @@ def smoothquant(
     Args:
       alpha: 0 leaves the whole range with the activations, 1 moves it into the weights. "search", or a tuple of values, takes for
         each group of weights that share an input the one with the least error of their outputs (.30, .35 ... .90).
-      then: how the rescaled weights are rounded; None: to nearest.
-      rows: rows of activations that a search tries its candidates on.
+      then: how the rescaled weights are rounded, and with `qjax.llm_int8()` their activations, too (the threshold is one of what was
+        rescaled); None: to nearest.
+      rows: rows of activations that a search tries its candidates on. Static activations are rounded there within the extreme
+        values of those rows, whatever the rule's observer finds over all the data afterwards.
       unfoldable: what becomes of an input when nothing that makes it can take 1 / s in exchange. "leave": the weight is rounded as it
         is. "scale": each such weight keeps scales of its own (float32, one a column), and its product divides the input at run
         time. The report says which, and why.
@@ -84,7 +90,7 @@ def smoothquant(
       A method for `qjax.Rule`. Needs calibration data.
 
     Raises:
-      ValueError: an alpha outside of 0 to 1; `rows` less than 1; another `unfoldable`.
+      ValueError: an alpha outside of 0 to 1; `rows` less than 1; another `unfoldable`; a `then` that rescales, too.
       TypeError: `then` is no method.
 
     Example:

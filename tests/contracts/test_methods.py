@@ -194,3 +194,60 @@ def test_data_that_is_not_finite_is_refused_by_name(method):
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), method=method)])
     with pytest.raises(ValueError, match=r"`calibration` batch 0 gives the input of 'w' \(dot_general\) NaN or infinity"):
         qjax.quantize(lambda p, x: x @ p["w"], {"w": weight(K, N)}, policy, calibration=[x])
+
+
+# The same promises over a whole program, where a method also chooses scales and what becomes of activations.
+
+LAYERS, WIDE = 2, 40
+
+
+def layer(x, w):
+    h = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6) * w["norm"][None, None]
+    return x + jax.nn.relu(h @ w["up"]) @ w["down"]
+
+
+def model(p, x):
+    return jax.lax.scan(lambda x, w: (layer(x, w), None), x, p)[0]
+
+
+def unrolled(p, x):
+    for i in range(LAYERS):
+        x = layer(x, jax.tree.map(lambda w, i=i: w[i], p))
+    return x
+
+
+def model_params():
+    """Norms with a few large channels, whose rows of the weights are small, as language models have them."""
+    large = jnp.where(jnp.arange(K) % 16 == 3, 50.0, 1.0)
+    up = weight(LAYERS, K, WIDE, seed=3) / (5 * large[None, :, None])
+    return {"norm": jnp.tile(large, (LAYERS, 1)), "up": up, "down": weight(LAYERS, WIDE, K, seed=4) / 8}
+
+
+WHOLE = [*METHODS, qjax.smoothquant(then=qjax.llm_int8()), qjax.awq(then=qjax.llm_int8())]
+QUICK = ("smoothquant", "llm_int8")
+
+
+def rules_of(method, other):
+    """Policies of a method and of another with the same specs; codes of weights are judged by themselves."""
+    activation = qjax.dynamic(qjax.int8()) if "smoothquant" in method.name or "llm_int8" in method.name else None
+    spec = qjax.int4() if activation is None else qjax.int8()
+    return [qjax.Policy([qjax.Rule("*", weight=spec, method=m, activation=activation)]) for m in (method, other)]
+
+
+@pytest.mark.parametrize("method", [m if m.name in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in WHOLE], ids=lambda m: m.name)
+def test_a_whole_program_is_no_worse_than_rounded_and_the_same_in_every_form(method):
+    params, x = model_params(), weight(3, 32, K, seed=5)
+    want, (policy, rounding) = model(params, x), rules_of(method, qjax.rtn())
+    result, plain = (qjax.quantize(model, params, p, [x]) for p in (policy, rounding))
+    got, rounded = (jax.jit(qjax.quantized(model))(r.params, x) for r in (result, plain))
+    error, most = (float(jnp.linalg.norm(y - want)) for y in (got, rounded))
+    assert 0 < error <= 1.0001 * most
+    rows = [row for row in result.report.rows if row.spec]
+    assert {row.method for row in rows} == {method.name}
+    assert {row.kernel for row in rows} == {"xla int8 + 16 bit outliers" if "llm_int8" in method.name else
+                                            "xla int8" if rows[0].activation else "xla"}  # fmt: skip
+    assert_same_bits(qjax.quantized(model)(result.params, x), got)
+    # What the layers of a stack become is what they become one by one; sums in another order may move a code that lies on an edge.
+    apart = qjax.quantize(unrolled, params, policy, [x])
+    other = jax.jit(qjax.quantized(unrolled))(apart.params, x)
+    assert float(jnp.linalg.norm(other - got)) < 0.05 * most

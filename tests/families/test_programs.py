@@ -1,5 +1,6 @@
 """What really runs in every family: integers at each quantized site, no float product for it, no float copy of its weight."""
 
+import collections
 import math
 import re
 
@@ -64,6 +65,35 @@ def test_every_quantized_site_multiplies_integers_and_no_other_float_product_is_
     assert not float_copies(program, result.params, "\n".join(lines))
 
 
+@pytest.mark.parametrize("name", ["encoder, linen", pytest.param("scanned, nnx", marks=pytest.mark.slow)])
+def test_static_asymmetric_activations_multiply_integers_too(name):
+    model, result = quantized_family(name, {"weight": INT8, "activation": qjax.static(qjax.uint8())})
+    program = qjax.trace(model.fn, model.params, *model.data[0])
+    sites = [site for site in program.sites if site.op != "gather"]
+    lines = operations(lowered(model, result).as_text())
+    assert sum(bool(INTEGER.search(line)) for line in lines) == len(sites)
+    assert sum(bool(FLOAT.search(line)) for line in lines) == products(program.jaxpr) - len(sites)
+    assert not float_copies(program, result.params, "\n".join(lines))
+
+
+@pytest.mark.parametrize("name", ["scanned, nnx", pytest.param("encoder, linen", marks=pytest.mark.slow)])
+def test_outlier_columns_are_one_product_of_capacity_a_site(name):
+    """Beside the integers, and nothing else is float for them."""
+    model, result = quantized_family(name, {"weight": INT8, "method": qjax.llm_int8(threshold=1.0, capacity=8)})
+    program = qjax.trace(model.fn, model.params, *model.data[0])
+    sites = [site for site in program.sites if site.op != "gather"]
+    lines = operations(lowered(model, result).as_text())
+    floats = [line for line in lines if FLOAT.search(line)]
+    mixed = [line for line in floats if all(8 in dims for dims in operand_dims(line))]
+    assert sum(bool(INTEGER.search(line)) for line in lines) == len(mixed) == len(sites)
+    assert len(floats) - len(mixed) == products(program.jaxpr) - len(sites)
+    assert not float_copies(program, result.params, "\n".join(lines))
+
+
+def operand_dims(line):
+    return [[int(n) for n in dims.split("x")] for dims in re.findall(r"tensor<([0-9x]+)x\w+>", line.split(" : ")[-1].split("->")[0])]
+
+
 def float_copies(program, params, text):
     """The float arrays in StableHLO or HLO with the sizes of a weight, or of one layer or expert of it, in any order or flattened.
 
@@ -114,14 +144,13 @@ def test_the_compiled_program_keeps_integers_and_no_float_weight(name):
     model, result = quantized_family(name, W8A8)
     program = qjax.trace(model.fn, model.params, *model.data[0])
     text = lowered(model, result).compile().as_text()
-    found = integer_products(text)
-    for site in program.sites:
-        if site.op == "dot_general":
-            # Experts' batched products are unrolled or kept; every other dot is one of int8 operands.
-            assert any(op == "dot" and inputs == {"s8"} and n == math.prod(site.out_shape) for op, inputs, n in found), site.path
-        elif site.op == "conv_general_dilated":
-            # XLA's CPU has no convolution of int8 operands and widens them to int32, also those of a plain int8 program: still integers.
-            assert any(op == "convolution" and inputs <= {"s8", "s32"} and n == math.prod(site.out_shape) for op, inputs, n in found)
+    # XLA's CPU has no convolution of int8 operands and widens them to int32, also those of a plain int8 program: still integers.
+    kinds = {"dot_general": ("dot", [{"s8"}]), "conv_general_dilated": ("convolution", [{"s8"}, {"s32"}, {"s8", "s32"}])}
+    for op, (operation, operands) in kinds.items():
+        # A loop of experts' blocks has products beside those of the sites, so there may be more.
+        sizes = collections.Counter(math.prod(site.out_shape) for site in program.sites if site.op == op)
+        found = collections.Counter(n for made, inputs, n in integer_products(text) if made == operation and inputs in operands)
+        assert sizes <= found, (sizes, found)
     assert not re.search(r"= (?:f32|bf16)\S* convolution", text)
     assert not float_copies(program, result.params, text)
 

@@ -60,9 +60,9 @@ def test_what_comes_back_runs_the_same(result, folder):
 
 def test_a_document_from_before_there_were_products_loads(folder):
     def older(body):
-        del body["sites"]
+        body.pop("sites", None)
         for row in body["report"]["rows"]:
-            del row["what"]
+            row.pop("what", None)
 
     edited(folder, older)
     loaded = qjax.load(folder)
@@ -103,3 +103,25 @@ def test_what_is_no_product_is_not_saved(result, tmp_path):
     with pytest.raises(ValueError, match="must have a lhs_scale"):
         qjax.save(tmp_path / "a", qjax.Result(result.params, result.report, result.policy, sites={"x": bad}))
     assert not (tmp_path / "a" / "qjax.json").exists()
+
+
+def keys(value):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {*(value if isinstance(value, dict) else ()), *(key for v in inner for key in keys(v))}
+
+
+@pytest.mark.parametrize("method", [None, qjax.smoothquant()], ids=["rtn", "smoothquant"])
+def test_a_plain_checkpoint_has_no_entry_that_an_older_reader_would_refuse(tmp_path, method):
+    """Integers with static activations were there before products, run-time scales and outlier columns were."""
+    rule = qjax.Rule("*", weight=qjax.int8(), activation=qjax.static(qjax.int8()), method=method)
+    params = {"norm": jnp.ones(6), "w": jnp.eye(6)}
+    made = qjax.quantize(lambda p, x: x * p["norm"] @ p["w"], params, qjax.Policy([rule]), [jnp.ones((2, 6))])
+    metadata = {"sites": [], "what": "parameter", "outliers": None}  # the caller's own stays as it is
+    qjax.save(tmp_path / "ckpt", made, metadata=metadata)
+    body = json.loads((tmp_path / "ckpt" / "qjax.json").read_bytes())
+    assert body.pop("metadata") == metadata
+    assert {"act", "rules", "kernel"} <= keys(body)
+    assert not {"sites", "input_scale", "outliers", "unfoldable", "what", "memory"} & keys(body)
+    loaded = qjax.load(tmp_path / "ckpt")
+    assert (loaded.policy, loaded.report, loaded.sites, loaded.metadata) == (made.policy, made.report, {}, metadata)
+    assert loaded.params["w"].act == made.params["w"].act

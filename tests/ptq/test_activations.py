@@ -96,7 +96,7 @@ def test_experts_without_data_take_the_range_of_the_others_and_are_named():
     result = qjax.quantize(fn, {"w": normal(3, 8, 8)}, star(qjax.static(qjax.int8())), calibration=[normal(12, 8)])
     scale = np.asarray(result.params["w"].act_scale).ravel()
     assert scale[1] == max(scale[0], scale[2]) and np.isfinite(scale).all()
-    assert any("no calibration data reached its activations in parts 1" in note for note in result.report.rows[0].notes)
+    assert any("no calibration data but zeros reached its activations in parts 1" in note for note in result.report.rows[0].notes)
 
 
 def test_data_that_is_not_finite_names_the_batch_and_the_site():

@@ -93,7 +93,7 @@ def test_an_expert_without_data_is_rounded_and_named(name):
     result = run(METHODS[name], [(normal(6, D), jnp.asarray([4, 0, 2]))], ragged, params)
     said = notes(result)
     for path in ("a", "b"):
-        assert "no calibration data reached it" in said[path] or "no calibration data reached its activations" in said[path], said
+        assert any(f"no calibration data but zeros reached {what}" in said[path] for what in ("it", "its activations")), said
         assert "in parts 1" in said[path], said
     own, spec = result.params["b"].dequantize()[1], METHODS[name]["weight"]
     plain = qjax.quantize(lambda p, x: x @ p, params["b"][1], Policy([Rule("*", weight=spec)]), [normal(2, D)]).params.dequantize()
@@ -163,3 +163,14 @@ def test_padding_that_makes_a_weight_larger_is_said():
     policy = Policy([Rule("*", weight=qjax.int8(group_size=64, pad=True))])
     said = notes(qjax.quantize(fn, PARAMS, policy, [normal(4, D)]))
     assert said["a"] == "packed it takes 544 bytes, no fewer than the 256 before, for its 8 contracted values are padded to 64"
+
+
+def test_a_site_fed_with_zeros_only_is_not_said_to_have_had_no_data():
+    for name in ("gptq", "static"):
+        said = notes(run(METHODS[name], [jnp.zeros((40, D))]))["a"]
+        assert "no calibration data but zeros reached" in said and "of the others" not in said, said
+
+
+def test_gptq_says_when_there_are_fewer_rows_than_columns():
+    assert f"1 row for {D} columns: the Hessian is not of full rank" in notes(run(METHODS["gptq"], [normal(1, D)]))["a"]
+    assert "full rank" not in notes(run(METHODS["gptq"], [normal(D, D)]))["a"]

@@ -67,7 +67,7 @@ def test_it_is_the_algorithm_of_the_paper(columns):
 def test_outliers_exactly_at_the_threshold_and_none_at_all():
     x, w = jnp.zeros((3, 24)).at[1, 5].set(6.0).at[0, 2].set(-5.99), normal(24, 4)
     result = quantized(matmul, {"w": w}, (x,), weight=FULL, activation=qjax.dynamic(FULL))
-    assert result.report.rows[0].notes == ("at most 1 outlier columns in 1 calls of the data: 8 are set aside",)
+    assert result.report.rows[0].notes == ("at most 1 outlier column in 1 call of 3 rows: room for 8",)
     run = jax.jit(qjax.quantized(matmul))
     np.testing.assert_allclose(run(result.params, x)[1], 6.0 * result.params["w"].dequantize()[5], rtol=1e-6)
     assert not np.asarray(run(result.params, jnp.zeros((3, 24)))).any()
@@ -174,7 +174,7 @@ def test_the_smaller_outliers_beyond_the_capacity_stay_integers():
     x = normal(6, 40).clip(-3, 3).at[0, jnp.asarray([3, 11, 29])].set(jnp.asarray([10.0, -90.0, 30.0]))
     params = {"w": normal(40, 8, seed=1)}
     result = quantized(matmul, params, (x,), qjax.llm_int8(capacity=2), FULL, qjax.dynamic(FULL))
-    assert result.report.rows[0].notes == ("1 of 1 calls of the data had more than 2 outlier columns, up to 3: the others stay int8",)
+    assert result.report.rows[0].notes == ("1 of 1 call of 6 rows had more than 2 outlier columns, up to 3: the others stay int8",)
     np.testing.assert_allclose(
         jax.jit(qjax.quantized(matmul))(result.params, x), paper(x, params["w"], 20.0), rtol=2e-5, atol=2e-5
     )
@@ -219,8 +219,25 @@ def test_the_capacity_comes_from_the_data_with_a_margin():
     x = planted(normal(30, 64), list(range(14)))
     result = quantized(matmul, {"w": normal(64, 5)}, (x,))
     assert result.params["w"].act.outliers.capacity == 24  # 14 and a quarter, in eights
-    assert "at most 14 outlier columns in 1 calls" in result.report.rows[0].notes[0]
+    assert result.report.rows[0].notes[0] == "at most 14 outlier columns in 1 call of 30 rows: room for 24"
     assert quantized(matmul, {"w": normal(64, 5)}, (x,), qjax.llm_int8(threshold=1e-3)).params["w"].act.outliers.capacity == 64
+
+
+def test_the_report_says_what_the_capacity_rests_on():
+    """The rows of a call, for more rows have more outlier columns; and when all columns are taken."""
+
+    def said(x, method, fn=matmul, w=None, calibration=None):
+        policy = Policy([Rule("*", weight=qjax.int8(), method=method)])
+        return qjax.quantize(fn, {"w": normal(9, 5) if w is None else w}, policy, calibration or [x]).report.rows[0].notes
+
+    quiet = normal(4, 9).clip(-1, 1)
+    assert said(quiet, qjax.llm_int8()) == ("no outlier columns in 1 call of 4 rows: room for 8",)
+    assert said(quiet, qjax.llm_int8(), calibration=[quiet, quiet[:1]])[0].startswith("no outlier columns in 2 calls of 1 to 4 rows")
+    whole = "room for all 9 columns, the product in 16 bit is as large as the float one"
+    assert said(9 * quiet, qjax.llm_int8(threshold=0.1)) == (f"at most 9 outlier columns in 1 call of 4 rows: {whole}",)
+    assert said(quiet, qjax.llm_int8(capacity=12)) == (f"its capacity of 12 is more than its columns: {whole}",)
+    experts = said(normal(3, 4, 9).clip(-1, 1), qjax.llm_int8(), batched, normal(3, 9, 5))
+    assert experts == ("no outlier columns in 3 calls of 4 rows: room for 8",)
 
 
 FAST = ("custom_vjp", "tied_embedding")
@@ -298,6 +315,8 @@ def test_data_is_needed_for_a_capacity_alone():
     ("make", "error", "words"),
     [
         (lambda: qjax.llm_int8(threshold=0.0), ValueError, "`threshold` must be a positive number"),
+        (lambda: qjax.llm_int8(threshold="x"), TypeError, "`threshold` must be a number such as 6.0, got 'x'"),
+        (lambda: qjax.llm_int8(capacity="x"), TypeError, "`capacity` must be a whole number of columns or None, got 'x'"),
         (lambda: qjax.llm_int8(capacity=0), ValueError, "`capacity` must be a number of columns"),
         (lambda: Rule("*", weight=qjax.int8(), method=qjax.llm_int8(), activation=qjax.static(qjax.int8())), ValueError,
          r"`activation` static\(int8.* does not go with llm_int8"),

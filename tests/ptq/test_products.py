@@ -147,7 +147,7 @@ def test_layers_that_saw_only_zeros_take_the_range_of_the_others_and_a_product_t
     assert ":dot_general.0" not in result.sites
     q = result.sites["layer:dot_general.0"]
     assert q.lhs_scale.shape == (3,) and q.lhs_scale[1] == q.lhs_scale.max()
-    assert any("no calibration data but zeros reached its left operand in layers 1" in note for note in rows["layer:dot_general.0"].notes)
+    assert any("no calibration data but zeros reached its left operand in parts 1" in note for note in rows["layer:dot_general.0"].notes)
     assert np.isfinite(jax.jit(qjax.quantized(fn, sites=result.sites))(result.params, X)[0]).all()
 
 

@@ -1,5 +1,7 @@
 """AWQ and SmoothQuant over whole programs: the same function, smaller errors, in every form a model takes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax import lax
 import qjax
 from qjax import Policy, Rule
 from qjax.core import QTensor
+from qjax.ptq.candidates import Member, best
 from tests.program.cases import normal
 
 W8A8 = {"weight": qjax.int8(), "activation": qjax.static(qjax.int8())}
@@ -245,3 +248,42 @@ def test_bad_data():
 def test_bad_options(make, words):
     with pytest.raises((ValueError, TypeError), match=words):
         make()
+
+
+@pytest.mark.parametrize("unfoldable", ["leave", pytest.param("scale", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [qjax.smoothquant, pytest.param(qjax.awq, marks=pytest.mark.slow)])
+def test_rescaling_then_llm_int8_multiplies_integers_and_outliers(make, unfoldable):
+    """The method that follows decides what becomes of the activations; the outliers are those of the rescaled input."""
+    params, data = block_params(), batches(count=1)
+    method = make(then=qjax.llm_int8(threshold=1.5, capacity=3), unfoldable=unfoldable)
+    result = qjax.quantize(block, params, Policy([Rule("*", weight=qjax.int8(), method=method)]), data)
+    rows = [row for row in result.report.rows if row.spec]
+    assert {row.kernel for row in rows} == {"xla int8 + 16 bit outliers"} and all("at most 3 columns" in row.activation for row in rows)
+    text = jax.jit(qjax.quantized(block)).lower(result.params, data[0]).as_text()
+    assert sum("dot_general" in line and "xi8>) -> tensor" in line for line in text.splitlines()) == 3
+    assert sum("dot_general" in line and "xf32>) -> tensor" in line for line in text.splitlines()) == 3
+    assert error(block, params, result, data[0]) < 0.03
+
+
+def test_a_search_judges_outlier_columns_as_they_run():
+    """A channel that is left large costs next to nothing where it is multiplied in 16 bit, and all others' bits where it is not."""
+    x, w = normal(1, 60, 32).at[..., 2].multiply(100.0), jnp.round(40 * normal(1, 6, 32, seed=1).clip(-3, 3)).at[..., 0].set(127)
+    scales = jnp.stack([jnp.ones(32), jnp.ones(32).at[2].set(10.0)])  # leave it; move it into the weight
+
+    @dataclasses.dataclass(frozen=True)
+    class Given(type(SMOOTH)):
+        def candidates(self, members, size, specs):
+            return scales
+
+    method = Given(SMOOTH.alphas, SMOOTH.then, SMOOTH.rows)
+    found = []
+    for act in (qjax.dynamic(qjax.int8()), qjax.llm_int8().activation(None)[0]):
+        members = (Member(w, x, None, jnp.arange(32)[None]),)
+        found.append(float(best(method, members, 32, ((qjax.int8(), act),))[2]))
+    assert found == [10.0, 1.0]
+
+
+def test_an_input_is_rescaled_once():
+    for make in (lambda: qjax.smoothquant(then=AWQ), lambda: qjax.awq(then=SEARCHED)):
+        with pytest.raises(ValueError, match=r"`then` must be a method that rounds.*got (awq|smoothquant\(searched\)): an input is"):
+            make()
