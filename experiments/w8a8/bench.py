@@ -152,6 +152,7 @@ def main():
         recipes = tables()[{"planted": "w8a8", "sites": "weights"}.get(name, name)]
         wanted = {k: how for k, how in recipes.items() if not options.rows or any(part in k for part in options.rows)}
         if name == "sites":
+            wanted = {k: how for k, how in wanted.items() if how[2].name in ("rtn", "gptq", "awq")}
             text = jnp.asarray(bench.text[-64:])
             all_rows[table] = sites.compare(bench.apply, bench.params, bench.keep, wanted, bench.data, text)
             continue

@@ -43,14 +43,13 @@ def site_errors(apply, params, policy: Policy, calibration, text):
 
 def compare(apply, params, keep, recipes, calibration, text):
     """Prints, for each recipe beside rounding with the same spec, how many sites are better and by how much."""
+    print("\n### error of every site's output, float activations of held-out text\n")
+    print("| | sites | mean error | error / rounding's: mean | least | largest |\n|---|---|---|---|---|---|", flush=True)
     errors = {}
     for name, (weight, _, method) in recipes.items():
-        policy = Policy([keep, qjax.Rule("*", weight=weight, method=method)])
-        errors[name] = site_errors(apply, params, policy, calibration, text)
-    print("\n### error of every site's output, float activations of held-out text\n")
-    print("| | sites | mean error | error / rounding's: mean | least | largest |\n|---|---|---|---|---|---|")
-    for name, mine in errors.items():
+        mine = errors[name] = site_errors(apply, params, Policy([keep, qjax.Rule("*", weight=weight, method=method)]), calibration, text)
         base = errors[f"{name.rsplit(' ', 1)[0]} rtn"]
         ratio = np.array([mine[path] / base[path] for path in mine])
-        print(f"| {name} | {len(mine)} | {np.mean(list(mine.values())):.5f} | {ratio.mean():.3f} | {ratio.min():.3f} | {ratio.max():.3f} |")
+        mean = np.mean(list(mine.values()))
+        print(f"| {name} | {len(mine)} | {mean:.5f} | {ratio.mean():.3f} | {ratio.min():.3f} | {ratio.max():.3f} |", flush=True)
     return errors
