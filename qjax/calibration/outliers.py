@@ -13,17 +13,19 @@ from qjax.calibration.rows import Rows
 
 
 class OutlierCounts(NamedTuple):
-    """How many outlier columns the calls of a site had; int32 (stack,) each.
+    """How many outlier columns the calls of a site had; int32 (stack,) each, but for `peak`.
 
     Attributes:
       most: the largest number of outlier columns of one call.
       calls: how many calls there were; one that brings no row to a part does not count for it.
       over: calls with more outlier columns than the capacity.
+      peak: float32 (stack,), the largest |x|; not finite if the data were not.
     """
 
     most: jax.Array
     calls: jax.Array
     over: jax.Array
+    peak: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +38,18 @@ class OutlierColumns:
     def init(self, stack: int, columns: int) -> OutlierCounts:
         del columns
         none = jnp.zeros((stack,), jnp.int32)
-        return OutlierCounts(none, none, none)
+        return OutlierCounts(none, none, none, jnp.zeros((stack,), jnp.float32))
 
     def update(self, state: OutlierCounts, rows: Rows) -> OutlierCounts:
         channels = channel_stats()
         seen = channels.update(channels.init(state.calls.shape[0], rows.x.shape[-1]), rows)
         count = jnp.sum(seen.absmax >= self.threshold, axis=-1, dtype=jnp.int32)
         over = jnp.zeros_like(count) if self.capacity is None else (count > self.capacity).astype(jnp.int32)
-        return self.merge(state, OutlierCounts(count, (seen.count > 0).astype(jnp.int32), over))
+        peak = jnp.max(seen.absmax, axis=-1, initial=0.0)
+        return self.merge(state, OutlierCounts(count, (seen.count > 0).astype(jnp.int32), over, peak))
 
     def merge(self, a: OutlierCounts, b: OutlierCounts) -> OutlierCounts:
-        return OutlierCounts(jnp.maximum(a.most, b.most), a.calls + b.calls, a.over + b.over)
+        return OutlierCounts(jnp.maximum(a.most, b.most), a.calls + b.calls, a.over + b.over, jnp.maximum(a.peak, b.peak))
 
 
 def outlier_columns(threshold: float, capacity: int | None = None) -> OutlierColumns:
