@@ -63,7 +63,3 @@ class OperandObservers:
     def update(self, state: Pair, rows: tuple[Rows, Rows]) -> Pair:
         """Returns the state after one more call."""
         return tuple(None if o is None else o.update(s, r) for o, s, r in zip(self.pair, state, rows, strict=True))  # pyright: ignore
-
-    def merge(self, a: Pair, b: Pair) -> Pair:
-        """Returns the state after the data of both."""
-        return tuple(None if o is None else o.merge(x, y) for o, x, y in zip(self.pair, a, b, strict=True))  # pyright: ignore
