@@ -21,6 +21,11 @@ from qjax.core.granularity import PerChannel as PerChannel
 from qjax.core.granularity import PerGroup as PerGroup
 from qjax.core.granularity import PerTensor as PerTensor
 from qjax.core.granularity import PerToken as PerToken
+from qjax.core.hadamard import OnlineRotation as OnlineRotation
+from qjax.core.hadamard import hadamard as hadamard
+from qjax.core.hadamard import hadamard_transform as hadamard_transform
+from qjax.core.hadamard import random_signs as random_signs
+from qjax.core.hadamard import transform_factors as transform_factors
 from qjax.core.layout import blocks as blocks
 from qjax.core.layout import canonicalize as canonicalize
 from qjax.core.layout import check_blocks as check_blocks
