@@ -12,6 +12,12 @@ from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params
 from qjax.core.affine import divide as divide
 from qjax.core.affine import params_from_range as params_from_range
+from qjax.core.cache import CacheSpec as CacheSpec
+from qjax.core.cache import QCache as QCache
+from qjax.core.cache import append_cache as append_cache
+from qjax.core.cache import init_cache as init_cache
+from qjax.core.cache import kv_cache as kv_cache
+from qjax.core.cache import read_cache as read_cache
 from qjax.core.codebook import codebook_decode as codebook_decode
 from qjax.core.codebook import codebook_encode as codebook_encode
 from qjax.core.codebook import codebook_params as codebook_params
