@@ -59,6 +59,8 @@ class Packed:
     act_zero_point: str | None = None
     act: ActSpec | None = None
     input_scale: str | None = None
+    nested_scale: str | None = None
+    nested_offset: str | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -161,7 +163,7 @@ def write_document(document: Document) -> bytes:
 
 # Entries that came after the layout was first published, and what one that is missing means. They are left out where they say
 # no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
-_LATER = {"input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
+_LATER = {"nested_scale": None, "nested_offset": None, "double_quant": False, "input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
 
 
 def _plain(value: Any) -> Any:
