@@ -1,35 +1,17 @@
 """Integer codes: `w ~= (code - zero_point) * scale`, on arrays whose last axis is one block.
 
-Everything here gives the same bits inside and outside `jit`, and those of IEEE division: see `divide`.
+Everything here gives the same bits inside and outside `jit`, and those of IEEE division: see `reductions.divide`.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.core.reductions import divide as divide
+from qjax.core.reductions import mean_magnitude
 from qjax.core.specs import IntSpec
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-
-
-def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
-    """`x / y`, correctly rounded whatever surrounds it.
-
-    XLA rewrites the division by a constant *or by a broadcast array* to a multiplication by the reciprocal, which is
-    off by one bit in a quarter of all cases, and `x / (a / b)` to `(x * b) / a`, where it happens to see them. It sees
-    neither when every element of the divisor depends on `x`.
-
-    Args:
-      x: float32.
-      y: float32, broadcasts to the shape of `x`.
-
-    Returns:
-      float32, the shape of `x`.
-
-    >>> jnp.sum(divide(jnp.arange(1000.0), 7.5) == np.arange(1000, dtype=np.float32) / np.float32(7.5)).item()
-    1000
-    """
-    return x / jnp.where(jnp.isnan(x), x, y)
 
 
 def round_scale(scale: jax.Array, scale_dtype: str) -> jax.Array:
@@ -46,7 +28,7 @@ def round_scale(scale: jax.Array, scale_dtype: str) -> jax.Array:
 def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | None]:
     """Scale and zero point of values that lie in `lo .. hi`.
 
-    Symmetric: `scale = max(-lo, hi) / (qmax + 1/2)` (rule "half") or `/ qmax` (rule "full"), unsigned: `hi` alone.
+    Symmetric: `scale = max(-lo, hi) / (qmax + 1/2)` (rule "half") or `/ qmax` (any other rule), unsigned: `hi` alone.
     Asymmetric: `lo = min(lo, 0)`, `hi = max(hi, 0)`, `scale = (hi - lo) / (2^bits - 1)`,
     `zero_point = clip(round(qmin - lo / scale), qmin, qmax)`, not rounded where `spec.zero_dtype` is floating. The scale is rounded to `spec.scale_dtype` first; where
     it is zero or below float32's smallest normal number it becomes 1, and all codes then stand for exactly 0.
@@ -84,7 +66,10 @@ def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.
 
 
 def affine_params(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | None]:
-    """Scale and zero point of each block from its extreme values, see `params_from_range`.
+    """Scale and zero point of each block from its extreme values, see `params_from_range`, or from the mean of its magnitudes.
+
+    "absmean": `scale = mean(|x|)`. "twn": the mean of those |x| that exceed .7 mean(|x|). A scale below float32's smallest normal
+    number becomes 1.
 
     Args:
       x: (..., group), floating.
@@ -98,6 +83,9 @@ def affine_params(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | N
     (1.0, 3)
     """
     x = x.astype(jnp.float32)
+    if spec.by_mean:
+        scale = round_scale(mean_magnitude(x, spec.scale_rule == "twn"), spec.scale_dtype)
+        return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale), None
     if spec.symmetric and spec.signed:
         hi = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         return params_from_range(-hi, hi, spec)

@@ -59,6 +59,8 @@ class Packed:
     act_zero_point: str | None = None
     act: ActSpec | None = None
     input_scale: str | None = None
+    nested_scale: str | None = None
+    nested_offset: str | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -169,6 +171,9 @@ _LATER = {
     "memory": {},
     "zero_dtype": "int",
     "cache": None,
+    "nested_scale": None,
+    "nested_offset": None,
+    "double_quant": False,
 }
 
 

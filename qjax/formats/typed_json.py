@@ -16,7 +16,7 @@ import numpy as np
 
 from qjax import ptq
 from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
-from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
+from qjax.core import CastSpec, CodebookSpec, FloatSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
 from qjax.policy import Method
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
@@ -49,6 +49,7 @@ KINDS: dict[str, type] = {
     "block": PerBlock,
     "int": IntSpec,
     "codebook": CodebookSpec,
+    "float": FloatSpec,
     "cast": CastSpec,
     "rtn": RoundToNearest,
     "gptq": GPTQ,

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from qjax.core import with_plain_scales
 from qjax.program.packed import Packed, materialize
 
 
@@ -21,7 +22,9 @@ def shard_map_packed(
     specs: list[Any] = []
     values: list[Any] = []
     local: list[Any] = []
-    for operand, spec in zip(operands, eqn.params["in_specs"], strict=True):
+    for given, spec in zip(operands, eqn.params["in_specs"], strict=True):
+        # A part of a tensor knows nothing of the blocks of scales that run over all of it.
+        operand = Packed(with_plain_scales(given.q), given.pending) if isinstance(given, Packed) else given
         split = packed_specs(operand, spec, mesh) if isinstance(operand, Packed) else None
         if split is None:
             specs.append(spec)
