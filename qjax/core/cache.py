@@ -255,8 +255,8 @@ def init_cache(shape: tuple[int, ...], dtype: Any, spec: CacheSpec, axis: int, *
 def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     """Writes tokens `position .. position + t - 1`; `dynamic_update_slice` along time on the packed form.
 
-    What is written before `position` stays, what was after it is forgotten; so a position that goes back takes tokens back. Tokens
-    before it that had been packed already then stay as they were rounded. A position that wraps round to begin at 0 again, as in a
+    What is written before `position` stays, what was after it is forgotten; so a position that goes back takes tokens back. Of the
+    tokens that are among the latest then, those whose float numbers are gone stay as they were rounded. A position that wraps round to begin at 0 again, as in a
     cache that keeps a sliding window, forgets everything.
 
     Args:
@@ -283,14 +283,11 @@ def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     tokens = first + jnp.arange(groups * spec.tokens, dtype=jnp.int32)
     leaving = _tokens_at(window, new, start, tokens, count)
     blocks = leaving.reshape(*leaving.shape[:-2], groups, spec.tokens, leaving.shape[-1])
-    at = cache.ndim - 2
-    past = jax.tree.map(
-        lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, first // spec.tokens, axis=at), cache.past, _rounded(blocks, spec)
-    )
+    past = _write_groups(cache, _rounded(blocks, spec), first // spec.tokens, start)
     end = start + count
     if spec.held:
         slots = _latest(end, spec.held)
-        window = jnp.where((slots >= start)[:, None], _take(new, slots - start), window)
+        window = jnp.where(_column(slots >= start, cache.ndim), _take(new, slots - start), window)
     return QCache(past, window, jnp.broadcast_to(end, cache.length.shape), spec, cache.axis, cache.capacity)
 
 
@@ -309,7 +306,7 @@ def read_cache(cache: QCache) -> jax.Array:
     """
     past = cache.past.dequantize()
     x = past.reshape(*past.shape[:-3], -1, past.shape[-1])[..., : cache.capacity, :]
-    times = jnp.arange(cache.capacity, dtype=jnp.int32)[:, None]
+    times = _column(jnp.arange(cache.capacity, dtype=jnp.int32), cache.ndim)
     length = jnp.asarray(cache.length)[..., None, None]
     if cache.spec.held:
         turns = -(-cache.capacity // cache.spec.held)
@@ -334,6 +331,11 @@ def _latest(end: jax.Array, held: int) -> jax.Array:
     return end - 1 - (end - 1 - slots) % held
 
 
+def _column(x: jax.Array, ndim: int) -> jax.Array:
+    """Numbers of tokens, along the axis of time."""
+    return x.reshape((1,) * (ndim - 2) + (-1, 1))
+
+
 def _take(x: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take(x, tokens, axis=-2, mode="clip")
 
@@ -342,7 +344,22 @@ def _tokens_at(window: jax.Array, new: jax.Array, start: jax.Array, tokens: jax.
     """Tokens by number, out of the ring before `start` and out of the new ones; those after them hold anything."""
     held = window.shape[-2]
     fresh = _take(new, jnp.clip(tokens - start, 0, count - 1))
-    return jnp.where((tokens >= start)[:, None], fresh, _take(window, tokens % held)) if held else fresh
+    return jnp.where(_column(tokens >= start, new.ndim), fresh, _take(window, tokens % held)) if held else fresh
+
+
+def _write_groups(cache: QCache, groups: QTensor, first: jax.Array, start: jax.Array) -> QTensor:
+    """The past with groups from number `first` on replaced, but for those before `start` that it holds: they are not rounded again."""
+    at, held = cache.ndim - 2, _past_tokens(jnp.asarray(cache.length), cache.spec)[..., None]
+    count = groups.shape[at]
+    ends = (first + jnp.arange(1, count + 1, dtype=jnp.int32)) * cache.spec.tokens
+    keep = ends.reshape((1,) * at + (-1,)) <= jnp.minimum(held, start)
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        there = jax.lax.dynamic_slice_in_dim(old, first, count, axis=at)
+        new = jnp.where(keep.reshape(keep.shape + (1,) * (new.ndim - keep.ndim)), there, new)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=at)
+
+    return jax.tree.map(write, cache.past, groups)
 
 
 def _ring_before(cache: QCache, start: jax.Array) -> jax.Array:
@@ -355,5 +372,6 @@ def _ring_before(cache: QCache, start: jax.Array) -> jax.Array:
     rounded = jax.tree.map(lambda leaf: jnp.take(leaf, groups, axis=at, mode="clip"), cache.past).dequantize()
     rounded = rounded.reshape(*rounded.shape[:-3], -1, rounded.shape[-1])
     slots = _latest(start, spec.held)
-    lost = (slots >= 0)[:, None] & (slots[:, None] + spec.held < jnp.asarray(cache.length)[..., None, None])
+    later = _column(slots + spec.held, cache.ndim) < jnp.asarray(cache.length)[..., None, None]
+    lost = later & _column(slots >= 0, cache.ndim)
     return jnp.where(lost, _take(rounded, slots - first), cache.window)
