@@ -256,8 +256,8 @@ def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     """Writes tokens `position .. position + t - 1`; `dynamic_update_slice` along time on the packed form.
 
     What is written before `position` stays, what was after it is forgotten; so a position that goes back takes tokens back. Of the
-    tokens that are among the latest then, those whose float numbers are gone stay as they were rounded. A position that wraps round to begin at 0 again, as in a
-    cache that keeps a sliding window, forgets everything.
+    tokens that are among the latest then, those whose float numbers are gone stay as they were rounded. A position that wraps round to
+    begin at 0 again, as in a cache that keeps a sliding window, forgets everything.
 
     Args:
       cache: of n >= position tokens.

@@ -42,8 +42,7 @@ def rematerialized(params, x, cache, position):
 
 
 def in_a_branch(params, x, cache, position):
-    old = lambda: (x, cache)
-    return jax.lax.cond(position >= 0, lambda: attend(params, x, cache, position), old)
+    return jax.lax.cond(position >= 0, lambda: attend(params, x, cache, position), lambda: (x, cache))
 
 
 def in_a_loop_over_time(params, x, cache, position):
@@ -113,11 +112,10 @@ def packed_cache(model, variables, batch, length, policy=POLICY, dtype=jnp.float
 def test_generation_of_a_language_model(scan):
     model, variables = llama(scan)
     prompt = jax.random.randint(jax.random.key(1), (2, 19), 0, 64)
-    options = {"max_new_tokens": 12, "context_length": 64}
     make = functools.partial(packed_cache, model, variables)
-    made = generate(qjax.quantized(model.apply), variables, prompt, init_cache=make, **options).tokens
+    made = generate(qjax.quantized(model.apply), variables, prompt, 12, init_cache=make, context_length=64).tokens
     plain = functools.partial(init_cache, CONFIG, scan_layers=scan)
-    wanted = generate(model.apply, variables, prompt, init_cache=plain, **options).tokens
+    wanted = generate(model.apply, variables, prompt, 12, init_cache=plain, context_length=64).tokens
     np.testing.assert_array_equal(made, wanted)  # 8 bit
 
 
@@ -267,7 +265,7 @@ def test_other_bad_input():
         qjax.quantized_cache(attend, rule(), argnum="cache")(params, x, empty, start)
     with pytest.raises(ValueError, match="`2` is packed already"):
         qjax.quantized_cache(attend, rule())(params, x, cache, start)
-    with pytest.raises(ValueError, match="`2` is a packed cache, but in this function it is none: .*scatter"):
+    with pytest.raises(ValueError, match=r"`2` is a packed cache, but in this function it is none: .*scatter"):
         qjax.quantized(scattered)(params, x, cache, start)
     with pytest.raises(ValueError, match="along axis -2, and the function writes along -1"):
         square = qjax.quantized_cache(attend, rule())(params, x, jnp.zeros((WIDTH, WIDTH)), start)
