@@ -30,6 +30,7 @@ def policies():
         rows[f"{bits} bit, keys per token, window 16"] = (bits, token(window=16), token(window=16))
         rows[f"{bits} bit, keys per channel, window 16"] = (bits, channel(window=16), token(window=16))
         if bits < 8:
+            rows[f"{bits} bit, keys per token and rotated, window 16"] = (bits, token(window=16, rotate=True), token(window=16))
             rows[f"{bits} bit, keys per token, no window"] = (bits, token(window=0), token(window=0))
             rows[f"{bits} bit, keys per channel, no window"] = (bits, channel(window=0), token(window=0))
     if hasattr(qjax, "fp8_e4m3"):

@@ -110,6 +110,18 @@ def test_every_spec_in_bfloat16_the_same_under_jit(spec, per):
     assert 0 < error < {8: 0.05, 4: 0.6, 2: 2.5}[spec.spec.bits]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotation_spreads_what_is_large_in_few_channels(dtype):
+    x = tokens((2, LENGTH, 32), dtype).at[..., 5].multiply(40)
+    errors = []
+    for rotate in (False, True):
+        cache = filled(x, qjax.kv_cache(qjax.uint4(), window=5, rotate=rotate), 1, [LENGTH])
+        assert cache.dtype == cache.read().dtype == dtype
+        np.testing.assert_array_equal(cache.read()[:, 24:], x[:, 24:])
+        errors.append(float(jnp.mean((cache.read() - x).astype(jnp.float32) ** 2)))
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_zeros_stay_zeros_and_there_is_nothing_beyond_the_last_token():
     spec = qjax.kv_cache(qjax.uint4(), "channel", group_size=4, window=2)
     x = tokens((2, LENGTH, 8)).at[:, ::3].set(0)
