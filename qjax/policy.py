@@ -44,7 +44,7 @@ class ChoosesActivation(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the parameters whose path matches a pattern are quantized; or, with a colon in it, which products of activations; or which caches.
+    """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
 
     Args:
       pattern: a glob over parameter paths; `*` crosses `/`. A leading `params/` and a trailing `/value` are not part of a path.
@@ -404,9 +404,8 @@ def _check_named_caches(rule: Rule, program: Program) -> None:
     if not matched:
         raise ValueError(f"rule `pattern` {rule.pattern!r} with a `cache` matches no input of the program; its caches are {names}")
     leaf = max(matched, key=lambda leaf: len(leaf.shape))  # a position or a token is matched by "*", too
-    raise ValueError(
-        f"rule `pattern` {rule.pattern!r} with a `cache` matches no cache but {leaf.path!r}: {leaf.refusal}; the program's caches are {names}"
-    )
+    what = f"rule `pattern` {rule.pattern!r} with a `cache` matches no cache"
+    raise ValueError(f"{what} but {leaf.path!r}: {leaf.refusal}; the program's caches are {names}")
 
 
 def no_product(pattern: str, program: Program) -> str:

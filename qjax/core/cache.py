@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core.granularity import Granularity, PerChannel, PerGroup, PerToken
+from qjax.core.hadamard import hadamard_transform
 from qjax.core.qtensor import QTensor, quantize
 from qjax.core.specs import CastSpec, Spec
 
@@ -27,12 +28,14 @@ class CacheSpec:
       per: "token" or "channel": which numbers share a scale.
       group_size: per token, channels that share a scale, None for all of them; per channel, tokens that do.
       window: how many of the latest tokens stay float.
+      rotate: whether packed tokens are rotated along the channels.
     """
 
     spec: Spec | None
     per: Literal["token", "channel"] = "token"
     group_size: int | None = None
     window: int = 32
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.spec is not None:
@@ -45,6 +48,8 @@ class CacheSpec:
             if own not in (None, self.group_size):
                 raise ValueError(f"`group_size` {self.group_size} contradicts {self.spec}, whose groups are of {own}: give one of them")
         _check_count("window", self.window, 0, "the number of latest tokens that stay float")
+        if not isinstance(self.rotate, bool):
+            raise TypeError(f"`rotate` must be True or False, got {self.rotate!r}")
 
     @property
     def tokens(self) -> int:
@@ -68,11 +73,17 @@ class CacheSpec:
             return "float"
         group = "" if self.group_size is None else f", group_size={self.group_size}"
         name = str(self.spec).replace('per="channel", ', "").replace('per="channel"', "")  # the default, which says nothing here
-        return f'kv_cache({name}, per="{self.per}"{group}, window={self.window})'
+        rotate = ", rotate=True" if self.rotate else ""
+        return f'kv_cache({name}, per="{self.per}"{group}, window={self.window}{rotate})'
 
 
 def kv_cache(
-    spec: Spec | None, per: Literal["token", "channel"] = "token", *, group_size: int | None = None, window: int = 32
+    spec: Spec | None,
+    per: Literal["token", "channel"] = "token",
+    *,
+    group_size: int | None = None,
+    window: int = 32,
+    rotate: bool = False,
 ) -> CacheSpec:
     """A cache of keys or values whose past tokens are packed; the latest stay float.
 
@@ -85,6 +96,9 @@ def kv_cache(
       per: "token", or "channel" as KIVI does for keys, whose outliers keep to few channels.
       group_size: per token, how many channels share a scale, None for all; per channel, how many tokens do, 32 unless told.
       window: latest tokens that stay float. Per channel up to `group_size - 1` more do, until their group is full.
+      rotate: multiply a token by a Hadamard matrix along its channels before it is rounded, and back when it is read
+        (`hadamard_transform`): what is large in few channels, as in keys, is spread over all, and coarsens the others less. The model
+        stays as it is.
 
     Returns:
       A `CacheSpec` for `qjax.Rule(cache=...)`.
@@ -100,9 +114,9 @@ def kv_cache(
 
     Source: KIVI (arXiv 2402.02750): keys per channel, values per token, groups of 32, a residual of 128 tokens in float. There the
     residual is packed as a whole when it is full, so between 0 and 128 of the latest tokens are float; here it slides, so that never
-    fewer than `window` are.
+    fewer than `window` are. Rotated keys: QuaRot (arXiv 2404.00456), section 4, which rotates queries too and never rotates back.
     """
-    return CacheSpec(spec, per, group_size, window)
+    return CacheSpec(spec, per, group_size, window, rotate)
 
 
 def _check_spec(spec: Any) -> None:
@@ -165,7 +179,7 @@ class QCache:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of what is read, and of the float tokens."""
-        return self.past.dtype
+        return np.dtype(self.window.dtype)
 
     @property
     def size(self) -> int:
@@ -255,9 +269,9 @@ def init_cache(shape: tuple[int, ...], dtype: Any, spec: CacheSpec, axis: int, *
 def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     """Writes tokens `position .. position + t - 1`; `dynamic_update_slice` along time on the packed form.
 
-    What is written before `position` stays, what was after it is forgotten; so a position that goes back takes tokens back. Tokens
-    before it that had been packed already then stay as they were rounded. A position that wraps round to begin at 0 again, as in a
-    cache that keeps a sliding window, forgets everything.
+    What is written before `position` stays, what was after it is forgotten; so a position that goes back takes tokens back. Of the
+    tokens that are among the latest then, those whose float numbers are gone stay as they were rounded. A position that wraps round to
+    begin at 0 again, as in a cache that keeps a sliding window, forgets everything.
 
     Args:
       cache: of n >= position tokens.
@@ -283,14 +297,11 @@ def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     tokens = first + jnp.arange(groups * spec.tokens, dtype=jnp.int32)
     leaving = _tokens_at(window, new, start, tokens, count)
     blocks = leaving.reshape(*leaving.shape[:-2], groups, spec.tokens, leaving.shape[-1])
-    at = cache.ndim - 2
-    past = jax.tree.map(
-        lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, first // spec.tokens, axis=at), cache.past, _rounded(blocks, spec)
-    )
+    past = _write_groups(cache, _rounded(blocks, spec), first // spec.tokens, start)
     end = start + count
     if spec.held:
         slots = _latest(end, spec.held)
-        window = jnp.where((slots >= start)[:, None], _take(new, slots - start), window)
+        window = jnp.where(_column(slots >= start, cache.ndim), _take(new, slots - start), window)
     return QCache(past, window, jnp.broadcast_to(end, cache.length.shape), spec, cache.axis, cache.capacity)
 
 
@@ -307,9 +318,8 @@ def read_cache(cache: QCache) -> jax.Array:
     >>> read_cache(init_cache((4, 2), jnp.float32, qjax.kv_cache(qjax.int4(), window=1), axis=0)).tolist()[0]
     [0.0, 0.0]
     """
-    past = cache.past.dequantize()
-    x = past.reshape(*past.shape[:-3], -1, past.shape[-1])[..., : cache.capacity, :]
-    times = jnp.arange(cache.capacity, dtype=jnp.int32)[:, None]
+    x = _numbers(cache.past, cache)[..., : cache.capacity, :]
+    times = _column(jnp.arange(cache.capacity, dtype=jnp.int32), cache.ndim)
     length = jnp.asarray(cache.length)[..., None, None]
     if cache.spec.held:
         turns = -(-cache.capacity // cache.spec.held)
@@ -320,7 +330,16 @@ def read_cache(cache: QCache) -> jax.Array:
 
 def _rounded(blocks: jax.Array, spec: CacheSpec, name: str = "cache") -> QTensor:
     """Groups of tokens (..., groups, tokens, channels), packed."""
+    if spec.rotate:
+        blocks = hadamard_transform(blocks.astype(jnp.float32))
     return quantize(blocks, spec.stored, axes=(-1 if spec.per == "token" else -2,), name=name)
+
+
+def _numbers(past: QTensor, cache: QCache) -> jax.Array:
+    """The tokens of packed groups (..., tokens, channels), dequantized."""
+    x = past.dequantize()
+    x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+    return hadamard_transform(x, inverse=True).astype(cache.dtype) if cache.spec.rotate else x
 
 
 def _past_tokens(length: Any, spec: CacheSpec) -> Any:
@@ -334,6 +353,11 @@ def _latest(end: jax.Array, held: int) -> jax.Array:
     return end - 1 - (end - 1 - slots) % held
 
 
+def _column(x: jax.Array, ndim: int) -> jax.Array:
+    """Numbers of tokens, along the axis of time."""
+    return x.reshape((1,) * (ndim - 2) + (-1, 1))
+
+
 def _take(x: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take(x, tokens, axis=-2, mode="clip")
 
@@ -342,7 +366,22 @@ def _tokens_at(window: jax.Array, new: jax.Array, start: jax.Array, tokens: jax.
     """Tokens by number, out of the ring before `start` and out of the new ones; those after them hold anything."""
     held = window.shape[-2]
     fresh = _take(new, jnp.clip(tokens - start, 0, count - 1))
-    return jnp.where((tokens >= start)[:, None], fresh, _take(window, tokens % held)) if held else fresh
+    return jnp.where(_column(tokens >= start, new.ndim), fresh, _take(window, tokens % held)) if held else fresh
+
+
+def _write_groups(cache: QCache, groups: QTensor, first: jax.Array, start: jax.Array) -> QTensor:
+    """The past with groups from number `first` on replaced, but for those before `start` that it holds: they are not rounded again."""
+    at, held = cache.ndim - 2, _past_tokens(jnp.asarray(cache.length), cache.spec)[..., None]
+    count = groups.shape[at]
+    ends = (first + jnp.arange(1, count + 1, dtype=jnp.int32)) * cache.spec.tokens
+    keep = ends.reshape((1,) * at + (-1,)) <= jnp.minimum(held, start)
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        there = jax.lax.dynamic_slice_in_dim(old, first, count, axis=at)
+        new = jnp.where(keep.reshape(keep.shape + (1,) * (new.ndim - keep.ndim)), there, new)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=at)
+
+    return jax.tree.map(write, cache.past, groups)
 
 
 def _ring_before(cache: QCache, start: jax.Array) -> jax.Array:
@@ -352,8 +391,8 @@ def _ring_before(cache: QCache, start: jax.Array) -> jax.Array:
         return cache.window
     first, at = _past_tokens(start, spec), cache.ndim - 2
     groups = first // spec.tokens + jnp.arange(-(-spec.held // spec.tokens), dtype=jnp.int32)
-    rounded = jax.tree.map(lambda leaf: jnp.take(leaf, groups, axis=at, mode="clip"), cache.past).dequantize()
-    rounded = rounded.reshape(*rounded.shape[:-3], -1, rounded.shape[-1])
+    rounded = _numbers(jax.tree.map(lambda leaf: jnp.take(leaf, groups, axis=at, mode="clip"), cache.past), cache)
     slots = _latest(start, spec.held)
-    lost = (slots >= 0)[:, None] & (slots[:, None] + spec.held < jnp.asarray(cache.length)[..., None, None])
+    later = _column(slots + spec.held, cache.ndim) < jnp.asarray(cache.length)[..., None, None]
+    lost = later & _column(slots >= 0, cache.ndim)
     return jnp.where(lost, _take(rounded, slots - first), cache.window)

@@ -20,8 +20,9 @@ def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = Non
     """Transforms `fn(params, *args)` so that `params` may hold `QTensor` leaves, and the arguments `QCache` ones.
 
     The function is traced with the float shapes; wherever a packed parameter meets data, the packed matmul of the platform
-    runs. A packed cache (see `qjax.quantized_cache`) is written in its packed form and comes back so. The result is an ordinary function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and differentiate it
-    with respect to the other arguments. Call it under `jit`: alone it dispatches operation by operation.
+    runs. A packed cache (see `qjax.quantized_cache`) is written in its packed form and comes back so. The result is an ordinary
+    function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and differentiate it with respect to the other arguments.
+    Call it under `jit`: alone it dispatches operation by operation.
 
     Args:
       fn: any JAX function whose first argument is the tree of parameters. As under `jit`, arrays are traced and must not
