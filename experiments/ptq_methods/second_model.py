@@ -201,7 +201,7 @@ class Second(NamedTuple):
     heldout: np.ndarray
 
 
-def load_second(path=WEIGHTS, dtype=jnp.float32, config=Config()):  # noqa: B008 (frozen)
+def load_second(path=WEIGHTS, dtype=jnp.float32, config=Config()):
     """Loads the trained model and its texts.
 
     Args:
@@ -245,7 +245,8 @@ def main():
     second = load_second(options.weights)
     heldout = second.heldout[: options.windows]
     seen = token_losses(second.apply, second.params, np.concatenate([np.asarray(b) for b in second.batches])[: options.windows])
-    print(f"{sum(x.size for x in jax.tree.leaves(second.params)):,} parameters, {sum(map(len, texts.train)):,} tokens of training text, jax {jax.__version__}")
+    size, tokens = sum(x.size for x in jax.tree.leaves(second.params)), sum(map(len, texts.train))
+    print(f"{size:,} parameters, {tokens:,} tokens of training text, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     print("| text | windows | perplexity |\n|---|---|---|")
     print(f"| training (calibration windows) | {len(seen)} | {perplexity_of(seen):.2f} |")
     print(f"| held out | {len(heldout)} | {perplexity(second.apply, second.params, heldout):.2f} |")
