@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import qjax
-from qjax.evaluation import batches, calibration_windows
-from qjax.models import Llama, books_llama, books_llama_folder, calibration_lines
+from qjax.evaluation import batches, calibration_windows, encode, perplexity, windows
+from qjax.models import Llama, books_llama, books_llama_folder, calibration_lines, heldout_text
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "gptq_model"))
 from peer import CompileClock, Peer
 
 PACKAGES = ("jax", "torch", "torchao", "hqq", "bitsandbytes", "auto-round", "gptqmodel", "transformers")
+QUALITY = ("error of the weights, both", "perplexity, both")
 UNITS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -41,6 +42,7 @@ class Setup:
       apply: the model as a function.
       params: its parameters.
       torch_model: the same model in torch, never changed.
+      text: held-out windows.
     """
 
     samples: int
@@ -49,11 +51,12 @@ class Setup:
     apply: Any
     params: Any
     torch_model: Any
+    text: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """One run: its seconds, and the weights by their names (out, in), or None where they say nothing of the method."""
+    """One run: its seconds, and the weights that it gives by their names, (out, in); None where it does not hand them out."""
 
     seconds: float
     weights: dict[str, np.ndarray] | None = None
@@ -80,14 +83,15 @@ class Pair:
     data: bool = False
 
 
-def setup(samples, steps):
+def setup(samples, steps, count):
     """Loads the shipped model for both sides."""
     from transformers import LlamaForCausalLM
 
     checkpoint = books_llama()
     tokens = calibration_windows(checkpoint.tokenizer, calibration_lines(), count=samples)
+    text = windows(encode(checkpoint.tokenizer, heldout_text()))[:count]
     model = LlamaForCausalLM.from_pretrained(str(books_llama_folder()), dtype="float32").eval()
-    return Setup(samples, steps, tokens, Llama(checkpoint.config).apply, {"params": checkpoint.params}, model)
+    return Setup(samples, steps, tokens, Llama(checkpoint.config).apply, {"params": checkpoint.params}, model, text)
 
 
 @jax.jit
@@ -106,13 +110,18 @@ def run_ours(pair, made):
     packed = {path: q for path, q in leaves(result.params).items() if isinstance(q, qjax.QTensor)}
     jax.block_until_ready(decoded(list(packed.values())) if pair.decode else list(packed.values()))
     seconds = time.perf_counter() - start
-    return Done(seconds, None if pair.data else {path: np.asarray(q.dequantize()).T for path, q in packed.items()})
+    return Done(seconds, {path: np.asarray(q.dequantize()).T for path, q in packed.items()})
 
 
 def leaves(params):
     """Leaves by their torch names."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params["params"], is_leaf=lambda x: isinstance(x, qjax.QTensor))
-    return {".".join(k.key for k in path[:-1]).replace("layers_", "layers."): leaf for path, leaf in flat}
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, qjax.QTensor))
+    return {torch_name(path): leaf for path, leaf in flat}
+
+
+def torch_name(path):
+    """Name in torch of the layer that holds a leaf."""
+    return ".".join(k.key for k in path[1:-1]).replace("layers_", "layers.")
 
 
 def linears(model):
@@ -186,8 +195,9 @@ def autoround(made):
         model, tokenizer(), bits=4, group_size=128, sym=True, iters=made.steps, nsamples=made.samples, batch_size=8, amp=False,
         seqlen=made.tokens.shape[1], dataset=list(rows.split(8)), device_map="cpu", enable_torch_compile=False, low_cpu_mem_usage=False,
     )  # fmt: skip
-    quantizer.quantize()
-    return Done(time.perf_counter() - start)
+    tuned, _ = quantizer.quantize()
+    seconds = time.perf_counter() - start
+    return Done(seconds, {name: m.weight.detach().float().numpy() for name, m in linears(tuned).items()})
 
 
 def tokenizer():
@@ -236,7 +246,7 @@ def compare(pair, made, repeats, clock):
         "compile": first,
         "theirs": statistics.median(times["theirs"]),
         "theirs_first": theirs_first,
-        "errors": [error(done.weights, made) for done in (ours, theirs)],
+        "quality": [quality(done.weights, made) for done in (ours, theirs)],
     }
 
 
@@ -246,22 +256,27 @@ def quietly(run, made):
         return run(made)
 
 
-def error(weights, made):
-    """Mean over layers of |w - w_hat|^2 / |w|^2; None where no weights are compared."""
+def quality(weights, made):
+    """(mean over layers of |w - w_hat|^2 / |w|^2, perplexity) with these weights, whoever made them; None without any."""
     if weights is None:
         return None
     exact = {name: m.weight.detach().numpy() for name, m in linears(made.torch_model).items()}
     if sorted(exact) != sorted(weights):
-        raise ValueError(f"the two sides have other layers: {sorted(set(exact) ^ set(weights))}")
-    return float(np.mean([np.sum((w - weights[name]) ** 2) / np.sum(w**2) for name, w in exact.items()]))
+        raise ValueError(f"`weights` are of other layers than the model's: {sorted(set(exact) ^ set(weights))}")
+    error = np.mean([np.sum((w - weights[name]) ** 2) / np.sum(w**2) for name, w in exact.items()])
+    put = {name: jnp.asarray(w.T) for name, w in weights.items()}
+    params = jax.tree_util.tree_map_with_path(lambda path, w: put.get(torch_name(path), w), made.params)
+    return float(error), perplexity(made.apply, params, made.text)
 
 
 def show(pair, row):
     """One row of the table."""
     ours, theirs = row["ours"], row["theirs"]
-    errors = "" if None in row["errors"] else "{:.5f} / {:.5f}".format(*row["errors"])
     cells = (pair.what, f"{ours:.3f}", f"{row['compile']:.1f}", pair.reference, f"{theirs:.3f}", f"{row['theirs_first']:.1f}")
-    return f"| {' | '.join(cells)} | {ours / theirs:.2f} | {errors} |"
+    errors, scores = (
+        " / ".join("-" if q is None else form.format(q[i]) for q in row["quality"]) for i, form in enumerate(("{:.5f}", "{:.3f}"))
+    )
+    return f"| {' | '.join(cells)} | {ours / theirs:.2f} | {errors} | {scores} |"
 
 
 def machine():
@@ -286,11 +301,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of 256 tokens")
     parser.add_argument("--steps", type=int, default=200, help="of AutoRound, on each block")
+    parser.add_argument("--windows", type=int, default=32, help="held-out windows of the perplexities")
     options = parser.parse_args()
-    made, clock, on = setup(options.samples, options.steps), CompileClock(), machine()
-    print(f"{on}. Medians of {options.repeats} turns; {options.samples} windows, {options.steps} steps.\n")
-    print("| method | qjax, s | compiling, s | reference | s | its first run, s | qjax / reference | error of the weights, both |")
-    print("|---|---|---|---|---|---|---|---|")
+    made, clock, on = setup(options.samples, options.steps, options.windows), CompileClock(), machine()
+    print(f"{on}. Medians of {options.repeats} turns; {options.samples} windows, {options.steps} steps; perplexity of {len(made.text)}.\n")
+    columns = ("method", "qjax, s", "compiling, s", "reference", "s", "its first run, s", "qjax / reference", *QUALITY)
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in options.methods:
         print(show(PAIRS[name], compare(PAIRS[name], made, options.repeats, clock)), flush=True)
 
