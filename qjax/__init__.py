@@ -14,6 +14,7 @@ from qjax.calibration import mse as mse
 from qjax.calibration import observe as observe
 from qjax.calibration import percentile as percentile
 from qjax.core import ActSpec as ActSpec
+from qjax.core import QCache as QCache
 from qjax.core import QProduct as QProduct
 from qjax.core import QTensor as QTensor
 from qjax.core import bf16 as bf16
@@ -29,6 +30,7 @@ from qjax.core import int6 as int6
 from qjax.core import int7 as int7
 from qjax.core import int8 as int8
 from qjax.core import integer as integer
+from qjax.core import kv_cache as kv_cache
 from qjax.core import nf4 as nf4
 from qjax.core import static as static
 from qjax.core import uint2 as uint2
@@ -56,6 +58,7 @@ from qjax.ptq import batch_norm_folding as batch_norm_folding
 from qjax.ptq import correct_bias as correct_bias
 from qjax.ptq import equalization as equalization
 from qjax.ptq import gptq as gptq
+from qjax.ptq import hqq as hqq
 from qjax.ptq import llm_int8 as llm_int8
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize
@@ -67,6 +70,7 @@ from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
 from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
+from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import fake_quant as fake_quant
 
 __version__ = "0.1.0"

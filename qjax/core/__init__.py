@@ -12,6 +12,12 @@ from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params
 from qjax.core.affine import divide as divide
 from qjax.core.affine import params_from_range as params_from_range
+from qjax.core.cache import CacheSpec as CacheSpec
+from qjax.core.cache import QCache as QCache
+from qjax.core.cache import append_cache as append_cache
+from qjax.core.cache import init_cache as init_cache
+from qjax.core.cache import kv_cache as kv_cache
+from qjax.core.cache import read_cache as read_cache
 from qjax.core.codebook import codebook_decode as codebook_decode
 from qjax.core.codebook import codebook_encode as codebook_encode
 from qjax.core.codebook import codebook_params as codebook_params
@@ -21,6 +27,11 @@ from qjax.core.granularity import PerChannel as PerChannel
 from qjax.core.granularity import PerGroup as PerGroup
 from qjax.core.granularity import PerTensor as PerTensor
 from qjax.core.granularity import PerToken as PerToken
+from qjax.core.hadamard import OnlineRotation as OnlineRotation
+from qjax.core.hadamard import hadamard as hadamard
+from qjax.core.hadamard import hadamard_transform as hadamard_transform
+from qjax.core.hadamard import random_signs as random_signs
+from qjax.core.hadamard import transform_factors as transform_factors
 from qjax.core.layout import blocks as blocks
 from qjax.core.layout import canonicalize as canonicalize
 from qjax.core.layout import check_blocks as check_blocks

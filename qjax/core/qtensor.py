@@ -24,7 +24,7 @@ from qjax.core.layout import (
     uncanonicalize,
 )
 from qjax.core.packing import pack, unpack
-from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, round_cast
+from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, round_cast
 from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
 
 ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale")
@@ -48,7 +48,7 @@ class QTensor:
         the array itself (kept..., K).
       scale: `spec.scale_dtype`, as many axes as `codes`: every kept axis full, 1, or divided by the block; the last one
         counts blocks. None for a cast.
-      zero_point: int8 or uint8 like the codes, the shape of `scale`; None when symmetric.
+      zero_point: int8 or uint8 like the codes, or `spec.zero_dtype`; the shape of `scale`; None when symmetric.
       perm: int32 (stacked axes full, others 1, K) or None: stored position j holds the flattened index perm[j].
       spec: what it was quantized to.
       axes: negative logical positions of the contracted axes, in the order in which they are flattened.
@@ -201,7 +201,7 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     codes = block_encode(blocked, scale, zero_point, spec)
     scale = scale[..., 0].astype(spec.scale_dtype)
     if zero_point is not None:
-        zero_point = zero_point[..., 0].astype(_code_dtype(spec))
+        zero_point = zero_point[..., 0].astype(_zero_dtype(spec))
     return QTensor(_pack(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype)
 
 
@@ -211,6 +211,10 @@ def _is_signed(spec: IntSpec | CodebookSpec) -> bool:
 
 def _code_dtype(spec: IntSpec | CodebookSpec):
     return jnp.int8 if _is_signed(spec) else jnp.uint8
+
+
+def _zero_dtype(spec: IntSpec | CodebookSpec):
+    return spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else _code_dtype(spec)
 
 
 def _pack(codes: jax.Array, spec: IntSpec | CodebookSpec) -> jax.Array:
@@ -266,7 +270,7 @@ def assemble(
     Args:
       codes: integers (kept..., K) or (kept..., Kpad), within the spec's range; for a cast the floats (kept..., K).
       scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast.
-      zero_point: integers of the shape of `scale`, or None when the spec is symmetric.
+      zero_point: integers, or floats with a floating `spec.zero_dtype`, of the shape of `scale`; None when the spec is symmetric.
       spec: what the codes mean.
       axes: logical axes that are contracted, in the order in which they are flattened; negative.
       sizes: their sizes.
@@ -327,8 +331,11 @@ def _checked(codes, scale, zero_point, spec: IntSpec | CodebookSpec, k: int, nam
     if zero_point is not None:
         zero_point = jnp.asarray(zero_point)
         _check_shape("zero_point", zero_point, [{n} for n in scale.shape], name)
-        _check_codes("zero_point", zero_point, lo, hi, name)
-        zero_point = zero_point.astype(_code_dtype(spec))
+        if isinstance(spec, IntSpec) and spec.float_zero:
+            check_finite(zero_point.astype(_zero_dtype(spec)), f"zero_point of {name}")
+        else:
+            _check_codes("zero_point", zero_point, lo, hi, name)
+        zero_point = zero_point.astype(_zero_dtype(spec))
     if codes.shape[-1] < padded:
         codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
     return _pack(codes, spec), scale, zero_point

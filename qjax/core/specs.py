@@ -11,6 +11,7 @@ from qjax.core.granularity import Granularity, PerBlock, PerChannel, PerGroup, P
 
 ScaleRule = Literal["half", "full"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
+ZeroDtype = Literal["int", "float32", "float16", "bfloat16"]
 Per = Literal["tensor", "channel", "token"]
 
 # The table of bitsandbytes (`get_4bit_type("nf4")`), every digit. It is not Phi^-1((2i+1)/32), which has no exact zero.
@@ -65,6 +66,8 @@ class IntSpec:
       scale_dtype: the dtype that scales are stored in; they are rounded to it before codes are computed. Below 6e-5
         float16 has fewer and fewer digits.
       pad: pad the contracted axis with zeros up to a multiple of the group instead of refusing.
+      zero_dtype: of an asymmetric spec's zero points. "int": a code, as wide as they are, and 0 is exact. A floating dtype:
+        any number, `code = round(w / scale + zero_point)`, so 0 is no level of the grid in general (see `qjax.hqq`).
 
     Raises:
       ValueError, TypeError: naming the argument.
@@ -83,6 +86,7 @@ class IntSpec:
     scale_rule: ScaleRule = "half"
     scale_dtype: ScaleDtype = "float32"
     pad: bool = False
+    zero_dtype: ZeroDtype = "int"
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -91,6 +95,9 @@ class IntSpec:
             if not isinstance(getattr(self, argument), bool):
                 raise TypeError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}")
         _check_choice("scale_rule", self.scale_rule, get_args(ScaleRule))
+        _check_choice("zero_dtype", self.zero_dtype, get_args(ZeroDtype))
+        if self.symmetric and self.float_zero:
+            raise ValueError(f'`zero_dtype`="{self.zero_dtype}" needs a zero point: give symmetric=False (uint4(...) has it), or leave it out')
         _check_common(self.granularity, self.scale_dtype, self.pad)
 
     @property
@@ -104,11 +111,17 @@ class IntSpec:
         """The largest code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
+    @property
+    def float_zero(self) -> bool:
+        """Whether zero points are floating."""
+        return self.zero_dtype != "int"
+
     def __str__(self):
         parts = [_describe(self.granularity)]
         parts += [f"symmetric={self.symmetric}"] * (self.symmetric != self.signed)
         parts += ['scale_rule="full"'] * (self.symmetric and self.scale_rule == "full")
         parts += [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32") + ["pad=True"] * self.pad
+        parts += [f'zero_dtype="{self.zero_dtype}"'] * self.float_zero
         return f"{'' if self.signed else 'u'}int{self.bits}({', '.join(parts)})"
 
 
@@ -209,6 +222,7 @@ def integer(
     scale_rule: ScaleRule = "half",
     scale_dtype: ScaleDtype = "float32",
     pad: bool = False,
+    zero_dtype: ZeroDtype = "int",
 ) -> IntSpec:
     """Integers of 2 to 8 bits; `int4(...)` is `integer(4, ...)` and `uint4(...)` is `integer(4, signed=False, ...)`.
 
@@ -222,6 +236,7 @@ def integer(
       scale_rule: "half" or "full", see `IntSpec`.
       scale_dtype: "float32", "float16" or "bfloat16".
       pad: pad a contracted axis that the group does not divide.
+      zero_dtype: "int", or the floating dtype of zero points, see `IntSpec`.
 
     Returns:
       The spec.
@@ -234,7 +249,7 @@ def integer(
     """
     symmetric = signed if symmetric is None else symmetric
     granularity = _granularity(per, group_size, block)
-    return IntSpec(bits, signed, symmetric, granularity, scale_rule, scale_dtype, pad)
+    return IntSpec(bits, signed, symmetric, granularity, scale_rule, scale_dtype, pad, zero_dtype)
 
 
 def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
@@ -247,10 +262,11 @@ def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
         scale_rule: ScaleRule = "half",
         scale_dtype: ScaleDtype = "float32",
         pad: bool = False,
+        zero_dtype: ZeroDtype = "int",
     ) -> IntSpec:
         return integer(
             bits, signed=signed, symmetric=symmetric, per=per, group_size=group_size, block=block,
-            scale_rule=scale_rule, scale_dtype=scale_dtype, pad=pad,
+            scale_rule=scale_rule, scale_dtype=scale_dtype, pad=pad, zero_dtype=zero_dtype,
         )  # fmt: skip
 
     kind = "signed, symmetric" if signed else "unsigned, asymmetric"

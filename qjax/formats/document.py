@@ -161,7 +161,15 @@ def write_document(document: Document) -> bytes:
 
 # Entries that came after the layout was first published, and what one that is missing means. They are left out where they say
 # no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
-_LATER = {"input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
+_LATER = {
+    "input_scale": None,
+    "outliers": None,
+    "unfoldable": "leave",
+    "what": "parameter",
+    "memory": {},
+    "zero_dtype": "int",
+    "cache": None,
+}
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,8 @@ def check_packed(q: QTensor, name: str) -> None:
         _check("scale", q.scale, spec.scale_dtype, counts, name)
     if q.zero_point is not None:
         signed = isinstance(spec, IntSpec) and spec.signed
-        _check("zero_point", q.zero_point, "int8" if signed else "uint8", [{n} for n in q.scale.shape], name)
+        kind = spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else "int8" if signed else "uint8"
+        _check("zero_point", q.zero_point, kind, [{n} for n in q.scale.shape], name)
     if q.perm is not None:
         _check("perm", q.perm, "int32", [{1, n} for n in kept] + [{k}], name)
     if q.input_scale is not None:

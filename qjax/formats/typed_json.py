@@ -20,6 +20,7 @@ from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, Per
 from qjax.policy import Method
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
+from qjax.ptq.hqq import HQQ
 from qjax.ptq.llm_int8 import LLMInt8
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
@@ -51,6 +52,7 @@ KINDS: dict[str, type] = {
     "cast": CastSpec,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
+    "hqq": HQQ,
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "llm_int8": LLMInt8,
@@ -62,7 +64,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, SmoothQuant, AWQ, LLMInt8, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, HQQ, SmoothQuant, AWQ, LLMInt8, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

@@ -1,3 +1,4 @@
+from qjax.core import hadamard as hadamard
 """Function-preserving rewrites, found by data flow in any program."""
 
 from qjax.graph.axes import Rotatable as Rotatable
@@ -15,7 +16,6 @@ from qjax.graph.fold import apply_fold as apply_fold
 from qjax.graph.fold import channels as channels
 from qjax.graph.fold import find_fold as find_fold
 from qjax.graph.fold import find_folds as find_folds
-from qjax.graph.orthogonal import hadamard as hadamard
 from qjax.graph.orthogonal import random_orthogonal as random_orthogonal
 from qjax.graph.rotate import Rotated as Rotated
 from qjax.graph.rotate import Rotation as Rotation

@@ -2,7 +2,7 @@
 
     y = s_x s_w (sum_k x_k w_k - z_x sum_k w_k - z_w sum_k x_k + K z_x z_w)
 
-on codes x and w with scales s and zero points z; columns of outliers are multiplied apart, in 16 bit (`outliers.py`).
+on codes x and w with scales s and zero points z; terms with a floating z_w are added in float32. Columns of outliers are multiplied apart, in 16 bit (`outliers.py`).
 Everything here is stock XLA; it is what a faster kernel is compared with.
 """
 
@@ -26,7 +26,7 @@ BLOCK = 16  # rows of one expert at a time
 
 
 class Codes(NamedTuple):
-    """A weight's codes, int8 (kept..., Kpad); scale (kept-like..., G); zero point int32 like the scale, or None."""
+    """A weight's codes, int8 (kept..., Kpad); scale (kept-like..., G); zero point int32 or float32 like the scale, or None."""
 
     codes: jax.Array
     scale: jax.Array
@@ -35,7 +35,8 @@ class Codes(NamedTuple):
 
 def weight_codes(q: QTensor) -> Codes:
     """Unpacks a weight for an integer product. Unsigned 8-bit codes are moved down by 128, and their zero point with them."""
-    codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(jnp.int32)
+    kind = jnp.float32 if isinstance(q.spec, IntSpec) and q.spec.float_zero else jnp.int32
+    codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(kind)
     if codes.dtype == jnp.uint8 and q.spec.bits == 8:
         codes = lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)
         zero_point = (jnp.zeros(q.scale.shape, jnp.int32) if zero_point is None else zero_point) - 128
@@ -119,7 +120,8 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
             total = total - on_x(z_x) * on_w(jnp.sum(w.codes, axis=-1, dtype=jnp.int32))
         if w.zero_point is not None:
             sums = jnp.sum(x, axis=-1, dtype=jnp.int32) - (0 if z_x is None else z_x * x.shape[-1])
-            total = total - on_x(sums) * on_w(w.zero_point)
+            kind = w.zero_point.dtype  # with a floating zero point the integers end here
+            total = total.astype(kind) - on_x(sums.astype(kind)) * on_w(w.zero_point)
         return total.astype(jnp.float32) * on_w(w.scale)
 
     out = _over_groups(group, codes, w) * on_x(scale[..., 0])

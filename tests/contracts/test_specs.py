@@ -54,6 +54,9 @@ SPECS = [
     uint6(block=(7, 9)),
     integer(4, symmetric=False, group_size=15),
     integer(4, signed=False, symmetric=True),
+    uint4(group_size=15, zero_dtype="float32"),
+    uint4(group_size=16, pad=True, zero_dtype="bfloat16", scale_dtype="float16"),
+    integer(3, symmetric=False, zero_dtype="float16"),
     nf4(15),
     nf4(15, scale_dtype="bfloat16"),
     fp4(16, pad=True),
@@ -174,7 +177,9 @@ def bound(spec, q):
     if isinstance(spec, CodebookSpec):
         widest = np.max(np.diff(np.sort(spec.levels)))
         return scale * widest / 2 + rounding
-    # A scale that was rounded down clips the extreme value by what the rounding took from all steps.
+    # A scale that was rounded down clips the extreme value by what the rounding took from all steps; so does a floating zero point.
+    if spec.float_zero:
+        return scale * (0.5 + (spec.qmax - spec.qmin) * float(jnp.finfo(spec.zero_dtype).eps)) + (spec.qmax - spec.qmin + 1) * rounding
     return scale * 0.5 + (spec.qmax - spec.qmin + 1) * rounding
 
 
