@@ -2,9 +2,9 @@
 
     python figure.py results.json --folder .
 
-Reads the records of bench.py, a list with `model`, `method` ("float", or the key "float", for the model as it is), `bits`, `size` ("channel",
-"g128"), `bits_per_weight`, and `losses` (a mean for each held-out window, of which the second half is shown) or `perplexity` in their place.
-What has no `bits_per_weight` is left out. Others are compared with the method called "rounding". Needs matplotlib.
+Reads the records of bench.py: a list with `model`, `method` ("float", or the key "float", for the model as it is), `bits`, `size`
+("channel", "g128"), `bits_per_weight`, and `losses` (a mean for each held-out window; the second half is shown) or `perplexity` in their
+place. What has no `bits_per_weight` is left out. Others are compared with the method called "rounding". Needs matplotlib.
 """
 
 import argparse

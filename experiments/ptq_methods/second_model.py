@@ -201,6 +201,17 @@ class Second(NamedTuple):
     heldout: np.ndarray
 
 
+def load(path, dtype, config):
+    """(apply, params) of stored weights; the module is made of shapes alone."""
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"`path` {path} is not there: run `python second_model.py` first, on a GPU if there is one")
+    stored = load_file(str(path))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype)))
+    flat = [(key, leaf.replace(stored[".".join(map(str, key))].astype(dtype))) for key, leaf in nnx.to_flat_state(shapes)]
+    params = nnx.from_flat_state(flat)
+    return qjax.nnx.function(nnx.merge(graph, params)), params
+
+
 def load_second(path=WEIGHTS, dtype=jnp.float32, config=Config()):
     """Loads the trained model and its texts.
 
@@ -215,16 +226,10 @@ def load_second(path=WEIGHTS, dtype=jnp.float32, config=Config()):
     Raises:
       FileNotFoundError: it was not trained yet.
     """
-    if not pathlib.Path(path).exists():
-        raise FileNotFoundError(f"`path` {path} is not there: run `python second_model.py` first, on a GPU if there is one")
-    stored = load_file(str(path))
-    model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), dtype))
-    graph, shapes = nnx.split(model)
-    flat = [(key, leaf.replace(stored[".".join(map(str, key))].astype(dtype))) for key, leaf in nnx.to_flat_state(shapes)]
-    params = nnx.from_flat_state(flat)
+    apply, params = load(path, dtype, config)
     texts = read_texts(config.context)
     data = [jnp.asarray(rows) for rows in batches(calibration(texts.train, config.context), 8)]
-    return Second(qjax.nnx.function(nnx.merge(graph, params)), params, data, texts.heldout)
+    return Second(apply, params, data, texts.heldout)
 
 
 def main():
