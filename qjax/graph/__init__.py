@@ -1,6 +1,6 @@
-from qjax.core import hadamard as hadamard
 """Function-preserving rewrites, found by data flow in any program."""
 
+from qjax.core import hadamard as hadamard
 from qjax.graph.axes import Rotatable as Rotatable
 from qjax.graph.axes import rotatable as rotatable
 from qjax.graph.batch_norm import BatchNormFold as BatchNormFold

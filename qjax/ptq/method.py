@@ -8,6 +8,7 @@ import jax
 
 from qjax.calibration import Observer
 from qjax.core import QTensor, Spec
+from qjax.program import Leaf
 
 
 class Problem(NamedTuple):
@@ -81,3 +82,19 @@ class Method(Protocol):
           The packed weight and remarks.
         """
         ...
+
+
+@runtime_checkable
+class Refuses(Protocol):
+    """A method that cannot serve every parameter, whatever its spec."""
+
+    def refusal(self, leaf: Leaf) -> str:
+        """Says why it cannot quantize this parameter; "" if it can."""
+        ...
+
+
+def refusal(method: Any, leaf: Leaf) -> str:
+    """Why a method, or one that follows it, cannot quantize a parameter; "" if it can."""
+    mine = method.refusal(leaf) if isinstance(method, Refuses) else ""
+    then = getattr(method, "then", None)
+    return mine or ("" if then is None else refusal(then, leaf))
