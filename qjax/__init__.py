@@ -70,6 +70,7 @@ from qjax.ptq import equalization as equalization
 from qjax.ptq import gptq as gptq
 from qjax.ptq import hqq as hqq
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import online_rotation as online_rotation
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rewrite as rewrite

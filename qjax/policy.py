@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, CacheSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, Spec
+from qjax.core import ActSpec, CacheSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, OnlineRotation, Spec
 from qjax.core.products import describe_pair
 from qjax.program import InputLeaf, Leaf, Product, Program
 from qjax.program.trace import path_str as path_str
@@ -42,6 +42,17 @@ class ChoosesActivation(Protocol):
         ...
 
 
+@runtime_checkable
+class RotatesInputs(Protocol):
+    """A method that rotates what a product reads, `qjax.online_rotation()`: the one kind that a rule for products may have."""
+
+    @property
+    def rotation(self) -> OnlineRotation: ...
+
+    @property
+    def then(self) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
@@ -52,7 +63,8 @@ class Rule:
         `qjax.trace(fn, params, x).products` lists, and it never matches a parameter (whose path, if it has a colon, is matched by
         `?` in its place). Other rules never match products.
       weight: what the weights become, or None to leave them float.
-      method: how they get there; None rounds to nearest.
+      method: how they get there; None rounds to nearest. Of products of two activations: None, or `qjax.online_rotation()`, which
+        rotates both operands before they are rounded.
       activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
         product runs on integers. None leaves them float. Of a product of two activations it is what both of them become, or a
         pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program). A scale
@@ -63,7 +75,7 @@ class Rule:
 
     Raises:
       TypeError: an argument of the wrong kind.
-      ValueError: a product rule with a `weight` or a `method`; a cache rule with anything else.
+      ValueError: a product rule with a `weight`, or with a `method` that is no rotation; a cache rule with anything else.
 
     Example:
       >>> import qjax
@@ -115,9 +127,10 @@ class Rule:
 
     def _check_product(self) -> None:
         what = f"rule {self.pattern!r} names products of two activations (it has a colon)"
-        for name, value in (("weight", self.weight), ("method", self.method)):
-            if value is not None:
-                raise ValueError(f"`{name}` must be None, got {value!r}: {what}; give it an `activation` only")
+        if self.weight is not None:
+            raise ValueError(f"`weight` must be None, got {self.weight!r}: {what}; give it an `activation` only")
+        if self.method is not None and (not isinstance(self.method, RotatesInputs) or self.method.then.name != "rtn"):
+            raise ValueError(f"`method` must be None or qjax.online_rotation(), got {self.method!r}: {what}, which are rounded to nearest")
         pair = self.activation if isinstance(self.activation, tuple) else (self.activation,)
         if self.activation is not None and (len(pair) > 2 or not all(isinstance(act, ActSpec) for act in pair)):
             raise TypeError(
@@ -198,6 +211,11 @@ class ProductChoice:
     def operands(self) -> tuple[ActSpec, ActSpec] | None:
         """What its operands become; None if it stays float."""
         return None if self.reason else self.rule.operands
+
+    @property
+    def rotation(self) -> OnlineRotation | None:
+        """By what both are rotated before they are rounded."""
+        return self.rule.method.rotation if isinstance(self.rule.method, RotatesInputs) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from qjax.core.activations import ActSpec
 from qjax.core.elements import MINIFLOATS
 from qjax.core.granularity import PerBlock
+from qjax.core.hadamard import OnlineRotation
 from qjax.core.layout import (
     canonicalize,
     check_blocks,
@@ -38,7 +39,7 @@ ARRAYS = (
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=list(ARRAYS),
-    meta_fields=["spec", "axes", "sizes", "dtype", "act"],
+    meta_fields=["spec", "axes", "sizes", "dtype", "act", "rotation"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
@@ -69,6 +70,8 @@ class QTensor:
       nested_scale: float32 (stacked axes full, others 1, blocks), what the codes of double quantization multiply, see `nest`;
         or (stacked axes full, others 1, 1), g, what E4M3 scales are divided by; else None.
       nested_offset: float32 (stacked axes full, others 1, 1), what double quantization adds; else None.
+      rotation: by what the product rotates its input x, after it is divided: x -> R^T x along the flattened contracted values, or
+        None. The codes stand for R^T w (or R^T s w), and `dequantize` rotates back, so that it gives w.
     """
 
     codes: Any
@@ -85,6 +88,7 @@ class QTensor:
     input_scale: Any = None
     nested_scale: Any = None
     nested_offset: Any = None
+    rotation: OnlineRotation | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,8 +139,8 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The array of `shape` and `dtype` that the codes stand for.
 
-        `(code - zero_point) * scale` or `levels[code] * scale`, divided by `input_scale` if there is one, in float32, in this
-        order, then one cast.
+        `(code - zero_point) * scale` or `levels[code] * scale`, rotated back and divided by `input_scale` if there is one, in
+        float32, in this order, then one cast.
 
         >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).dequantize().tolist()
         [[7.0], [-8.0]]
@@ -158,7 +162,8 @@ class QTensor:
         shape = ",".join(map(str, self.shape))
         cost = f"{self.nbytes:,} bytes, {self.bits_per_weight:.3g} bits/weight"
         act = "" if self.act is None else f", activations {self.act}"
-        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act})"
+        rotated = "" if self.rotation is None else f", input by {self.rotation}"
+        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act}{rotated})"
 
 
 def _logical_shape(kept: Sequence[int], axes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -281,6 +286,8 @@ def _dequantize(q: QTensor) -> jax.Array:
         w = _decode(_unpack(q), q.scales(), q.zero_point, q.spec)[..., : math.prod(q.sizes)]
     if q.perm is not None:
         w = jnp.take_along_axis(w, jnp.argsort(q.perm, axis=-1), axis=-1)
+    if q.rotation is not None:
+        w = q.rotation.undo(w)
     if q.input_scale is not None:
         w = divide(w, q.input_scale)
     return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)

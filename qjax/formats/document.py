@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.core import ARRAYS, PRODUCT_ARRAYS, ActSpec, Spec
+from qjax.core import ARRAYS, PRODUCT_ARRAYS, ActSpec, OnlineRotation, Spec
 from qjax.formats.typed_json import decode, encode
 from qjax.policy import Policy
 from qjax.report import Report
@@ -61,6 +61,7 @@ class Packed:
     input_scale: str | None = None
     nested_scale: str | None = None
     nested_offset: str | None = None
+    rotation: OnlineRotation | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -93,6 +94,7 @@ class StoredProduct:
     lhs_zero_point: str | None = None
     rhs_scale: str | None = None
     rhs_zero_point: str | None = None
+    rotation: OnlineRotation | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -174,6 +176,7 @@ _LATER = {
     "nested_scale": None,
     "nested_offset": None,
     "double_quant": False,
+    "rotation": None,
 }
 
 

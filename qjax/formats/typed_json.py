@@ -22,6 +22,7 @@ from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
 from qjax.ptq.hqq import HQQ
 from qjax.ptq.llm_int8 import LLMInt8
+from qjax.ptq.online_rotation import Online
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
 
@@ -57,6 +58,7 @@ KINDS: dict[str, type] = {
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "llm_int8": LLMInt8,
+    "online_rotation": Online,
     "other_method": OtherMethod,
     "minmax": MinMax,
     "moving_average": MovingAverage,
@@ -65,7 +67,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, HQQ, SmoothQuant, AWQ, LLMInt8, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, HQQ, SmoothQuant, AWQ, LLMInt8, Online, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

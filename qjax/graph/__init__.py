@@ -1,6 +1,6 @@
-from qjax.core import hadamard as hadamard
 """Function-preserving rewrites, found by data flow in any program."""
 
+from qjax.core import hadamard as hadamard
 from qjax.graph.axes import Rotatable as Rotatable
 from qjax.graph.axes import rotatable as rotatable
 from qjax.graph.batch_norm import BatchNormFold as BatchNormFold
@@ -22,6 +22,8 @@ from qjax.graph.rotate import Rotation as Rotation
 from qjax.graph.rotate import rotate as rotate
 from qjax.graph.solve import System as System
 from qjax.graph.solve import build as build
+from qjax.graph.untie import Untied as Untied
+from qjax.graph.untie import untie as untie
 from qjax.graph.verify import NotPreserved as NotPreserved
 from qjax.graph.verify import exact_scales as exact_scales
 from qjax.graph.verify import rounding as rounding

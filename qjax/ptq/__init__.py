@@ -9,6 +9,7 @@ from qjax.ptq.llm_int8 import llm_int8 as llm_int8
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
 from qjax.ptq.method import Problem as Problem
+from qjax.ptq.online_rotation import online_rotation as online_rotation
 from qjax.ptq.plan import Plan as Plan
 from qjax.ptq.plan import Rates as Rates
 from qjax.ptq.plan import plan as plan

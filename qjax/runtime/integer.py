@@ -99,6 +99,8 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
     input_scale = of_weight(q.input_scale)
     if input_scale is not None:
         x = divide(x.astype(jnp.float32), input_scale)
+    if q.rotation is not None:
+        x = q.rotation.apply(x.astype(jnp.float32))
     perm = of_weight(q.perm)
     if perm is not None:
         x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (*x.shape[:n_batch], *[1] * n_free, x.shape[-1])), axis=-1)
@@ -155,11 +157,12 @@ def _over_groups(group: Any, x: jax.Array, w: Codes) -> jax.Array:
 
 
 def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
-    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input scale."""
+    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input of their own."""
     params = eqn.params
     dims = params["dimension_numbers"]
     w = weight_codes(q)
     one_scale = w.scale.shape[-1] == 1 and w.zero_point is None and q.perm is None and q.input_scale is None
+    one_scale = one_scale and q.rotation is None
     if not one_scale or [a + q.ndim for a in q.axes if a + q.ndim == dims.rhs_spec[0]]:
         return None
     asymmetric = not (act.spec.signed and act.spec.symmetric)

@@ -46,7 +46,7 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     nan = NAN_BYTES.get(q.spec.scale_dtype, jnp.nan)
     picked = QTensor(
         spread(rows(q.codes, 0)), spread(rows(q.scale, nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
-        input_scale=q.input_scale, nested_scale=q.nested_scale,
+        input_scale=q.input_scale, nested_scale=q.nested_scale, rotation=q.rotation,
     )
     x = Packed(picked, weight.pending).value()
     x = x.reshape(*indices.shape[:-1], x.shape[-1])

@@ -14,6 +14,7 @@ from qjax.core import IntSpec, QTensor
 from qjax.ptq.hqq import HQQ
 from qjax.ptq.input_scale import quantize_scaled
 from qjax.ptq.method import Problem
+from qjax.ptq.online_rotation import Online
 
 K, N = 48, 10
 METHODS = [
@@ -28,6 +29,7 @@ METHODS = [
     qjax.smoothquant(),
     qjax.smoothquant("search", then=qjax.gptq()),
     qjax.llm_int8(),
+    qjax.online_rotation(qjax.gptq()),
 ]
 SPECS = [qjax.int4(), qjax.int3(group_size=8), qjax.uint4(group_size=16), qjax.int4(group_size=32, pad=True), qjax.nf4(8)]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -78,6 +80,8 @@ def assert_same_bits(a, b):
 
 def plain(method):
     """The rounding that a method falls back to."""
+    if isinstance(method, Online):
+        return dataclasses.replace(method, then=plain(method.then))
     if hasattr(method, "then") and method.then is not None:
         return plain(method.then)
     return qjax.rtn(mse=method.options.mse) if hasattr(method, "options") else qjax.rtn() if method.observer is not None else method
@@ -241,7 +245,8 @@ QUICK = ("smoothquant", "llm_int8")
 
 def rules_of(method, other):
     """Policies of a method and of another with the same specs; codes of weights are judged by themselves."""
-    activation = qjax.dynamic(qjax.int8()) if "smoothquant" in method.name or "llm_int8" in method.name else None
+    rounds = any(name in method.name for name in ("smoothquant", "llm_int8", "online_rotation"))
+    activation = qjax.dynamic(qjax.int8()) if rounds else None
     spec = qjax.int4() if activation is None else qjax.int8()
     spec = accepted(method, spec)
     return [qjax.Policy([qjax.Rule("*", weight=spec, method=m, activation=activation)]) for m in (method, other)]

@@ -36,7 +36,8 @@ def test_the_transform_is_an_orthogonal_matrix_and_its_inverse_undoes_it(size):
 
 
 @pytest.mark.parametrize(("size", "doublings", "core", "rest"), [
-    (4096, 12, 1, 1), (8192, 13, 1, 1), (14336, 9, 28, 1), (11008, 8, 1, 43), (5120, 8, 20, 1), (13824, 7, 108, 1), (18944, 7, 148, 1), (97, 0, 1, 97),
+    (4096, 12, 1, 1), (8192, 13, 1, 1), (14336, 9, 28, 1), (11008, 8, 1, 43), (5120, 8, 20, 1), (13824, 7, 108, 1),
+    (18944, 7, 148, 1), (97, 0, 1, 97),
 ])  # fmt: skip
 def test_sizes_of_models_are_split_into_small_dense_factors(size, doublings, core, rest):
     factors = transform_factors(size)
