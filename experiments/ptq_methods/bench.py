@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import recipes
+import second_model
 
 import qjax
 from qjax.evaluation import batches, calibration_windows, divergence, encode, token_losses, windows
@@ -36,15 +37,19 @@ class CompileClock:
 
 
 def shipped():
-    """The function, its float parameters, calibration batches, held-out windows, and the rule that leaves its embedding float."""
+    """Of the model that comes with qjax: the function, its float parameters, calibration batches, held-out windows, rules for what stays float."""
     checkpoint = books_llama()
     data = [jnp.asarray(b) for b in batches(calibration_windows(checkpoint.tokenizer, calibration_lines()), 8)]
     text = windows(encode(checkpoint.tokenizer, heldout_text()))
-    return Llama(checkpoint.config).apply, {"params": checkpoint.params}, data, text
+    return Llama(checkpoint.config).apply, {"params": checkpoint.params}, data, text, (qjax.Rule("*embed*", weight=None),)
 
 
-MODELS = {"shipped": shipped}
-KEEP = (qjax.Rule("*embed*", weight=None),)
+def second():
+    """The same of the second model."""
+    return *second_model.load_second(), second_model.KEEP
+
+
+MODELS = {"shipped": shipped, "second": second}
 
 
 def peak_bytes():
@@ -55,7 +60,7 @@ def peak_bytes():
 
 def run_cell(model, key):
     """Quantizes and measures one cell, or the float model for the key "float"."""
-    apply, params, data, text = MODELS[model]()
+    apply, params, data, text, keep = MODELS[model]()
     record = {"model": model, "key": key, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if key == "float":
         losses = token_losses(apply, params, text)
@@ -67,7 +72,7 @@ def run_cell(model, key):
     if recipe.rotated:
         source = qjax.rewrite(apply, params, [qjax.rotation()], data[0]).params
     rule = qjax.Rule("*", weight=recipe.spec, activation=recipe.activation, method=recipe.method)
-    result = qjax.quantize(apply, source, qjax.Policy([*KEEP, *recipe.rules, rule]), calibration=data)
+    result = qjax.quantize(apply, source, qjax.Policy([*keep, *recipe.rules, rule]), calibration=data)
     seconds, compiling, peak = time.perf_counter() - started, clock.seconds, peak_bytes()
     fn = qjax.quantized(apply, sites=result.sites)
     losses = token_losses(fn, result.params, text)
