@@ -87,7 +87,8 @@ class IntSpec:
                 raise TypeError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}")
         _check_choice("scale_rule", self.scale_rule, get_args(ScaleRule))
         if self.by_mean and not (self.bits == 2 and self.signed and self.symmetric):
-            raise ValueError(f"`scale_rule`={self.scale_rule!r} is for ternary weights, 2 bits, signed and symmetric: take 'half' or 'full'")
+            rule = f"`scale_rule`={self.scale_rule!r}"
+            raise ValueError(f"{rule} is for ternary weights, 2 bits, signed and symmetric: take 'half' or 'full'")
         _check_common(self.granularity, self.scale_dtype, self.pad)
 
     @property
@@ -215,6 +216,11 @@ class FloatSpec:
     def bits(self) -> int:
         """Bits a code takes."""
         return 8 if self.element == "int8" else MINIFLOATS[self.element].bits
+
+    @property
+    def by_mean(self) -> bool:
+        """Whether scales come from the mean of the magnitudes: they come from the largest."""
+        return False
 
     @property
     def largest(self) -> float:

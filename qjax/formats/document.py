@@ -163,7 +163,8 @@ def write_document(document: Document) -> bytes:
 
 # Entries that came after the layout was first published, and what one that is missing means. They are left out where they say
 # no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
-_LATER = {"nested_scale": None, "nested_offset": None, "double_quant": False, "input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
+_NESTED = {"nested_scale": None, "nested_offset": None, "double_quant": False}
+_LATER = _NESTED | {"input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
 
 
 def _plain(value: Any) -> Any:
