@@ -163,7 +163,7 @@ def write_document(document: Document) -> bytes:
 
 # Entries that came after the layout was first published, and what one that is missing means. They are left out where they say
 # no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
-_NESTED = {"nested_scale": None, "nested_offset": None, "double_quant": False}
+_NESTED = {"nested_scale": None, "nested_offset": None, "double_quant": False, "scale_rule": "absmax"}  # half is IntSpec's
 _LATER = _NESTED | {"input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
 
 
