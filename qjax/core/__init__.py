@@ -1,4 +1,5 @@
 from qjax.core import views as views
+from qjax.core.activations import FLOAT8 as FLOAT8
 from qjax.core.activations import ActSpec as ActSpec
 from qjax.core.activations import Outliers as Outliers
 from qjax.core.activations import RangeFinder as RangeFinder
