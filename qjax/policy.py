@@ -113,7 +113,7 @@ class Rule:
         if self.activation is not None and not isinstance(self.activation, ActSpec):
             raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}")
         activation = self.activation_of()[0]
-        if activation is not None and not isinstance(self.weight, IntSpec):
+        if activation is not None and not isinstance(self.weight, IntSpec) and not (activation.is_float and self.weight is not None):
             what = f"`activation` {activation} of rule {self.pattern!r}"
             raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
 
@@ -136,6 +136,9 @@ class Rule:
             raise TypeError(
                 f"`activation` must be qjax.dynamic(...), qjax.static(...), a pair of them or None, got {self.activation!r}: {what}"
             )
+        if any(act.is_float for act in pair if act is not None):
+            raise ValueError(f"`activation` {self.activation} is of floats, and products of two activations multiply integers: {what}; "
+                             "give qjax.dynamic(qjax.int8())")  # fmt: skip
 
     @property
     def is_product(self) -> bool:

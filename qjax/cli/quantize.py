@@ -32,7 +32,11 @@ from qjax.cli.shared import (
 
 _INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
 _CASTS = ["bf16", "fp16"]
-WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
+# Specs of fixed blocks, and those that take a group.
+_FIXED = ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8", "nvfp4"]
+_TABLES = ["nf4", "nf4_quantile", "fp4"]
+_ANY_PER = [*_INTEGERS, "ternary", "binary", "fp8_e4m3", "fp8_e5m2"]
+WEIGHTS = [*_INTEGERS, "ternary", "binary", *_TABLES, "fp8_e4m3", "fp8_e5m2", *_FIXED, *_CASTS]
 METHODS = ["rtn", "gptq", "awq", "hqq", "smoothquant", "llm_int8"]
 _NO_DATA = ("rtn", "hqq")
 
@@ -41,8 +45,10 @@ _NO_DATA = ("rtn", "hqq")
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--weight", type=click.Choice(WEIGHTS), default="int4", show_default=True, metavar="SPEC",
-              help="int2 .. int8 (symmetric), uint2 .. uint8 (asymmetric), nf4, fp4, bf16 or fp16.")
+              help="int2 .. int8 (symmetric), uint2 .. uint8 (asymmetric), bf16, fp16, or one of "
+                   + ", ".join(["ternary", "binary", *_TABLES, "fp8_e4m3", "fp8_e5m2", *_FIXED]) + ".")
 @click.option("--group-size", type=click.IntRange(min=1), help="Values along the contracted axis that share a scale; 64 for nf4 and fp4.")
+@click.option("--double-quant", is_flag=True, help="nf4, nf4_quantile, fp4 and binary: scales in 8 bits too.")
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
@@ -128,8 +134,12 @@ def _check_options(options: dict[str, Any]) -> None:
         raise click.UsageError("--method llm_int8 finds a range for every row anew: leave --activation static out")
     if options["activation"] is not None and weight not in _INTEGERS:
         raise click.UsageError(f"--activation {options['activation']} goes with integers, and the weight is {weight}")
-    if options["per"] is not None and weight not in _INTEGERS:
-        raise click.UsageError(f"--per goes with integers, and the weight is {weight}: give --group-size, or nothing")
+    if options["per"] is not None and weight not in _ANY_PER:
+        raise click.UsageError(f"--per goes with {', '.join(('integers', *_ANY_PER[-4:]))}, and the weight is {weight}: leave it out")
+    if options["group_size"] is not None and weight in _FIXED:
+        raise click.UsageError(f"--group-size has no meaning for {weight}, whose blocks are fixed: leave it out")
+    if options["double_quant"] and weight not in (*_TABLES, "binary"):
+        raise click.UsageError(f"--double-quant goes with {', '.join((*_TABLES, 'binary'))}, and the weight is {weight}")
     if options["per"] is not None and options["group_size"] is not None:
         raise click.UsageError(f"--per {options['per']} and --group-size {options['group_size']} exclude each other: give one")
     if weight in _CASTS:
@@ -203,10 +213,17 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
     keep = list(options["keep"])
     if not keep and not options["keep_none"]:
         keep = ["*embed*"] if model.config.tie_word_embeddings else ["*embed*", "*lm_head*"]
-    weight, spec_options = options["weight"], {name: options[name] for name in ("per", "group_size", "pad") if options[name]}
+    names = ("per", "group_size", "pad", "double_quant")
+    weight, spec_options = options["weight"], {name: options[name] for name in names if options[name]}
     if options["method"] == "hqq":
         spec_options["zero_dtype"] = "float16"
-    spec = getattr(qjax, weight)(**spec_options)
+    if weight == "nf4_quantile":
+        spec = qjax.nf4(table="quantile", **spec_options)
+    elif weight.startswith("mxfp") and "_" in weight:
+        kind, element = weight.split("_")
+        spec = getattr(qjax, kind)(element, **spec_options)
+    else:
+        spec = getattr(qjax, weight)(**spec_options)
     given = {name: options[name] for name in ("mse", "damping") if options[name] is not None}
     method: Any = {
         "rtn": lambda: qjax.rtn(**given),

@@ -1,4 +1,5 @@
 from qjax.core import views as views
+from qjax.core.activations import FLOAT8 as FLOAT8
 from qjax.core.activations import ActSpec as ActSpec
 from qjax.core.activations import Outliers as Outliers
 from qjax.core.activations import RangeFinder as RangeFinder
@@ -22,6 +23,7 @@ from qjax.core.codebook import codebook_encode as codebook_encode
 from qjax.core.codebook import codebook_params as codebook_params
 from qjax.core.floating import float_scale as float_scale
 from qjax.core.floating import global_scale as global_scale
+from qjax.core.floating import neighbour_scale as neighbour_scale
 from qjax.core.granularity import Granularity as Granularity
 from qjax.core.granularity import PerBlock as PerBlock
 from qjax.core.granularity import PerChannel as PerChannel
@@ -83,8 +85,8 @@ from qjax.core.specs import IntSpec as IntSpec
 from qjax.core.specs import Spec as Spec
 from qjax.core.specs import bf16 as bf16
 from qjax.core.specs import codebook as codebook
-from qjax.core.specs import has_global_scale as has_global_scale
 from qjax.core.specs import fp16 as fp16
+from qjax.core.specs import has_global_scale as has_global_scale
 from qjax.core.specs import int2 as int2
 from qjax.core.specs import int3 as int3
 from qjax.core.specs import int4 as int4

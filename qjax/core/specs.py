@@ -94,7 +94,8 @@ class IntSpec:
         if self.symmetric and self.float_zero:
             raise ValueError(f'`zero_dtype`="{self.zero_dtype}" needs a zero point: give symmetric=False (uint4(...) has it), or leave it out')
         if self.by_mean and not (self.bits == 2 and self.signed and self.symmetric):
-            raise ValueError(f"`scale_rule`={self.scale_rule!r} is for ternary weights, 2 bits, signed and symmetric: take 'half' or 'full'")
+            rule = f"`scale_rule`={self.scale_rule!r}"
+            raise ValueError(f"{rule} is for ternary weights, 2 bits, signed and symmetric: take 'half' or 'full'")
         _check_common(self.granularity, self.scale_dtype, self.pad)
 
     @property
@@ -228,6 +229,11 @@ class FloatSpec:
     def bits(self) -> int:
         """Bits a code takes."""
         return 8 if self.element == "int8" else MINIFLOATS[self.element].bits
+
+    @property
+    def by_mean(self) -> bool:
+        """Whether scales come from the mean of the magnitudes: they come from the largest."""
+        return False
 
     @property
     def largest(self) -> float:

@@ -176,6 +176,7 @@ _LATER = {
     "nested_scale": None,
     "nested_offset": None,
     "double_quant": False,
+    "scale_rule": "absmax",  # of tables; "half" is that of integers
     "rotation": None,
 }
 

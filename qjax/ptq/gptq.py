@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import SecondMoment, hessian
-from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, check_blocks
+from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, check_blocks, has_global_scale
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
@@ -128,6 +128,9 @@ def _check(problem: Problem, options: GPTQOptions) -> None:
         )
     if isinstance(spec.granularity, PerTensor) and problem.groups > 1:
         raise ValueError(f"gptq of the grouped convolution {problem.name!r} needs a scale per channel or group, not per tensor")
+    if has_global_scale(spec) and problem.groups > 1:
+        instead = "take a spec whose scales stand alone, such as qjax.mxfp4(), or another method"
+        raise ValueError(f"gptq cannot round the grouped convolution {problem.name!r} to {spec}: {instead}")
     if options.act_order and not options.static_groups and problem.groups > 1:
         raise ValueError(f"`act_order` of the grouped convolution {problem.name!r} needs `static_groups=True`")
 

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import CodebookSpec, IntSpec, PerBlock, PerGroup, blocks, check_blocks, group_length
+from qjax.core import (
+    BlockSpec,
+    IntSpec,  # noqa: F401  # for the example
+    PerBlock,
+    PerGroup,
+    blocks,
+    check_blocks,
+    group_length,
+    tensor_scale,
+)
 from qjax.ptq.factorize import Factor, factorize
 from qjax.ptq.gptq_sweep import Grid, Plan, Problem, fit, free_moves, plan, sweep
 
@@ -102,7 +111,7 @@ def check_solved(solution: Solution, name: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
-def solve(w: jax.Array, hessian: jax.Array, spec: IntSpec | CodebookSpec, options: GPTQOptions = GPTQOptions()) -> Solution:
+def solve(w: jax.Array, hessian: jax.Array, spec: BlockSpec, options: GPTQOptions = GPTQOptions()) -> Solution:
     """Codes that keep the layer's output, not its weights: `argmin_q trace((w - q) H (w - q)^T)`, one column at a time.
 
     With `H + damping = R R^T` (R upper triangular), column j is rounded from
@@ -139,15 +148,16 @@ def solve(w: jax.Array, hessian: jax.Array, spec: IntSpec | CodebookSpec, option
     k, group = w.shape[1], group_length(w.shape[1], spec)
     # Whole channels and tensors take their range before dead columns are zeroed, groups after.
     by_group = isinstance(spec.granularity, PerGroup | PerBlock)
-    known = None if by_group else _known_grids(w, spec, options)
+    of_tensor = next(iter(tensor_scale(w[..., None], spec)), None)
+    known = None if by_group else _known_grids(w, spec, options, of_tensor)
     columns = _columns(hessian)
     w = jnp.where(columns.kept[None, :], w, 0.0)
     if by_group and (options.static_groups or group >= k):
-        known = _known_grids(w, spec, options)
+        known = _known_grids(w, spec, options, of_tensor)
     order = jnp.argsort(-jnp.diagonal(hessian), stable=True).astype(jnp.int32) if options.act_order else None
     layout = plan(k, group if known is None else None, options.block_size)
     problem, factor = _problem(w, hessian, columns, known, group, order, layout, options)
-    swept = sweep(problem, spec, options.mse, layout)
+    swept = sweep(problem._replace(of_tensor=of_tensor), spec, options.mse, layout)
     codes = layout.collect(swept.codes)
     if known is None:
         grids = jax.tree.map(lambda leaf: leaf[: -(-k // group)], swept.grids)
@@ -160,9 +170,9 @@ def solve(w: jax.Array, hessian: jax.Array, spec: IntSpec | CodebookSpec, option
                     jnp.sum(swept.loss), factor.damping, factor.retries, columns.dead)  # fmt: skip
 
 
-def _check(w: jax.Array, hessian: jax.Array, spec: IntSpec | CodebookSpec) -> None:
-    if not isinstance(spec, IntSpec | CodebookSpec):
-        raise TypeError(f"`spec` must be an IntSpec or a CodebookSpec (a cast has nothing to choose), got {spec!r}")
+def _check(w: jax.Array, hessian: jax.Array, spec: BlockSpec) -> None:
+    if not isinstance(spec, BlockSpec):
+        raise TypeError(f"`spec` must have codes and scales, as qjax.int4() and qjax.mxfp4() have, got {spec!r}")
     if w.ndim != 2 or w.size == 0:
         raise ValueError(f"`w` must have the shape (outputs, inputs), not empty, got {w.shape}")
     if hessian.shape != (w.shape[1], w.shape[1]):
@@ -193,10 +203,10 @@ def _columns(hessian: jax.Array) -> _Columns:
     return _Columns(seen, seen | no_data, jnp.where(no_data, 1.0, mean), dead)
 
 
-def _known_grids(w: jax.Array, spec: IntSpec | CodebookSpec, options: GPTQOptions) -> Grid:
+def _known_grids(w: jax.Array, spec: BlockSpec, options: GPTQOptions, of_tensor: jax.Array | None) -> Grid:
     """Grids of the original weights: (G, N), or (1, 1) per tensor."""
     kept = spec.granularity.kept if isinstance(spec.granularity, PerBlock) else 1
-    grid = fit(blocks(w, spec)[0], spec, options.mse)
+    grid = fit(blocks(w, spec)[0], spec, options.mse, of_tensor)
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=0).T, grid)
 
 

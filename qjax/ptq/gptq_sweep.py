@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import CodebookSpec, IntSpec, PerBlock, block_decode, block_encode, block_params
+from qjax.core import BlockSpec, IntSpec, PerBlock, block_decode, block_encode, block_params, signed_codes
 from qjax.ptq.range_search import search_range
 
 _ROWS = 16  # of the lowest level
@@ -106,9 +106,9 @@ class Grid(NamedTuple):
     zero_point: jax.Array | None
 
 
-def fit(blocks: jax.Array, spec: IntSpec | CodebookSpec, mse: bool) -> Grid:
+def fit(blocks: jax.Array, spec: BlockSpec, mse: bool, of_tensor: jax.Array | None = None) -> Grid:
     """The grid (..., 1) of each block (..., group): of its whole range, or of the best one (see `search_range`)."""
-    return Grid(*(search_range(blocks, spec) if mse else block_params(blocks, spec)))
+    return Grid(*(search_range if mse else block_params)(blocks, spec, of_tensor))
 
 
 class Problem(NamedTuple):
@@ -122,6 +122,7 @@ class Problem(NamedTuple):
       known: grids (G, N) or (G, 1), or None when groups take theirs from the updated weights.
       grid_of: int32 (K,), the row of `known` for each row.
       free: float32 (blocks, block, block), see `free_moves`; None when it is not needed.
+      of_tensor: float32 (1, 1, 1), the scale of the whole weight that those of blocks are over (see `core.tensor_scale`), or None.
     """
 
     weight: jax.Array
@@ -131,6 +132,7 @@ class Problem(NamedTuple):
     known: Grid | None
     grid_of: jax.Array
     free: jax.Array | None
+    of_tensor: jax.Array | None = None
 
 
 class Swept(NamedTuple):
@@ -150,12 +152,12 @@ class Swept(NamedTuple):
 
 
 class _Static(NamedTuple):
-    spec: IntSpec | CodebookSpec
+    spec: BlockSpec
     mse: bool
     plan: Plan
 
 
-def sweep(problem: Problem, spec: IntSpec | CodebookSpec, mse: bool, plan: Plan) -> Swept:
+def sweep(problem: Problem, spec: BlockSpec, mse: bool, plan: Plan) -> Swept:
     """Round every row of the problem, each from its target.
 
     Args:
@@ -171,20 +173,22 @@ def sweep(problem: Problem, spec: IntSpec | CodebookSpec, mse: bool, plan: Plan)
     if problem.known is not None or plan.block < plan.sizes[0]:
         return _chunks(problem, static, 0, problem.weight, 0, None)
     # One block holds every group: nothing is updated before it.
-    grids = _fit_groups(problem.weight, static)
+    grids = _fit_groups(problem.weight, static, problem.of_tensor)
     return _chunks(problem, static, 0, problem.weight, 0, (0, grids))._replace(grids=grids)
 
 
-def _fit_groups(rows: jax.Array, static: _Static) -> Grid:
+def _fit_groups(rows: jax.Array, static: _Static, of_tensor: jax.Array | None) -> Grid:
     """The grids (groups, N) of whole groups of rows."""
     granularity, n, size = static.spec.granularity, rows.shape[1], static.plan.padded_group
     kept = granularity.kept if isinstance(granularity, PerBlock) else 1
     rows = rows.reshape(-1, size, n)
-    if not static.mse:
+    if static.spec.by_mean:
+        rows = rows[:, : static.plan.group]  # the zeros of a padded group are not its own
+    elif not static.mse:
         # Only the extreme values count: a reduction here spares transposing the group.
         rows = jnp.stack([jnp.min(rows, axis=1), jnp.max(rows, axis=1)], axis=1)
     blocks = rows.swapaxes(1, 2).reshape(rows.shape[0], n // kept, kept * rows.shape[1])
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=1), fit(blocks, static.spec, static.mse))
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=1), fit(blocks, static.spec, static.mse, of_tensor))
 
 
 def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: Any, block: tuple[Any, Grid] | None) -> Swept:
@@ -201,7 +205,7 @@ def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: A
         rows = lax.dynamic_slice_in_dim(target, first, chunk) + _earlier(p, done.difference, start, i, chunk)
         inner = block
         if fits_here:
-            inner = start + first, _fit_groups(_updated(p, rows, start + first), static)
+            inner = start + first, _fit_groups(_updated(p, rows, start + first), static, p.of_tensor)
         part = _chunks(p, static, level + 1, rows, start + first, inner)
         grids = done.grids
         if fits_here_or_below:
@@ -287,9 +291,8 @@ def _pick(grids: Grid | None, index: Any) -> Grid:
     return jax.tree.map(lambda leaf: leaf if leaf.shape[0] == 1 else lax.dynamic_slice_in_dim(leaf, index, 1), grids)
 
 
-def _nothing(size: int, n: int, spec: IntSpec | CodebookSpec) -> Swept:
-    signed = isinstance(spec, IntSpec) and spec.signed
-    codes = jnp.zeros((size, n), jnp.int8 if signed else jnp.uint8)
+def _nothing(size: int, n: int, spec: BlockSpec) -> Swept:
+    codes = jnp.zeros((size, n), jnp.int8 if signed_codes(spec) else jnp.uint8)
     return Swept(jnp.zeros((size, n), jnp.float32), codes, jnp.zeros((1, n), jnp.float32), None)
 
 

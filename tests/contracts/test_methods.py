@@ -32,6 +32,7 @@ METHODS = [
     qjax.online_rotation(qjax.gptq()),
 ]
 SPECS = [qjax.int4(), qjax.int3(group_size=8), qjax.uint4(group_size=16), qjax.int4(group_size=32, pad=True), qjax.nf4(8)]
+SPECS += [qjax.nf4(8, double_quant=True), qjax.nvfp4(), qjax.mxfp4(pad=True), qjax.fp8_e4m3()]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 # The first two run in the ordinary test line, all of them in the gate.
 every_spec = pytest.mark.parametrize("spec", [*SPECS[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in SPECS[2:])], ids=str)
