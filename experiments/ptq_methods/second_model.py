@@ -29,6 +29,7 @@ HERE = pathlib.Path(__file__).parent
 WEIGHTS = HERE / "weights" / "second.safetensors"
 BOOKS = ("pride", "greatexp", "wells")
 TRAIN, STOP = 0.84, 0.88  # shares of each book that end the training part and the part that stops it; the rest is held out
+STEPS = 1200
 KEEP = (qjax.Rule("*embedding", weight=None), qjax.Rule("head*", weight=None))  # as of the shipped model: only the layers
 
 
@@ -234,7 +235,7 @@ def load_second(path=WEIGHTS, dtype=jnp.float32, config=Config()):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=32, help="windows a step")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
@@ -242,6 +243,10 @@ def main():
     parser.add_argument("--evaluate", action="store_true", help="do not train")
     parser.add_argument("--windows", type=int, help="held-out windows to measure on; all by default")
     options = parser.parse_args()
+    if options.weights == WEIGHTS and options.steps < STEPS:
+        parser.error(
+            f"`--steps` {options.steps} is a trial: name another file by `--weights`, so that it does not replace what is compared"
+        )
     config = Config()
     texts = read_texts(config.context)
     if not options.evaluate:
