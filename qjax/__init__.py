@@ -14,12 +14,17 @@ from qjax.calibration import mse as mse
 from qjax.calibration import observe as observe
 from qjax.calibration import percentile as percentile
 from qjax.core import ActSpec as ActSpec
+from qjax.core import QCache as QCache
 from qjax.core import QProduct as QProduct
 from qjax.core import QTensor as QTensor
 from qjax.core import bf16 as bf16
+from qjax.core import binary as binary
 from qjax.core import codebook as codebook
 from qjax.core import dynamic as dynamic
+from qjax.core import floating as floating
 from qjax.core import fp4 as fp4
+from qjax.core import fp8_e4m3 as fp8_e4m3
+from qjax.core import fp8_e5m2 as fp8_e5m2
 from qjax.core import fp16 as fp16
 from qjax.core import int2 as int2
 from qjax.core import int3 as int3
@@ -29,8 +34,15 @@ from qjax.core import int6 as int6
 from qjax.core import int7 as int7
 from qjax.core import int8 as int8
 from qjax.core import integer as integer
+from qjax.core import kv_cache as kv_cache
+from qjax.core import mxfp4 as mxfp4
+from qjax.core import mxfp6 as mxfp6
+from qjax.core import mxfp8 as mxfp8
+from qjax.core import mxint8 as mxint8
 from qjax.core import nf4 as nf4
+from qjax.core import nvfp4 as nvfp4
 from qjax.core import static as static
+from qjax.core import ternary as ternary
 from qjax.core import uint2 as uint2
 from qjax.core import uint3 as uint3
 from qjax.core import uint4 as uint4
@@ -57,7 +69,9 @@ from qjax.ptq import correct_bias as correct_bias
 from qjax.ptq import equalization as equalization
 from qjax.ptq import gptaq as gptaq
 from qjax.ptq import gptq as gptq
+from qjax.ptq import hqq as hqq
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import online_rotation as online_rotation
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rewrite as rewrite
@@ -68,6 +82,7 @@ from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
 from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
+from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import fake_quant as fake_quant
 
 __version__ = "0.1.0"

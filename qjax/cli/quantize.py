@@ -33,7 +33,8 @@ from qjax.cli.shared import (
 _INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
 _CASTS = ["bf16", "fp16"]
 WEIGHTS = [*_INTEGERS, "nf4", "fp4", *_CASTS]
-METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
+METHODS = ["rtn", "gptq", "awq", "hqq", "smoothquant", "llm_int8"]
+_NO_DATA = ("rtn", "hqq")
 
 
 @click.command("quantize")
@@ -45,7 +46,7 @@ METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
-              help="Round to nearest, GPTQ, AWQ, SmoothQuant (with --activation), or LLM.int8().")
+              help="Round to nearest, GPTQ, AWQ, HQQ (asymmetric weights), SmoothQuant (with --activation), or LLM.int8().")
 @click.option("--activation", type=click.Choice(["dynamic", "static"]),
               help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
 @click.option("--observer", type=click.Choice(OBSERVERS), metavar="NAME",
@@ -56,7 +57,7 @@ METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
 @click.option("--static-groups", is_flag=True, help="gptq: ranges before rounding; with --act-order no permutation is stored.")
 @click.option("--damping", type=float, help="gptq: share of the mean diagonal that is added to it.  [default: 0.01]")
 @click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help=f"All but rtn, and static activations: a text file, a passage a line. {SHIPPED} has one of its own.")
+              help=f"All but rtn and hqq, and static activations: a text file, a passage a line. {SHIPPED} has one of its own.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of calibration text at most.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens a window.  [default: the context, at most 2048]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
@@ -109,7 +110,7 @@ def _check_options(options: dict[str, Any]) -> None:
     method = options["method"]
     for names, fits, what in (
         (("act_order", "static_groups", "damping"), method == "gptq", "--method gptq"),
-        (("calibration",), _needs_data(options), "a --method other than rtn, or --activation static"),
+        (("calibration",), _needs_data(options), "a --method other than rtn and hqq, or --activation static"),
         (("observer",), options["activation"] == "static", "--activation static"),
         (("mse",), method in ("rtn", "gptq"), "--method rtn or gptq"),
     ):
@@ -121,6 +122,8 @@ def _check_options(options: dict[str, Any]) -> None:
         raise click.UsageError("--method smoothquant is for quantized activations: give --activation static or dynamic")
     if method == "llm_int8" and weight not in _INTEGERS:
         raise click.UsageError(f"--method llm_int8 goes with integers such as --weight int8, and the weight is {weight}")
+    if method == "hqq" and not weight.startswith("u"):
+        raise click.UsageError(f"--method hqq chooses zero points: give --weight uint2 .. uint8, the weight is {weight}")
     if method == "llm_int8" and options["activation"] == "static":
         raise click.UsageError("--method llm_int8 finds a range for every row anew: leave --activation static out")
     if options["activation"] is not None and weight not in _INTEGERS:
@@ -140,7 +143,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _needs_data(options: dict[str, Any]) -> bool:
-    return options["method"] != "rtn" or options["activation"] == "static"
+    return options["method"] not in _NO_DATA or options["activation"] == "static"
 
 
 def check_destination(dst: Path, overwrite: bool) -> None:
@@ -201,12 +204,15 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
     if not keep and not options["keep_none"]:
         keep = ["*embed*"] if model.config.tie_word_embeddings else ["*embed*", "*lm_head*"]
     weight, spec_options = options["weight"], {name: options[name] for name in ("per", "group_size", "pad") if options[name]}
+    if options["method"] == "hqq":
+        spec_options["zero_dtype"] = "float16"
     spec = getattr(qjax, weight)(**spec_options)
     given = {name: options[name] for name in ("mse", "damping") if options[name] is not None}
     method: Any = {
         "rtn": lambda: qjax.rtn(**given),
         "gptq": lambda: qjax.gptq(act_order=options["act_order"], static_groups=options["static_groups"], **given),
         "awq": qjax.awq,
+        "hqq": qjax.hqq,
         "smoothquant": lambda: qjax.smoothquant("search"),
         "llm_int8": qjax.llm_int8,
     }[options["method"]]()
@@ -254,7 +260,7 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
 
         path = books_llama_folder() / "calibration.txt"
     if path is None:
-        which = f"--method {options['method']}" if options["method"] != "rtn" else f"--activation {options['activation']}"
+        which = f"--method {options['method']}" if options["method"] not in _NO_DATA else f"--activation {options['activation']}"
         raise click.UsageError(f"{which} needs --calibration FILE, a text like that of the model's use, a passage a line")
     check_tokenizer(model)
     return text_windows(model, path, options["samples"], window, "--calibration ")

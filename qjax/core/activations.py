@@ -127,6 +127,8 @@ def static(spec: IntSpec, observer: RangeFinder | None = None) -> ActSpec:
 def _check_integers(spec: Any) -> None:
     if not isinstance(spec, IntSpec):
         raise TypeError(f"`spec` of activations must be integers such as qjax.int8(), got {spec!r}")
+    if spec.float_zero:
+        raise ValueError(f'`spec` of activations must have integer zero points (zero_dtype="int"), got {spec}')
 
 
 def _whole(spec: IntSpec, per: str) -> IntSpec:

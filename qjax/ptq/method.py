@@ -8,6 +8,7 @@ import jax
 
 from qjax.calibration import Observer
 from qjax.core import QTensor, Spec
+from qjax.program import Leaf
 
 
 class Problem(NamedTuple):
@@ -96,3 +97,19 @@ class ComparesWithFloat(Protocol):
 def needs_float(method: Any) -> bool:
     """Whether a method compares with the float program."""
     return isinstance(method, ComparesWithFloat) and method.needs_float
+
+
+@runtime_checkable
+class Refuses(Protocol):
+    """A method that cannot serve every parameter, whatever its spec."""
+
+    def refusal(self, leaf: Leaf) -> str:
+        """Says why it cannot quantize this parameter; "" if it can."""
+        ...
+
+
+def refusal(method: Any, leaf: Leaf) -> str:
+    """Why a method, or one that follows it, cannot quantize a parameter; "" if it can."""
+    mine = method.refusal(leaf) if isinstance(method, Refuses) else ""
+    then = getattr(method, "then", None)
+    return mine or ("" if then is None else refusal(then, leaf))

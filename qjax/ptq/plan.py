@@ -33,7 +33,7 @@ from qjax.ptq.data import check_same_sites
 from qjax.ptq.groups import undivided
 from qjax.ptq.parts import layout_of
 from qjax.ptq.products import product_row
-from qjax.ptq.quantize import as_batches, method_of, planned_row, program_notes, whole_problem
+from qjax.ptq.quantize import as_batches, method_of, planned_row, program_notes, refusal_of, whole_problem
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.rescale import plan_rescaling
 from qjax.ptq.sequential import visit_work
@@ -304,7 +304,7 @@ def _nbytes(make: Callable[[], Any]) -> int:
 
 
 def _without_problems(choices: Sequence[Choice]) -> tuple[list[Choice], tuple[str, ...]]:
-    """The choices, those whose group does not divide left float; and what `quantize` would say of each rule."""
+    """The choices, those whose group does not divide or whose method refuses left float; and what `quantize` would say of each rule."""
     out, problems = [], {}
     for choice in choices:
         rule = choice.rule
@@ -312,6 +312,9 @@ def _without_problems(choices: Sequence[Choice]) -> tuple[list[Choice], tuple[st
         if alone and rule is not None:
             problems[rule] = undivided(rule, [c for c in choices if c.rule == rule and c.spec is not None])
             choice = Choice(choice.leaf, None, alone)
+        elif rule is not None and (reason := refusal_of(choice)):
+            problems[rule] = reason
+            choice = Choice(choice.leaf, None, reason)
         out.append(choice)
     return out, tuple(problems.values())
 

@@ -55,7 +55,7 @@ def _candidates(lo: jax.Array, hi: jax.Array, spec: IntSpec | CodebookSpec):
     if isinstance(spec, CodebookSpec):
         return [(codebook_params(jnp.maximum(-lo, hi), spec), None)]
     scale, zero_point = params_from_range(lo, hi, spec)
-    if zero_point is None or spec.bits != 2:
+    if zero_point is None or spec.bits != 2 or spec.float_zero:
         return [(scale, zero_point)]
     ideal = spec.qmin - divide(jnp.minimum(lo, 0.0), scale)
     below, above = (jnp.clip(f(ideal), spec.qmin, spec.qmax).astype(jnp.int32) for f in (jnp.floor, jnp.ceil))
