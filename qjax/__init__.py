@@ -67,6 +67,7 @@ from qjax.ptq import awq as awq
 from qjax.ptq import batch_norm_folding as batch_norm_folding
 from qjax.ptq import correct_bias as correct_bias
 from qjax.ptq import equalization as equalization
+from qjax.ptq import gptaq as gptaq
 from qjax.ptq import gptq as gptq
 from qjax.ptq import hqq as hqq
 from qjax.ptq import llm_int8 as llm_int8

@@ -3,6 +3,7 @@
 from qjax.calibration import as_batches as as_batches
 from qjax.ptq.awq import awq as awq
 from qjax.ptq.bias_correction import correct_bias as correct_bias
+from qjax.ptq.gptaq import gptaq as gptaq
 from qjax.ptq.gptq import gptq as gptq
 from qjax.ptq.hqq import hqq as hqq
 from qjax.ptq.llm_int8 import llm_int8 as llm_int8
