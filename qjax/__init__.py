@@ -68,6 +68,8 @@ from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
 from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
+from qjax.training import LearnedRotation as LearnedRotation
 from qjax.training import fake_quant as fake_quant
+from qjax.training import learn_rotation as learn_rotation
 
 __version__ = "0.1.0"

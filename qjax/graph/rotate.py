@@ -141,7 +141,7 @@ def rotate(
     leaves, done, reasons, error = list(params), [], {}, 0.0
     for number, axes in enumerate(found):
         reason = _refusal(program, axes, scales, every)
-        if not reason:
+        if not reason and axes.readers:
             answer = _one(program, axes, scales, leaves, made(number), compare)
             if isinstance(answer, str):
                 reason = answer
