@@ -83,6 +83,8 @@ from qjax.report import Report as Report
 from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
+from qjax.training import LearnedRotation as LearnedRotation
 from qjax.training import fake_quant as fake_quant
+from qjax.training import learn_rotation as learn_rotation
 
 __version__ = "0.1.0"
