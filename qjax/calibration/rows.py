@@ -23,11 +23,14 @@ class Rows(NamedTuple):
         of a convolution), 1 if there are none; K over its contracted axes as the parameter flattens them.
       owner: int32 (samples,), for experts that share one list of rows: which expert reads a row; None otherwise.
       experts: how many there are, with `owner`.
+      reference: of the shape of `x`, what the float program gives the same site, row for row; None where nobody asked for it
+        (`qjax.ptq.method.ComparesWithFloat`) or it is not known (a site in a loop that stays whole).
     """
 
     x: jax.Array
     owner: jax.Array | None = None
     experts: int = 0
+    reference: jax.Array | None = None
 
 
 def stack_size(site: Site, leaf: Leaf) -> int:

@@ -81,3 +81,18 @@ class Method(Protocol):
           The packed weight and remarks.
         """
         ...
+
+
+@runtime_checkable
+class ComparesWithFloat(Protocol):
+    """A method that also wants to know what the float program makes of the same data."""
+
+    @property
+    def needs_float(self) -> bool:
+        """Whether it does: then `Rows.reference` of what its observer is given holds the rows of the float program."""
+        ...
+
+
+def needs_float(method: Any) -> bool:
+    """Whether a method compares with the float program."""
+    return isinstance(method, ComparesWithFloat) and method.needs_float

@@ -32,8 +32,9 @@ from qjax.ptq.progress import Listener, Monitor
 from qjax.ptq.rescale import rescale, rescaled_by
 from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
-from qjax.ptq.sequential import Task, quantize_sequential
+from qjax.ptq.sequential import quantize_sequential
 from qjax.ptq.spill import Spill
+from qjax.ptq.streams import Task
 from qjax.ptq.work import work_of
 from qjax.report import Report, Row
 from qjax.runtime.select import kernel_of
@@ -138,7 +139,7 @@ def quantize(
     memory: dict[str, int] = {}
     if tasks:
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-        found, memory = quantize_sequential(current, tasks, streams, monitor, kept, spill)
+        found, memory = quantize_sequential(current, tasks, streams, monitor, kept, spill, flat)
         done |= found
     done = with_activations(done, choices, flat, streams, monitor)
     done = with_capacities(done, choices, flat, streams, monitor)
