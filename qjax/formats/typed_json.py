@@ -18,6 +18,7 @@ from qjax import ptq
 from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
 from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
 from qjax.policy import Method
+from qjax.ptq.autoround import AutoRound
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
 from qjax.ptq.llm_int8 import LLMInt8
@@ -54,6 +55,7 @@ KINDS: dict[str, type] = {
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "llm_int8": LLMInt8,
+    "autoround": AutoRound,
     "other_method": OtherMethod,
     "minmax": MinMax,
     "moving_average": MovingAverage,
@@ -62,7 +64,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, SmoothQuant, AWQ, LLMInt8, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, SmoothQuant, AWQ, LLMInt8, AutoRound, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
         return []
     before = max([p for p in flow.sites if p < members[0]], default=-1)
     behind = min([p for p in flow.sites if p > members[-1]], default=len(flow.graph.eqns))
-    cuts = [flow.cut(a, b) for a, b in zip(members, members[1:], strict=False)]
+    cuts = [flow.cut(a, b) for a, b in itertools.pairwise(members)]
     pieces = _split(list(range(len(members))), cuts)
     pieces = [[i for piece in pieces[at : at + span] for i in piece] for at in range(0, len(pieces), span)]
     blocks = []

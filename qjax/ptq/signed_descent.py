@@ -162,15 +162,16 @@ def project(offsets: Offsets) -> Offsets:
 
 
 class Found(NamedTuple):
-    """What a descent found: the best offsets; the losses of the start and of the best, over all of the data."""
+    """What a descent found: the best offsets; the losses over all of the data of the best, of its start and of plain rounding."""
 
     best: Any
-    first: jax.Array
     least: jax.Array
+    first: jax.Array
+    rounding: jax.Array
 
 
 def descend(
-    loss: Callable[[Any, jax.Array], jax.Array], judge: Callable[[Any], jax.Array], offsets: Any, descent: Descent
+    loss: Callable[[Any, jax.Array], jax.Array], judge: Callable[[Any], jax.Array], plain: Any, begin: Any, descent: Descent
 ) -> Found:
     """Signed gradient descent with a linearly falling rate, after each step the nearest allowed offsets.
 
@@ -178,8 +179,9 @@ def descend(
 
     Args:
       loss: of offsets and the number of a step; a scalar, differentiable in the offsets.
-      judge: of offsets, the loss over all of the data: what is kept is the best by this, the start among the candidates.
-      offsets: a tree of `Offsets`.
+      judge: of offsets, the loss over all of the data: what is kept is the best by this, `plain` and `begin` among the candidates.
+      plain: a tree of `Offsets`, those of plain rounding.
+      begin: where the descent begins.
       descent: how it goes.
 
     Returns:
@@ -190,22 +192,26 @@ def descend(
 
     def step(t: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         at, state = carry
-        slope = jax.grad(loss)(at, t)
-        moves, state = optimizer.update(slope, state)
+        moves, state = optimizer.update(jax.grad(loss)(at, t), state)
         return _tuned(optax.apply_updates(at, moves), at, descent), state
 
-    def turn(carry: tuple[Any, Any, Found], number: jax.Array) -> tuple[tuple[Any, Any, Found], None]:
-        at, state, found = carry
-        at, state = lax.fori_loop(number * steps, (number + 1) * steps, step, (at, state))
+    # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once.
+    def turn(carry: tuple[Any, Any, Any, jax.Array], number: jax.Array) -> tuple[tuple[Any, Any, Any, jax.Array], jax.Array]:
+        at, state, best, least = carry
+        at = _where(number == 1, begin, at)
+        first, last = jnp.maximum(number - 2, 0) * steps, jnp.maximum(number - 1, 0) * steps
+        at, state = lax.fori_loop(first, last, step, (at, state))
         now = judge(at)
-        better = now < found.least
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), at, found.best)
-        return (at, state, Found(best, found.first, jnp.where(better, now, found.least))), None
+        better = now < least
+        return (at, state, _where(better, at, best), jnp.where(better, now, least)), now
 
-    first = judge(offsets)
-    carry = offsets, optimizer.init(offsets), Found(offsets, first, first)
-    (_, _, found), _ = lax.scan(turn, carry, jnp.arange(checks))
-    return found
+    carry = plain, optimizer.init(begin), plain, jnp.float32(jnp.inf)
+    (_, _, best, least), losses = lax.scan(turn, carry, jnp.arange(checks + 2))
+    return Found(best, least, losses[1], losses[0])
+
+
+def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def _tuned(new: Any, old: Any, descent: Descent) -> Any:
