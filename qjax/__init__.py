@@ -63,6 +63,7 @@ from qjax.ptq import Rates as Rates
 from qjax.ptq import Result as Result
 from qjax.ptq import Rewritten as Rewritten
 from qjax.ptq import Spill as Spill
+from qjax.ptq import autoround as autoround
 from qjax.ptq import awq as awq
 from qjax.ptq import batch_norm_folding as batch_norm_folding
 from qjax.ptq import correct_bias as correct_bias

@@ -18,6 +18,7 @@ from qjax import ptq
 from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
 from qjax.core import CastSpec, CodebookSpec, FloatSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
 from qjax.policy import Method
+from qjax.ptq.autoround import AutoRound
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
 from qjax.ptq.hqq import HQQ
@@ -59,6 +60,7 @@ KINDS: dict[str, type] = {
     "awq": AWQ,
     "llm_int8": LLMInt8,
     "online_rotation": Online,
+    "autoround": AutoRound,
     "other_method": OtherMethod,
     "minmax": MinMax,
     "moving_average": MovingAverage,
@@ -67,7 +69,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, HQQ, SmoothQuant, AWQ, LLMInt8, Online, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, HQQ, SmoothQuant, AWQ, LLMInt8, Online, AutoRound, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

@@ -1,6 +1,7 @@
 """Post-training quantization: one file a method, all behind `Method`."""
 
 from qjax.calibration import as_batches as as_batches
+from qjax.ptq.autoround import autoround as autoround
 from qjax.ptq.awq import awq as awq
 from qjax.ptq.bias_correction import correct_bias as correct_bias
 from qjax.ptq.gptaq import gptaq as gptaq

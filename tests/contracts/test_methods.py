@@ -30,6 +30,7 @@ METHODS = [
     qjax.smoothquant("search", then=qjax.gptq()),
     qjax.llm_int8(),
     qjax.online_rotation(qjax.gptq()),
+    qjax.autoround(steps=50, lr=0.005),
 ]
 SPECS = [qjax.int4(), qjax.int3(group_size=8), qjax.uint4(group_size=16), qjax.int4(group_size=32, pad=True), qjax.nf4(8)]
 SPECS += [qjax.nf4(8, double_quant=True), qjax.nvfp4(), qjax.mxfp4(pad=True), qjax.fp8_e4m3()]
@@ -85,7 +86,9 @@ def plain(method):
         return dataclasses.replace(method, then=plain(method.then))
     if hasattr(method, "then") and method.then is not None:
         return plain(method.then)
-    return qjax.rtn(mse=method.options.mse) if hasattr(method, "options") else qjax.rtn() if method.observer is not None else method
+    if method.observer is None:
+        return method
+    return qjax.rtn(mse=getattr(getattr(method, "options", method), "mse", False))
 
 
 @every_method
