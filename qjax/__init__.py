@@ -29,6 +29,7 @@ from qjax.core import int6 as int6
 from qjax.core import int7 as int7
 from qjax.core import int8 as int8
 from qjax.core import integer as integer
+from qjax.core import learned as learned
 from qjax.core import nf4 as nf4
 from qjax.core import static as static
 from qjax.core import uint2 as uint2
@@ -57,6 +58,7 @@ from qjax.ptq import correct_bias as correct_bias
 from qjax.ptq import equalization as equalization
 from qjax.ptq import gptq as gptq
 from qjax.ptq import hqq as hqq
+from qjax.ptq import kmeans as kmeans
 from qjax.ptq import llm_int8 as llm_int8
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize

@@ -28,6 +28,8 @@ from qjax.core.layout import group_length as group_length
 from qjax.core.layout import logical_blocks as logical_blocks
 from qjax.core.layout import padded_size as padded_size
 from qjax.core.layout import uncanonicalize as uncanonicalize
+from qjax.core.learned import Learned as Learned
+from qjax.core.learned import learn as learn
 from qjax.core.packing import pack as pack
 from qjax.core.packing import packed_length as packed_length
 from qjax.core.packing import unpack as unpack
@@ -47,6 +49,7 @@ from qjax.core.rounding import round_trip as round_trip
 from qjax.core.specs import CastSpec as CastSpec
 from qjax.core.specs import CodebookSpec as CodebookSpec
 from qjax.core.specs import IntSpec as IntSpec
+from qjax.core.specs import LearnedSpec as LearnedSpec
 from qjax.core.specs import Spec as Spec
 from qjax.core.specs import bf16 as bf16
 from qjax.core.specs import codebook as codebook
@@ -60,6 +63,7 @@ from qjax.core.specs import int6 as int6
 from qjax.core.specs import int7 as int7
 from qjax.core.specs import int8 as int8
 from qjax.core.specs import integer as integer
+from qjax.core.specs import learned as learned
 from qjax.core.specs import nf4 as nf4
 from qjax.core.specs import uint2 as uint2
 from qjax.core.specs import uint3 as uint3

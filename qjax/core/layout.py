@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, LearnedSpec, Spec
 
 
 def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, ...]:
@@ -68,7 +68,17 @@ def uncanonicalize(c: jax.Array, axes: Sequence[int], sizes: Sequence[int]) -> j
     return c.reshape(*c.shape[:-1], *sizes).transpose([order.index(i) for i in range(ndim)])
 
 
-def group_length(k: int, spec: IntSpec | CodebookSpec) -> int:
+def kept_positions(kept: Sequence[int], axes: Sequence[int], ndim: int) -> list[int]:
+    """Where negative kept axes of an array stand in its canonical layout.
+
+    >>> kept_positions((-1,), (-2,), 3)
+    [1]
+    """
+    order = _to_canonical(axes, ndim)
+    return [order.index(a + ndim) for a in kept]
+
+
+def group_length(k: int, spec: IntSpec | CodebookSpec | LearnedSpec) -> int:
     """How many of the `k` flattened contracted values share a scale.
 
     >>> group_length(4096, IntSpec(4, granularity=PerGroup(128))), group_length(4096, IntSpec(8))

@@ -18,16 +18,18 @@ from qjax.core.layout import (
     canonicalize,
     check_blocks,
     group_length,
+    kept_positions,
     logical_blocks,
     negative_axes,
     padded_size,
     uncanonicalize,
 )
+from qjax.core.learned import Learned, learn_canonical, learned_values
 from qjax.core.packing import pack, unpack
 from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, round_cast
-from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, LearnedSpec, Spec
 
-ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale")
+ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale", "levels")
 
 
 @functools.partial(
@@ -60,6 +62,7 @@ class QTensor:
       input_scale: float32 (stacked axes full, others 1, K), positive, or None: s, by which the product divides its input. The
         codes stand for s w, and `dequantize` divides, so that it gives w. In the logical order of the flattened contracted
         values, whatever `perm` says.
+      levels: `spec.level_dtype` (kept-like..., 2^bits), ascending: the table of a learned spec, for each row or for all; or None.
     """
 
     codes: Any
@@ -74,6 +77,7 @@ class QTensor:
     act_scale: Any = None
     act_zero_point: Any = None
     input_scale: Any = None
+    levels: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,7 +119,7 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The array of `shape` and `dtype` that the codes stand for.
 
-        `(code - zero_point) * scale` or `levels[code] * scale`, divided by `input_scale` if there is one, in float32, in this
+        `(code - zero_point) * scale`, `levels[code] * scale` or `levels[code]`, divided by `input_scale` if there is one, in float32, in this
         order, then one cast.
 
         >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).dequantize().tolist()
@@ -184,6 +188,8 @@ def quantize(
 
 def _check_overflow(q: QTensor, name: str) -> None:
     argument, array = ("dtype", q.codes) if q.scale is None else ("scale_dtype", q.scale)
+    if q.levels is not None and q.scale is None:
+        argument, array = "level_dtype", q.levels
     if array.dtype == jnp.float32 or isinstance(array, Tracer):
         return
     with jax.ensure_compile_time_eval():
@@ -196,6 +202,11 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     sizes, dtype = tuple(w.shape[a] for a in axes), np.dtype(w.dtype)
     if isinstance(spec, CastSpec):
         return QTensor(round_cast(canonicalize(w, axes), spec), None, None, None, spec, axes, sizes, dtype)
+    if isinstance(spec, LearnedSpec):
+        found = learn_canonical(canonicalize(w, axes), spec, kept_positions(stacked, axes, w.ndim))
+        scale = None if found.scale is None else found.scale.astype(spec.scale_dtype)
+        levels = found.levels.astype(spec.level_dtype)
+        return QTensor(_pack(found.codes, spec), scale, None, None, spec, axes, sizes, dtype, levels=levels)
     blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
     scale, zero_point = ranges(blocked, spec)
     codes = block_encode(blocked, scale, zero_point, spec)
@@ -205,19 +216,19 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     return QTensor(_pack(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype)
 
 
-def _is_signed(spec: IntSpec | CodebookSpec) -> bool:
+def _is_signed(spec: Spec) -> bool:
     return isinstance(spec, IntSpec) and spec.signed
 
 
-def _code_dtype(spec: IntSpec | CodebookSpec):
+def _code_dtype(spec: Spec):
     return jnp.int8 if _is_signed(spec) else jnp.uint8
 
 
-def _zero_dtype(spec: IntSpec | CodebookSpec):
+def _zero_dtype(spec: Spec):
     return spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else _code_dtype(spec)
 
 
-def _pack(codes: jax.Array, spec: IntSpec | CodebookSpec) -> jax.Array:
+def _pack(codes: jax.Array, spec: Spec) -> jax.Array:
     return codes.astype(_code_dtype(spec)) if spec.bits == 8 else pack(codes, spec.bits)
 
 
@@ -243,6 +254,8 @@ def _decode(
 def _dequantize(q: QTensor) -> jax.Array:
     if isinstance(q.spec, CastSpec):
         w = _unpack(q).astype(jnp.float32)
+    elif isinstance(q.spec, LearnedSpec):
+        w = learned_values(Learned(_unpack(q), q.scale, q.levels))[..., : math.prod(q.sizes)]
     else:
         w = _decode(_unpack(q), q.scale, q.zero_point, q.spec)[..., : math.prod(q.sizes)]
     if q.perm is not None:
@@ -263,13 +276,15 @@ def assemble(
     perm: Any = None,
     *,
     input_scale: Any = None,
+    levels: Any = None,
     name: str = "w",
 ) -> QTensor:
     """Pack codes that a method or a file gave into a `QTensor`.
 
     Args:
       codes: integers (kept..., K) or (kept..., Kpad), within the spec's range; for a cast the floats (kept..., K).
-      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast.
+      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast, and for a learned table without
+        groups.
       zero_point: integers, or floats with a floating `spec.zero_dtype`, of the shape of `scale`; None when the spec is symmetric.
       spec: what the codes mean.
       axes: logical axes that are contracted, in the order in which they are flattened; negative.
@@ -277,6 +292,7 @@ def assemble(
       dtype: the logical dtype.
       perm: int32 (kept-like..., K), or None: stored position j holds the flattened index perm[j].
       input_scale: positive (kept-like..., K), or None: the codes stand for the weight times this.
+      levels: (kept-like..., 2^bits), ascending, of a learned spec; else None.
       name: what an error calls the array.
 
     Returns:
@@ -298,6 +314,8 @@ def assemble(
         if scale is not None or zero_point is not None:
             raise ValueError(f"`scale` and `zero_point` must be None for {spec}, the spec of `{name}`")
         codes = codes.astype(spec.dtype)
+    elif isinstance(spec, LearnedSpec):
+        codes, scale, levels = _checked_learned(codes, scale, zero_point, levels, spec, k, name)
     else:
         codes, scale, zero_point = _checked(codes, scale, zero_point, spec, k, name)
     if perm is not None:
@@ -308,7 +326,33 @@ def assemble(
         input_scale = jnp.asarray(input_scale, jnp.float32)
         _check_shape("input_scale", input_scale, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
         _check_positive(input_scale, name)
-    return QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype, input_scale=input_scale)
+    if levels is not None and not isinstance(spec, LearnedSpec):
+        raise ValueError(f"`levels` must be None for {spec}, the spec of `{name}`: only qjax.learned(...) keeps a table of its own")
+    q = QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype, input_scale=input_scale, levels=levels)
+    if levels is not None:
+        _check_overflow(q, name)
+    return q
+
+
+def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int, name: str):
+    """The packed codes, scale and levels of `assemble`, or an error that names the one that does not fit."""
+    check_blocks((*codes.shape[:-1], k), spec, name)
+    kept, padded = codes.shape[:-1], padded_size(k, spec)
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
+    _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
+    _check_codes("codes", codes, 0, 2**spec.bits - 1, name)
+    if zero_point is not None or levels is None or (scale is None) == spec.grouped:
+        raise ValueError(f"`levels` must be given, `zero_point` None and `scale` {'given' if spec.grouped else 'None'} for {spec}, "
+                         f"the spec of `{name}`")  # fmt: skip
+    levels = jnp.asarray(levels, spec.level_dtype)
+    _check_shape("levels", levels, [{n} if spec.per_row else {1, n} for n in kept] + [{2**spec.bits}], name)
+    if scale is not None:
+        scale = jnp.asarray(scale, spec.scale_dtype)
+        _check_shape("scale", scale, [{n} for n in kept] + [{padded // group_length(k, spec)}], name)
+    if codes.shape[-1] < padded:
+        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
+    return _pack(codes, spec), scale, levels
 
 
 def _checked(codes, scale, zero_point, spec: IntSpec | CodebookSpec, k: int, name: str):

@@ -1,6 +1,7 @@
 """Rounding to any spec, block by block and for a whole array: what `quantize` packs and what training computes with."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from jax.core import Tracer
 
 from qjax.core.affine import affine_decode, affine_encode, affine_params, divide
 from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
-from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes
-from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core.layout import canonicalize, check_blocks, kept_positions, logical_blocks, negative_axes, uncanonicalize
+from qjax.core.learned import learn_canonical, learned_values
+from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, LearnedSpec, Spec
 
 # How scales and zero points of blocks (..., group) are chosen: both (..., 1), the second None where the spec has none.
 Ranges = Callable[[jax.Array, IntSpec | CodebookSpec], tuple[jax.Array, jax.Array | None]]
@@ -135,6 +137,10 @@ def round_trip(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] =
 def _round_trip(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
     if isinstance(spec, CastSpec):
         return round_cast(w, spec).astype(jnp.float32).astype(w.dtype)
+    if isinstance(spec, LearnedSpec):
+        values = learned_values(learn_canonical(canonicalize(w, axes), spec, kept_positions(stacked, axes, w.ndim)))
+        sizes = [w.shape[a] for a in axes]
+        return uncanonicalize(values[..., : math.prod(sizes)], axes, sizes).astype(w.dtype)
     blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
     scale, zero_point = block_params(blocked, spec)
     codes = block_encode(blocked, scale, zero_point, spec)

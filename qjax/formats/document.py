@@ -59,6 +59,7 @@ class Packed:
     act_zero_point: str | None = None
     act: ActSpec | None = None
     input_scale: str | None = None
+    levels: str | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -161,7 +162,9 @@ def write_document(document: Document) -> bytes:
 
 # Entries that came after the layout was first published, and what one that is missing means. They are left out where they say
 # no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
-_LATER = {"input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}, "zero_dtype": "int"}
+_LATER = {
+    "input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}, "zero_dtype": "int", "levels": None,
+}  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from qjax.core import ARRAYS, CastSpec, IntSpec, PerBlock, QTensor, check_blocks, group_length, packed_length, padded_size
+from qjax.core import ARRAYS, CastSpec, IntSpec, LearnedSpec, PerBlock, QTensor, check_blocks, group_length, packed_length, padded_size
 from qjax.core.layout import negative_axes
 
 Axes = tuple[str, ...]
@@ -38,11 +38,17 @@ def check_packed(q: QTensor, name: str) -> None:
     length = k if cast else padded if spec.bits == 8 else packed_length(padded, spec.bits)
     _check("codes", q.codes, code, [{n} for n in kept] + [{length}], name)
     asymmetric = isinstance(spec, IntSpec) and not spec.symmetric
-    if (q.scale is None) != cast or (q.zero_point is None) == asymmetric:
+    learned = isinstance(spec, LearnedSpec)
+    no_scale = cast or (isinstance(spec, LearnedSpec) and not spec.grouped)
+    if (q.levels is None) == learned:
+        raise ValueError(f"`{name}` must have {'a' if learned else 'no'} table of levels for {spec}")
+    if (q.scale is None) != no_scale or (q.zero_point is None) == asymmetric:
         raise ValueError(
-            f"`{name}` must have {'no' if cast else 'a'} scale and {'a' if asymmetric else 'no'} zero point for {spec}"
+            f"`{name}` must have {'no' if no_scale else 'a'} scale and {'a' if asymmetric else 'no'} zero point for {spec}"
         )
-    if not isinstance(spec, CastSpec):
+    if isinstance(spec, LearnedSpec):
+        _check("levels", q.levels, spec.level_dtype, [{n} if spec.per_row else {1, n} for n in kept] + [{2**spec.bits}], name)
+    if not isinstance(spec, CastSpec) and not no_scale:
         counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
         if isinstance(spec.granularity, PerBlock):
             counts[-2] |= {kept[-1] // spec.granularity.kept}
@@ -127,7 +133,7 @@ def place_packed(q: QTensor, sharding: Sharding, name: str) -> dict[str, Shardin
     for field, array in fields.items():
         cut = [_kept(field, array.shape[i], n, axes, sharding, name)
                for i, (n, axes) in enumerate(zip(q.codes.shape[:-1], kept, strict=True))]  # fmt: skip
-        whole = field == "perm" or (field != "codes" and array.shape[-1] == 1)
+        whole = field in ("perm", "levels") or (field != "codes" and array.shape[-1] == 1)
         cut = [*cut, () if whole else last]
         while cut and not cut[-1]:  # P() and P(None) are the same to jax and do not compare equal
             cut.pop()

@@ -16,11 +16,12 @@ import numpy as np
 
 from qjax import ptq
 from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
-from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
+from qjax.core import CastSpec, CodebookSpec, IntSpec, LearnedSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
 from qjax.policy import Method
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
 from qjax.ptq.hqq import HQQ
+from qjax.ptq.kmeans import KMeans
 from qjax.ptq.llm_int8 import LLMInt8
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
@@ -50,9 +51,11 @@ KINDS: dict[str, type] = {
     "int": IntSpec,
     "codebook": CodebookSpec,
     "cast": CastSpec,
+    "learned": LearnedSpec,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
     "hqq": HQQ,
+    "kmeans": KMeans,
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "llm_int8": LLMInt8,
@@ -64,7 +67,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, HQQ, SmoothQuant, AWQ, LLMInt8, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, HQQ, KMeans, SmoothQuant, AWQ, LLMInt8, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

@@ -18,6 +18,7 @@ from qjax.core import (
     CastSpec,
     CodebookSpec,
     IntSpec,
+    LearnedSpec,
     PerBlock,
     PerTensor,
     QTensor,
@@ -156,8 +157,9 @@ def _positive(x: jax.Array) -> jax.Array:
 def _clipped(problem: Problem, state: Sample) -> Outcome:
     """Rounds within the range of each group that has the least error of the outputs."""
     spec = problem.spec
-    if isinstance(spec, CastSpec) or isinstance(spec.granularity, (PerTensor, PerBlock)):
-        return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: rows of it share a scale",))
+    if isinstance(spec, (CastSpec, LearnedSpec)) or isinstance(spec.granularity, (PerTensor, PerBlock)):
+        why = "its table is learned" if isinstance(spec, LearnedSpec) else "rows of it share a scale"
+        return Outcome(rtn().quantize(problem, None).q, (f"its ranges are not searched: {why}",))
     if not bool(jnp.isfinite(state.x).all()):
         raise ValueError(f"the sample of `{problem.name}`'s activations holds NaN or infinity: look at the calibration data")
     # A part without data has no error to lower: the first candidate wins, which is rounding.

@@ -2,7 +2,8 @@
 
     y = s_x s_w (sum_k x_k w_k - z_x sum_k w_k - z_w sum_k x_k + K z_x z_w)
 
-on codes x and w with scales s and zero points z; terms with a floating z_w are added in float32. Columns of outliers are multiplied apart, in 16 bit (`outliers.py`).
+on codes x and w with scales s and zero points z; terms with a floating z_w are added in float32. Columns of
+outliers are multiplied apart, in 16 bit (`outliers.py`).
 Everything here is stock XLA; it is what a faster kernel is compared with.
 """
 

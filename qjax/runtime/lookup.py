@@ -18,7 +18,10 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     q, dims = weight.q, eqn.params["dimension_numbers"]
     by_rows = q.ndim == 2 and q.axes == (-1,) and tuple(dims.start_index_map) == (0,)
     # A scale for several rows (per tensor, 2-D blocks) is not indexed by the row.
-    if not by_rows or isinstance(q.spec, CastSpec) or q.perm is not None or q.scale.shape[0] != q.codes.shape[0]:
+    if not by_rows or isinstance(q.spec, CastSpec) or q.perm is not None:
+        return None
+    own = [a for a in (q.scale, q.levels) if a is not None and a.shape[0] == q.codes.shape[0]]
+    if not own or (q.scale is not None and q.scale is not own[0]):
         return None
     if q.input_scale is not None and q.input_scale.shape[0] != 1:
         return None
@@ -33,7 +36,7 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
             table, indices, numbers, slice_sizes=(1, table.shape[1]), mode=eqn.params["mode"], fill_value=fill
         )
 
-    # Rows out of range come as NaN, by way of the scale; another value needs the float table.
+    # Rows out of range come as NaN, by way of the scale or the table; another value needs the float table.
     if eqn.params["fill_value"] is not None and not math.isnan(eqn.params["fill_value"]):
         return None
     lead = indices.ndim - 1
@@ -41,9 +44,10 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     def spread(part: jax.Array | None) -> jax.Array | None:
         return None if part is None else part.reshape(-1, part.shape[-1])
 
+    levels = spread(rows(q.levels, jnp.nan)) if q.levels is own[-1] else q.levels
     picked = QTensor(
         spread(rows(q.codes, 0)), spread(rows(q.scale, jnp.nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
-        input_scale=q.input_scale,
+        input_scale=q.input_scale, levels=levels,
     )
     x = Packed(picked, weight.pending).value()
     x = x.reshape(*indices.shape[:-1], x.shape[-1])
