@@ -14,6 +14,7 @@ from qjax.calibration import mse as mse
 from qjax.calibration import observe as observe
 from qjax.calibration import percentile as percentile
 from qjax.core import ActSpec as ActSpec
+from qjax.core import Adapter as Adapter
 from qjax.core import QProduct as QProduct
 from qjax.core import QTensor as QTensor
 from qjax.core import bf16 as bf16
@@ -60,6 +61,7 @@ from qjax.ptq import gptq as gptq
 from qjax.ptq import hqq as hqq
 from qjax.ptq import kmeans as kmeans
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import low_rank as low_rank
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rewrite as rewrite

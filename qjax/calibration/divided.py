@@ -16,7 +16,7 @@ def divide_columns(state: Any, s: jax.Array) -> Any:
     """Returns what an observer would have seen of x / s.
 
     Args:
-      state: of `SecondMoment`, `ColumnPower` or `sample_rows`.
+      state: of `SecondMoment`, `ColumnPower` or `sample_rows`, or a tuple of such.
       s: positive, (stack, K).
 
     Returns:
@@ -30,6 +30,8 @@ def divide_columns(state: Any, s: jax.Array) -> Any:
       >>> divide_columns(Moments(jnp.array([[[4.0]]]), jnp.array([1])), jnp.array([[2.0]])).total.tolist()
       [[[1.0]]]
     """
+    if type(state) is tuple:  # of `Together`
+        return tuple(divide_columns(part, s) for part in state)
     if isinstance(state, Moments):
         return Moments(state.total / (s[:, :, None] * s[:, None, :]), state.count)
     if isinstance(state, Power):

@@ -7,6 +7,8 @@ from qjax.core.activations import encode_activation as encode_activation
 from qjax.core.activations import round_activation as round_activation
 from qjax.core.activations import round_inliers as round_inliers
 from qjax.core.activations import static as static
+from qjax.core.adapter import Adapter as Adapter
+from qjax.core.adapter import adapter_matrix as adapter_matrix
 from qjax.core.affine import affine_decode as affine_decode
 from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params

@@ -48,7 +48,7 @@ def learned_encode(x: jax.Array, levels: jax.Array) -> jax.Array:
     middle = (levels[..., 1:] + levels[..., :-1]) * 0.5
     code = jnp.zeros(x.shape, jnp.int32)
     for i in range(middle.shape[-1]):
-        code = code + (x > middle[..., i : i + 1])
+        code = code + (x > middle[..., i : i + 1]).astype(jnp.int32)
     return code
 
 

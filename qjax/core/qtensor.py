@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.core.activations import ActSpec
+from qjax.core.adapter import Adapter, adapter_matrix, flattened, unflattened
 from qjax.core.affine import divide
 from qjax.core.granularity import PerBlock
 from qjax.core.layout import (
@@ -29,7 +30,7 @@ from qjax.core.packing import pack, unpack
 from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, round_cast
 from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, LearnedSpec, Spec
 
-ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale", "levels")
+ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale", "levels", "adapter_left", "adapter_right")
 
 
 @functools.partial(
@@ -63,6 +64,8 @@ class QTensor:
         codes stand for s w, and `dequantize` divides, so that it gives w. In the logical order of the flattened contracted
         values, whatever `perm` says.
       levels: `spec.level_dtype` (kept-like..., 2^bits), ascending: the table of a learned spec, for each row or for all; or None.
+      adapter_left, adapter_right: floating (kept..., r) and (kept-like..., K r), or None: `adapter` takes them apart. They belong to what
+        the codes stand for, in front of `input_scale`, in the logical order of the contracted values.
     """
 
     codes: Any
@@ -78,6 +81,34 @@ class QTensor:
     act_zero_point: Any = None
     input_scale: Any = None
     levels: Any = None
+    adapter_left: Any = None
+    adapter_right: Any = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The low-rank float part L R of the weight, see `qjax.core.Adapter`; None if there is none."""
+        if self.adapter_left is None:
+            return None
+        return unflattened(self.adapter_left, self.adapter_right)
+
+    def with_adapter(self, adapter: Adapter | None) -> "QTensor":
+        """The same with another low-rank part: `w ~= decode(codes) + L R`.
+
+        Args:
+          adapter: left (kept..., r), right (kept-like..., r, K); None takes it away.
+
+        Returns:
+          A `QTensor`.
+
+        Raises:
+          ValueError: shapes that do not fit.
+
+        >>> q = quantize(jnp.zeros((4, 2)), IntSpec(4), axes=(0,))
+        >>> q.with_adapter(Adapter(jnp.ones((2, 1)), jnp.ones((1, 1, 4)))).dequantize().tolist()[0]
+        [1.0, 1.0]
+        """
+        left, right = flattened(adapter, self.codes.shape[:-1], math.prod(self.sizes))
+        return dataclasses.replace(self, adapter_left=left, adapter_right=right)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,8 +150,8 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The array of `shape` and `dtype` that the codes stand for.
 
-        `(code - zero_point) * scale`, `levels[code] * scale` or `levels[code]`, divided by `input_scale` if there is one, in float32, in this
-        order, then one cast.
+        `(code - zero_point) * scale`, `levels[code] * scale` or `levels[code]`, with L R added and divided by `input_scale` if there
+        are such, in float32, in this order, then one cast.
 
         >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).dequantize().tolist()
         [[7.0], [-8.0]]
@@ -260,6 +291,8 @@ def _dequantize(q: QTensor) -> jax.Array:
         w = _decode(_unpack(q), q.scale, q.zero_point, q.spec)[..., : math.prod(q.sizes)]
     if q.perm is not None:
         w = jnp.take_along_axis(w, jnp.argsort(q.perm, axis=-1), axis=-1)
+    if q.adapter is not None:
+        w = w + adapter_matrix(q.adapter)
     if q.input_scale is not None:
         w = divide(w, q.input_scale)
     return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)

@@ -60,6 +60,8 @@ class Packed:
     act: ActSpec | None = None
     input_scale: str | None = None
     levels: str | None = None
+    adapter_left: str | None = None
+    adapter_right: str | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -164,6 +166,7 @@ def write_document(document: Document) -> bytes:
 # no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
 _LATER = {
     "input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}, "zero_dtype": "int", "levels": None,
+    "adapter_left": None, "adapter_right": None,
 }  # fmt: skip
 
 

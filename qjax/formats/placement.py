@@ -61,7 +61,21 @@ def check_packed(q: QTensor, name: str) -> None:
         _check("perm", q.perm, "int32", [{1, n} for n in kept] + [{k}], name)
     if q.input_scale is not None:
         _check("input_scale", q.input_scale, "float32", [{1, n} for n in kept] + [{k}], name)
+    _check_adapter(q, name)
     _check_activations(q, name)
+
+
+def _check_adapter(q: QTensor, name: str) -> None:
+    if (q.adapter_left is None) != (q.adapter_right is None):
+        raise ValueError(f"`{name}` must have both parts of an adapter or neither")
+    if q.adapter_left is None:
+        return
+    kept, dtype = q.codes.shape[:-1], np.dtype(q.adapter_left.dtype).name
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"`adapter_left` of `{name}` must be floating, not {dtype}")
+    rank = q.adapter_left.shape[-1]
+    _check("adapter_left", q.adapter_left, dtype, [{n} for n in kept] + [{rank}], name)
+    _check("adapter_right", q.adapter_right, dtype, [{1, n} for n in kept] + [{rank * math.prod(q.sizes)}], name)
 
 
 def _check_activations(q: QTensor, name: str) -> None:
@@ -133,7 +147,7 @@ def place_packed(q: QTensor, sharding: Sharding, name: str) -> dict[str, Shardin
     for field, array in fields.items():
         cut = [_kept(field, array.shape[i], n, axes, sharding, name)
                for i, (n, axes) in enumerate(zip(q.codes.shape[:-1], kept, strict=True))]  # fmt: skip
-        whole = field in ("perm", "levels") or (field != "codes" and array.shape[-1] == 1)
+        whole = field in ("perm", "levels", "adapter_left") or (field != "codes" and array.shape[-1] == 1)
         cut = [*cut, () if whole else last]
         while cut and not cut[-1]:  # P() and P(None) are the same to jax and do not compare equal
             cut.pop()

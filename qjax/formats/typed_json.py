@@ -23,6 +23,7 @@ from qjax.ptq.gptq import GPTQ
 from qjax.ptq.hqq import HQQ
 from qjax.ptq.kmeans import KMeans
 from qjax.ptq.llm_int8 import LLMInt8
+from qjax.ptq.low_rank import LowRank
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
 
@@ -56,6 +57,7 @@ KINDS: dict[str, type] = {
     "gptq": GPTQ,
     "hqq": HQQ,
     "kmeans": KMeans,
+    "low_rank": LowRank,
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "llm_int8": LLMInt8,
@@ -67,7 +69,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, HQQ, KMeans, SmoothQuant, AWQ, LLMInt8, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, HQQ, KMeans, LowRank, SmoothQuant, AWQ, LLMInt8, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

@@ -23,7 +23,7 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     own = [a for a in (q.scale, q.levels) if a is not None and a.shape[0] == q.codes.shape[0]]
     if not own or (q.scale is not None and q.scale is not own[0]):
         return None
-    if q.input_scale is not None and q.input_scale.shape[0] != 1:
+    if any(a is not None and a.shape[0] != 1 for a in (q.input_scale, q.adapter_right)):
         return None
 
     def rows(table: jax.Array | None, fill: Any) -> jax.Array | None:
@@ -47,7 +47,7 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     levels = spread(rows(q.levels, jnp.nan)) if q.levels is own[-1] else q.levels
     picked = QTensor(
         spread(rows(q.codes, 0)), spread(rows(q.scale, jnp.nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
-        input_scale=q.input_scale, levels=levels,
+        input_scale=q.input_scale, levels=levels, adapter_left=spread(rows(q.adapter_left, 0)), adapter_right=q.adapter_right,
     )
     x = Packed(picked, weight.pending).value()
     x = x.reshape(*indices.shape[:-1], x.shape[-1])

@@ -13,6 +13,7 @@ from qjax.calibration import Rows, divide_columns, hessian
 from qjax.core import IntSpec, LearnedSpec, QTensor
 from qjax.ptq.hqq import HQQ
 from qjax.ptq.kmeans import KMeans
+from qjax.ptq.low_rank import LowRank
 from qjax.ptq.input_scale import quantize_scaled
 from qjax.ptq.method import Problem
 
@@ -27,6 +28,8 @@ METHODS = [
     qjax.hqq(),
     qjax.kmeans(),
     qjax.kmeans(iterations=2, weighted=False),
+    qjax.low_rank(4),
+    qjax.low_rank(3, kind="lqer", then=qjax.gptq(mse=False), dtype="float32"),
     qjax.awq(),
     qjax.smoothquant(),
     qjax.smoothquant("search", then=qjax.gptq()),
@@ -83,6 +86,8 @@ def assert_same_bits(a, b):
 
 def plain(method):
     """The rounding that a method falls back to."""
+    if isinstance(method, KMeans):
+        return qjax.rtn()
     if hasattr(method, "then") and method.then is not None:
         return plain(method.then)
     return qjax.rtn(mse=method.options.mse) if hasattr(method, "options") else qjax.rtn() if method.observer is not None else method
@@ -135,6 +140,8 @@ def test_on_its_data_it_is_no_worse_than_rounding(method, spec):
 @every_spec
 def test_without_data_it_rounds(method, spec):
     w, spec = weight(K, N), accepted(method, spec)
+    if isinstance(method, LowRank):
+        pytest.skip("without data its low-rank part is that of the weight's error")
     if isinstance(method, HQQ) or method == qjax.kmeans(iterations=2, weighted=False):
         pytest.skip("its data is the weight")
     state = None if method.observer is None else method.observer.init(1, K)
