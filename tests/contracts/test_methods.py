@@ -12,9 +12,9 @@ import qjax
 from qjax.calibration import Rows, divide_columns, hessian
 from qjax.core import IntSpec, LearnedSpec, QTensor
 from qjax.ptq.hqq import HQQ
+from qjax.ptq.input_scale import quantize_scaled
 from qjax.ptq.kmeans import KMeans
 from qjax.ptq.low_rank import LowRank
-from qjax.ptq.input_scale import quantize_scaled
 from qjax.ptq.method import Problem
 
 K, N = 48, 10

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["affine", "codebook", "granularity", "layout", "packing", "qtensor", "rounding", "specs", "views"]
+MODULES = ["adapter", "affine", "codebook", "granularity", "layout", "learned", "packing", "qtensor", "rounding", "specs", "views"]
 
 
 @pytest.mark.parametrize("name", MODULES)
