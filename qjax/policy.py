@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, CacheSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, OnlineRotation, Spec
+from qjax.core import ActSpec, CacheSpec, IntSpec, OnlineRotation, Spec
 from qjax.core.products import describe_pair
 from qjax.program import InputLeaf, Leaf, Product, Program
 from qjax.program.trace import path_str as path_str
@@ -102,10 +102,10 @@ class Rule:
         if self.is_product:
             self._check_product()
             return
-        if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, FloatSpec, CastSpec)):
+        if self.weight is not None and not isinstance(self.weight, Spec):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
-            hint = "; a spec goes to `weight`" if isinstance(self.method, (IntSpec, CodebookSpec, FloatSpec, CastSpec)) else ""
+            hint = "; a spec goes to `weight`" if isinstance(self.method, Spec) else ""
             raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{hint}")
         if self.weight is None and self.method is not None:
             raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
@@ -113,7 +113,7 @@ class Rule:
         if self.activation is not None and not isinstance(self.activation, ActSpec):
             raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}")
         activation = self.activation_of()[0]
-        if activation is not None and not isinstance(self.weight, IntSpec):
+        if activation is not None and not isinstance(self.weight, IntSpec) and not (activation.is_float and self.weight is not None):
             what = f"`activation` {activation} of rule {self.pattern!r}"
             raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
 
@@ -136,6 +136,9 @@ class Rule:
             raise TypeError(
                 f"`activation` must be qjax.dynamic(...), qjax.static(...), a pair of them or None, got {self.activation!r}: {what}"
             )
+        if any(act.is_float for act in pair if act is not None):
+            raise ValueError(f"`activation` {self.activation} is of floats, and products of two activations multiply integers: {what}; "
+                             "give qjax.dynamic(qjax.int8())")  # fmt: skip
 
     @property
     def is_product(self) -> bool:

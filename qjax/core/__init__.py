@@ -1,4 +1,5 @@
 from qjax.core import views as views
+from qjax.core.activations import FLOAT8 as FLOAT8
 from qjax.core.activations import ActSpec as ActSpec
 from qjax.core.activations import Outliers as Outliers
 from qjax.core.activations import RangeFinder as RangeFinder
@@ -7,6 +8,8 @@ from qjax.core.activations import encode_activation as encode_activation
 from qjax.core.activations import round_activation as round_activation
 from qjax.core.activations import round_inliers as round_inliers
 from qjax.core.activations import static as static
+from qjax.core.adapter import Adapter as Adapter
+from qjax.core.adapter import adapter_matrix as adapter_matrix
 from qjax.core.affine import affine_decode as affine_decode
 from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params
@@ -22,6 +25,7 @@ from qjax.core.codebook import codebook_encode as codebook_encode
 from qjax.core.codebook import codebook_params as codebook_params
 from qjax.core.floating import float_scale as float_scale
 from qjax.core.floating import global_scale as global_scale
+from qjax.core.floating import neighbour_scale as neighbour_scale
 from qjax.core.granularity import Granularity as Granularity
 from qjax.core.granularity import PerBlock as PerBlock
 from qjax.core.granularity import PerChannel as PerChannel
@@ -40,6 +44,8 @@ from qjax.core.layout import group_length as group_length
 from qjax.core.layout import logical_blocks as logical_blocks
 from qjax.core.layout import padded_size as padded_size
 from qjax.core.layout import uncanonicalize as uncanonicalize
+from qjax.core.learned import Learned as Learned
+from qjax.core.learned import learn as learn
 from qjax.core.named_specs import binary as binary
 from qjax.core.named_specs import floating as floating
 from qjax.core.named_specs import fp4 as fp4
@@ -80,11 +86,12 @@ from qjax.core.specs import CastSpec as CastSpec
 from qjax.core.specs import CodebookSpec as CodebookSpec
 from qjax.core.specs import FloatSpec as FloatSpec
 from qjax.core.specs import IntSpec as IntSpec
+from qjax.core.specs import LearnedSpec as LearnedSpec
 from qjax.core.specs import Spec as Spec
 from qjax.core.specs import bf16 as bf16
 from qjax.core.specs import codebook as codebook
-from qjax.core.specs import has_global_scale as has_global_scale
 from qjax.core.specs import fp16 as fp16
+from qjax.core.specs import has_global_scale as has_global_scale
 from qjax.core.specs import int2 as int2
 from qjax.core.specs import int3 as int3
 from qjax.core.specs import int4 as int4
@@ -93,6 +100,7 @@ from qjax.core.specs import int6 as int6
 from qjax.core.specs import int7 as int7
 from qjax.core.specs import int8 as int8
 from qjax.core.specs import integer as integer
+from qjax.core.specs import learned as learned
 from qjax.core.specs import signed_codes as signed_codes
 from qjax.core.specs import uint2 as uint2
 from qjax.core.specs import uint3 as uint3

@@ -124,7 +124,8 @@ def _check_spec(spec: Any) -> None:
         raise TypeError(f"`spec` of a cache must round to codes, got the cast {spec}: make the cache in that dtype instead")
     if not isinstance(spec, Spec):
         raise TypeError(f"`spec` of a cache must be a spec such as qjax.int4(), or None, got {spec!r}")
-    if not isinstance(spec.granularity, (PerChannel, PerToken, PerGroup)):
+    granularity = getattr(spec, "granularity", None)
+    if not isinstance(granularity, (PerChannel, PerToken, PerGroup)):
         raise ValueError(f"`spec` of a cache must have no granularity of its own but groups, got {spec}: scales go by `per`")
 
 

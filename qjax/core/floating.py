@@ -59,26 +59,45 @@ def float_scale(absmax: jax.Array, spec: FloatSpec, of_tensor: jax.Array | None 
 
     Source: OCP Microscaling formats v1.0, section 6.3; compressed-tensors and torchao ("EVEN") for "round".
     """
+    if spec.scale_dtype in ("e8m0", "e4m3"):
+        return neighbour_scale(absmax, 0, spec, of_tensor)
+    scale = divide(absmax.astype(jnp.float32), spec.largest)
+    scale = round_scale(jnp.minimum(scale, _largest_scale(spec)), spec.scale_dtype)
+    return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale)
+
+
+def neighbour_scale(absmax: jax.Array, steps: jax.Array | int, spec: FloatSpec, of_tensor: jax.Array | None = None) -> jax.Array:
+    """The scale of one byte that lies so many steps above that of `float_scale`.
+
+    Args:
+      absmax: as for `float_scale`.
+      steps: integer, broadcasts against `absmax`.
+      spec: a `FloatSpec` with scales of "e8m0" or "e4m3".
+      of_tensor: as for `float_scale`.
+
+    Returns:
+      float32, the shape of `absmax`.
+
+    >>> neighbour_scale(jnp.float32([6.0]), 1, FloatSpec("e2m1", scale_dtype="e8m0")).tolist()
+    [2.0]
+    """
     absmax = absmax.astype(jnp.float32)
     if spec.scale_dtype == "e8m0":
-        return power_of_two(float_exponent(absmax, spec))
-    scale = divide(absmax, spec.largest)
-    if spec.scale_dtype != "e4m3":
-        scale = round_scale(jnp.minimum(scale, _largest_scale(spec)), spec.scale_dtype)
-        return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale)
+        return power_of_two(jnp.clip(_exponent(absmax, spec) + steps, -126, 127 - _largest_exponent(spec)))
     if of_tensor is None:
         raise ValueError(f"`of_tensor` must be given for {spec}: see `global_scale`")
-    return of_scale_codes(encode_minifloat(scale * of_tensor, E4M3), of_tensor)
+    codes = encode_minifloat(divide(absmax, spec.largest) * of_tensor, E4M3)
+    codes = jnp.clip(jnp.maximum(codes, 1) + steps, 1, E4M3.largest_code)
+    return divide(decode_minifloat(codes, E4M3), of_tensor)
 
 
-def float_exponent(absmax: jax.Array, spec: FloatSpec) -> jax.Array:
-    """The exponent of a shared power of two, int32 from -126 to 127 - emax, see `float_scale`."""
+def _exponent(absmax: jax.Array, spec: FloatSpec) -> jax.Array:
+    """The exponent of a shared power of two, see `float_scale`."""
     mantissa = 6 if spec.element == "int8" else MINIFLOATS[spec.element].mantissa_bits
-    emax = _largest_exponent(spec)
     bits = jax.lax.bitcast_convert_type(absmax.astype(jnp.float32), jnp.int32)
     if spec.exponent_rule == "round":
         bits = bits + (1 << (22 - mantissa))
-    return jnp.clip(floor_log2(jax.lax.bitcast_convert_type(bits, jnp.float32)) - emax, -126, 127 - emax)
+    return floor_log2(jax.lax.bitcast_convert_type(bits, jnp.float32)) - _largest_exponent(spec)
 
 
 def _largest_exponent(spec: FloatSpec) -> int:
@@ -89,11 +108,6 @@ def _largest_scale(spec: FloatSpec) -> float:
     """The largest number of 8 digits, which bfloat16 has too, whose product with the largest element is finite."""
     mantissa, exponent = np.frexp(_LARGEST / spec.largest)
     return float(np.ldexp(np.floor(mantissa * 256) / 256, exponent))
-
-
-def of_scale_codes(codes: jax.Array, of_tensor: jax.Array) -> jax.Array:
-    """The scales that E4M3 codes stand for: at least the smallest one above zero, over the scale of the tensor."""
-    return divide(decode_minifloat(jnp.maximum(codes, 1), E4M3), of_tensor)
 
 
 def float_encode(x: jax.Array, scale: jax.Array, spec: FloatSpec) -> jax.Array:

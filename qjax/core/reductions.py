@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np  # noqa: F401  # for the examples
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:

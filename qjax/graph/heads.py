@@ -67,20 +67,19 @@ def heads(system: System) -> Iterator[Heads]:
 
 def _makes(leaf: Leaf) -> bool:
     """Whether a parameter is a linear layer's weight or its bias; a scale is neither."""
-    return bool(leaf.sites) and not leaf.consumers or (not leaf.sites and set(leaf.consumers) <= {"add"})
+    return (bool(leaf.sites) and not leaf.consumers) or (not leaf.sites and set(leaf.consumers) <= {"add"})
 
 
 def _linear_way(system: System, makers: Sequence[int], group: Sequence[Site]) -> set[int] | None:
     """The values between the layers that make a group's input and the group, if all of them are linear in what is made; else None."""
     graph, sites = system.graph, {site.key: site for site in system.program.sites}
     keys = {site.key for site in group}
-    ahead: set[int] = set()
-    own = {graph.inputs[leaf] for leaf in makers}
+    # A bias is made with what it is added to; in a loop it is a slice of the parameter.
+    biases = {graph.inputs[leaf] for leaf in makers if not system.program.leaves[leaf].sites}
+    ahead = biases | {v for v, sliced in graph.sliced.items() if sliced.parent in biases}
     for eqn in graph.eqns:
         site = sites.get(eqn.key)
-        if site is not None and site.leaf in makers and eqn.eqn is not None:
-            ahead |= set(eqn.outputs)
-        elif eqn.key not in keys and any(not isinstance(a, Lit) and a in ahead for a in eqn.inputs):
+        if (site is not None and site.leaf in makers and eqn.eqn is not None) or (eqn.key not in keys and any(not isinstance(a, Lit) and a in ahead for a in eqn.inputs)):
             ahead |= set(eqn.outputs)
     behind = {a for eqn in graph.eqns if eqn.key in keys for a in eqn.inputs if not isinstance(a, Lit)}
     way = behind & ahead
@@ -88,7 +87,7 @@ def _linear_way(system: System, makers: Sequence[int], group: Sequence[Site]) ->
         if not way & set(eqn.outputs) or (eqn.key in sites and sites[eqn.key].leaf in makers):
             continue
         at = [i for i, a in enumerate(eqn.inputs) if not isinstance(a, Lit) and a in ahead]
-        beside = [a for i, a in enumerate(eqn.inputs) if i not in at and not isinstance(a, Lit) and a not in own]
+        beside = len(at) < len(eqn.inputs)
         allowed = BILINEAR.get(eqn.name)
         linear = len(at) == 1 and at[0] in allowed if allowed is not None else eqn.name in LINEAR and (at != [0] or eqn.name != "select_n")
         if eqn.eqn is None or not linear or (eqn.name in ("add", "sub", "add_any") and len(at) == 1 and beside):

@@ -132,14 +132,17 @@ def rotate(
             raise TypeError(f"`params` leaf {leaf.path!r} is a {kind}: rotate the float parameters, before they are quantized")
     system = build(program)
     scales = _scales(system, params)
-    made = matrices if matrices is not None else functools.partial(_random, key)
+
+    def made(number: int) -> Matrices:
+        return matrices if matrices is not None else functools.partial(_random, jax.random.fold_in(key, number))
+
     found = rotatable(program, scales.even)
     compare = verifier(program, params, inputs, tolerance)
     leaves, done, reasons, error = list(params), [], {}, 0.0
-    for axes in found:
+    for number, axes in enumerate(found):
         reason = _refusal(program, axes, scales, every)
-        if not reason:
-            answer = _one(program, axes, scales, leaves, made, compare)
+        if not reason and axes.readers:
+            answer = _one(program, axes, scales, leaves, made(number), compare)
             if isinstance(answer, str):
                 reason = answer
             else:
@@ -147,8 +150,10 @@ def rotate(
                 done.append(rotation)
                 error = rotation.error
         reasons |= dict.fromkeys(axes.readers, reason)
-    for one in heads(system) if every else ():
-        if all(reasons.get(site.key, "unknown") for site in one.readers) and (answer := _runs(program, one, leaves, made, compare)):
+    for number, one in enumerate(heads(system) if every else (), len(found)):
+        if not all(reasons.get(site.key, "unknown") for site in one.readers):
+            continue
+        if (answer := _runs(program, one, leaves, made(number), compare)) is not None:
             leaves, rotation = answer
             done.append(rotation)
             error = rotation.error
@@ -211,8 +216,8 @@ def _runs(
 
 
 def _random(key: jax.Array, first: tuple[int, tuple[int, ...]], size: int, keeps_ones: bool) -> tuple[np.ndarray, str]:
-    leaf, axes = first
-    return random_orthogonal(size, jax.random.fold_in(jax.random.fold_in(key, leaf), axes[0]), keeps_ones)
+    del first
+    return random_orthogonal(size, key, keeps_ones)
 
 
 def multiplied(w: Any, r: np.ndarray, axes: Sequence[int], runs: bool = False) -> Any:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import QTensor, Spec, assemble
+from qjax.core import CastSpec, QTensor, Spec, assemble, logical_blocks, tensor_scale
+from qjax.core.layout import stacked_positions
 from qjax.program import Leaf, Site
 from qjax.ptq.method import Problem
 
@@ -148,16 +149,22 @@ def for_each_matrix(problem: Problem, statistic: jax.Array) -> jax.Array:
 
 
 def packed(
-    problem: Problem, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, perm: jax.Array | None = None
+    problem: Problem,
+    codes: jax.Array,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    perm: jax.Array | None = None,
+    levels: jax.Array | None = None,
 ) -> QTensor:
     """Puts what was found for `matrices(problem)` back where the weight's axes were.
 
     Args:
       problem: the weight.
       codes: int (stack, N, K) or (stack, N, Kpad).
-      scale: (stack, N, G); 1 or N / block in place of N where rows share it.
+      scale: (stack, N, G); 1 or N / block in place of N where rows share it; None for a table without scales.
       zero_point: like `scale`, or None.
       perm: (stack, K), or None.
+      levels: (stack, N or 1, 2^bits), or None.
 
     Returns:
       The packed weight.
@@ -187,5 +194,17 @@ def packed(
         [shape[a] for a in contracted],
         problem.w.dtype,
         None if perm is None else place(perm[:, None, :], rows=False),
+        stacked=problem.stacked,
+        nested_scale=_tensor_scale(problem),
+        levels=place(levels, rows=True),
         name=problem.name,
     )
+
+
+def _tensor_scale(problem: Problem) -> jax.Array | None:
+    """What the scales of blocks are over, or None: a matter of the weight alone, so every method finds the same."""
+    if isinstance(problem.spec, CastSpec):
+        return None
+    blocked = logical_blocks(problem.w, problem.spec, problem.axes, problem.stacked)[0]
+    found = tensor_scale(blocked, problem.spec, stacked_positions(problem.axes, problem.stacked, problem.w.ndim))
+    return found[0][..., 0] if found else None

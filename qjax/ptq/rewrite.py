@@ -269,8 +269,8 @@ def rewrite(
       params: the float parameters.
       calibration: batches, as for `qjax.quantize`; the first is used.
       steps: `qjax.batch_norm_folding()`, `qjax.equalization()`, `qjax.rotation(key=...)`, in this order if several are wanted.
-      untie: first gives the products of a parameter that is looked up, too, a copy of their own (`qjax.graph.untie`). A norm's scale in front
-        of a tied head has nowhere else to go, so that without it such a stream is not rotated. Then `result.fn` takes `result.params`.
+      untie: first gives the products of a parameter that is looked up, too, a copy of their own (`qjax.graph.untie`). A norm's scale in
+        front of a tied head has nowhere else to go: without it such a stream is not rotated. Then `result.fn` takes `result.params`.
 
     Returns:
       A `Rewritten`, whose `params` go to `qjax.quantize`.

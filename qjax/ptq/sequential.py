@@ -6,6 +6,7 @@ to disk above a limit, the statistics of one group, and the packed result; the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from qjax.core import QTensor
 from qjax.program import Leaf, Program, Site
 from qjax.program.flatten import Lit, canonical
 from qjax.program.segments import Compiled
+from qjax.ptq.autoround import blockwise
+from qjax.ptq.block_tuning import Tuner
+from qjax.ptq.blockwise import Joint, Joints, find_joints, member_of, tune_joint
 from qjax.ptq.data import not_finite, other_program
 from qjax.ptq.input_scale import part_scale, quantize_scaled, scaled_shapes
 from qjax.ptq.method import Outcome, Problem
@@ -37,6 +41,8 @@ class Run:
         self.weights, self.floats = Weights(params, tasks), Weights(floats, {})
         self.compiled = Compiled()
         self.updates: dict[Any, Any] = {}
+        self.tuner = Tuner(self.compiled)
+        self.tuned: dict[tuple[int, Part], Outcome] = {}
 
     def advance(self, streams: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
         """Runs every batch from one cut to the next, and its twin in the float program, where there is one."""
@@ -90,7 +96,8 @@ def quantize_sequential(
             if other is not visits and [(v.site.key, v.part) for v in other] != [(v.site.key, v.part) for v in visits]:
                 raise other_program(batches, number)
         flat = flat_leaves(visits, tasks)
-        groups = grouped(visits, flat)
+        joints = find_joints(streams, others, tasks, flat)
+        groups = grouped(visits, flat, joints.joints)
         phase = monitor.phase("calibrate", [visit_work(visits[n], streams, tasks, flat).weight for group in groups for n in group])
         positions = [0] * len(streams)
         last = max([i for i, group in enumerate(groups) if any(visits[n].site.leaf in comparing & flat for n in group)], default=-1)
@@ -100,10 +107,11 @@ def quantize_sequential(
                 for stream in streams:
                     stream.drop_twin()
             if visit.site.leaf in flat:
+                positions = _tune(run, streams, positions, others, joints.joints.get(group[0]))
                 stops = [mine[group[0]].position for mine in others]
                 run.advance(streams, positions, stops)
                 positions = stops
-                found = _solve_flat(run, streams, others, group)
+                found = _solve_flat(run, streams, others, group, joints)
             else:
                 found = visit.site.leaf in run.weights.done or _solve_pooled(run, streams, tasks[visit.site.leaf])
             for number in group:
@@ -118,6 +126,11 @@ def visit_work(visit: Visit, streams: Sequence[Batch], tasks: dict[int, Task], f
     shape = [n for i, n in enumerate(task.leaf.shape) if i not in removed]
     w = jax.ShapeDtypeStruct(tuple(shape), task.leaf.dtype)
     problem = problem_of(task.leaf, site, task.spec, w, removed)  # pyright: ignore[reportArgumentType]
+    method = blockwise(task.method)
+    if method is not None and site.leaf in flat:  # three products a step, forward and backward; one a check
+        uses = 3 * method.steps * method.batch_size + (method.checks + 2) * len(streams)
+        each = Work(2.0 * rows_seen(site, task.leaf) * math.prod(shape)).times(uses)
+        return each.plus(Work(steps=2.0 * math.prod(shape) * method.steps)).plus(method.searching(problem))
     return observing(site, task.leaf, len(streams)).plus(work_of(task.method, problem))
 
 
@@ -126,7 +139,31 @@ def observing(site: Site, leaf: Leaf, batches: int) -> Work:
     return Work(2.0 * rows_seen(site, leaf) * columns(site, leaf) ** 2 * batches)
 
 
-def _solve_flat(run: Run, streams: list[Batch], visits: list[list[Visit]], group: list[int]) -> bool:
+def _tune(run: Run, streams: list[Batch], positions: list[int], visits: list[list[Visit]], joint: Joint | None) -> list[int]:
+    """Tunes the weights of a block when its first one is reached: `_solve_flat` finds their outcomes. Returns where the streams stand."""
+    mine = [] if joint is None else [visits[0][n] for n in joint.numbers]
+    if joint is None or (mine[0].site.leaf, mine[0].part or ()) in run.tuned:
+        return positions
+    members = [member_of(visit, run.tasks[visit.site.leaf], run.weights) for visit in mine]
+    kept = [_kept(run, run.tasks[m.index], m.part, m.problem, m.scale) for m in members]
+    outcomes = [outcome for outcome in kept if outcome is not None]
+    if len(outcomes) < len(members):
+        starts = [max(at, block.start) for at, block in zip(positions, joint.blocks, strict=True)]
+        run.advance(streams, positions, starts)
+        positions = starts
+        outcomes = tune_joint(run.tuner, joint, members, mine[0], streams, positions, run.weights, run.floats)
+        for member, outcome in zip(members, outcomes, strict=True):
+            run.kept.keep_outcome(member.index, member.part, outcome)
+    run.tuned |= {(m.index, m.part): outcome for m, outcome in zip(members, outcomes, strict=True)}
+    return positions
+
+
+def _kept(run: Run, task: Task, part: Part, problem: Problem, scale: Any) -> Outcome | None:
+    """What an earlier run made of a part."""
+    return run.kept.outcome(task.leaf.index, part, lambda: scaled_shapes(task.method.shapes(problem), scale))
+
+
+def _solve_flat(run: Run, streams: list[Batch], visits: list[list[Visit]], group: list[int], joints: Joints) -> bool:
     """Gathers the statistics of sites that share an input, over all batches, and quantizes their parameters.
 
     Returns whether all of them had been quantized by an earlier run.
@@ -140,13 +177,14 @@ def _solve_flat(run: Run, streams: list[Batch], visits: list[list[Visit]], group
         w = take(run.weights.params[site.leaf], layout, part)
         problem = problem_of(task.leaf, site, task.spec, w, layout.axes)
         scale = part_scale(task.scale, layout, part)
-        outcome = run.kept.outcome(
-            site.leaf, part, lambda task=task, problem=problem, scale=scale: scaled_shapes(task.method.shapes(problem), scale)
-        )
+        outcome = _kept(run, task, part, problem, scale)
         if outcome is None:
             all_found = False
+            outcome = run.tuned.pop((site.leaf, part), None)
+        if outcome is None:
             outcome = run.solve(task, part, problem, scale, _statistics(run, streams, visits, number, shared))
-        run.weights.finish_part(task, layout, part, outcome)
+        why = (joints.reasons[number],) if number in joints.reasons else ()
+        run.weights.finish_part(task, layout, part, outcome._replace(notes=(*outcome.notes, *why)))
     return all_found
 
 

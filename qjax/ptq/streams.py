@@ -209,11 +209,15 @@ def flat_leaves(visits: Sequence[Visit], tasks: dict[int, Task]) -> set[int]:
     return flat
 
 
-def grouped(visits: Sequence[Visit], flat: set[int]) -> list[list[int]]:
-    """Numbers of the visits that are solved together, for they read the same: each group where its first one stands."""
+def grouped(visits: Sequence[Visit], flat: set[int], apart: Mapping[int, Any] | None = None) -> list[list[int]]:
+    """Numbers of the visits that are solved together, for they read the same: each group where its first one stands.
+
+    Visits to which `apart` gives different objects are in different groups.
+    """
     groups: dict[Any, list[int]] = {}
     for number, visit in enumerate(visits):
         reads = tuple(("literal", id(a)) if isinstance(a, Lit) else a for a in visit.sources)
+        reads = (id((apart or {}).get(number)), *reads)
         groups.setdefault(reads if visit.site.leaf in flat else ("pooled", number), []).append(number)
     return list(groups.values())
 
@@ -224,13 +228,13 @@ def advance(compiled: Compiled, weights: Weights, streams: Sequence[Batch], star
     for batch, start, stop in zip(streams, starts, stops, strict=True):
         if id(batch.cutter) not in shared:
             segment = batch.cutter.segment(start, stop)
-            values = {v: _weight(weights, batch, v) for v in segment.inputs if batch.cutter.is_parameter(v)}
+            values = {v: weight_of(weights, batch, v) for v in segment.inputs if batch.cutter.is_parameter(v)}
             shared[id(batch.cutter)] = segment, values
         segment, known = shared[id(batch.cutter)]
         batch.advance(segment, compiled(segment, [known[v] if v in known else batch.value(v) for v in segment.inputs]), stop)
 
 
-def _weight(weights: Weights, batch: Batch, var: int) -> Any:
+def weight_of(weights: Weights, batch: Batch, var: int) -> Any:
     """The value, as a run has it so far, of a parameter or of a layer of one."""
     graph = batch.cutter.graph
     where = {v: i for i, v in enumerate(graph.inputs[: len(batch.program.leaves)])}
@@ -246,7 +250,7 @@ def _weight(weights: Weights, batch: Batch, var: int) -> Any:
 def _view_value(weights: Weights, batch: Batch, var: int) -> Any:
     """The value of a view of a parameter: its chain of views, applied."""
     if var not in batch.cutter.views:
-        return _weight(weights, batch, var) if batch.cutter.is_parameter(var) else batch.value(var)
+        return weight_of(weights, batch, var) if batch.cutter.is_parameter(var) else batch.value(var)
     eqn = batch.cutter.views[var]
     operands = [a.value if isinstance(a, Lit) else _view_value(weights, batch, a) for a in eqn.inputs]
     return compat.bind(eqn.eqn, operands)[eqn.outputs.index(var)]

@@ -61,13 +61,13 @@ def quantized_cache(fn: Callable[..., Any], policy: Policy, *, argnum: int | str
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
         values = [*arguments.params, *arguments.inputs]
-        chosen = [choice for choice in policy.resolve_caches(program) if choice.spec is not None]
-        for choice in chosen:
-            values[choice.leaf.index] = _packed(values[choice.leaf.index], choice.leaf, choice.spec, length)
+        chosen = [(choice.leaf, choice.spec) for choice in policy.resolve_caches(program) if choice.spec is not None]
+        for leaf, spec in chosen:
+            values[leaf.index] = _packed(values[leaf.index], leaf, spec, length)
         count = len(arguments.params)
         tree, new_args, new_kwargs = arguments.rebuild(values[:count], values[count:])
         given = _argument((tree, *new_args), new_kwargs, argnum)
-        _check_inside(given, [(choice.leaf, values[choice.leaf.index]) for choice in chosen], argnum)
+        _check_inside(given, [(leaf, values[leaf.index]) for leaf, _ in chosen], argnum)
         return given
 
     return pack

@@ -82,7 +82,8 @@ def test_mx_exponents_and_values(make, exponent_rule):
     spec = make(exponent_rule=exponent_rule)
     rng = np.random.default_rng(1)
     w = rng.standard_normal((64, 32)).astype(np.float32) * np.exp2(rng.integers(-100, 100, (64, 1))).astype(np.float32)
-    w[:8] = [[2.0**i * m] + [0.3] * 31 for i, m in ((3, 1), (0, 1.75), (0, 1.7499999), (-5, 1.9999999), (2, 1.875), (1, 1.9375), (7, 1.5), (4, 1.99))]
+    near_edges = [(3, 1), (0, 1.75), (0, 1.7499999), (-5, 1.9999999), (2, 1.875), (1, 1.9375), (7, 1.5), (4, 1.99)]
+    w[:8] = [[2.0**i * m] + [0.3] * 31 for i, m in near_edges]
     w[8], w[9], w[10] = 0.0, 3.4e38, 1.2e-38
     w[11, 3:] = 0.0
     q = quantize(jnp.asarray(w), spec, (-1,))

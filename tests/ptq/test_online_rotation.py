@@ -209,7 +209,8 @@ def test_vmap_and_grad():
 
 def test_what_it_cannot_do_is_refused_by_name():
     x, kernel = normal(1, 8, 8, 4), normal(3, 3, 4, 8)
-    conv = lambda p, x: jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    dims = ("NHWC", "HWIO", "NHWC")
+    conv = lambda p, x: jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=dims)  # noqa: E731
     with pytest.raises(ValueError, match="online_rotation cannot quantize 'kernel': the windows of a convolution"):
         qjax.quantize(conv, {"kernel": kernel}, policy(), [x])
     with pytest.raises(ValueError, match="online_rotation cannot quantize 'table': it is looked up"):
