@@ -43,7 +43,7 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
 
     if q.nested_offset is not None:
         q = with_plain_scales(q)  # blocks of scales run over rows
-    nan = NAN_BYTES.get(q.spec.scale_dtype, jnp.nan)
+    nan = NAN_BYTES.get(q.spec.scale_dtype, jnp.nan)  # pyright: ignore[reportAttributeAccessIssue]
     picked = QTensor(
         spread(rows(q.codes, 0)), spread(rows(q.scale, nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
         input_scale=q.input_scale, nested_scale=q.nested_scale,
