@@ -62,7 +62,8 @@ def nf4(
     tables = {"bitsandbytes": ("nf4", NF4_LEVELS), "quantile": ("nf4_quantile", QUANTILE_LEVELS)}
     if table not in tables:
         raise ValueError(f"`table` must be 'bitsandbytes' or 'quantile', got {table!r}")
-    return CodebookSpec(*tables[table], PerGroup(group_size), scale_dtype, pad, double_quant=double_quant)
+    name, levels = tables[table]
+    return CodebookSpec(name, levels, PerGroup(group_size), scale_dtype, pad, double_quant=double_quant)
 
 
 def fp4(
@@ -104,7 +105,7 @@ def ternary(
       group_size: as for `integer`.
       block: as for `integer`.
       scale_dtype: as for `integer`.
-      pad: as for `integer`.
+      pad: as for `integer`; the zeros that fill the last group count in its mean.
 
     Returns:
       An `IntSpec` of 2 bits. With `qjax.dynamic(qjax.int8())` activations its products run on integers.
@@ -141,7 +142,7 @@ def binary(
       block: as for `integer`.
       double_quant: as for `nf4`.
       scale_dtype: as for `integer`.
-      pad: as for `integer`.
+      pad: as for `ternary`.
 
     Returns:
       A `CodebookSpec` of two levels.

@@ -169,6 +169,8 @@ class QTensor:
         >>> quantize(jnp.full((32, 1), 8.0), mxfp4(), axes=(0,)).scales().tolist()
         [[2.0]]
         """
+        if isinstance(self.spec, CastSpec):
+            raise TypeError(f"{self.spec} has no scales: its codes are the numbers")
         return read_scale(self.scale, self.nested_scale, self.nested_offset, self.spec)
 
     def dequantize(self) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def _dynamic_levels() -> tuple[float, ...]:
 DYNAMIC = CodebookSpec("dynamic8", _dynamic_levels(), PerGroup(NESTED_BLOCK))
 
 
-def is_nested(spec: Spec) -> bool:
+def is_nested(spec: Spec) -> TypeGuard[CodebookSpec]:
     """Whether scales are stored as 8-bit codes with statistics of their own."""
     return isinstance(spec, CodebookSpec) and spec.double_quant
 
@@ -135,7 +136,7 @@ def store_scale(
     return scale.astype(spec.scale_dtype), None, None
 
 
-def read_scale(scale: jax.Array, nested_scale: jax.Array | None, nested_offset: jax.Array | None, spec: BlockSpec) -> jax.Array:
+def read_scale(scale: jax.Array, nested_scale: Any, nested_offset: Any, spec: BlockSpec) -> jax.Array:
     """The float32 scales that a `QTensor` holds, the inverse of `store_scale`. A byte that stands for NaN gives NaN."""
     if is_nested(spec):
         return unnest(scale, nested_scale, nested_offset)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import numpy as np
 
@@ -237,6 +237,16 @@ class FloatSpec:
         return False
 
     @property
+    def symmetric(self) -> bool:
+        """Whether it is without a zero point."""
+        return True
+
+    @property
+    def signed(self) -> bool:
+        """Whether it holds negative numbers."""
+        return True
+
+    @property
     def largest(self) -> float:
         """The largest number."""
         return 127 / 64 if self.element == "int8" else MINIFLOATS[self.element].largest
@@ -348,7 +358,7 @@ def signed_codes(spec: Spec) -> bool:
     return (isinstance(spec, IntSpec) and spec.signed) or (isinstance(spec, FloatSpec) and spec.element == "int8")
 
 
-def has_global_scale(spec: Spec) -> bool:
+def has_global_scale(spec: Spec) -> TypeGuard[FloatSpec]:
     """Whether its scales are bytes over one float32 number a tensor.
 
     >>> has_global_scale(FloatSpec("e2m1", PerGroup(16), "e4m3"))

@@ -102,8 +102,8 @@ def _check_nested(q: QTensor, name: str) -> None:
         own = zip(q.nested_scale.shape[:-1], q.scale.shape[:-1], strict=False)
         each = math.prod(q.scale.shape) // math.prod(n for o, n in own if o == n)
         _check("nested_scale", q.nested_scale, "float32", [*like, {-(-each // NESTED_BLOCK) if is_nested(q.spec) else 1}], name)
-    if q.nested_offset is not None:
-        _check("nested_offset", q.nested_offset, "float32", [*[{n} for n in q.nested_scale.shape[:-1]], {1}], name)
+    if q.nested_scale is not None and q.nested_offset is not None:
+        _check("nested_offset", q.nested_offset, "float32", [*([{n} for n in q.nested_scale.shape[:-1]]), {1}], name)
 
 
 def _check_activations(q: QTensor, name: str) -> None:

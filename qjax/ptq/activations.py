@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import minmax, why_no_rows
-from qjax.core import ActSpec, QTensor, params_from_range
+from qjax.core import ActSpec, QTensor, range_params
 from qjax.policy import Choice
 from qjax.program import Key, Leaf, Program, Site
 from qjax.ptq.data import check_numbers, with_unseen
@@ -64,7 +64,7 @@ def with_activations(
     for index, act in static.items():
         leaf, (q, notes) = program.leaves[index], new[index]
         lo, hi, more = _leaf_range(leaf, found)
-        scale, zero_point = params_from_range(lo, hi, act.spec)
+        scale, zero_point = range_params(lo, hi, act.spec)
         new[index] = dataclasses.replace(q, act_scale=scale, act_zero_point=zero_point), (*notes, *more)
     return new
 

@@ -184,7 +184,7 @@ def _clip(w: jax.Array, x: jax.Array, spec: BlockSpec) -> tuple[jax.Array, jax.A
     groups, length = blocked.shape[-2:]
     x = jnp.pad(x, ((0, 0), (0, groups * length - x.shape[1]))).reshape(-1, groups, length)
     moment = jnp.einsum("mgk,mgj->gkj", x, x, precision=lax.Precision.HIGHEST)
-    count, grid = candidates(blocked, spec, np.float32(CLIPS))
+    count, grid = candidates(blocked, spec, np.asarray(CLIPS, np.float32))
 
     def error(i: jax.Array) -> jax.Array:
         off = block_decode(block_encode(blocked, *grid(i), spec), *grid(i), spec) - blocked

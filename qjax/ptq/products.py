@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import OperandObservers, minmax, why_not_observed
-from qjax.core import ActSpec, OnlineRotation, QProduct, params_from_range
+from qjax.core import ActSpec, OnlineRotation, QProduct, range_params
 from qjax.core.products import describe_pair
 from qjax.policy import ProductChoice
 from qjax.program import Program
@@ -147,4 +147,4 @@ def _scales(act: ActSpec, ends: Range | None, side: str) -> tuple[tuple[Any, Any
     if not (lo.any() or hi.any()):
         return None
     lo, hi, notes = with_unseen(lo, hi, f"its {side} operand")
-    return params_from_range(jnp.asarray(lo), jnp.asarray(hi), act.spec), notes
+    return range_params(jnp.asarray(lo), jnp.asarray(hi), act.spec), notes

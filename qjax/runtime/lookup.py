@@ -46,7 +46,7 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
 
     if q.nested_offset is not None:
         q = with_plain_scales(q)  # blocks of scales run over rows
-    nan = NAN_BYTES.get(q.spec.scale_dtype, jnp.nan)
+    nan = NAN_BYTES.get(q.spec.scale_dtype, jnp.nan)  # pyright: ignore[reportAttributeAccessIssue]
     levels = spread(rows(q.levels, jnp.nan)) if q.levels is own[-1] else q.levels
     picked = QTensor(
         spread(rows(q.codes, 0)), spread(rows(q.scale, nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
