@@ -83,8 +83,8 @@ from qjax.core.specs import IntSpec as IntSpec
 from qjax.core.specs import Spec as Spec
 from qjax.core.specs import bf16 as bf16
 from qjax.core.specs import codebook as codebook
-from qjax.core.specs import has_global_scale as has_global_scale
 from qjax.core.specs import fp16 as fp16
+from qjax.core.specs import has_global_scale as has_global_scale
 from qjax.core.specs import int2 as int2
 from qjax.core.specs import int3 as int3
 from qjax.core.specs import int4 as int4
