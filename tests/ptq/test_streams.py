@@ -180,3 +180,21 @@ def test_the_float_program_goes_to_the_experts_that_the_quantized_one_chooses():
     both = [(h[:, None] * gate[..., None]).reshape(-1, WIDTH) for h, gate in zip((quantized, floats), gates, strict=True)]
     [(_, state)] = method.seen
     chex.assert_trees_all_close(state, np.asarray(both[0].T @ both[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_inside_scanned_layers_are_seen_layer_by_layer_where_they_stand():
+    """Both forms of experts; each layer behind the quantized ones before it, none pooled over the turns of the loop."""
+
+    def layer(x, w):
+        expert = jnp.argmax(x @ w["router"], axis=-1)
+        order = jnp.argsort(expert, stable=True)
+        sent = jax.lax.ragged_dot(x[order], w["ragged"], jnp.bincount(expert, length=2))
+        x = x + jnp.tanh(jnp.zeros_like(x).at[order].set(sent))
+        dense = jnp.einsum("te,td,edf->tf", jax.nn.softmax(x @ w["gate"]), x, w["stacked"])
+        return x + jnp.tanh(dense), None
+
+    small = {name: normal(LAYERS, WIDTH, 2, seed=40 + i) for i, name in enumerate(("router", "gate"))}
+    params = small | {name: normal(LAYERS, 2, WIDTH, WIDTH, seed=42 + i) for i, name in enumerate(("ragged", "stacked"))}
+    result = qjax.quantize(lambda p, x: jax.lax.scan(layer, x, p)[0], params, policy(qjax.gptaq(mse=False)), data()[:1])
+    for row in result.report.rows:
+        assert row.method.startswith("gptaq") and not any("one set of statistics" in note or "rounded" in note for note in row.notes), row
