@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import Moments, Observer, Sample, SampleRows, SecondMoment, columns
+from qjax.calibration import CrossMoment, CrossMoments, Moments, Observer, Sample, SampleRows, SecondMoment, columns
 from qjax.core import ActSpec, CastSpec, OnlineRotation, QTensor, Spec, canonicalize, transform_factors, uncanonicalize
 from qjax.program import Leaf, Site
 from qjax.ptq.candidates import Rescaling, activation_of
-from qjax.ptq.method import Method, Outcome, Problem
+from qjax.ptq.method import Method, Outcome, Problem, needs_float
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, work_of
 
@@ -34,6 +34,10 @@ class Online:
         inside = [] if self.then == rtn() else [self.then.name]
         inside += [] if self.rotation.seed == 0 else [f"seed={self.rotation.seed}"]
         return f"online_rotation({', '.join(inside)})" if inside else "online_rotation"
+
+    @property
+    def needs_float(self) -> bool:
+        return needs_float(self.then)
 
     @property
     def observer(self) -> Observer[Any] | None:
@@ -119,7 +123,7 @@ def online_rotation(then: Method | None = None, seed: int = 0) -> Online:
     if isinstance(method, (Rescaling, Online)):
         raise ValueError(f"`then` must be a method that rounds, such as qjax.gptq(), got {method.name}: an input is rescaled first and "
                          "rotated once; write qjax.awq(then=qjax.online_rotation(...))")  # fmt: skip
-    if method.observer is not None and not isinstance(method.observer, (SecondMoment, SampleRows)):
+    if method.observer is not None and not isinstance(method.observer, (SecondMoment, CrossMoment, SampleRows)):
         raise ValueError(f"`then` {method.name} asks for statistics that cannot be rotated ({type(method.observer).__name__}): take one "
                          "that asks for second moments or rows, such as qjax.gptq()")  # fmt: skip
     return Online(method, OnlineRotation(seed))
@@ -129,7 +133,7 @@ def rotate_statistics(state: Any, rotation: OnlineRotation) -> Any:
     """What an observer would have seen of x R.
 
     Args:
-      state: of `SecondMoment` (R^T S R) or `sample_rows`.
+      state: of `SecondMoment` (R^T S R), `CrossMoment` or `sample_rows`.
       rotation: R.
 
     Returns:
@@ -144,14 +148,21 @@ def rotate_statistics(state: Any, rotation: OnlineRotation) -> Any:
       [[[2.0, 2.0], [2.0, 2.0]]]
     """
     if isinstance(state, Moments):
-        half = jnp.swapaxes(_apply(state.total, rotation), -1, -2)
-        return Moments(jnp.swapaxes(_apply(half, rotation), -1, -2), state.count)
+        return Moments(_apply_both(state.total, rotation), state.count)
+    if isinstance(state, CrossMoments):
+        return state._replace(total=_apply_both(state.total, rotation), cross=_apply_both(state.cross, rotation))
     if isinstance(state, Sample):
         return state._replace(x=_apply(state.x, rotation))
     raise TypeError(f"`state` must be that of a second moment or of sampled rows to be rotated, got {type(state).__name__}")
 
 
 _apply = jax.jit(lambda x, rotation: rotation.apply(x), static_argnums=1)
+
+
+def _apply_both(moment: jax.Array, rotation: OnlineRotation) -> jax.Array:
+    """R^T S R of moments (..., K, K)."""
+    half = jnp.swapaxes(_apply(moment, rotation), -1, -2)
+    return jnp.swapaxes(_apply(half, rotation), -1, -2)
 
 
 def _rotated(w: jax.Array, axes: tuple[int, ...], rotation: OnlineRotation) -> jax.Array:

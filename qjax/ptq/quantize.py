@@ -33,6 +33,7 @@ from qjax.ptq.rescale import rescale, rescaled_by
 from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
 from qjax.ptq.sequential import quantize_sequential
+from qjax.ptq.sparsity import check_zeros
 from qjax.ptq.spill import Spill
 from qjax.ptq.streams import Task
 from qjax.ptq.work import work_of
@@ -126,7 +127,7 @@ def quantize(
     flat = arguments[0].params
     program = programs(arguments[0])
     choices, named = policy.resolve(program), policy.resolve_products(program)
-    _check_leaves(flat, choices)
+    pruned = _check_leaves(flat, choices)
     flat = [jnp.asarray(w) if c.spec is not None else w for c, w in zip(choices, flat, strict=True)]
     traced = time.perf_counter()
 
@@ -149,7 +150,8 @@ def quantize(
     jax.block_until_ready([jax.tree.leaves(x) for x in (*packed, products)])
     finished = time.perf_counter()
     seconds = {"trace": round(traced - started, 3), "quantize": round(finished - traced, 3)}
-    report = describe(program, choices, flat, done, seconds, rescaled)
+    remarks = {i: (*rescaled.get(i, ()), *pruned.get(i, ())) for i in rescaled.keys() | pruned.keys()}
+    report = describe(program, choices, flat, done, seconds, remarks)
     report = dataclasses.replace(report, rows=(*report.rows, *product_rows), memory=memory)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
     return Result(new_params, report, policy, sites=products, folds=folds)
@@ -219,7 +221,9 @@ def _same_parts(leaf: Leaf) -> bool:
     return len({part_axes(site) for site in leaf.sites}) == 1 and set(part_axes(leaf.sites[0])) <= set(leaf.sites[0].stacked)
 
 
-def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
+def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> dict[int, tuple[str, ...]]:
+    """Refuses parameters that cannot be quantized; gives remarks on others."""
+    remarks = {}
     for choice in choices:
         if choice.spec is None:
             continue
@@ -231,6 +235,8 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
         if not isinstance(w, (jax.Array, np.ndarray)):
             raise TypeError(f"`params` leaf {choice.leaf.path!r} is a {type(w).__name__}: quantize needs numbers")
         check_finite(w, choice.leaf.path)
+        remarks[choice.leaf.index] = check_zeros(jnp.asarray(w), choice.spec, choice.leaf.path)
+    return remarks
 
 
 def whole_problem(choice: Choice) -> Problem:

@@ -29,7 +29,7 @@ from qjax.ptq.parts import Layout, Part, layout_of, problem_of, take
 from qjax.ptq.progress import Monitor
 from qjax.ptq.resume import Kept
 from qjax.ptq.spill import Spill, opened
-from qjax.ptq.streams import Batch, Task, Visit, Weights, advance, flat_leaves, grouped, streams_of, visits_of
+from qjax.ptq.streams import Batch, Task, Visit, Weights, advance, advance_both, flat_leaves, grouped, streams_of, visits_of
 from qjax.ptq.work import Work, rows_seen, work_of
 
 
@@ -46,10 +46,10 @@ class Run:
 
     def advance(self, streams: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
         """Runs every batch from one cut to the next, and its twin in the float program, where there is one."""
-        advance(self.compiled, self.weights, streams, starts, stops)
-        twins = [batch.twin for batch in streams if batch.twin is not None]
-        if twins:
-            advance(self.compiled, self.floats, twins, starts, stops)
+        if streams[0].twin is None:
+            advance(self.compiled, self.weights, streams, starts, stops)
+        else:
+            advance_both(self.compiled, self.weights, self.floats, streams, starts, stops)
 
     def solve(self, task: Task, part: Part, problem: Problem, scale: Any, state: Any) -> Outcome:
         """What the method makes of a problem and the state of `task.observer`; kept for a run that goes on after this one."""

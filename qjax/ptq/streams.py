@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from qjax.core import QTensor, Spec
 from qjax.program import Leaf, Packed, Program, Site, compat
 from qjax.program.flatten import FlatEqn, Graph, Lit, flatten
 from qjax.program.packed import can_scan
-from qjax.program.segments import Compiled, Cutter, Segment
+from qjax.program.segments import Compiled, Cutter, Segment, following, telling
 from qjax.ptq.method import Method, Outcome, needs_float
 from qjax.ptq.parts import Layout, Part, join, layout_of, part_axes, part_of, put, take
 from qjax.ptq.spill import Live, OnDisk
@@ -113,7 +113,8 @@ class Batch:
 
     At a visit, `batch.value(v)` is what the quantized program made of the graph's variable `v`, and `batch.twin.value(v)` what the
     float program made of it: both stand at the same cut. A method whose `needs_float` is true (`qjax.ptq.method.needs_float`) makes
-    the run carry the twins; otherwise `twin` is None and nothing is computed or kept for it. What such a method's observer gets is
+    the run carry the twins; otherwise `twin` is None and nothing is computed or kept for it. Experts and orders are chosen by the
+    quantized program for both (`advance_both`). What such a method's observer gets is
     `Rows.reference`: the rows of the float program, row for row beside those of the quantized one.
 
     Attributes:
@@ -224,6 +225,32 @@ def grouped(visits: Sequence[Visit], flat: set[int], apart: Mapping[int, Any] | 
 
 def advance(compiled: Compiled, weights: Weights, streams: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
     """Runs every batch from one cut to the next. What batches of one shape share is made once."""
+    for batch, segment, values, stop in _each(weights, streams, starts, stops):
+        batch.advance(segment, compiled(segment, values), stop)
+
+
+def advance_both(
+    compiled: Compiled, weights: Weights, floats: Weights, streams: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]
+) -> None:
+    """Likewise, and every batch's twin in the float program, which goes the ways that the quantized program chooses.
+
+    Places picked by the size of values (`qjax.program.segments.choices`: experts, orders) are those of the quantized program in both,
+    so that row for row both read the same token. A choice inside a loop that stays whole is each program's own.
+    """
+    chosen = []
+    for batch, segment, values, stop in _each(weights, streams, starts, stops):
+        made = compiled(telling(segment), values)
+        batch.advance(segment, made[: len(segment.outputs)], stop)
+        chosen.append(made[len(segment.outputs) :])
+    twins = [batch.twin for batch in streams if batch.twin is not None]
+    for (twin, segment, values, stop), places in zip(_each(floats, twins, starts, stops), chosen, strict=True):
+        twin.advance(segment, compiled(following(segment), [*values, *places]), stop)
+
+
+def _each(
+    weights: Weights, streams: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]
+) -> Iterator[tuple[Batch, Segment, list[Any], int]]:
+    """Each batch with its segment between two cuts, and the segment's inputs."""
     shared: dict[int, tuple[Segment, dict[int, Any]]] = {}
     for batch, start, stop in zip(streams, starts, stops, strict=True):
         if id(batch.cutter) not in shared:
@@ -231,7 +258,7 @@ def advance(compiled: Compiled, weights: Weights, streams: Sequence[Batch], star
             values = {v: weight_of(weights, batch, v) for v in segment.inputs if batch.cutter.is_parameter(v)}
             shared[id(batch.cutter)] = segment, values
         segment, known = shared[id(batch.cutter)]
-        batch.advance(segment, compiled(segment, [known[v] if v in known else batch.value(v) for v in segment.inputs]), stop)
+        yield batch, segment, [known[v] if v in known else batch.value(v) for v in segment.inputs], stop
 
 
 def weight_of(weights: Weights, batch: Batch, var: int) -> Any:

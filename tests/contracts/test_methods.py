@@ -15,7 +15,7 @@ from qjax.ptq.hqq import HQQ
 from qjax.ptq.input_scale import quantize_scaled
 from qjax.ptq.kmeans import KMeans
 from qjax.ptq.low_rank import LowRank
-from qjax.ptq.method import Problem
+from qjax.ptq.method import Problem, needs_float
 from qjax.ptq.online_rotation import Online
 
 K, N = 48, 10
@@ -26,6 +26,7 @@ METHODS = [
     qjax.gptq(mse=False),
     qjax.gptq(act_order=True, mse=False),
     qjax.gptq(act_order=True, static_groups=True),
+    qjax.gptaq(1.0, group_aware=True, refine=1, mse=False),
     qjax.hqq(),
     qjax.kmeans(),
     qjax.kmeans(iterations=2, weighted=False),
@@ -70,7 +71,8 @@ def state_of(method, stack=1, columns=K, seed=1):
         return None
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((stack, 96, columns)) @ rng.standard_normal((stack, columns, columns))
-    return method.observer.update(method.observer.init(stack, columns), Rows(jnp.asarray(x, jnp.float32)))
+    floats = jnp.asarray(x + 0.05 * rng.standard_normal(x.shape), jnp.float32) if needs_float(method) else None
+    return method.observer.update(method.observer.init(stack, columns), Rows(jnp.asarray(x, jnp.float32), reference=floats))
 
 
 def problem(w, spec, axes=(-2,), stacked=(), groups=1):
@@ -187,6 +189,18 @@ def test_zeros_stay_zeros(method, spec):
     w = weight(K, N).at[:, 3].set(0.0)
     back = solved(method, w, spec, state_of(method)).dequantize()
     assert not np.asarray(back[:, 3]).any() and np.asarray(back[:, 4]).any()
+
+
+@every_method
+def test_what_was_pruned_stays_pruned(method):
+    w = weight(K, N)
+    smallest = jnp.argsort(jnp.argsort(jnp.abs(w).reshape(K // 4, 4, N), axis=1), axis=1) < 2
+    w = jnp.where(smallest.reshape(K, N), 0, w)
+    outcome = method.quantize(problem(w, qjax.uint4(group_size=16)), state_of(method))
+    if any("it has no zeros any more: 50% of it were" in note for note in outcome.notes):
+        return  # in a rotated basis there is nothing to keep
+    back = np.asarray(outcome.q.dequantize())
+    assert not back[np.asarray(w) == 0].any() and back[np.asarray(w) != 0].any()
 
 
 @every_method

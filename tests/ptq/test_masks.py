@@ -86,3 +86,14 @@ def test_a_dense_weight_runs_the_program_that_knows_no_mask():
     assert solve._cache_size() == before + 1
     q: QTensor = method.quantize(masked, state).q
     assert solve._cache_size() == before + 2 and not np.asarray(q.dequantize())[w == 0].any()
+
+
+def test_a_grid_without_a_zero_is_refused_for_a_pruned_weight_and_said_of_a_few_zeros():
+    signs = qjax.codebook((-1.0, 1.0), group_size=24)
+    policy = qjax.Policy([qjax.Rule("*", weight=signs)])
+    w = pruned("2:4").T
+    with pytest.raises(ValueError, match=r"`weight`=.*no level that is exactly zero, and 50 % of 'up' is: .*qjax.int4"):
+        qjax.quantize(lambda p, x: x @ p["up"], {"up": w}, policy, [jnp.ones((2, K))])
+    few = np.where(np.arange(K * N).reshape(K, N) < 20, 0, np.where(w == 0, 1e-3, w))
+    result = qjax.quantize(lambda p, x: x @ p["up"], {"up": few}, policy, [jnp.ones((2, K))])
+    assert any("0.87 % of it is exactly zero" in note for note in result.report.rows[0].notes)

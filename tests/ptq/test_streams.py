@@ -139,3 +139,62 @@ def test_spilling_changes_nothing(tmp_path):
     for (_, a), (_, b) in zip(plain.seen, spilled.seen, strict=True):
         np.testing.assert_array_equal(a, b)
     assert result.report.memory["spilled"] > 0 and list(tmp_path.iterdir()) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Cross:
+    """x^T x_float: the same for any order of the rows, as long as it is one order."""
+
+    def init(self, stack: int, columns: int) -> Any:
+        return jnp.zeros((columns, columns))
+
+    def update(self, state: Any, rows: Rows) -> Any:
+        return state + rows.x[0].T @ rows.reference[0]
+
+    def merge(self, a: Any, b: Any) -> Any:
+        return a + b
+
+
+EXPERTS = {"router": normal(WIDTH, 4, seed=30), "up": normal(WIDTH, WIDTH, seed=31), "experts": normal(4, WIDTH, 6, seed=32)}
+
+
+def routed(p, x):
+    """Two experts a token; rows are sorted by their expert."""
+    x = jnp.tanh(x @ p["up"])
+    gate, expert = jax.lax.top_k(x @ p["router"], 2)
+    order = jnp.argsort(expert.reshape(-1) + 0.0, stable=True)
+    rows = (x[:, None] * jax.nn.sigmoid(gate)[..., None]).reshape(-1, WIDTH)[order]
+    return jax.lax.ragged_dot(rows, p["experts"], jnp.bincount(expert.reshape(-1), length=4))
+
+
+def test_the_float_program_goes_to_the_experts_that_the_quantized_one_chooses():
+    """Row for row both read the same token of the same expert, with the float program's own values and gates."""
+    method, x = Watching([], observer=Cross()), data()[1]
+    only = [qjax.Rule("experts", weight=qjax.int2(), method=method), qjax.Rule("router", weight=None), qjax.Rule("*", weight=qjax.int2())]
+    result = qjax.quantize(routed, EXPERTS, qjax.Policy(only), [x])
+    up = result.params["up"].dequantize()
+    quantized, floats = (jnp.tanh(x @ w) for w in (up, EXPERTS["up"]))
+    _, expert = jax.lax.top_k(quantized @ EXPERTS["router"], 2)
+    assert (expert != jax.lax.top_k(floats @ EXPERTS["router"], 2)[1]).any()  # else this shows nothing
+    gates = (jax.nn.sigmoid(jnp.take_along_axis(h @ EXPERTS["router"], expert, 1)) for h in (quantized, floats))
+    both = [(h[:, None] * gate[..., None]).reshape(-1, WIDTH) for h, gate in zip((quantized, floats), gates, strict=True)]
+    [(_, state)] = method.seen
+    chex.assert_trees_all_close(state, np.asarray(both[0].T @ both[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_inside_scanned_layers_are_seen_layer_by_layer_where_they_stand():
+    """Both forms of experts; each layer behind the quantized ones before it, none pooled over the turns of the loop."""
+
+    def layer(x, w):
+        expert = jnp.argmax(x @ w["router"], axis=-1)
+        order = jnp.argsort(expert, stable=True)
+        sent = jax.lax.ragged_dot(x[order], w["ragged"], jnp.bincount(expert, length=2))
+        x = x + jnp.tanh(jnp.zeros_like(x).at[order].set(sent))
+        dense = jnp.einsum("te,td,edf->tf", jax.nn.softmax(x @ w["gate"]), x, w["stacked"])
+        return x + jnp.tanh(dense), None
+
+    small = {name: normal(LAYERS, WIDTH, 2, seed=40 + i) for i, name in enumerate(("router", "gate"))}
+    params = small | {name: normal(LAYERS, 2, WIDTH, WIDTH, seed=42 + i) for i, name in enumerate(("ragged", "stacked"))}
+    result = qjax.quantize(lambda p, x: jax.lax.scan(layer, x, p)[0], params, policy(qjax.gptaq(mse=False)), data()[:1])
+    for row in result.report.rows:
+        assert row.method.startswith("gptaq") and not any("one set of statistics" in note or "rounded" in note for note in row.notes), row
