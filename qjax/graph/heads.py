@@ -79,7 +79,8 @@ def _linear_way(system: System, makers: Sequence[int], group: Sequence[Site]) ->
     ahead = biases | {v for v, sliced in graph.sliced.items() if sliced.parent in biases}
     for eqn in graph.eqns:
         site = sites.get(eqn.key)
-        if (site is not None and site.leaf in makers and eqn.eqn is not None) or (eqn.key not in keys and any(not isinstance(a, Lit) and a in ahead for a in eqn.inputs)):
+        makes = site is not None and site.leaf in makers and eqn.eqn is not None
+        if makes or (eqn.key not in keys and any(not isinstance(a, Lit) and a in ahead for a in eqn.inputs)):
             ahead |= set(eqn.outputs)
     behind = {a for eqn in graph.eqns if eqn.key in keys for a in eqn.inputs if not isinstance(a, Lit)}
     way = behind & ahead

@@ -167,8 +167,9 @@ def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
     """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
 
     Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
-    after training; here every rule rounds to nearest, where it is rotated with `qjax.online_rotation`). The activations of a rule that names them, and both operands of a product
-    of two activations that a rule names, are rounded as the packed model's integers are. Backward, the straight-through estimator:
+    after training; here every rule rounds to nearest, where it is rotated with `qjax.online_rotation`). The activations of a rule
+    that names them, and both operands of a product of two activations that a rule names, are rounded as the packed model's integers
+    are. Backward, the straight-through estimator:
     the gradient passes where
     q_min <= w / scale <= q_max and is zero outside; see `straight_through`.
 

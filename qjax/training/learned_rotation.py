@@ -176,7 +176,7 @@ def cayley(u: jax.Array, r: jax.Array) -> jax.Array:
     Example:
       >>> u = jnp.array([[0.0, 0.2], [-0.2, 0.0]])
       >>> r = cayley(u, jnp.eye(2))
-      >>> bool(jnp.allclose(r @ r.T, jnp.eye(2), atol=1e-6)), r[0, 1].round(3).item()
+      >>> bool(jnp.allclose(r @ r.T, jnp.eye(2), atol=1e-6)), round(r[0, 1].item(), 3)
       (True, -0.198)
     """
     half, eye = (u - u.T) / 4, jnp.eye(u.shape[0], dtype=u.dtype)
@@ -245,6 +245,7 @@ def _learn(
     def step(matrices: list[jax.Array], state: Any, leaves: Any, batch: Any) -> Any:
         value, gradients = jax.value_and_grad(objective)(matrices, leaves, batch)
         skew = [skew_gradient(g, r, t.keeps_ones) for g, r, t in zip(gradients, matrices, turns, strict=True)]
+        updates: Any
         updates, state = optimizer.update(skew, state, skew)
         # An optimizer gives what is added; the Cayley transform turns against its argument.
         return [cayley(-u, r) for u, r in zip(updates, matrices, strict=True)], state, value

@@ -107,5 +107,5 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ValueError, match="`calibration` holds shapes"):
         qjax.learn_rotation(fn, p, W4A4, [jax.ShapeDtypeStruct((V,), jnp.int32)], key=key)
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4())])
-    with pytest.raises(ValueError, match="`fn` has nothing to rotate: .*tanh"):
+    with pytest.raises(ValueError, match=r"`fn` has nothing to rotate: .*tanh"):
         qjax.learn_rotation(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"], p, policy, [normal(3, D)], key=key)
