@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from qjax.core.specs import BlockSpec, CastSpec, LearnedSpec, Spec
+from qjax.core.specs import BlockSpec, CastSpec, IntSpec, LearnedSpec, Spec  # noqa: F401  # IntSpec is for the examples
 
 
 def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, ...]:

@@ -76,9 +76,15 @@ class Cutter:
             elif atom in self.graph.sliced:
                 self.use([self.graph.sliced[atom].parent], position)
 
-    def segment(self, start: int, stop: int, outputs: Sequence[int] | None = None) -> Segment:
-        """Builds the segment of equations `start` to `stop` (excluded); with `outputs` it gives those, else what is needed after it."""
-        eqns: dict[int, FlatEqn] = {}
+    def segment(
+        self, start: int, stop: int, outputs: Sequence[int] | None = None, eqns: Sequence[FlatEqn] | None = None
+    ) -> Segment:
+        """Builds the segment of equations `start` to `stop` (excluded).
+
+        With `outputs` it gives those, else what is needed after it; with `eqns` it holds only those, and reads what the others make.
+        """
+        within = self.graph.eqns[start:stop] if eqns is None else eqns
+        taken: dict[int, FlatEqn] = {}
         made: set[int] = set()
         inputs: dict[int, None] = {}
 
@@ -90,15 +96,15 @@ class Cutter:
                     add(self.views[atom])
                 else:
                     inputs[atom] = None
-            eqns[id(eqn)] = eqn
+            taken[id(eqn)] = eqn
             made.update(eqn.outputs)
 
-        for eqn in self.graph.eqns[start:stop]:
+        for eqn in within:
             if not self.is_view(eqn):
                 add(eqn)
         if outputs is None:
             outputs = [v for v in sorted(made) if v not in self.views and self.last_use.get(v, -1) >= stop]
-        ordered = tuple(eqns.values())
+        ordered = tuple(taken.values())
         return Segment(ordered, tuple(inputs), tuple(outputs), self._key(ordered, tuple(inputs), tuple(outputs)))
 
     def live_bytes(self, cuts: Sequence[int]) -> list[int]:

@@ -106,9 +106,11 @@ class Tuner:
         """
         programs = list({id(b.cutter): (b.cutter, block) for b, block in zip(streams, blocks, strict=True)}.values())
         mine = [[b for b in streams if b.cutter is cutter] for cutter, _ in programs]
-        built = [_shape(members, cutter, block, batches, weights) for (cutter, block), batches in zip(programs, mine, strict=True)]
+        known = [[self.known(b, block) for b in batches] for (_, block), batches in zip(programs, mine, strict=True)]
+        built = [_shape(members, *program, batches, own, weights) for program, batches, own in zip(programs, mine, known, strict=True)]
         shapes, shared, own = (list(x) for x in zip(*built, strict=True))
-        targets = [[self.target(shape, batch, floats) for batch in batches] for shape, batches in zip(shapes, mine, strict=True)]
+        targets = [[self.target(shape, *pair, floats) for pair in zip(batches, values, strict=True)]
+                   for shape, batches, values in zip(shapes, mine, known, strict=True)]  # fmt: skip
         numbers = [[i for i, b in enumerate(streams) if b.cutter is cutter] for cutter, _ in programs]
         for which, inputs, wanted in zip(numbers, own, targets, strict=True):
             for number, *values in zip(which, inputs, wanted, strict=True):
@@ -121,12 +123,22 @@ class Tuner:
         found = self.loop(members, shapes, choice)(arrays, begin, data, order)
         return _outcomes(members, jax.device_get(found[1:]), found[0])
 
-    def target(self, shape: Shape, batch: Batch, floats: Weights) -> list[jax.Array]:
+    def known(self, batch: Batch, block: Block) -> dict[int, Any]:
+        """What of a block depends on no parameter, for one batch."""
+        eqns = [batch.cutter.graph.eqns[p] for p in block.first if p >= block.start]
+        segment = batch.cutter.segment(block.start, block.stop, [v for eqn in eqns for v in eqn.outputs], eqns)
+        return dict(zip(segment.outputs, self.compiled(segment, [batch.value(v) for v in segment.inputs]), strict=True))
+
+    def target(self, shape: Shape, batch: Batch, known: dict[int, Any], floats: Weights) -> list[jax.Array]:
         """What the float block makes of the float program's values."""
         twin = batch.twin or batch
-        segment = shape.segment
-        is_parameter = batch.cutter.is_parameter
-        return self.compiled(segment, [weight_of(floats, twin, v) if is_parameter(v) else twin.value(v) for v in segment.inputs])
+
+        def value(v: int) -> Any:
+            if batch.cutter.is_parameter(v):
+                return weight_of(floats, twin, v)
+            return known[v] if v in known else twin.value(v)
+
+        return self.compiled(shape.segment, [value(v) for v in shape.segment.inputs])
 
     def loop(self, members: Sequence[Member], shapes: Sequence[Shape], choice: Choice) -> Callable[..., Any]:
         kinds = tuple(m.kind for m in members)
@@ -139,13 +151,14 @@ class Tuner:
 
 
 def _shape(
-    members: Sequence[Member], cutter: Cutter, block: Block, batches: Sequence[Batch], weights: Weights
+    members: Sequence[Member], cutter: Cutter, block: Block, batches: Sequence[Batch], known: Sequence[dict[int, Any]], weights: Weights
 ) -> tuple[Shape, list[Any], list[list[Any]]]:
     """The block in one program, what all its batches share, and what each has of its own."""
     graph = cutter.graph
     leaves = {v: i for i, v in enumerate(graph.inputs[: len(batches[0].program.leaves)])}
     tuned = {m.index for m in members}
-    segment = cutter.segment(block.start, block.stop, block.outputs)
+    eqns = [graph.eqns[p] for p in range(block.start, block.stop) if p not in set(block.first)]
+    segment = cutter.segment(block.start, block.stop, block.outputs, eqns)
     sources: list[tuple[str, int]] = []
     shared: list[Any] = []
     own: list[list[Any]] = [[] for _ in batches]
@@ -170,8 +183,8 @@ def _shape(
             sources.append(("same", share(graph.consts[v])))
         else:
             sources.append(("own", len(own[0])))
-            for values, batch in zip(own, batches, strict=True):
-                values.append(batch.value(v))
+            for values, batch, made in zip(own, batches, known, strict=True):
+                values.append(made[v] if v in made else batch.value(v))
     return Shape(segment, tuple(sources), cutter, tuple(roots.items())), shared, own
 
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from qjax.program import Key, compat
-from qjax.program.flatten import FlatEqn, Lit
+from qjax.program.flatten import STACK, FlatEqn, Lit
 from qjax.program.segments import Cutter
 
-MOST = 16  # weights of a block: where more lie between two cuts, they are cut again where the fewest values cross among them
+MOST = 16  # weights of a block: where more lie between two cuts, there are more cuts, where the fewest values cross
 
 
 class Block(NamedTuple):
@@ -22,12 +22,15 @@ class Block(NamedTuple):
       members: positions of the equations whose weights are tuned together, ascending.
       start: position of its first equation.
       stop: position after its last.
-      outputs: variables that it makes and that say how good it is: what later sites read, else what the program returns.
+      first: positions of its equations that depend on no parameter. What layers share (a mask, tables) stands in the block of the first
+        layer only: computed apart, that block is the same program as the others.
+      outputs: variables that it makes and that say how good it is: what is read behind it, else what the program returns.
     """
 
     members: tuple[int, ...]
     start: int
     stop: int
+    first: tuple[int, ...]
     outputs: tuple[int, ...]
 
 
@@ -39,10 +42,11 @@ class Flow:
         eqns = self.graph.eqns
         self.sites = [p for p, eqn in enumerate(eqns) if _is_site(eqn, sites)]
         self.reach = self._reach(set(self.sites))
+        self.from_parameters = self.dependent(self.graph.inputs[: len(cutter.params)])
         self.crossing = self._crossing()
 
     def _reach(self, sites: set[int]) -> dict[int, int]:
-        """For each variable the last equation that reads it on the way to a site."""
+        """For each variable the last equation that reads it on the way to a site or a result; what only collects turns reads nothing."""
         reach: dict[int, int] = {}
 
         def read(atom: Any, position: int) -> None:
@@ -52,9 +56,11 @@ class Flow:
             if atom in self.graph.sliced:
                 read(self.graph.sliced[atom].parent, position)
 
+        results = {atom for atom in self.graph.outputs if not isinstance(atom, Lit)}
         for position in reversed(range(len(self.graph.eqns))):
             eqn = self.graph.eqns[position]
-            if position in sites or any(v in reach for v in eqn.outputs):
+            returned = eqn.name != STACK and any(v in results for v in eqn.outputs)
+            if position in sites or returned or any(v in reach for v in eqn.outputs):
                 for atom in eqn.inputs:
                     read(atom, position)
         return reach
@@ -74,13 +80,12 @@ class Flow:
         return found
 
     def _crossing(self) -> list[int]:
-        """For each position how many values cross it that depend on the data and on a parameter and that a later site needs.
+        """For each position how many values cross it that depend on the data and on a parameter and that are read behind it.
 
         Masks and tables of positions depend on no parameter, and what depends on parameters alone is the same for every batch: they cross
         freely.
         """
-        n = len(self.cutter.params)
-        counted = self.dependent(self.graph.inputs[:n]) & self.dependent(self.graph.inputs[n:])
+        counted = self.from_parameters & self.dependent(self.graph.inputs[len(self.cutter.params) :])
         steps = [0] * (len(self.graph.eqns) + 2)
         for position, eqn in enumerate(self.graph.eqns):
             for v in eqn.outputs:
@@ -94,11 +99,16 @@ class Flow:
         return crossing
 
     def cut(self, after: int, upto: int) -> tuple[int, int]:
-        """(values that cross, position) of the last best cut behind the equation `after` and not behind `upto`."""
-        return min(((self.crossing[p], p) for p in range(after + 1, upto + 1)), key=lambda cut: (cut[0], -cut[1]))
+        """(values that cross, position) of the last best cut behind the equation `after` and not behind `upto`; none is as good as one."""
+        return min(((max(self.crossing[p], 1), p) for p in range(after + 1, upto + 1)), key=lambda cut: (cut[0], -cut[1]))
+
+    def free(self, start: int, stop: int) -> tuple[int, ...]:
+        """The equations of a stretch that depend on no parameter."""
+        eqns = self.graph.eqns
+        return tuple(p for p in range(start, stop) if not any(v in self.from_parameters for v in eqns[p].outputs))
 
     def outputs(self, members: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
-        """What a stretch makes of its members that later sites read; if there are none, what of it the program returns."""
+        """What a stretch makes of its members that is read behind it; if there is nothing, what of it the program returns."""
         eqns = self.graph.eqns[start:stop]
         touched = self.dependent([v for p in members for v in self.graph.eqns[p].outputs])
         made = [v for eqn in eqns for v in eqn.outputs if v in touched and jnp.issubdtype(self.graph.avals[v].dtype, jnp.floating)]
@@ -111,11 +121,11 @@ def _is_site(eqn: FlatEqn, sites: Collection[Key]) -> bool:
 
 
 def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
-    """Cuts a program where the fewest values cross between weights that are to be tuned.
+    """Cuts a program where one value crosses between weights that are to be tuned.
 
     Between two weights that follow each other a cut goes where the fewest values cross, and the last such place: behind the function
-    that is not linear, and not in front of it. Of these cuts those with the fewest values of all hold. In a residual network that
-    is one value, between its branches. A block of more than `MOST` weights is cut again by the same rule.
+    that is not linear, and not in front of it. It holds where that is one value: in a residual network, between its branches. A block
+    of more than `MOST` weights is cut where the fewest cross within it (a decoder, whose layers all read what the encoder made).
 
     Args:
       flow: of the program.
@@ -132,7 +142,7 @@ def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
     before = max([p for p in flow.sites if p < members[0]], default=-1)
     behind = min([p for p in flow.sites if p > members[-1]], default=len(flow.graph.eqns))
     cuts = [flow.cut(a, b) for a, b in itertools.pairwise(members)]
-    pieces = _split(list(range(len(members))), cuts)
+    pieces = _split(list(range(len(members))), cuts, 1)
     pieces = [[i for piece in pieces[at : at + span] for i in piece] for at in range(0, len(pieces), span)]
     blocks = []
     for piece in pieces:
@@ -140,21 +150,22 @@ def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
         start = cuts[first - 1][1] if first else flow.cut(before, members[0])[1]
         stop = cuts[last][1] if last < len(cuts) else flow.cut(members[-1], behind)[1]
         mine = tuple(members[i] for i in piece)
-        blocks.append(Block(mine, start, stop, flow.outputs(mine, start, stop)))
+        blocks.append(Block(mine, start, stop, flow.free(start, stop), flow.outputs(mine, start, stop)))
     return blocks
 
 
-def _split(piece: list[int], cuts: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Splits consecutive members where the fewest values cross between two of them."""
-    if len(piece) == 1:
-        return [piece]
-    fewest = min(cuts[i][0] for i in piece[:-1])
+def _split(piece: list[int], cuts: Sequence[tuple[int, int]], fewest: int) -> list[list[int]]:
+    """Splits consecutive members where `fewest` values cross between two of them, and what is too long at its own fewest."""
     pieces: list[list[int]] = [[]]
     for i in piece:
         pieces[-1].append(i)
         if i != piece[-1] and cuts[i][0] == fewest:
             pieces.append([])
-    return [small for part in pieces for small in (_split(part, cuts) if len(part) > MOST else [part])]
+    return [small for part in pieces for small in (_split(part, cuts, _fewest(part, cuts)) if len(part) > MOST else [part])]
+
+
+def _fewest(piece: list[int], cuts: Sequence[tuple[int, int]]) -> int:
+    return min(cuts[i][0] for i in piece[:-1])
 
 
 def why_not_tuned(flow: Flow, block: Block) -> str:

@@ -122,7 +122,7 @@ def round_with(x: jax.Array, offsets: Offsets, spec: IntSpec) -> Rounded:
     codes = _round(divide(x, grid[0]) + offsets.v)
     if grid[1] is not None:
         codes = codes + grid[1]
-    return Rounded(jnp.clip(codes, spec.qmin, spec.qmax), *grid)
+    return Rounded(_clip(codes, spec), *grid)
 
 
 def _grid(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | None]:
@@ -132,7 +132,7 @@ def _grid(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.A
         return _instead(scale, hi / (spec.qmax + (0.5 if spec.scale_rule == "half" else 0.0))), None
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
     scale = _instead(scale, (hi - lo) / (spec.qmax - spec.qmin))
-    return scale, _instead(jnp.asarray(zero_point, jnp.float32), jnp.clip(spec.qmin - lo / scale, spec.qmin, spec.qmax))
+    return scale, _instead(jnp.asarray(zero_point, jnp.float32), _clip(spec.qmin - lo / scale, spec))
 
 
 @jax.custom_jvp
@@ -147,6 +147,12 @@ _instead.defjvp(lambda primals, tangents: (_instead(*primals), tangents[1]))
 
 def _round(x: jax.Array) -> jax.Array:
     return _instead(jnp.round(lax.stop_gradient(x)), x)
+
+
+def _clip(codes: jax.Array, spec: IntSpec) -> jax.Array:
+    """Clips; the gradient passes where nothing is clipped, the ends included (of `jnp.clip` half of it does there)."""
+    clipped = jnp.clip(codes, spec.qmin, spec.qmax)
+    return jnp.where(codes == clipped, codes, lax.stop_gradient(clipped))
 
 
 def decode(rounded: Rounded) -> jax.Array:
