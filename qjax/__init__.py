@@ -18,9 +18,13 @@ from qjax.core import QCache as QCache
 from qjax.core import QProduct as QProduct
 from qjax.core import QTensor as QTensor
 from qjax.core import bf16 as bf16
+from qjax.core import binary as binary
 from qjax.core import codebook as codebook
 from qjax.core import dynamic as dynamic
+from qjax.core import floating as floating
 from qjax.core import fp4 as fp4
+from qjax.core import fp8_e4m3 as fp8_e4m3
+from qjax.core import fp8_e5m2 as fp8_e5m2
 from qjax.core import fp16 as fp16
 from qjax.core import int2 as int2
 from qjax.core import int3 as int3
@@ -31,8 +35,14 @@ from qjax.core import int7 as int7
 from qjax.core import int8 as int8
 from qjax.core import integer as integer
 from qjax.core import kv_cache as kv_cache
+from qjax.core import mxfp4 as mxfp4
+from qjax.core import mxfp6 as mxfp6
+from qjax.core import mxfp8 as mxfp8
+from qjax.core import mxint8 as mxint8
 from qjax.core import nf4 as nf4
+from qjax.core import nvfp4 as nvfp4
 from qjax.core import static as static
+from qjax.core import ternary as ternary
 from qjax.core import uint2 as uint2
 from qjax.core import uint3 as uint3
 from qjax.core import uint4 as uint4
@@ -53,12 +63,16 @@ from qjax.ptq import Rates as Rates
 from qjax.ptq import Result as Result
 from qjax.ptq import Rewritten as Rewritten
 from qjax.ptq import Spill as Spill
+from qjax.ptq import autoround as autoround
 from qjax.ptq import awq as awq
 from qjax.ptq import batch_norm_folding as batch_norm_folding
 from qjax.ptq import correct_bias as correct_bias
 from qjax.ptq import equalization as equalization
+from qjax.ptq import gptaq as gptaq
 from qjax.ptq import gptq as gptq
+from qjax.ptq import hqq as hqq
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import online_rotation as online_rotation
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rewrite as rewrite
@@ -70,6 +84,8 @@ from qjax.report import Report as Report
 from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
+from qjax.training import LearnedRotation as LearnedRotation
 from qjax.training import fake_quant as fake_quant
+from qjax.training import learn_rotation as learn_rotation
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, CacheSpec, CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core import ActSpec, CacheSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, OnlineRotation, Spec
 from qjax.core.products import describe_pair
 from qjax.program import InputLeaf, Leaf, Product, Program
 from qjax.program.trace import path_str as path_str
@@ -42,6 +42,17 @@ class ChoosesActivation(Protocol):
         ...
 
 
+@runtime_checkable
+class RotatesInputs(Protocol):
+    """A method that rotates what a product reads, `qjax.online_rotation()`: the one kind that a rule for products may have."""
+
+    @property
+    def rotation(self) -> OnlineRotation: ...
+
+    @property
+    def then(self) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
@@ -52,7 +63,8 @@ class Rule:
         `qjax.trace(fn, params, x).products` lists, and it never matches a parameter (whose path, if it has a colon, is matched by
         `?` in its place). Other rules never match products.
       weight: what the weights become, or None to leave them float.
-      method: how they get there; None rounds to nearest.
+      method: how they get there; None rounds to nearest. Of products of two activations: None, or `qjax.online_rotation()`, which
+        rotates both operands before they are rounded.
       activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
         product runs on integers. None leaves them float. Of a product of two activations it is what both of them become, or a
         pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program). A scale
@@ -63,7 +75,7 @@ class Rule:
 
     Raises:
       TypeError: an argument of the wrong kind.
-      ValueError: a product rule with a `weight` or a `method`; a cache rule with anything else.
+      ValueError: a product rule with a `weight`, or with a `method` that is no rotation; a cache rule with anything else.
 
     Example:
       >>> import qjax
@@ -90,10 +102,10 @@ class Rule:
         if self.is_product:
             self._check_product()
             return
-        if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, CastSpec)):
+        if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, FloatSpec, CastSpec)):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
-            hint = "; a spec goes to `weight`" if isinstance(self.method, (IntSpec, CodebookSpec, CastSpec)) else ""
+            hint = "; a spec goes to `weight`" if isinstance(self.method, (IntSpec, CodebookSpec, FloatSpec, CastSpec)) else ""
             raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{hint}")
         if self.weight is None and self.method is not None:
             raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
@@ -101,7 +113,7 @@ class Rule:
         if self.activation is not None and not isinstance(self.activation, ActSpec):
             raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}")
         activation = self.activation_of()[0]
-        if activation is not None and not isinstance(self.weight, IntSpec):
+        if activation is not None and not isinstance(self.weight, IntSpec) and not (activation.is_float and self.weight is not None):
             what = f"`activation` {activation} of rule {self.pattern!r}"
             raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
 
@@ -115,14 +127,18 @@ class Rule:
 
     def _check_product(self) -> None:
         what = f"rule {self.pattern!r} names products of two activations (it has a colon)"
-        for name, value in (("weight", self.weight), ("method", self.method)):
-            if value is not None:
-                raise ValueError(f"`{name}` must be None, got {value!r}: {what}; give it an `activation` only")
+        if self.weight is not None:
+            raise ValueError(f"`weight` must be None, got {self.weight!r}: {what}; give it an `activation` only")
+        if self.method is not None and (not isinstance(self.method, RotatesInputs) or self.method.then.name != "rtn"):
+            raise ValueError(f"`method` must be None or qjax.online_rotation(), got {self.method!r}: {what}, which are rounded to nearest")
         pair = self.activation if isinstance(self.activation, tuple) else (self.activation,)
         if self.activation is not None and (len(pair) > 2 or not all(isinstance(act, ActSpec) for act in pair)):
             raise TypeError(
                 f"`activation` must be qjax.dynamic(...), qjax.static(...), a pair of them or None, got {self.activation!r}: {what}"
             )
+        if any(act.is_float for act in pair if act is not None):
+            raise ValueError(f"`activation` {self.activation} is of floats, and products of two activations multiply integers: {what}; "
+                             "give qjax.dynamic(qjax.int8())")  # fmt: skip
 
     @property
     def is_product(self) -> bool:
@@ -198,6 +214,11 @@ class ProductChoice:
     def operands(self) -> tuple[ActSpec, ActSpec] | None:
         """What its operands become; None if it stays float."""
         return None if self.reason else self.rule.operands
+
+    @property
+    def rotation(self) -> OnlineRotation | None:
+        """By what both are rotated before they are rounded."""
+        return self.rule.method.rotation if isinstance(self.rule.method, RotatesInputs) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,11 +30,14 @@ from qjax.calibration.observe import init_states as init_states
 from qjax.calibration.observe import observe as observe
 from qjax.calibration.observe import observe_program as observe_program
 from qjax.calibration.observe import watch_program as watch_program
+from qjax.calibration.observers import CrossMoment as CrossMoment
+from qjax.calibration.observers import CrossMoments as CrossMoments
 from qjax.calibration.observers import Moments as Moments
 from qjax.calibration.observers import Observer as Observer
 from qjax.calibration.observers import RangeObserver as RangeObserver
 from qjax.calibration.observers import SecondMoment as SecondMoment
 from qjax.calibration.observers import Together as Together
+from qjax.calibration.observers import deviation as deviation
 from qjax.calibration.observers import hessian as hessian
 from qjax.calibration.outliers import OutlierColumns as OutlierColumns
 from qjax.calibration.outliers import OutlierCounts as OutlierCounts

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from qjax.calibration.observers import Moments
+from qjax.calibration.observers import CrossMoments, Moments
 from qjax.calibration.sample import Sample
 
 
@@ -14,7 +14,7 @@ def divide_columns(state: Any, s: jax.Array) -> Any:
     """Returns what an observer would have seen of x / s.
 
     Args:
-      state: of `SecondMoment` or `sample_rows`.
+      state: of `SecondMoment`, `CrossMoment` or `sample_rows`.
       s: positive, (stack, K).
 
     Returns:
@@ -30,6 +30,9 @@ def divide_columns(state: Any, s: jax.Array) -> Any:
     """
     if isinstance(state, Moments):
         return Moments(state.total / (s[:, :, None] * s[:, None, :]), state.count)
+    if isinstance(state, CrossMoments):
+        both = s[:, :, None] * s[:, None, :]
+        return state._replace(total=state.total / both, cross=state.cross / both)
     if isinstance(state, Sample):
         return state._replace(x=state.x / s[:, None])
     raise TypeError(f"`state` must be that of a second moment or of sampled rows to be divided, got {type(state).__name__}")

@@ -43,7 +43,7 @@ class Recipe:
     def options(self) -> dict[str, Any]:
         """All options that make a policy."""
         rest = dict.fromkeys(("per", "damping", "mse", "activation", "observer"))
-        rest |= dict.fromkeys(("pad", "act_order", "static_groups", "keep_none"), False)
+        rest |= dict.fromkeys(("pad", "double_quant", "act_order", "static_groups", "keep_none"), False)
         return {"weight": self.weight, "method": self.method, "group_size": self.group_size, "keep": (), **rest}
 
 

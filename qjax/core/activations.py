@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.affine import affine_decode, affine_encode, affine_params
-from qjax.core.granularity import PerChannel, PerTensor, PerToken
-from qjax.core.specs import IntSpec
+from qjax.core.floating import float_decode, float_encode
+from qjax.core.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from qjax.core.layout import padded_size
+from qjax.core.rounding import block_params
+from qjax.core.specs import FloatSpec, IntSpec
 
+FLOAT8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}  # whose bits our codes are
 _PER = {"token": PerToken(), "tensor": PerTensor()}
 
 
@@ -47,31 +51,37 @@ class ActSpec:
     """What the activations of a site become. Built by `dynamic` and `static`.
 
     Attributes:
-      spec: integers, per token or per tensor.
+      spec: integers or floats, per token or per tensor; floats, which are dynamic, also in groups of a row.
       static: whether the range is known beforehand.
       observer: what finds a static range (see `qjax.calibration`); None takes the extreme values, or there is nothing to find.
       outliers: columns that are left out of the integers (see `qjax.llm_int8`), or None.
     """
 
-    spec: IntSpec
+    spec: IntSpec | FloatSpec
     static: bool = False
     observer: RangeFinder | None = None
     outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
-        _check_integers(self.spec)
-        if self.spec.granularity not in _PER.values() or (self.static and self.spec.granularity != PerTensor()):
+        _check_spec(self.spec, self.static)
+        in_groups = self.is_float and isinstance(self.spec.granularity, PerGroup)
+        if (self.spec.granularity not in _PER.values() and not in_groups) or (self.static and self.spec.granularity != PerTensor()):
             raise ValueError(f"`spec` of activations must be per {'tensor' if self.static else 'token or tensor'}, got {self.spec}")
         if self.observer is not None and (not hasattr(self.observer, "range") or isinstance(self.observer, type)):
             raise TypeError(f"`observer` must find ranges, such as qjax.minmax() or qjax.entropy(), got {self.observer!r}")
-        if self.outliers is not None and not self.per_token:
+        if self.outliers is not None and (not self.per_token or self.is_float):
             given = "static" if self.static else self.spec
             raise ValueError(f"`outliers` need a scale for every row, as in qjax.dynamic(qjax.int8()), got {given}")
 
     @property
     def per_token(self) -> bool:
-        """Whether every row has a scale of its own."""
-        return self.spec.granularity == PerToken()
+        """Whether every row has a scale of its own, or several."""
+        return self.spec.granularity != PerTensor()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its codes are small floats."""
+        return isinstance(self.spec, FloatSpec)
 
     def __str__(self) -> str:
         if not self.static:
@@ -79,19 +89,21 @@ class ActSpec:
         return f"static({self.spec})" if self.observer is None else f"static({self.spec}, {self.observer})"
 
 
-def dynamic(spec: IntSpec, per: Literal["token", "tensor"] = "token") -> ActSpec:
+def dynamic(spec: IntSpec | FloatSpec, per: Literal["token", "tensor"] = "token") -> ActSpec:
     """Quantizes activations with ranges that are found anew in every call.
 
     Args:
-      spec: integers of 2 to 8 bits without a granularity of their own, such as `qjax.int8()`.
+      spec: integers of 2 to 8 bits without a granularity of their own, such as `qjax.int8()`; or floats, such as `qjax.fp8_e4m3()`,
+        which may have groups along the contracted axes: `qjax.fp8_e4m3(group_size=128)`, `qjax.mxfp4()`, `qjax.nvfp4()`. The last
+        group of a row is padded with zeros.
       per: "token": a scale for every row that meets the weight (for a convolution every example); "tensor": one for all.
 
     Returns:
       An `ActSpec` for `qjax.Rule(activation=...)`.
 
     Raises:
-      TypeError: `spec` is not of integers.
-      ValueError: `per` is neither, or `spec` has groups or blocks.
+      TypeError: `spec` is not of integers or floats.
+      ValueError: `per` is neither; integers with groups, anything with blocks; ternary.
 
     Example:
       >>> import qjax
@@ -121,25 +133,33 @@ def static(spec: IntSpec, observer: RangeFinder | None = None) -> ActSpec:
       >>> str(static(qjax.uint8()))
       'static(uint8(per="tensor"))'
     """
-    return ActSpec(_whole(spec, "tensor"), True, observer)
+    return ActSpec(_whole(spec, "tensor", True), True, observer)
 
 
-def _check_integers(spec: Any) -> None:
-    if not isinstance(spec, IntSpec):
-        raise TypeError(f"`spec` of activations must be integers such as qjax.int8(), got {spec!r}")
+def _check_spec(spec: Any, static: bool) -> None:
+    if not isinstance(spec, IntSpec | FloatSpec):
+        raise TypeError(f"`spec` of activations must be integers such as qjax.int8() or floats such as qjax.fp8_e4m3(), got {spec!r}")
+    if static and isinstance(spec, FloatSpec):
+        raise TypeError(f"`spec` of static activations must be integers such as qjax.int8(), got {spec!r}: take qjax.dynamic")
+    if isinstance(spec, IntSpec) and spec.float_zero:
+        raise ValueError(f'`spec` of activations must have integer zero points (zero_dtype="int"), got {spec}')
+    if spec.by_mean:
+        raise ValueError(f"`spec` of activations must not be ternary, whose scales come from a mean, got {spec}: take qjax.int8()")
 
 
-def _whole(spec: IntSpec, per: str) -> IntSpec:
-    _check_integers(spec)
+def _whole(spec: Any, per: str, static: bool = False) -> Any:
+    _check_spec(spec, static)
+    if isinstance(spec, FloatSpec) and isinstance(spec.granularity, PerGroup) and per == "token":
+        return dataclasses.replace(spec, pad=True)
     if spec.granularity not in (PerChannel(), *_PER.values()):
-        raise ValueError(f"`spec` of activations must have no groups, got {spec}: write qjax.int{spec.bits}()")
+        raise ValueError(f"`spec` of activations must have no groups, got {spec}: write qjax.int8() or qjax.fp8_e4m3()")
     return dataclasses.replace(spec, granularity=_PER[per])
 
 
 def encode_activation(
     x: jax.Array, act: ActSpec, axes: tuple[int, ...], scale: jax.Array | None = None, zero_point: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Rounds activations: `clip(round(x / scale) + zero_point, qmin, qmax)`.
+    """Rounds activations: `clip(round(x / scale) + zero_point, qmin, qmax)`; floats as `float_encode`.
 
     Args:
       x: floating, any shape.
@@ -150,7 +170,8 @@ def encode_activation(
 
     Returns:
       (codes int8, scale float32 and zero point int32 or None, both with as many axes as `x`). Unsigned codes are moved
-      down by half their range, and the zero point with them, so that all codes are int8.
+      down by half their range, and the zero point with them, so that all codes are int8. Codes of FP8 are of jax's dtype for it; where
+      groups of a row have scales, `axes` is the last axis, their number is that of the scale's last axis, and their length divides.
 
     Example:
       >>> import qjax
@@ -159,6 +180,8 @@ def encode_activation(
       ([[64, -127]], 2.0)
     """
     x = x.astype(jnp.float32)
+    if isinstance(act.spec, FloatSpec):
+        return _encode_float8(x, act.spec, axes)
     if scale is None:
         moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
         scale, zero_point = affine_params(moved.reshape(*moved.shape[: x.ndim - len(axes)], -1), act.spec)
@@ -183,7 +206,36 @@ def round_activation(
       >>> round_activation(jnp.float32([[1.0, -2.0]]), dynamic(qjax.int2(scale_rule="full")), (1,)).tolist()
       [[0.0, -2.0]]
     """
+    if isinstance(act.spec, FloatSpec):
+        return _round_float(x.astype(jnp.float32), act.spec, axes).astype(x.dtype)
     return affine_decode(*encode_activation(x, act, axes, scale, zero_point)).astype(x.dtype)
+
+
+def _encode_float8(x: jax.Array, spec: FloatSpec, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, None]:
+    if isinstance(spec.granularity, PerGroup):
+        blocked = x.reshape(*x.shape[:-1], -1, spec.granularity.size)
+        scale, _ = block_params(blocked, spec)
+        codes, scale = float_encode(blocked, scale, spec).reshape(x.shape), scale[..., 0]
+    else:
+        moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
+        scale, _ = block_params(moved.reshape(*moved.shape[: x.ndim - len(axes)], -1), spec)
+        scale = scale.reshape([1 if i in axes else n for i, n in enumerate(x.shape)])
+        codes = float_encode(x, scale, spec)
+    return jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), FLOAT8[spec.element]), scale, None
+
+
+def _round_float(x: jax.Array, spec: FloatSpec, axes: tuple[int, ...]) -> jax.Array:
+    """Decoded at once: there is a float product behind it."""
+    last = range(-len(axes), 0)
+    moved = jnp.moveaxis(x, axes, last)
+    rows = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+    k = rows.shape[-1]
+    size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else k
+    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, padded_size(k, spec) - k)])
+    blocked = padded.reshape(*rows.shape[:-1], -1, size)
+    scale, _ = block_params(blocked, spec)
+    rounded = float_decode(float_encode(blocked, scale, spec), scale, spec).reshape(padded.shape)[..., :k]
+    return jnp.moveaxis(rounded.reshape(moved.shape), last, axes)
 
 
 def round_inliers(x: jax.Array, act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core.affine import round_scale
+from qjax.core.reductions import mean_magnitude
 from qjax.core.specs import CodebookSpec
 
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -13,19 +14,21 @@ _MOST_COMPARISONS = 32
 
 
 def codebook_params(x: jax.Array, spec: CodebookSpec) -> jax.Array:
-    """The largest magnitude of each block, rounded to `spec.scale_dtype`. A block of zeros keeps 0.
+    """The largest or the mean magnitude of each block, rounded to `spec.scale_dtype`. A block of zeros keeps 0.
 
     Args:
       x: (..., group), floating.
       spec: a `CodebookSpec`.
 
     Returns:
-      absmax, float32 (..., 1).
+      The scale, float32 (..., 1).
 
-    >>> from qjax.core.specs import nf4
+    >>> from qjax.core.named_specs import nf4
     >>> codebook_params(jnp.float32([[-3.0, 2.0]]), nf4()).tolist()
     [[3.0]]
     """
+    if spec.by_mean:
+        return round_scale(mean_magnitude(x), spec.scale_dtype)
     absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return round_scale(absmax, spec.scale_dtype)
 
@@ -48,7 +51,7 @@ def codebook_encode(x: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> jax.
     Returns:
       int32 codes, the shape of `x`.
 
-    >>> from qjax.core.specs import nf4
+    >>> from qjax.core.named_specs import nf4
     >>> codebook_encode(jnp.float32([-2.0, 0.0, 0.1, 2.0]), jnp.float32([2.0]), nf4()).tolist()
     [0, 7, 8, 15]
 
@@ -80,7 +83,7 @@ def codebook_decode(codes: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> 
     Returns:
       float32, the shape of `codes`.
 
-    >>> from qjax.core.specs import nf4
+    >>> from qjax.core.named_specs import nf4
     >>> codebook_decode(jnp.uint8([0, 7, 15]), jnp.float32([2.0]), nf4()).tolist()
     [-2.0, 0.0, 2.0]
     """

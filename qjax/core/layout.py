@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core.specs import BlockSpec, CastSpec, IntSpec, Spec  # noqa: F401  # IntSpec is for the examples
 
 
 def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, ...]:
@@ -36,6 +36,24 @@ def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, .
 def _to_canonical(axes: Sequence[int], ndim: int) -> list[int]:
     contracted = [a + ndim for a in axes]
     return [i for i in range(ndim) if i not in contracted] + contracted
+
+
+def stacked_positions(axes: Sequence[int], stacked: Sequence[int], ndim: int) -> list[int]:
+    """Where the `stacked` axes of an array are in its canonical layout, and so in its scales, in ascending order.
+
+    Args:
+      axes: negative contracted axes.
+      stacked: negative kept axes.
+      ndim: of the array.
+
+    Returns:
+      Positions among the kept axes.
+
+    >>> stacked_positions((-2,), (-3,), 3)
+    [0]
+    """
+    order = _to_canonical(axes, ndim)
+    return sorted(order.index(a + ndim) for a in stacked)
 
 
 def canonicalize(w: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -68,7 +86,7 @@ def uncanonicalize(c: jax.Array, axes: Sequence[int], sizes: Sequence[int]) -> j
     return c.reshape(*c.shape[:-1], *sizes).transpose([order.index(i) for i in range(ndim)])
 
 
-def group_length(k: int, spec: IntSpec | CodebookSpec) -> int:
+def group_length(k: int, spec: BlockSpec) -> int:
     """How many of the `k` flattened contracted values share a scale.
 
     >>> group_length(4096, IntSpec(4, granularity=PerGroup(128))), group_length(4096, IntSpec(8))
@@ -130,7 +148,7 @@ def _nearest_divisor(n: int, size: int) -> int:
 
 
 def blocks(
-    w: jax.Array, spec: IntSpec | CodebookSpec, stacked: Sequence[int] = (), name: str = "w"
+    w: jax.Array, spec: BlockSpec, stacked: Sequence[int] = (), name: str = "w"
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """View a canonical array so that the last axis is one block: what shares a scale.
 
@@ -175,7 +193,7 @@ def blocks(
 
 
 def logical_blocks(
-    w: jax.Array, spec: IntSpec | CodebookSpec, axes: Sequence[int], stacked: Sequence[int]
+    w: jax.Array, spec: BlockSpec, axes: Sequence[int], stacked: Sequence[int]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
     """`blocks` of a logical array.
 
@@ -193,7 +211,6 @@ def logical_blocks(
     >>> blocked.shape, to_logical(blocked).shape
     ((6, 3, 3), (9, 6))
     """
-    order = _to_canonical(axes, w.ndim)
     sizes = [w.shape[a] for a in axes]
-    blocked, unblock = blocks(canonicalize(w, axes), spec, [order.index(a + w.ndim) for a in stacked])
+    blocked, unblock = blocks(canonicalize(w, axes), spec, stacked_positions(axes, stacked, w.ndim))
     return blocked, unblock, lambda b: uncanonicalize(unblock(b)[..., : math.prod(sizes)], axes, sizes)

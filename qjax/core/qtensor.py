@@ -12,8 +12,9 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.core.activations import ActSpec
-from qjax.core.affine import divide
+from qjax.core.elements import MINIFLOATS
 from qjax.core.granularity import PerBlock
+from qjax.core.hadamard import OnlineRotation
 from qjax.core.layout import (
     canonicalize,
     check_blocks,
@@ -21,19 +22,24 @@ from qjax.core.layout import (
     logical_blocks,
     negative_axes,
     padded_size,
+    stacked_positions,
     uncanonicalize,
 )
 from qjax.core.packing import pack, unpack
-from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, round_cast
-from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core.reductions import divide
+from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, round_cast, tensor_scale
+from qjax.core.scales import NESTED_BLOCK, is_nested, read_scale, store_scale, stored_scale_dtype
+from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, Spec, has_global_scale, signed_codes
 
-ARRAYS = ("codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale")
+ARRAYS = (
+    "codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale", "nested_scale", "nested_offset",
+)  # fmt: skip
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=list(ARRAYS),
-    meta_fields=["spec", "axes", "sizes", "dtype", "act"],
+    meta_fields=["spec", "axes", "sizes", "dtype", "act", "rotation"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
@@ -46,9 +52,10 @@ class QTensor:
     Invariants:
       codes: uint8 (kept..., ceil(Kpad * bits / 8)), see `pack`; for 8 bits int8 or uint8 (kept..., Kpad); for a cast
         the array itself (kept..., K).
-      scale: `spec.scale_dtype`, as many axes as `codes`: every kept axis full, 1, or divided by the block; the last one
-        counts blocks. None for a cast.
-      zero_point: int8 or uint8 like the codes, the shape of `scale`; None when symmetric.
+      scale: as many axes as `codes`: every kept axis full, 1, or divided by the block; the last one counts blocks. Of
+        `spec.scale_dtype`; or uint8, the bytes of E8M0 and E4M3 scales and the codes of double quantization. See `scales()`. None
+        for a cast.
+      zero_point: int8 or uint8 like the codes, or `spec.zero_dtype`; the shape of `scale`; None when symmetric.
       perm: int32 (stacked axes full, others 1, K) or None: stored position j holds the flattened index perm[j].
       spec: what it was quantized to.
       axes: negative logical positions of the contracted axes, in the order in which they are flattened.
@@ -60,6 +67,11 @@ class QTensor:
       input_scale: float32 (stacked axes full, others 1, K), positive, or None: s, by which the product divides its input. The
         codes stand for s w, and `dequantize` divides, so that it gives w. In the logical order of the flattened contracted
         values, whatever `perm` says.
+      nested_scale: float32 (stacked axes full, others 1, blocks), what the codes of double quantization multiply, see `nest`;
+        or (stacked axes full, others 1, 1), g, what E4M3 scales are divided by; else None.
+      nested_offset: float32 (stacked axes full, others 1, 1), what double quantization adds; else None.
+      rotation: by what the product rotates its input x, after it is divided: x -> R^T x along the flattened contracted values, or
+        None. The codes stand for R^T w (or R^T s w), and `dequantize` rotates back, so that it gives w.
     """
 
     codes: Any
@@ -74,6 +86,9 @@ class QTensor:
     act_scale: Any = None
     act_zero_point: Any = None
     input_scale: Any = None
+    nested_scale: Any = None
+    nested_offset: Any = None
+    rotation: OnlineRotation | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,11 +127,20 @@ class QTensor:
         """The codes (kept..., Kpad), in stored order: int8 or uint8, for a cast the 16-bit floats."""
         return _unpack(self)
 
+    def scales(self) -> jax.Array:
+        """The scales as float32 numbers, however they are stored; the shape of `scale`.
+
+        >>> from qjax.core.named_specs import mxfp4
+        >>> quantize(jnp.full((32, 1), 8.0), mxfp4(), axes=(0,)).scales().tolist()
+        [[2.0]]
+        """
+        return read_scale(self.scale, self.nested_scale, self.nested_offset, self.spec)
+
     def dequantize(self) -> jax.Array:
         """The array of `shape` and `dtype` that the codes stand for.
 
-        `(code - zero_point) * scale` or `levels[code] * scale`, divided by `input_scale` if there is one, in float32, in this
-        order, then one cast.
+        `(code - zero_point) * scale` or `levels[code] * scale`, rotated back and divided by `input_scale` if there is one, in
+        float32, in this order, then one cast.
 
         >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).dequantize().tolist()
         [[7.0], [-8.0]]
@@ -138,7 +162,8 @@ class QTensor:
         shape = ",".join(map(str, self.shape))
         cost = f"{self.nbytes:,} bytes, {self.bits_per_weight:.3g} bits/weight"
         act = "" if self.act is None else f", activations {self.act}"
-        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act})"
+        rotated = "" if self.rotation is None else f", input by {self.rotation}"
+        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act}{rotated})"
 
 
 def _logical_shape(kept: Sequence[int], axes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -153,7 +178,8 @@ def quantize(
 ) -> QTensor:
     """Round `w` to the nearest code, with scales from the extreme values of each block.
 
-    Integers: see `affine_params` and `affine_encode`. Tables: see `codebook_params` and `codebook_encode`.
+    Integers: see `affine_params` and `affine_encode`. Tables: see `codebook_params` and `codebook_encode`. Floats: see `float_scale`
+    and `float_encode`. Codes are computed with scales as they are before double quantization.
 
     Args:
       w: floating array of any shape.
@@ -162,7 +188,8 @@ def quantize(
         or stacked kernels (L, K, N), (-3, -2) for a projection (heads, head_dim, model), (-1,) for an embedding (V, D).
       stacked: kept axes that hold independent arrays (layers of a scan, experts); per tensor they keep their own scale.
       name: what an error calls the array.
-      ranges: another way to choose scales and zero points: a pure function of (blocks (..., group), spec).
+      ranges: another way to choose scales and zero points: a pure function of (blocks (..., group), spec), and where the spec has
+        a scale of the whole tensor of that, too.
 
     Returns:
       A `QTensor` with the shape and dtype of `w`.
@@ -184,7 +211,7 @@ def quantize(
 
 def _check_overflow(q: QTensor, name: str) -> None:
     argument, array = ("dtype", q.codes) if q.scale is None else ("scale_dtype", q.scale)
-    if array.dtype == jnp.float32 or isinstance(array, Tracer):
+    if array.dtype in (jnp.float32, jnp.uint8) or isinstance(array, Tracer):
         return
     with jax.ensure_compile_time_eval():
         if bool(jnp.any(jnp.isinf(array))):
@@ -197,35 +224,51 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     if isinstance(spec, CastSpec):
         return QTensor(round_cast(canonicalize(w, axes), spec), None, None, None, spec, axes, sizes, dtype)
     blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
-    scale, zero_point = ranges(blocked, spec)
+    positions = stacked_positions(axes, stacked, w.ndim)
+    of_tensor = tensor_scale(blocked, spec, positions)
+    scale, zero_point = ranges(blocked, spec, *of_tensor)
     codes = block_encode(blocked, scale, zero_point, spec)
-    scale = scale[..., 0].astype(spec.scale_dtype)
+    scale, nested_scale, nested_offset = store_scale(scale[..., 0], spec, positions, *(g[..., 0] for g in of_tensor))
     if zero_point is not None:
-        zero_point = zero_point[..., 0].astype(_code_dtype(spec))
-    return QTensor(_pack(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype)
+        zero_point = zero_point[..., 0].astype(_zero_dtype(spec))
+    return QTensor(
+        _pack(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype,
+        nested_scale=nested_scale, nested_offset=nested_offset,
+    )  # fmt: skip
 
 
-def _is_signed(spec: IntSpec | CodebookSpec) -> bool:
-    return isinstance(spec, IntSpec) and spec.signed
+def with_plain_scales(q: QTensor) -> QTensor:
+    """The same numbers with float32 scales in place of nested ones, so that any part of them stands for itself.
+
+    >>> from qjax.core.named_specs import nf4
+    >>> with_plain_scales(quantize(jnp.ones((64, 1)), nf4(double_quant=True), axes=(0,))).spec == nf4()
+    True
+    """
+    if q.nested_scale is None:
+        return q
+    spec = dataclasses.replace(q.spec, **{"scale_dtype": "float32"} if isinstance(q.spec, FloatSpec) else {"double_quant": False})
+    return dataclasses.replace(q, scale=q.scales(), nested_scale=None, nested_offset=None, spec=spec)
 
 
-def _code_dtype(spec: IntSpec | CodebookSpec):
-    return jnp.int8 if _is_signed(spec) else jnp.uint8
+def _code_dtype(spec: Spec):
+    return jnp.int8 if signed_codes(spec) else jnp.uint8
 
 
-def _pack(codes: jax.Array, spec: IntSpec | CodebookSpec) -> jax.Array:
+def _zero_dtype(spec: BlockSpec):
+    return spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else _code_dtype(spec)
+
+
+def _pack(codes: jax.Array, spec: BlockSpec) -> jax.Array:
     return codes.astype(_code_dtype(spec)) if spec.bits == 8 else pack(codes, spec.bits)
 
 
 def _unpack(q: QTensor) -> jax.Array:
     if q.spec.bits >= 8 or isinstance(q.spec, CastSpec):
         return jnp.asarray(q.codes)
-    return unpack(q.codes, q.spec.bits, padded_size(math.prod(q.sizes), q.spec), _is_signed(q.spec))
+    return unpack(q.codes, q.spec.bits, padded_size(math.prod(q.sizes), q.spec), signed_codes(q.spec))
 
 
-def _decode(
-    codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec
-) -> jax.Array:
+def _decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec) -> jax.Array:
     """Codes (kept..., Kpad) and scales (kept-like..., G) to float32 (kept..., Kpad)."""
     split, spread = [], []
     for n, count in zip(codes.shape, scale.shape, strict=True):
@@ -240,9 +283,11 @@ def _dequantize(q: QTensor) -> jax.Array:
     if isinstance(q.spec, CastSpec):
         w = _unpack(q).astype(jnp.float32)
     else:
-        w = _decode(_unpack(q), q.scale, q.zero_point, q.spec)[..., : math.prod(q.sizes)]
+        w = _decode(_unpack(q), q.scales(), q.zero_point, q.spec)[..., : math.prod(q.sizes)]
     if q.perm is not None:
         w = jnp.take_along_axis(w, jnp.argsort(q.perm, axis=-1), axis=-1)
+    if q.rotation is not None:
+        w = q.rotation.undo(w)
     if q.input_scale is not None:
         w = divide(w, q.input_scale)
     return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)
@@ -259,20 +304,28 @@ def assemble(
     perm: Any = None,
     *,
     input_scale: Any = None,
+    stacked: Sequence[int] = (),
+    nested_scale: Any = None,
+    nested_offset: Any = None,
     name: str = "w",
 ) -> QTensor:
     """Pack codes that a method or a file gave into a `QTensor`.
 
     Args:
       codes: integers (kept..., K) or (kept..., Kpad), within the spec's range; for a cast the floats (kept..., K).
-      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast.
-      zero_point: integers of the shape of `scale`, or None when the spec is symmetric.
+      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast. Floats; or, of a spec that stores
+        them so, bytes.
+      zero_point: integers, or floats with a floating `spec.zero_dtype`, of the shape of `scale`; None when the spec is symmetric.
       spec: what the codes mean.
       axes: logical axes that are contracted, in the order in which they are flattened; negative.
       sizes: their sizes.
       dtype: the logical dtype.
       perm: int32 (kept-like..., K), or None: stored position j holds the flattened index perm[j].
       input_scale: positive (kept-like..., K), or None: the codes stand for the weight times this.
+      stacked: negative kept axes that hold independent arrays: with double quantization each has statistics of its own.
+      nested_scale: for scales that are bytes, as `QTensor` has it; for float scales of NVFP4 the g that they are over, by default that
+        under which the largest of them is 448.
+      nested_offset: for scales that are the codes of double quantization, as `QTensor` has it.
       name: what an error calls the array.
 
     Returns:
@@ -296,6 +349,8 @@ def assemble(
         codes = codes.astype(spec.dtype)
     else:
         codes, scale, zero_point = _checked(codes, scale, zero_point, spec, k, name)
+        positions = stacked_positions(axes, negative_axes(stacked, ndim, "stacked"), ndim)
+        scale, nested_scale, nested_offset = _nested(scale, nested_scale, nested_offset, spec, positions, name)
     if perm is not None:
         perm = jnp.asarray(perm, jnp.int32)
         _check_shape("perm", perm, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
@@ -304,22 +359,61 @@ def assemble(
         input_scale = jnp.asarray(input_scale, jnp.float32)
         _check_shape("input_scale", input_scale, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
         _check_positive(input_scale, name)
-    return QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype, input_scale=input_scale)
+    return QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype,
+                   input_scale=input_scale, nested_scale=nested_scale, nested_offset=nested_offset)  # fmt: skip
 
 
-def _checked(codes, scale, zero_point, spec: IntSpec | CodebookSpec, k: int, name: str):
+def _nested(scale: jax.Array, nested_scale: Any, nested_offset: Any, spec: BlockSpec, stacked: list[int], name: str):
+    """The three arrays in which `assemble` stores scales, or an error that names the one that does not fit."""
+    bytes_given = scale.dtype == jnp.uint8
+    wanted = bytes_given and (is_nested(spec) or has_global_scale(spec)), bytes_given and is_nested(spec)
+    given = nested_scale is not None, nested_offset is not None
+    if given != wanted and not (has_global_scale(spec) and not given[1] and not bytes_given):
+        raise ValueError(f"`nested_scale` and `nested_offset` of `{name}` must be {['None', 'given'][wanted[0]]} and "
+                         f"{['None', 'given'][wanted[1]]} for {spec} with {scale.dtype} scales")  # fmt: skip
+    like = [scale.shape[i] if i in stacked else 1 for i in range(scale.ndim - 1)]
+    if nested_scale is not None:
+        nested_scale = jnp.asarray(nested_scale, jnp.float32)
+        count = -(-math.prod(scale.shape) // math.prod(like) // NESTED_BLOCK) if is_nested(spec) else 1
+        _check_shape("nested_scale", nested_scale, [{n} for n in [*like, count]], name)
+    if nested_offset is not None:
+        nested_offset = jnp.asarray(nested_offset, jnp.float32)
+        _check_shape("nested_offset", nested_offset, [{n} for n in [*like, 1]], name)
+    if bytes_given:
+        return scale, nested_scale, nested_offset
+    if has_global_scale(spec) and nested_scale is None:
+        axes = tuple(i for i in range(scale.ndim) if i not in stacked)
+        nested_scale = divide(jnp.full([*like, 1], 448.0), jnp.max(scale, axis=axes, keepdims=True))
+    stored = store_scale(scale, spec, stacked, nested_scale)
+    if not is_nested(spec) and isinstance(spec, FloatSpec):
+        _check_scale_is(read_scale(*stored, spec), scale, spec, name)
+    return stored
+
+
+def _check_scale_is(stored: jax.Array, given: jax.Array, spec: BlockSpec, name: str) -> None:
+    if isinstance(stored, Tracer) or spec.scale_dtype not in ("e8m0", "e4m3"):
+        return
+    if not np.allclose(np.asarray(stored), np.asarray(given), rtol=1e-6, atol=0):
+        raise ValueError(f"`scale` of `{name}` must hold {spec.scale_dtype} numbers (over `nested_scale`), as block_params gives them")
+
+
+def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
     """The packed codes, scale and zero point of `assemble`, or an error that names the one that does not fit."""
     check_blocks((*codes.shape[:-1], k), spec, name)
     kept, padded = codes.shape[:-1], padded_size(k, spec)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
     _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
-    lo, hi = (spec.qmin, spec.qmax) if isinstance(spec, IntSpec) else (0, 2**spec.bits - 1)
+    lo, hi = (spec.qmin, spec.qmax) if isinstance(spec, IntSpec) else (-127, 127) if signed_codes(spec) else (0, 2**spec.bits - 1)
     _check_codes("codes", codes, lo, hi, name)
+    _check_no_nan(codes, spec, name)
     counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
     if isinstance(spec.granularity, PerBlock) and kept:
         counts[-2] = {1, kept[-1], kept[-1] // spec.granularity.kept}
-    scale = jnp.asarray(scale, spec.scale_dtype)
+    scale = jnp.asarray(scale)
+    as_bytes = stored_scale_dtype(spec) == "uint8"
+    if not (as_bytes and scale.dtype == jnp.uint8):
+        scale = scale.astype(jnp.float32 if as_bytes else spec.scale_dtype)
     _check_shape("scale", scale, counts, name)
     if (zero_point is None) == (isinstance(spec, IntSpec) and not spec.symmetric):
         wanted = "given" if zero_point is None else "None"
@@ -327,8 +421,11 @@ def _checked(codes, scale, zero_point, spec: IntSpec | CodebookSpec, k: int, nam
     if zero_point is not None:
         zero_point = jnp.asarray(zero_point)
         _check_shape("zero_point", zero_point, [{n} for n in scale.shape], name)
-        _check_codes("zero_point", zero_point, lo, hi, name)
-        zero_point = zero_point.astype(_code_dtype(spec))
+        if isinstance(spec, IntSpec) and spec.float_zero:
+            check_finite(zero_point.astype(_zero_dtype(spec)), f"zero_point of {name}")
+        else:
+            _check_codes("zero_point", zero_point, lo, hi, name)
+        zero_point = zero_point.astype(_zero_dtype(spec))
     if codes.shape[-1] < padded:
         codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
     return _pack(codes, spec), scale, zero_point
@@ -347,6 +444,12 @@ def _check_codes(argument: str, codes: jax.Array, lo: int, hi: int, name: str) -
         least, most = int(jnp.min(codes)), int(jnp.max(codes))
     if least < lo or most > hi:
         raise ValueError(f"`{argument}` of `{name}` must lie in {lo} .. {hi}, got {least} .. {most}; clamp them")
+
+
+def _check_no_nan(codes: jax.Array, spec: BlockSpec, name: str) -> None:
+    element = MINIFLOATS.get(spec.element) if isinstance(spec, FloatSpec) else None
+    if element is not None and element.bits == 8:
+        _check_codes("codes", codes & 127, 0, element.largest_code, f"{name}` without the sign `")
 
 
 def _check_permutation(perm: jax.Array, name: str) -> None:

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from qjax.core.affine import affine_decode, affine_encode, affine_params, divide
+from qjax.core.affine import affine_decode, affine_encode, affine_params, divide, params_from_range, round_scale
 from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
-from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes
-from qjax.core.specs import CastSpec, CodebookSpec, IntSpec, Spec
+from qjax.core.floating import float_decode, float_encode, float_scale, global_scale
+from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes, stacked_positions
+from qjax.core.scales import is_nested, nest, unnest
+from qjax.core.specs import BlockSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, Spec, has_global_scale
 
-# How scales and zero points of blocks (..., group) are chosen: both (..., 1), the second None where the spec has none.
-Ranges = Callable[[jax.Array, IntSpec | CodebookSpec], tuple[jax.Array, jax.Array | None]]
+# How scales and zero points of blocks (..., group) are chosen: both (..., 1), the second None where the spec has none. Where blocks
+# have scales over one of the whole tensor, that one is a third argument.
+Ranges = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
 def check_finite(w: Any, name: str) -> None:
@@ -64,38 +67,97 @@ def checked(
     return w, axes, stacked
 
 
-def block_params(x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array | None]:
-    """Scale and zero point of each block: `affine_params` or `codebook_params`.
+def tensor_scale(blocked: jax.Array, spec: BlockSpec, stacked: Sequence[int] = ()) -> tuple[jax.Array, ...]:
+    """What `block_params` needs to know of the whole tensor: nothing, or the one scale that blocks have theirs over.
+
+    Args:
+      blocked: (kept-like..., G, group), see `layout.blocks`.
+      spec: what is rounded to.
+      stacked: axes that hold independent tensors.
+
+    Returns:
+      (), or (float32 (stacked axes full, others 1),).
+
+    >>> from qjax.core.specs import PerGroup
+    >>> tensor_scale(jnp.ones((3, 2, 4)), IntSpec(4)), tensor_scale(jnp.ones((3, 2, 4)), FloatSpec("e2m1", PerGroup(4), "e4m3"))[0].shape
+    ((), (1, 1, 1))
+    """
+    if not has_global_scale(spec):
+        return ()
+    axes = tuple(i for i in range(blocked.ndim) if i not in stacked)
+    return (global_scale(jnp.max(jnp.abs(blocked.astype(jnp.float32)), axis=axes, keepdims=True), spec),)
+
+
+def block_params(x: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of each block: `affine_params`, `codebook_params` or `float_scale`.
+
+    Args:
+      x: (..., group), floating.
+      spec: what is rounded to.
+      of_tensor: see `tensor_scale`; None takes `x` for the whole tensor.
+
+    Returns:
+      (scale float32 (..., 1), zero_point int32 (..., 1) or None).
 
     >>> block_params(jnp.float32([[-15.0, 3.0]]), IntSpec(4))[0].tolist()
     [[2.0]]
     """
-    return (codebook_params(x, spec), None) if isinstance(spec, CodebookSpec) else affine_params(x, spec)
+    if isinstance(spec, CodebookSpec):
+        return codebook_params(x, spec), None
+    if isinstance(spec, FloatSpec):
+        hi = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        return range_params(-hi, hi, spec, *(tensor_scale(x, spec) if of_tensor is None else (of_tensor,)))
+    return affine_params(x, spec)
 
 
-def block_encode(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec
-) -> jax.Array:
-    """The codes of each block, int32: `affine_encode` or `codebook_encode`.
+def range_params(
+    lo: jax.Array, hi: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of values that lie in `lo .. hi`: `params_from_range`, the largest magnitude itself, or `float_scale`.
+
+    Args:
+      lo: lower ends, any shape, floating.
+      hi: upper ends, the same shape.
+      spec: what is rounded to.
+      of_tensor: see `tensor_scale`.
+
+    Returns:
+      (scale float32, zero_point int32 or None), the shape of `lo`.
+
+    >>> range_params(jnp.float32([-6.0]), jnp.float32([3.0]), FloatSpec("e2m1"))[0].tolist()
+    [1.0]
+    """
+    if isinstance(spec, IntSpec):
+        return params_from_range(lo, hi, spec)
+    reach = jnp.maximum(-lo, hi).astype(jnp.float32)
+    if isinstance(spec, FloatSpec):
+        return float_scale(reach, spec, of_tensor), None
+    return round_scale(reach, spec.scale_dtype), None
+
+
+def block_encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec) -> jax.Array:
+    """The codes of each block, int32: `affine_encode`, `codebook_encode` or `float_encode`.
 
     >>> block_encode(jnp.float32([[-15.0, 3.0]]), jnp.float32([[2.0]]), None, IntSpec(4)).tolist()
     [[-8, 2]]
     """
     if isinstance(spec, CodebookSpec):
         return codebook_encode(x, scale, spec)
+    if isinstance(spec, FloatSpec):
+        return float_encode(x, scale, spec)
     return affine_encode(x, scale, zero_point, spec)
 
 
-def block_decode(
-    codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec | CodebookSpec
-) -> jax.Array:
-    """What the codes stand for, float32: `affine_decode` or `codebook_decode`.
+def block_decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec) -> jax.Array:
+    """What the codes stand for, float32: `affine_decode`, `codebook_decode` or `float_decode`.
 
     >>> block_decode(jnp.int32([[-8, 2]]), jnp.float32([[2.0]]), None, IntSpec(4)).tolist()
     [[-16.0, 4.0]]
     """
     if isinstance(spec, CodebookSpec):
         return codebook_decode(codes, scale, spec)
+    if isinstance(spec, FloatSpec):
+        return float_decode(codes, scale, spec)
     return affine_decode(codes, scale, zero_point)
 
 
@@ -136,8 +198,11 @@ def _round_trip(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[
     if isinstance(spec, CastSpec):
         return round_cast(w, spec).astype(jnp.float32).astype(w.dtype)
     blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
-    scale, zero_point = block_params(blocked, spec)
+    positions = stacked_positions(axes, stacked, w.ndim)
+    scale, zero_point = block_params(blocked, spec, *tensor_scale(blocked, spec, positions))
     codes = block_encode(blocked, scale, zero_point, spec)
+    if is_nested(spec):
+        scale = unnest(*nest(scale[..., 0], positions))[..., None]
     return to_logical(block_decode(codes, scale, zero_point, spec)).astype(w.dtype)
 
 
@@ -145,8 +210,8 @@ def in_range(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (
     """Where `qmin <= w / scale + zero_point <= qmax`: the values that rounding does not clip.
 
     Symmetric with `scale_rule="half"`: half a step more on both sides, because there the range ends half a step beyond
-    the codes. The bounds are wider by the rounding of the scale, so that a block's extreme value is inside. A table and
-    a cast clip nothing.
+    the codes. The bounds are wider by the rounding of the scale, so that a block's extreme value is inside. A table, floats and
+    a cast clip nothing, or by less than a step; scales from the mean clip much, and their published estimator has no mask.
 
     Args:
       w: floating array of any shape.
@@ -172,7 +237,7 @@ def in_range(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked"), inline=True)
 def _in_range(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
-    if not isinstance(spec, IntSpec):
+    if not isinstance(spec, IntSpec) or spec.by_mean:
         return jnp.ones(w.shape, bool)
     blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
     scale, zero_point = affine_params(blocked, spec)

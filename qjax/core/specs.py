@@ -7,32 +7,27 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from qjax.core.elements import MINIFLOATS
 from qjax.core.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 
-ScaleRule = Literal["half", "full"]
+ScaleRule = Literal["half", "full", "absmean", "twn"]
+TableRule = Literal["absmax", "absmean"]
+ExponentRule = Literal["floor", "round"]
+ElementName = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int8"]
+ScaleFormat = Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
+ZeroDtype = Literal["int", "float32", "float16", "bfloat16"]
 Per = Literal["tensor", "channel", "token"]
-
-# The table of bitsandbytes (`get_4bit_type("nf4")`), every digit. It is not Phi^-1((2i+1)/32), which has no exact zero.
-NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-# Not sorted: a sign bit, then 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4. Codes 0 and 8 both stand for 0.
-FP4_LEVELS = tuple(sign * v / 12.0 + 0.0 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
-
 
 def _check_choice(argument: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_common(granularity: object, scale_dtype: object, pad: object) -> None:
+def _check_common(granularity: object, scale_dtype: object, pad: object, scale_dtypes: object = ScaleDtype) -> None:
     if not isinstance(granularity, Granularity):
         raise TypeError(f"`granularity` must be one of the Per... classes, e.g. PerGroup(128), got {granularity!r}")
-    _check_choice("scale_dtype", scale_dtype, get_args(ScaleDtype))
+    _check_choice("scale_dtype", scale_dtype, get_args(scale_dtypes))
     if not isinstance(pad, bool):
         raise TypeError(f"`pad` must be True or False, got {pad!r}")
 
@@ -61,10 +56,13 @@ class IntSpec:
       signed: codes in -2^(bits-1) .. 2^(bits-1)-1, else in 0 .. 2^bits-1.
       symmetric: without a zero point.
       granularity: which values share a scale.
-      scale_rule: "half" (compressed-tensors, GPTQ: int4 divides by 7.5) or "full" (AWQ: by 7).
+      scale_rule: "half" (compressed-tensors, GPTQ: int4 divides by 7.5) or "full" (AWQ: by 7). "absmean" and "twn" are those of
+        `ternary`, for 2 bits.
       scale_dtype: the dtype that scales are stored in; they are rounded to it before codes are computed. Below 6e-5
         float16 has fewer and fewer digits.
       pad: pad the contracted axis with zeros up to a multiple of the group instead of refusing.
+      zero_dtype: of an asymmetric spec's zero points. "int": a code, as wide as they are, and 0 is exact. A floating dtype:
+        any number, `code = round(w / scale + zero_point)`, so 0 is no level of the grid in general (see `qjax.hqq`).
 
     Raises:
       ValueError, TypeError: naming the argument.
@@ -83,6 +81,7 @@ class IntSpec:
     scale_rule: ScaleRule = "half"
     scale_dtype: ScaleDtype = "float32"
     pad: bool = False
+    zero_dtype: ZeroDtype = "int"
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -91,12 +90,23 @@ class IntSpec:
             if not isinstance(getattr(self, argument), bool):
                 raise TypeError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}")
         _check_choice("scale_rule", self.scale_rule, get_args(ScaleRule))
+        _check_choice("zero_dtype", self.zero_dtype, get_args(ZeroDtype))
+        if self.symmetric and self.float_zero:
+            raise ValueError(f'`zero_dtype`="{self.zero_dtype}" needs a zero point: give symmetric=False (uint4(...) has it), or leave it out')
+        if self.by_mean and not (self.bits == 2 and self.signed and self.symmetric):
+            rule = f"`scale_rule`={self.scale_rule!r}"
+            raise ValueError(f"{rule} is for ternary weights, 2 bits, signed and symmetric: take 'half' or 'full'")
         _check_common(self.granularity, self.scale_dtype, self.pad)
+
+    @property
+    def by_mean(self) -> bool:
+        """Whether scales come from the mean of the magnitudes, as those of ternary weights do, and not from the largest."""
+        return self.scale_rule in ("absmean", "twn")
 
     @property
     def qmin(self) -> int:
         """The smallest code."""
-        narrow = self.symmetric and self.scale_rule == "full"
+        narrow = self.symmetric and self.scale_rule != "half"
         return (-(2 ** (self.bits - 1)) + narrow) if self.signed else 0
 
     @property
@@ -104,12 +114,19 @@ class IntSpec:
         """The largest code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
+    @property
+    def float_zero(self) -> bool:
+        """Whether zero points are floating."""
+        return self.zero_dtype != "int"
+
     def __str__(self):
         parts = [_describe(self.granularity)]
         parts += [f"symmetric={self.symmetric}"] * (self.symmetric != self.signed)
-        parts += ['scale_rule="full"'] * (self.symmetric and self.scale_rule == "full")
+        parts += [f'scale_rule="{self.scale_rule}"'] * (self.symmetric and self.scale_rule in ("full", "twn"))
         parts += [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32") + ["pad=True"] * self.pad
-        return f"{'' if self.signed else 'u'}int{self.bits}({', '.join(parts)})"
+        parts += [f'zero_dtype="{self.zero_dtype}"'] * self.float_zero
+        name = "ternary" if self.by_mean else f"{'' if self.signed else 'u'}int{self.bits}"
+        return f"{name}({', '.join(parts)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +138,15 @@ class CodebookSpec:
       levels: 2^bits finite numbers in -1 .. 1, in the order of the codes (not necessarily sorted), all different as
         float32 numbers; only zero may repeat.
       granularity, scale_dtype, pad: as for `IntSpec`.
+      scale_rule: "absmax", or "absmean": the mean of the magnitudes.
+      double_quant: store scales in 8 bits, see `nest`.
 
     Raises:
       ValueError, TypeError: naming the argument.
 
-    >>> CodebookSpec("ternary", (-1.0, 0.0, 1.0))
+    >>> CodebookSpec("three", (-1.0, 0.0, 1.0))
     Traceback (most recent call last):
-    ValueError: `levels` must hold 2^bits numbers with bits from 2 to 8, got 3
+    ValueError: `levels` must hold 2^bits numbers with bits from 1 to 8, got 3
     """
 
     name: str
@@ -135,28 +154,108 @@ class CodebookSpec:
     granularity: Granularity = PerGroup(64)  # noqa: RUF009  # frozen
     scale_dtype: ScaleDtype = "float32"
     pad: bool = False
+    scale_rule: TableRule = "absmax"
+    double_quant: bool = False
 
     def __post_init__(self):
         if not isinstance(self.levels, tuple):
             raise TypeError(f"`levels` must be a tuple (a spec is hashable), got {type(self.levels).__name__}")
-        if len(self.levels) not in [2**bits for bits in range(2, 9)]:
-            raise ValueError(f"`levels` must hold 2^bits numbers with bits from 2 to 8, got {len(self.levels)}")
+        if len(self.levels) not in [2**bits for bits in range(1, 9)]:
+            raise ValueError(f"`levels` must hold 2^bits numbers with bits from 1 to 8, got {len(self.levels)}")
         if not all(math.isfinite(v) and abs(v) <= 1 for v in self.levels):
             raise ValueError(f"`levels` must lie in -1 .. 1 (they multiply the block's absmax), got {self.levels}")
         ordered = np.sort(np.asarray(self.levels, np.float32))
         if np.any((np.diff(ordered) == 0) & (ordered[1:] != 0)):
             raise ValueError(f"`levels` must differ as float32 numbers (only zero may repeat), got {self.levels}")
         _check_common(self.granularity, self.scale_dtype, self.pad)
+        _check_choice("scale_rule", self.scale_rule, get_args(TableRule))
+        if not isinstance(self.double_quant, bool):
+            raise TypeError(f"`double_quant` must be True or False, got {self.double_quant!r}")
+        if self.double_quant and self.scale_dtype != "float32":
+            raise ValueError(f"`scale_dtype` must stay 'float32' with double_quant=True, which stores 8 bits, got {self.scale_dtype!r}")
 
     @property
     def bits(self) -> int:
         """Bits a code takes."""
         return len(self.levels).bit_length() - 1
 
+    @property
+    def by_mean(self) -> bool:
+        """Whether scales come from the mean of the magnitudes and not from the largest."""
+        return self.scale_rule == "absmean"
+
     def __str__(self):
-        parts = [_describe(self.granularity)]
+        parts = [_describe(self.granularity)] + ["double_quant=True"] * self.double_quant
         parts += [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32") + ["pad=True"] * self.pad
         return f"{self.name}({', '.join(parts)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatSpec:
+    """Small floats: `w ~= number(code) * scale`, where `scale` brings the largest magnitude of the block to the largest number.
+
+    Args:
+      element: the numbers, by exponent and mantissa bits: "e2m1" (FP4, up to 6), "e2m3", "e3m2" (FP6, up to 7.5 and 28), "e4m3",
+        "e5m2" (FP8, up to 448 and 57344); "int8", integers of -127 .. 127 over 64.
+      granularity, pad: as for `IntSpec`.
+      scale_dtype: "float32", "float16" or "bfloat16" (`scale = absmax / largest`); "e8m0", a power of two in one byte, as in the MX
+        formats; "e4m3", an FP8 number in one byte, over one float32 number a tensor, as in NVFP4. See `float_scale`.
+      exponent_rule: "floor" or "round", how "e8m0" finds its exponent; see `float_scale`.
+
+    Raises:
+      ValueError, TypeError: naming the argument.
+
+    >>> print(FloatSpec("e4m3"), FloatSpec("e2m1", PerGroup(32), "e8m0"), FloatSpec("e2m1", PerGroup(16), "e4m3"), sep=", ")
+    fp8_e4m3(per="channel"), mxfp4(), nvfp4()
+    >>> FloatSpec("e4m4")
+    Traceback (most recent call last):
+    ValueError: `element` must be one of 'e2m1', 'e2m3', 'e3m2', 'e4m3', 'e5m2', 'int8', got 'e4m4'
+    """
+
+    element: ElementName
+    granularity: Granularity = PerChannel()  # noqa: RUF009  # frozen
+    scale_dtype: ScaleFormat = "float32"
+    exponent_rule: ExponentRule = "floor"
+    pad: bool = False
+
+    def __post_init__(self):
+        _check_choice("element", self.element, get_args(ElementName))
+        _check_common(self.granularity, self.scale_dtype, self.pad, ScaleFormat)
+        _check_choice("exponent_rule", self.exponent_rule, get_args(ExponentRule))
+        if self.exponent_rule != "floor" and self.scale_dtype != "e8m0":
+            raise ValueError(f"`exponent_rule`={self.exponent_rule!r} is for scale_dtype='e8m0', got {self.scale_dtype!r}")
+
+    @property
+    def bits(self) -> int:
+        """Bits a code takes."""
+        return 8 if self.element == "int8" else MINIFLOATS[self.element].bits
+
+    @property
+    def by_mean(self) -> bool:
+        """Whether scales come from the mean of the magnitudes: they come from the largest."""
+        return False
+
+    @property
+    def largest(self) -> float:
+        """The largest number."""
+        return 127 / 64 if self.element == "int8" else MINIFLOATS[self.element].largest
+
+    def __str__(self):
+        pad = ["pad=True"] * self.pad
+        if self.scale_dtype == "e8m0" and self.granularity == PerGroup(32):
+            kind = {"int8": "int8", "e2m1": "fp4"}.get(self.element, f"fp{self.bits}")
+            parts = [f'"{self.element}"'] * (self.bits > 4 and self.element != "int8")
+            return f"mx{kind}({', '.join([*parts, *self._rule(), *pad])})"
+        if self.scale_dtype == "e4m3" and self.element == "e2m1" and self.granularity == PerGroup(16):
+            return f"nvfp4({', '.join(pad)})"
+        parts = [_describe(self.granularity)] + [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32")
+        parts += [*self._rule(), *pad]
+        if self.element in ("e4m3", "e5m2") and self.scale_dtype in get_args(ScaleDtype):
+            return f"fp8_{self.element}({', '.join(parts)})"
+        return f'floating({", ".join([f"{chr(34)}{self.element}{chr(34)}", *parts])})'
+
+    def _rule(self) -> list[str]:
+        return ['exponent_rule="round"'] * (self.exponent_rule == "round")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +281,34 @@ class CastSpec:
         return {"bfloat16": "bf16()", "float16": "fp16()"}[self.dtype]
 
 
-Spec = IntSpec | CodebookSpec | CastSpec
+BlockSpec = IntSpec | CodebookSpec | FloatSpec  # codes and scales, block by block
+Spec = BlockSpec | CastSpec
 
 
-def _granularity(per: Per | None, group_size: int | None, block: tuple[int, int] | None) -> Granularity:
+def signed_codes(spec: Spec) -> bool:
+    """Whether codes are in two's complement.
+
+    >>> signed_codes(IntSpec(4)), signed_codes(CodebookSpec("two", (-1.0, 1.0)))
+    (True, False)
+    """
+    return (isinstance(spec, IntSpec) and spec.signed) or (isinstance(spec, FloatSpec) and spec.element == "int8")
+
+
+def has_global_scale(spec: Spec) -> bool:
+    """Whether its scales are bytes over one float32 number a tensor.
+
+    >>> has_global_scale(FloatSpec("e2m1", PerGroup(16), "e4m3"))
+    True
+    """
+    return isinstance(spec, FloatSpec) and spec.scale_dtype == "e4m3"
+
+
+def granularity_of(per: Per | None, group_size: int | None, block: tuple[int, int] | None) -> Granularity:
+    """The granularity that the three arguments of most factories mean.
+
+    >>> granularity_of(None, 128, None)
+    PerGroup(size=128)
+    """
     if sum(v is not None for v in (per, group_size, block)) > 1:
         raise ValueError(f"give one of `per`, `group_size` and `block`, got {per=}, {group_size=}, {block=}")
     if group_size is not None:
@@ -209,6 +332,7 @@ def integer(
     scale_rule: ScaleRule = "half",
     scale_dtype: ScaleDtype = "float32",
     pad: bool = False,
+    zero_dtype: ZeroDtype = "int",
 ) -> IntSpec:
     """Integers of 2 to 8 bits; `int4(...)` is `integer(4, ...)` and `uint4(...)` is `integer(4, signed=False, ...)`.
 
@@ -222,6 +346,7 @@ def integer(
       scale_rule: "half" or "full", see `IntSpec`.
       scale_dtype: "float32", "float16" or "bfloat16".
       pad: pad a contracted axis that the group does not divide.
+      zero_dtype: "int", or the floating dtype of zero points, see `IntSpec`.
 
     Returns:
       The spec.
@@ -233,8 +358,8 @@ def integer(
     int3(group_size=64)
     """
     symmetric = signed if symmetric is None else symmetric
-    granularity = _granularity(per, group_size, block)
-    return IntSpec(bits, signed, symmetric, granularity, scale_rule, scale_dtype, pad)
+    granularity = granularity_of(per, group_size, block)
+    return IntSpec(bits, signed, symmetric, granularity, scale_rule, scale_dtype, pad, zero_dtype)
 
 
 def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
@@ -247,10 +372,11 @@ def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
         scale_rule: ScaleRule = "half",
         scale_dtype: ScaleDtype = "float32",
         pad: bool = False,
+        zero_dtype: ZeroDtype = "int",
     ) -> IntSpec:
         return integer(
             bits, signed=signed, symmetric=symmetric, per=per, group_size=group_size, block=block,
-            scale_rule=scale_rule, scale_dtype=scale_dtype, pad=pad,
+            scale_rule=scale_rule, scale_dtype=scale_dtype, pad=pad, zero_dtype=zero_dtype,
         )  # fmt: skip
 
     kind = "signed, symmetric" if signed else "unsigned, asymmetric"
@@ -298,46 +424,8 @@ def codebook(
     quaternary(group_size=32)
     """
     default = per is None and group_size is None and block is None
-    granularity = PerGroup(64) if default else _granularity(per, group_size, block)
+    granularity = PerGroup(64) if default else granularity_of(per, group_size, block)
     return CodebookSpec(name, tuple(float(v) for v in levels), granularity, scale_dtype, pad)
-
-
-def nf4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool = False) -> CodebookSpec:
-    """NormalFloat, 4 bits: quantiles of a normal distribution with an exact zero.
-
-    Args:
-      group_size: values that share a scale.
-      scale_dtype: the dtype that scales are stored in.
-      pad: pad with zeros what the group does not divide.
-
-    Returns:
-      A `CodebookSpec`.
-
-    Source: QLoRA (arXiv 2305.14314); the levels are those of bitsandbytes.
-
-    >>> print(nf4())
-    nf4(group_size=64)
-    """
-    return CodebookSpec("nf4", NF4_LEVELS, PerGroup(group_size), scale_dtype, pad)
-
-
-def fp4(group_size: int = 64, *, scale_dtype: ScaleDtype = "float32", pad: bool = False) -> CodebookSpec:
-    """bitsandbytes' FP4 (not OCP E2M1): a sign and eight magnitudes, in the order of its codes.
-
-    Args:
-      group_size: as for `nf4`.
-      scale_dtype: as for `nf4`.
-      pad: as for `nf4`.
-
-    Returns:
-      A `CodebookSpec`.
-
-    Source: bitsandbytes' `get_4bit_type("fp4")`.
-
-    >>> fp4().levels[1] == 1 / 192
-    True
-    """
-    return CodebookSpec("fp4", FP4_LEVELS, PerGroup(group_size), scale_dtype, pad)
 
 
 def bf16() -> CastSpec:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.core.qtensor import ARRAYS, QTensor
+from qjax.core.qtensor import ARRAYS, QTensor, with_plain_scales
 
 
 def _contracted(q: QTensor) -> list[int]:
@@ -24,6 +24,13 @@ def _contracted(q: QTensor) -> list[int]:
 def _kept(q: QTensor) -> list[int]:
     contracted = _contracted(q)
     return [i for i in range(q.ndim) if i not in contracted]
+
+
+def _blocked_over(q: QTensor) -> list[int]:
+    """Logical positions of the kept axes, in their order, over which blocks of nested scales run; [] without double quantization."""
+    if q.nested_offset is None:
+        return []
+    return [i for i, own in zip(_kept(q), q.nested_offset.shape[:-1], strict=True) if own == 1 and q.shape[i] != 1]
 
 
 def _map_arrays(q: QTensor, f: Callable[[Any], Any], **static) -> QTensor:
@@ -48,6 +55,8 @@ def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
     """
     permutation = [int(p) for p in permutation]
     kept = _kept(q)
+    if [p for p in permutation if p in _blocked_over(q)] != _blocked_over(q):
+        q = with_plain_scales(q)  # blocks of 256 scales run over these axes in their order
     order = [kept.index(p) for p in permutation if p in kept]
     axes = tuple(permutation.index(a) - q.ndim for a in _contracted(q))
     return _map_arrays(q, lambda a: jnp.transpose(a, (*order, len(order))), axes=axes)
@@ -150,6 +159,9 @@ def reshape(q: QTensor, new_shape: Sequence[int]) -> QTensor | None:
             flat.append((places[0], new))
     axes = [i for _, new in sorted(flat) for i in new]
     kept_runs = [(old, new) for old, new in runs if old[0] not in contracted]
+    nested = _blocked_over(q)
+    if any({i in nested for i in old} == {True, False} for old, _ in kept_runs):
+        q = with_plain_scales(q)
     arrays = {n: _reshape_kept(getattr(q, n), q, kept_runs, new_shape, axes) for n in ARRAYS}
     if any(arrays[n] is None and getattr(q, n) is not None for n in ARRAYS):
         return None
@@ -179,9 +191,16 @@ def _reshape_kept(a: Any, q: QTensor, runs, new_shape: tuple[int, ...], contract
     return jnp.broadcast_to(a, full).reshape(*target, a.shape[-1])
 
 
-def _slice_kept(q: QTensor, window: Callable[[int, int, int], tuple | None], cut: Callable) -> QTensor | None:
-    """Cut every array: `window(axis, n, count)` says where along a kept axis of size n that has `count` entries."""
+def _slice_kept(
+    q: QTensor, window: Callable[[int, int, int], tuple | None], cut: Callable, whole: Callable[[int], bool]
+) -> QTensor | None:
+    """Cut every array: `window(axis, n, count)` says where along a kept axis of size n that has `count` entries.
+
+    `whole(axis)` says whether the axis stays as it is.
+    """
     kept, shape, arrays = _kept(q), q.shape, {}
+    if not all(whole(i) for i in _blocked_over(q)):
+        q = with_plain_scales(q)
     for name in ARRAYS:
         a = arrays[name] = getattr(q, name)
         if a is not None:
@@ -228,7 +247,7 @@ def slice(
         lo, hi, step = zip(*windows, (0, a.shape[-1], 1), strict=True)
         return jax.lax.slice(a, lo, hi, step)
 
-    return _slice_kept(q, window, cut)
+    return _slice_kept(q, window, cut, lambda i: (start[i], limit[i], steps[i]) == (0, q.shape[i], 1))
 
 
 def dynamic_slice(q: QTensor, starts: Sequence[Any], sizes: Sequence[int]) -> QTensor | None:
@@ -259,4 +278,4 @@ def dynamic_slice(q: QTensor, starts: Sequence[Any], sizes: Sequence[int]) -> QT
         at, lengths = zip(*windows, (jnp.zeros_like(starts[0]), a.shape[-1]), strict=True)
         return jax.lax.dynamic_slice(a, at, lengths)
 
-    return _slice_kept(q, window, cut)
+    return _slice_kept(q, window, cut, lambda i: sizes[i] == q.shape[i])

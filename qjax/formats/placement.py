@@ -6,8 +6,23 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from qjax.core import ARRAYS, CastSpec, IntSpec, PerBlock, QTensor, check_blocks, group_length, packed_length, padded_size
+from qjax.core import (
+    ARRAYS,
+    CastSpec,
+    IntSpec,
+    PerBlock,
+    QTensor,
+    check_blocks,
+    group_length,
+    has_global_scale,
+    is_nested,
+    packed_length,
+    padded_size,
+    signed_codes,
+    stored_scale_dtype,
+)
 from qjax.core.layout import negative_axes
+from qjax.core.scales import NESTED_BLOCK
 
 Axes = tuple[str, ...]
 
@@ -34,7 +49,7 @@ def check_packed(q: QTensor, name: str) -> None:
     check_blocks((*kept, k), spec, name)
     padded = padded_size(k, spec)
     cast = isinstance(spec, CastSpec)
-    code = spec.dtype if cast else "int8" if isinstance(spec, IntSpec) and spec.signed and spec.bits == 8 else "uint8"
+    code = spec.dtype if cast else "int8" if signed_codes(spec) and spec.bits == 8 else "uint8"
     length = k if cast else padded if spec.bits == 8 else packed_length(padded, spec.bits)
     _check("codes", q.codes, code, [{n} for n in kept] + [{length}], name)
     asymmetric = isinstance(spec, IntSpec) and not spec.symmetric
@@ -46,15 +61,28 @@ def check_packed(q: QTensor, name: str) -> None:
         counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
         if isinstance(spec.granularity, PerBlock):
             counts[-2] |= {kept[-1] // spec.granularity.kept}
-        _check("scale", q.scale, spec.scale_dtype, counts, name)
+        _check("scale", q.scale, stored_scale_dtype(spec), counts, name)
     if q.zero_point is not None:
-        signed = isinstance(spec, IntSpec) and spec.signed
-        _check("zero_point", q.zero_point, "int8" if signed else "uint8", [{n} for n in q.scale.shape], name)
+        kind = spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else "int8" if signed_codes(spec) else "uint8"
+        _check("zero_point", q.zero_point, kind, [{n} for n in q.scale.shape], name)
     if q.perm is not None:
         _check("perm", q.perm, "int32", [{1, n} for n in kept] + [{k}], name)
     if q.input_scale is not None:
         _check("input_scale", q.input_scale, "float32", [{1, n} for n in kept] + [{k}], name)
+    _check_nested(q, name)
     _check_activations(q, name)
+
+
+def _check_nested(q: QTensor, name: str) -> None:
+    if (q.nested_scale is None) == (is_nested(q.spec) or has_global_scale(q.spec)) or (q.nested_offset is None) == is_nested(q.spec):
+        raise ValueError(f"`{name}` must have nested scales, and only those, that {q.spec} calls for")
+    if q.nested_scale is not None:
+        like = [{1, n} for n in q.scale.shape[:-1]]
+        own = zip(q.nested_scale.shape[:-1], q.scale.shape[:-1], strict=False)
+        each = math.prod(q.scale.shape) // math.prod(n for o, n in own if o == n)
+        _check("nested_scale", q.nested_scale, "float32", [*like, {-(-each // NESTED_BLOCK) if is_nested(q.spec) else 1}], name)
+    if q.nested_offset is not None:
+        _check("nested_offset", q.nested_offset, "float32", [*[{n} for n in q.nested_scale.shape[:-1]], {1}], name)
 
 
 def _check_activations(q: QTensor, name: str) -> None:
@@ -126,7 +154,7 @@ def place_packed(q: QTensor, sharding: Sharding, name: str) -> dict[str, Shardin
     for field, array in fields.items():
         cut = [_kept(field, array.shape[i], n, axes, sharding, name)
                for i, (n, axes) in enumerate(zip(q.codes.shape[:-1], kept, strict=True))]  # fmt: skip
-        whole = field == "perm" or (field != "codes" and array.shape[-1] == 1)
+        whole = field in ("perm", "nested_scale") or (field != "codes" and array.shape[-1] == 1)
         cut = [*cut, () if whole else last]
         while cut and not cut[-1]:  # P() and P(None) are the same to jax and do not compare equal
             cut.pop()

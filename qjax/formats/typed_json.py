@@ -16,11 +16,14 @@ import numpy as np
 
 from qjax import ptq
 from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
-from qjax.core import CastSpec, CodebookSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
+from qjax.core import CastSpec, CodebookSpec, FloatSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
 from qjax.policy import Method
+from qjax.ptq.autoround import AutoRound
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
+from qjax.ptq.hqq import HQQ
 from qjax.ptq.llm_int8 import LLMInt8
+from qjax.ptq.online_rotation import Online
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
 
@@ -48,12 +51,16 @@ KINDS: dict[str, type] = {
     "block": PerBlock,
     "int": IntSpec,
     "codebook": CodebookSpec,
+    "float": FloatSpec,
     "cast": CastSpec,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
+    "hqq": HQQ,
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "llm_int8": LLMInt8,
+    "online_rotation": Online,
+    "autoround": AutoRound,
     "other_method": OtherMethod,
     "minmax": MinMax,
     "moving_average": MovingAverage,
@@ -62,7 +69,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, SmoothQuant, AWQ, LLMInt8, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, HQQ, SmoothQuant, AWQ, LLMInt8, Online, AutoRound, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from qjax.core import QCache, QTensor, views
+from qjax.core import QCache, QTensor, views, with_plain_scales
 from qjax.program import compat
 from qjax.program.primitives import ELEMENTWISE_VIEWS, PLACEMENTS, split_starts
 
@@ -85,6 +85,8 @@ def can_scan(packed: Packed) -> bool:
 
 def scannable(packed: Packed) -> Any:
     """Returns what a `scan` may slice: the packed arrays where that is right, else the dequantized value."""
+    if packed.q.nested_scale is not None and not can_scan(packed):
+        packed = Packed(with_plain_scales(packed.q), packed.pending)  # what is scanned over is no stack of independent tensors
     return Packed(packed.q, _anywhere(packed.pending)) if can_scan(packed) else packed.value()
 
 

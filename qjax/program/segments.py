@@ -74,8 +74,8 @@ class Cutter:
             elif atom in self.graph.sliced:
                 self.use([self.graph.sliced[atom].parent], position)
 
-    def segment(self, start: int, stop: int) -> Segment:
-        """Builds the segment of equations `start` to `stop` (excluded)."""
+    def segment(self, start: int, stop: int, outputs: Sequence[int] | None = None) -> Segment:
+        """Builds the segment of equations `start` to `stop` (excluded); with `outputs` it gives those, else what is needed after it."""
         eqns: dict[int, FlatEqn] = {}
         made: set[int] = set()
         inputs: dict[int, None] = {}
@@ -94,9 +94,10 @@ class Cutter:
         for eqn in self.graph.eqns[start:stop]:
             if not self.is_view(eqn):
                 add(eqn)
-        outputs = tuple(v for v in sorted(made) if v not in self.views and self.last_use.get(v, -1) >= stop)
+        if outputs is None:
+            outputs = [v for v in sorted(made) if v not in self.views and self.last_use.get(v, -1) >= stop]
         ordered = tuple(eqns.values())
-        return Segment(ordered, tuple(inputs), outputs, self._key(ordered, tuple(inputs), outputs))
+        return Segment(ordered, tuple(inputs), tuple(outputs), self._key(ordered, tuple(inputs), tuple(outputs)))
 
     def live_bytes(self, cuts: Sequence[int]) -> list[int]:
         """Bytes that stay alive across each cut, beside the program's inputs and constants, from shapes alone."""

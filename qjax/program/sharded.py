@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from qjax.core import with_plain_scales
 from qjax.program.packed import Packed, materialize
 
 
@@ -21,7 +22,9 @@ def shard_map_packed(
     specs: list[Any] = []
     values: list[Any] = []
     local: list[Any] = []
-    for operand, spec in zip(operands, eqn.params["in_specs"], strict=True):
+    for given, spec in zip(operands, eqn.params["in_specs"], strict=True):
+        # A part of a tensor knows nothing of the blocks of scales that run over all of it.
+        operand = Packed(with_plain_scales(given.q), given.pending) if isinstance(given, Packed) else given
         split = packed_specs(operand, spec, mesh) if isinstance(operand, Packed) else None
         if split is None:
             specs.append(spec)
@@ -53,7 +56,7 @@ def packed_specs(packed: Packed, spec: Any, mesh: Any) -> tuple[list[Any], Calla
     """Returns the specs of the packed arrays, and how the local arrays become the local `Packed`.
 
     A contracted axis may be split only if it is the only one, every part holds whole bytes and whole groups,
-    nothing is padded and there is no permutation across parts.
+    nothing is padded and there is no permutation or rotation across parts.
     """
     q = packed.q
     ndim = len(q.shape)
@@ -63,7 +66,7 @@ def packed_specs(packed: Packed, spec: Any, mesh: Any) -> tuple[list[Any], Calla
     parts = {i: _parts(entries[i], mesh) for i in range(ndim)}
     inner = [entries[i] for i in contracted if parts[i] > 1]
     ways = math.prod(parts[i] for i in contracted)
-    if inner and (len(q.axes) != 1 or q.perm is not None):
+    if inner and (len(q.axes) != 1 or q.perm is not None or q.rotation is not None):
         return None
     specs = []
     for leaf in jax.tree.leaves(q):

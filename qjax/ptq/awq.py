@@ -15,24 +15,23 @@ from jax import lax
 from qjax.calibration import Observer, Sample, sample_rows
 from qjax.core import (
     ActSpec,
+    BlockSpec,
     CastSpec,
-    CodebookSpec,
-    IntSpec,
     PerBlock,
     PerTensor,
     QTensor,
     Spec,
     block_decode,
     block_encode,
-    codebook_params,
     group_length,
+    has_global_scale,
     logical_blocks,
-    params_from_range,
 )
 from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.data import unseen_note
-from qjax.ptq.method import Method, Outcome, Problem
+from qjax.ptq.method import Method, Outcome, Problem, needs_float
 from qjax.ptq.parts import for_each_matrix, matrices, packed
+from qjax.ptq.range_search import candidates
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, matrix_sizes, work_of
 
@@ -60,6 +59,10 @@ class AWQ:
         if self.then is not None:
             return self.then.observer
         return sample_rows(self.rows) if self.clip else None
+
+    @property
+    def needs_float(self) -> bool:
+        return needs_float(self.then)
 
     def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
         return activation_of(self.then, given, ops)
@@ -158,6 +161,8 @@ def _clipped(problem: Problem, state: Sample) -> Outcome:
     spec = problem.spec
     if isinstance(spec, CastSpec) or isinstance(spec.granularity, (PerTensor, PerBlock)):
         return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: rows of it share a scale",))
+    if has_global_scale(spec) and problem.groups > 1:
+        return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: its groups share the scale of the tensor",))
     if not bool(jnp.isfinite(state.x).all()):
         raise ValueError(f"the sample of `{problem.name}`'s activations holds NaN or infinity: look at the calibration data")
     # A part without data has no error to lower: the first candidate wins, which is rounding.
@@ -166,30 +171,24 @@ def _clipped(problem: Problem, state: Sample) -> Outcome:
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _clip_all(w: jax.Array, x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _clip_all(w: jax.Array, x: jax.Array, spec: BlockSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`_clip` of every matrix of a stack, one at a time."""
     return lax.map(lambda part: _clip(part[0], part[1], spec), (w, x))
 
 
-def _clip(w: jax.Array, x: jax.Array, spec: IntSpec | CodebookSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _clip(w: jax.Array, x: jax.Array, spec: BlockSpec) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Codes (N, Kpad), scale and zero point (N, G) of a matrix (N, K) for rows (rows, K)."""
     blocked, to_canonical, _ = logical_blocks(w, spec, (-1,), ())
     groups, length = blocked.shape[-2:]
     x = jnp.pad(x, ((0, 0), (0, groups * length - x.shape[1]))).reshape(-1, groups, length)
     moment = jnp.einsum("mgk,mgj->gkj", x, x, precision=lax.Precision.HIGHEST)
-    low, high = jnp.min(blocked, axis=-1, keepdims=True), jnp.max(blocked, axis=-1, keepdims=True)
+    count, grid = candidates(blocked, spec, np.float32(CLIPS))
 
-    def grid(share: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        if isinstance(spec, CodebookSpec):
-            return codebook_params(jnp.maximum(-low, high) * share, spec), None
-        return params_from_range(low * share, high * share, spec)
-
-    def error(share: jax.Array) -> jax.Array:
-        off = block_decode(block_encode(blocked, *grid(share), spec), *grid(share), spec) - blocked
+    def error(i: jax.Array) -> jax.Array:
+        off = block_decode(block_encode(blocked, *grid(i), spec), *grid(i), spec) - blocked
         weighed = jnp.einsum("ngk,gkj->ngj", off, moment, precision=lax.Precision.HIGHEST)
         return jnp.sum(weighed * off, axis=-1, keepdims=True)
 
-    shares = jnp.asarray(CLIPS, jnp.float32)
-    scale, zero_point = grid(shares[jnp.argmin(lax.map(error, shares), axis=0)])
+    scale, zero_point = grid(jnp.argmin(lax.map(error, jnp.arange(count)), axis=0))
     codes = to_canonical(block_encode(blocked, scale, zero_point, spec))
-    return codes, scale[..., 0].astype(spec.scale_dtype), None if zero_point is None else zero_point[..., 0]
+    return codes, scale[..., 0], None if zero_point is None else zero_point[..., 0]

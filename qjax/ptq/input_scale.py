@@ -15,7 +15,7 @@ from qjax.core import ActSpec, QTensor, Spec, canonicalize
 from qjax.program import Leaf, Site
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import Layout, for_each_matrix, matrices, part_axes, part_of, problem_of, take
-from qjax.runtime.integer import why_not
+from qjax.runtime.integer import why_not, why_not_float8
 
 # (weights (stack, N, K), statistics, sample) of one choice of scales -> s (K,)
 Search = Callable[[jax.Array, Channels, Sample], jax.Array]
@@ -38,7 +38,7 @@ def why_no_scale(site: Site, leaf: Leaf, spec: Spec, act: ActSpec | None) -> str
         return "the windows of a convolution overlap"
     if site.op == "ragged_dot_general" and len(site.x_shape) != 2:
         return "its experts have a batch of lists of rows"
-    return why_not(site, spec)
+    return why_not_float8(site, spec, act) if act.is_float else why_not(site, spec)
 
 
 def site_scale(leaf: Leaf, site: Site, w: Any, stats: Channels, sample: Sample, scale: np.ndarray, search: Search) -> None:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import QTensor, Spec, assemble
+from qjax.core import CastSpec, QTensor, Spec, assemble, logical_blocks, tensor_scale
+from qjax.core.layout import stacked_positions
 from qjax.program import Leaf, Site
 from qjax.ptq.method import Problem
 
@@ -187,5 +188,16 @@ def packed(
         [shape[a] for a in contracted],
         problem.w.dtype,
         None if perm is None else place(perm[:, None, :], rows=False),
+        stacked=problem.stacked,
+        nested_scale=_tensor_scale(problem),
         name=problem.name,
     )
+
+
+def _tensor_scale(problem: Problem) -> jax.Array | None:
+    """What the scales of blocks are over, or None: a matter of the weight alone, so every method finds the same."""
+    if isinstance(problem.spec, CastSpec):
+        return None
+    blocked = logical_blocks(problem.w, problem.spec, problem.axes, problem.stacked)[0]
+    found = tensor_scale(blocked, problem.spec, stacked_positions(problem.axes, problem.stacked, problem.w.ndim))
+    return found[0][..., 0] if found else None

@@ -25,15 +25,16 @@ from qjax.ptq.data import Batches, check_numbers, check_same_sites
 from qjax.ptq.groups import check_groups, padding_note
 from qjax.ptq.input_scale import part_scale, quantize_scaled, scaled_shapes
 from qjax.ptq.llm_int8 import with_capacities
-from qjax.ptq.method import Method, Outcome, Problem
+from qjax.ptq.method import Method, Outcome, Problem, refusal
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
 from qjax.ptq.products import product_row, quantize_products
 from qjax.ptq.progress import Listener, Monitor
 from qjax.ptq.rescale import rescale, rescaled_by
 from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
-from qjax.ptq.sequential import Task, quantize_sequential
+from qjax.ptq.sequential import quantize_sequential
 from qjax.ptq.spill import Spill
+from qjax.ptq.streams import Task
 from qjax.ptq.work import work_of
 from qjax.report import Report, Row
 from qjax.runtime.select import kernel_of
@@ -138,7 +139,7 @@ def quantize(
     memory: dict[str, int] = {}
     if tasks:
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-        found, memory = quantize_sequential(current, tasks, streams, monitor, kept, spill)
+        found, memory = quantize_sequential(current, tasks, streams, monitor, kept, spill, flat)
         done |= found
     done = with_activations(done, choices, flat, streams, monitor)
     done = with_capacities(done, choices, flat, streams, monitor)
@@ -238,8 +239,17 @@ def whole_problem(choice: Choice) -> Problem:
     return problem_of(leaf, leaf.sites[0], choice.spec, w)  # pyright: ignore[reportArgumentType]
 
 
+def refusal_of(choice: Choice) -> str:
+    """What is said of a parameter that its rule's method cannot quantize, whatever the spec; "" if it can."""
+    method: Any = None if choice.rule is None or choice.spec is None else choice.rule.method
+    reason = "" if method is None else refusal(method, choice.leaf)
+    return f"`method` {method.name} cannot quantize {choice.leaf.path!r}: {reason}" if reason else ""
+
+
 def shapes_of(choice: Choice) -> QTensor:
-    """What a parameter will be stored as, from shapes alone."""
+    """What a parameter will be stored as, from shapes alone; ValueError if its method cannot do it."""
+    if reason := refusal_of(choice):
+        raise ValueError(reason)
     return method_of(choice)[0].shapes(whole_problem(choice))
 
 

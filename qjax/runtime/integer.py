@@ -2,7 +2,9 @@
 
     y = s_x s_w (sum_k x_k w_k - z_x sum_k w_k - z_w sum_k x_k + K z_x z_w)
 
-on codes x and w with scales s and zero points z; columns of outliers are multiplied apart, in 16 bit (`outliers.py`).
+on codes x and w with scales s and zero points z; terms with a floating z_w are added in float32. Columns of
+outliers are multiplied apart, in 16 bit (`outliers.py`).
+Products of FP8 activations and FP8 weights go the same way, f8 x f8 -> float32 and no zero points.
 Everything here is stock XLA; it is what a faster kernel is compared with.
 """
 
@@ -17,7 +19,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import ActSpec, IntSpec, PerBlock, PerGroup, QTensor, affine_params, divide, encode_activation, uncanonicalize
+from qjax.core import (
+    FLOAT8,
+    ActSpec,
+    FloatSpec,
+    IntSpec,
+    PerBlock,
+    PerGroup,
+    QTensor,
+    block_params,
+    divide,
+    encode_activation,
+    group_length,
+    uncanonicalize,
+)
 from qjax.program import Site
 from qjax.program.labels import axes_of
 from qjax.runtime.outliers import Split, outlier_product, split_outliers
@@ -26,7 +41,7 @@ BLOCK = 16  # rows of one expert at a time
 
 
 class Codes(NamedTuple):
-    """A weight's codes, int8 (kept..., Kpad); scale (kept-like..., G); zero point int32 like the scale, or None."""
+    """A weight's codes, int8 or FP8 (kept..., Kpad); scale (kept-like..., G); zero point int32 or float32 like the scale, or None."""
 
     codes: jax.Array
     scale: jax.Array
@@ -35,11 +50,37 @@ class Codes(NamedTuple):
 
 def weight_codes(q: QTensor) -> Codes:
     """Unpacks a weight for an integer product. Unsigned 8-bit codes are moved down by 128, and their zero point with them."""
-    codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(jnp.int32)
+    if isinstance(q.spec, FloatSpec):
+        scale = q.scales()
+        if isinstance(q.spec.granularity, PerBlock):
+            scale = jnp.repeat(scale, q.codes.shape[-2] // scale.shape[-2], axis=-2)
+        return Codes(lax.bitcast_convert_type(q.codes, FLOAT8[q.spec.element]), scale, None)
+    kind = jnp.float32 if isinstance(q.spec, IntSpec) and q.spec.float_zero else jnp.int32
+    codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(kind)
     if codes.dtype == jnp.uint8 and q.spec.bits == 8:
         codes = lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)
         zero_point = (jnp.zeros(q.scale.shape, jnp.int32) if zero_point is None else zero_point) - 128
     return Codes(codes.astype(jnp.int8), q.scale.astype(jnp.float32), zero_point)
+
+
+def _is_float8(spec: Any) -> bool:
+    """Whether codes are FP8 with scales of a float each, not of blocks so small that a product for each would cost more."""
+    return isinstance(spec, FloatSpec) and spec.element in FLOAT8 and spec.scale_dtype not in ("e8m0", "e4m3")
+
+
+def why_not_float8(site: Site, spec: Any, act: ActSpec) -> str:
+    """Says why a site's product cannot run on FP8 operands; "" if it can."""
+    for name, one in (("weights", spec), ("activations", act.spec)):
+        if not _is_float8(one):
+            return f"{name} of {one} are no FP8 with float scales"
+    groups = [group_length(0, one) for one in (spec, act.spec)]
+    if groups[1] and groups[0] != groups[1]:
+        return f"activations in groups of {groups[1]} meet weights that have no such groups"
+    if site.op == "conv_general_dilated":
+        return "a convolution"
+    if site.op == "dot_general" and axes_of([site.view.dims[w] for w, _ in site.pairs]) != set(site.contracted):
+        return "it is contracted over a part of its axes"
+    return ""
 
 
 def why_not(site: Site, spec: Any) -> str:
@@ -61,7 +102,7 @@ def dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, operand: int) -> jax.A
     """The `dot_general` of an equation on integers; None if the weight's flattened axes are not those that it contracts."""
     contract, batch = eqn.params["dimension_numbers"]
     flat = [a + q.ndim for a in q.axes]
-    if sorted(flat) != sorted(contract[operand]) or not isinstance(q.spec, IntSpec) or isinstance(q.spec.granularity, PerBlock):
+    if sorted(flat) != sorted(contract[operand]):
         return None
     pair = dict(zip(contract[operand], contract[1 - operand], strict=True))
     free = [i for i in range(x.ndim) if i not in batch[1 - operand] and i not in contract[1 - operand]]
@@ -98,6 +139,8 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
     input_scale = of_weight(q.input_scale)
     if input_scale is not None:
         x = divide(x.astype(jnp.float32), input_scale)
+    if q.rotation is not None:
+        x = q.rotation.apply(x.astype(jnp.float32))
     perm = of_weight(q.perm)
     if perm is not None:
         x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (*x.shape[:n_batch], *[1] * n_free, x.shape[-1])), axis=-1)
@@ -111,18 +154,23 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
     numbers = _numbers(n_batch, places, codes.ndim - 1, w.codes.ndim - 1, x_first)
     z_x = None if zero_point is None else zero_point[..., 0]
 
-    def group(x: jax.Array, w: Codes) -> jax.Array:
+    grouped = scale.shape[-1] > 1  # activations have scales for each group
+
+    def group(x: jax.Array, w: Codes, x_scale: jax.Array | None) -> jax.Array:
         """One group of columns: `w.scale` and `w.zero_point` are (kept-like...)."""
         operands = (x, w.codes) if x_first else (w.codes, x)
-        total = lax.dot_general(*operands, numbers, preferred_element_type=jnp.int32)
+        total = _product(*operands, numbers)
         if z_x is not None:
             total = total - on_x(z_x) * on_w(jnp.sum(w.codes, axis=-1, dtype=jnp.int32))
         if w.zero_point is not None:
             sums = jnp.sum(x, axis=-1, dtype=jnp.int32) - (0 if z_x is None else z_x * x.shape[-1])
-            total = total - on_x(sums) * on_w(w.zero_point)
-        return total.astype(jnp.float32) * on_w(w.scale)
+            kind = w.zero_point.dtype  # with a floating zero point the integers end here
+            total = total.astype(kind) - on_x(sums.astype(kind)) * on_w(w.zero_point)
+        total = total.astype(jnp.float32) * on_w(w.scale)
+        return total if x_scale is None else total * on_x(x_scale)
 
-    out = _over_groups(group, codes, w) * on_x(scale[..., 0])
+    out = _over_groups(group, codes, w, scale if grouped else None)
+    out = out if grouped else out * on_x(scale[..., 0])
     if split is None:
         return out
     large, scaled = outlier_product(split, w.codes, w.scale, w.zero_point, order, n_batch, x_first)
@@ -134,30 +182,39 @@ def _numbers(n_batch: int, places: Sequence[int], x_last: int, w_last: int, x_fi
     return (contract, batch) if x_first else (contract[::-1], batch[::-1])
 
 
-def _over_groups(group: Any, x: jax.Array, w: Codes) -> jax.Array:
+def _product(a: jax.Array, b: jax.Array, numbers: Any) -> jax.Array:
+    """int8 x int8 -> int32, or f8 x f8 -> float32; by precision, for XLA's default adds fewer bits of FP8 products up on a GPU."""
+    if a.dtype == jnp.int8:
+        return lax.dot_general(a, b, numbers, preferred_element_type=jnp.int32)
+    return lax.dot_general(a, b, numbers, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _over_groups(group: Any, x: jax.Array, w: Codes, x_scale: jax.Array | None) -> jax.Array:
     """Sums a function of one group of columns over all groups, one at a time: all at once would hold a result for each."""
     count = w.scale.shape[-1]
     if count == 1:
-        return group(x, jax.tree.map(lambda a: a if a is w.codes else a[..., 0], w))
+        return group(x, jax.tree.map(lambda a: a if a is w.codes else a[..., 0], w), None)
 
     def cut(a: jax.Array) -> jax.Array:  # (..., count * n) -> (count, ..., n)
         return jnp.moveaxis(a.reshape(*a.shape[:-1], count, -1), -2, 0)
 
-    def step(total: jax.Array, part: tuple[jax.Array, Codes]) -> tuple[jax.Array, None]:
+    def step(total: jax.Array, part: tuple[jax.Array, Codes, jax.Array | None]) -> tuple[jax.Array, None]:
         return total + group(*part), None
 
     zero_point = None if w.zero_point is None else jnp.moveaxis(w.zero_point, -1, 0)
-    parts = cut(x), Codes(cut(w.codes), jnp.moveaxis(w.scale, -1, 0), zero_point)
+    of_x = None if x_scale is None else jnp.moveaxis(x_scale, -1, 0)
+    parts = cut(x), Codes(cut(w.codes), jnp.moveaxis(w.scale, -1, 0), zero_point), of_x
     first = group(*jax.tree.map(lambda a: a[0], parts))
     return lax.scan(step, first, jax.tree.map(lambda a: a[1:], parts))[0]
 
 
 def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
-    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input scale."""
+    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input of their own."""
     params = eqn.params
     dims = params["dimension_numbers"]
     w = weight_codes(q)
     one_scale = w.scale.shape[-1] == 1 and w.zero_point is None and q.perm is None and q.input_scale is None
+    one_scale = one_scale and q.rotation is None
     if not one_scale or [a + q.ndim for a in q.axes if a + q.ndim == dims.rhs_spec[0]]:
         return None
     asymmetric = not (act.spec.signed and act.spec.symmetric)
@@ -208,7 +265,7 @@ def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Arra
     if not plain or q.ndim != 3 or tuple(a + 3 for a in q.axes) != tuple(contract[1]) or tuple(dims.rhs_group_dimensions) != (0,):
         return None
     if not act.static and not act.per_token:  # one range for all rows, not for those of a block
-        scale, zero_point = affine_params(x.reshape(1, -1), act.spec)
+        scale, zero_point = block_params(x.reshape(1, -1), act.spec)
         q = dataclasses.replace(q, act_scale=scale[None], act_zero_point=None if zero_point is None else zero_point[None])
     rows, experts = x.shape[0], sizes.shape[0]
     ends = jnp.cumsum(sizes)
@@ -233,10 +290,12 @@ def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Arra
 
 
 def product(site: Site, eqn: Any, operands: Sequence[Any]) -> jax.Array | None:
-    """The product of a site on integers, in the dtype that the equation gives; None if there is none for its form."""
+    """The product of a site on integers or FP8, in the dtype that the equation gives; None if there is none for its form."""
     q, x = operands[site.operand].q, operands[1 - site.operand]
     act = q.act
-    if not isinstance(q.spec, IntSpec) or act is None:
+    if act is None or (why_not_float8(site, q.spec, act) if act.is_float else not isinstance(q.spec, IntSpec)):
+        return None
+    if not act.is_float and isinstance(q.spec.granularity, PerBlock):
         return None
     if site.op == "dot_general":
         out = dot(eqn, x, q, act, site.operand)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import CastSpec, QTensor
+from qjax.core import NAN_BYTES, CastSpec, QTensor, with_plain_scales
 from qjax.program import Packed
 
 
@@ -41,9 +41,12 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     def spread(part: jax.Array | None) -> jax.Array | None:
         return None if part is None else part.reshape(-1, part.shape[-1])
 
+    if q.nested_offset is not None:
+        q = with_plain_scales(q)  # blocks of scales run over rows
+    nan = NAN_BYTES.get(q.spec.scale_dtype, jnp.nan)
     picked = QTensor(
-        spread(rows(q.codes, 0)), spread(rows(q.scale, jnp.nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
-        input_scale=q.input_scale,
+        spread(rows(q.codes, 0)), spread(rows(q.scale, nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
+        input_scale=q.input_scale, nested_scale=q.nested_scale, rotation=q.rotation,
     )
     x = Packed(picked, weight.pending).value()
     x = x.reshape(*indices.shape[:-1], x.shape[-1])

@@ -84,6 +84,9 @@ def test_a_packed_checkpoint_stands_alone(tiny, text, tmp_path):
         (["--weight", "uint3", "--group-size", "8"], "uint3(group_size=8)"),
         (["--weight", "int2", "--group-size", "5", "--pad"], "int2(group_size=5, pad=True)"),
         (["--weight", "nf4", "--group-size", "16"], "nf4(group_size=16)"),
+        (["--weight", "nf4_quantile", "--group-size", "16", "--double-quant"], "nf4_quantile(group_size=16, double_quant=True)"),
+        (["--weight", "mxfp6_e3m2", "--pad"], 'mxfp6("e3m2", pad=True)'),
+        (["--weight", "nvfp4", "--pad"], "nvfp4(pad=True)"),
         (["--weight", "bf16"], "bf16()"),
     ],
 )
@@ -223,6 +226,8 @@ def bad_inputs():
     yield ["SRC", "DST", "--act-order"], 2, ["--act-order", "rtn"]
     yield ["SRC", "DST", "--per", "tensor", "--group-size", "8"], 2, ["--per", "--group-size"]
     yield ["SRC", "DST", "--weight", "nf4", "--per", "channel"], 2, ["--per", "nf4"]
+    yield ["SRC", "DST", "--weight", "mxfp4", "--group-size", "8"], 2, ["--group-size", "mxfp4"]
+    yield ["SRC", "DST", "--weight", "int4", "--double-quant"], 2, ["--double-quant", "int4"]
     yield ["SRC", "DST", "--weight", "fp16", "--group-size", "8"], 2, ["--group-size", "fp16"]
     yield ["TRUNCATED", "DST"], 1, ["model.safetensors", "truncated"]
     yield ["PACKED", "DST"], 1, ["PACKED", "packed"]

@@ -12,26 +12,39 @@ import qjax.core as core
 from qjax.core import (
     CastSpec,
     CodebookSpec,
+    FloatSpec,
     IntSpec,
     PerTensor,
     bf16,
+    binary,
     block_decode,
     block_encode,
     blocks,
     canonicalize,
     codebook,
+    floating,
     fp4,
+    fp8_e4m3,
+    fp8_e5m2,
     fp16,
     int3,
     int4,
     int5,
     int8,
     integer,
+    mxfp4,
+    mxfp6,
+    mxfp8,
+    mxint8,
     nf4,
+    nvfp4,
     quantize,
+    ternary,
     uint4,
     uint6,
 )
+from qjax.core.elements import MINIFLOATS
+from qjax.core.scales import DYNAMIC
 
 K, N = 45, 21  # odd on purpose: no width but 8 fills whole bytes
 SPECS = [
@@ -54,6 +67,9 @@ SPECS = [
     uint6(block=(7, 9)),
     integer(4, symmetric=False, group_size=15),
     integer(4, signed=False, symmetric=True),
+    uint4(group_size=15, zero_dtype="float32"),
+    uint4(group_size=16, pad=True, zero_dtype="bfloat16", scale_dtype="float16"),
+    integer(3, symmetric=False, zero_dtype="float16"),
     nf4(15),
     nf4(15, scale_dtype="bfloat16"),
     fp4(16, pad=True),
@@ -61,6 +77,27 @@ SPECS = [
     codebook([-1, -1 / 3, 1 / 3, 1], name="no_zero", per="channel"),
     bf16(),
     fp16(),
+    nf4(15, double_quant=True),
+    fp4(1, double_quant=True),
+    nf4(15, table="quantile", double_quant=True),
+    fp8_e4m3(),
+    fp8_e4m3(per="tensor", scale_dtype="bfloat16"),
+    fp8_e5m2(group_size=15),
+    fp8_e4m3(block=(7, 15)),
+    mxfp4(pad=True),
+    mxfp4(pad=True, exponent_rule="round"),
+    mxfp6(pad=True),
+    mxfp6("e3m2", pad=True),
+    mxfp8(pad=True),
+    mxfp8("e5m2", pad=True),
+    mxint8(pad=True),
+    nvfp4(pad=True),
+    floating("e2m3", group_size=15, scale_dtype="e4m3"),
+    floating("e5m2", per="tensor", scale_dtype="e4m3"),
+    ternary(),
+    ternary(group_size=15, scale_rule="twn"),
+    binary(group_size=15),
+    binary(per="tensor", double_quant=True),
 ]
 # Every other one runs in the ordinary test line, all of them in the gate.
 every_spec = pytest.mark.parametrize(
@@ -80,9 +117,13 @@ def positive_only(spec) -> bool:
 
 
 def weight(spec, *shape, dtype=jnp.float32, seed=0):
-    """Normal values over many magnitudes from column to column; not negative for the specs that cannot be."""
+    """Normal values over many magnitudes from column to column; not negative for the specs that cannot be.
+
+    Nested scales are one number plus 256 others: over many magnitudes they lose the small ones, and their signs with them.
+    """
     rng = np.random.default_rng(seed)
-    w = rng.standard_normal(shape) * np.exp2(rng.integers(-12, 12, shape[-1]))
+    span = 1 if core.is_nested(spec) else 12
+    w = rng.standard_normal(shape) * np.exp2(rng.integers(-span, span, shape[-1]))
     return jnp.asarray(np.abs(w) if positive_only(spec) else w, dtype)
 
 
@@ -151,7 +192,7 @@ def test_error_bound(spec, dtype):
     w = weight(spec, K, N, dtype=dtype, seed=7)
     q = quantize(w, spec, (-2,))
     exact, back = np.float64(w), np.float64(q.dequantize())
-    assert np.all(np.abs(back - exact) <= bound(spec, q) + cast_error(exact, dtype))
+    assert np.all(np.abs(back - exact) <= bound(spec, q, exact) + cast_error(exact, dtype))
 
 
 def cast_error(exact, dtype):
@@ -159,23 +200,46 @@ def cast_error(exact, dtype):
     return np.abs(exact) * float(jnp.finfo(dtype).eps) + float(jnp.finfo(dtype).tiny)
 
 
-def bound(spec, q):
+def bound(spec, q, w):
     """The largest |w - w'| in float64, from the stored scales alone, in the logical (K, N) layout."""
     if isinstance(spec, CastSpec):
         return cast_error(np.float64(q.dequantize()), jnp.dtype(spec.dtype))
-    scale = np.float64(q.scale)
+    scale = np.float64(q.scales())
     for axis, n in enumerate((N, q.codes_unpacked().shape[-1])):
         count = scale.shape[axis]
         size = -(-n // count) if axis == 0 or not spec.pad else core.group_length(n, spec)
         scale = np.repeat(scale, size, axis=axis).take(range(n), axis=axis)
     scale = scale.T
-    kind = jnp.finfo(spec.scale_dtype)
-    rounding = np.maximum(scale * float(kind.eps), float(kind.smallest_subnormal))
+    kind = jnp.finfo(spec.scale_dtype if spec.scale_dtype in ("float16", "bfloat16") else "float32")
+    rounding = np.maximum(np.abs(scale) * float(kind.eps), float(kind.smallest_subnormal))
+    if isinstance(spec, FloatSpec):
+        return float_bound(spec, scale, np.abs(np.float64(q.dequantize()))) + spec.largest * rounding
+    if core.is_nested(spec):  # codes belong to scales before they were nested, which differ by half a step of the 8-bit map
+        rounding = rounding + np.float64(q.nested_scale).max() * np.max(np.diff(DYNAMIC.levels)) / 2
+    if spec.by_mean:
+        inside = np.abs(w) <= scale * (1.5 if isinstance(spec, IntSpec) else 0.0)
+        return np.where(inside, scale / 2, np.abs(np.abs(w) - scale)) + 2 * rounding + cast_error(scale, q.dtype)
     if isinstance(spec, CodebookSpec):
         widest = np.max(np.diff(np.sort(spec.levels)))
-        return scale * widest / 2 + rounding
-    # A scale that was rounded down clips the extreme value by what the rounding took from all steps.
+        return np.abs(scale) * widest / 2 + (1 + widest / 2) * rounding
+    # A scale that was rounded down clips the extreme value by what the rounding took from all steps; so does a floating zero point.
+    if spec.float_zero:
+        return scale * (0.5 + (spec.qmax - spec.qmin) * float(jnp.finfo(spec.zero_dtype).eps)) + (spec.qmax - spec.qmin + 1) * rounding
     return scale * 0.5 + (spec.qmax - spec.qmin + 1) * rounding
+
+
+def float_bound(spec, scale, rounded):
+    """Half a step where `rounded` lies, or what saturating can cost a block that shares a power of two."""
+    if spec.element == "int8":
+        mantissa, smallest, emax = 6, 1 / 64, 0
+    else:
+        element = MINIFLOATS[spec.element]
+        mantissa, smallest, emax = element.mantissa_bits, element.smallest, element.largest_exponent
+    step = np.maximum(rounded * 2.0**-mantissa, smallest * scale) / 2
+    saturated = (rounded >= spec.largest * scale) & (spec.scale_dtype == "e8m0")
+    # An E4M3 scale may have been rounded down by one part in 16, or up from nothing to the smallest.
+    low = spec.largest * scale / 16 * (spec.scale_dtype == "e4m3")
+    return np.where(saturated, (2.0 ** (emax + 1) - spec.largest) * scale, step) + low
 
 
 @every_spec
@@ -194,7 +258,7 @@ def test_codes_of_its_own_values_are_the_same_codes(spec):
 def again(q):
     """Encodes what `q` stands for with the scales of `q`, and decodes that."""
     blocked, unblock = blocks(canonicalize(q.dequantize(), (-2,)), q.spec)
-    scale = q.scale.astype(jnp.float32)[..., None]
+    scale = q.scales()[..., None]
     zero_point = None if q.zero_point is None else q.zero_point[..., None]
     codes = block_encode(blocked, scale, zero_point, q.spec)
     return unblock(codes)[:, :K], unblock(block_decode(codes, scale, zero_point, q.spec))[:, :K].T
@@ -222,7 +286,7 @@ def test_constants(spec, value):
     q = quantize(w, spec, (-2,))
     back = np.float64(q.dequantize())
     assert len(np.unique(back)) == 1
-    assert np.all(np.abs(back - np.float64(w)) <= bound(spec, q) + cast_error(np.float64(w), jnp.float32))
+    assert np.all(np.abs(back - np.float64(w)) <= bound(spec, q, np.float64(w)) + cast_error(np.float64(w), jnp.float32))
 
 
 @every_spec

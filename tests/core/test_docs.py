@@ -5,7 +5,10 @@ import importlib
 
 import pytest
 
-MODULES = ["affine", "codebook", "granularity", "layout", "packing", "qtensor", "rounding", "specs", "views"]
+MODULES = [
+    "affine", "codebook", "elements", "floating", "granularity", "hadamard", "layout", "named_specs", "packing", "qtensor", "reductions", "rounding",
+    "scales", "specs", "views",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.core import assemble, bf16, int4, int8, nf4, quantize, uint4, views
+from qjax.core import assemble, bf16, int4, int8, mxfp4, nf4, nvfp4, quantize, uint4, views
 
 
 def normal(*shape):
@@ -38,6 +38,11 @@ TENSORS = {
     "heads in, other order": quantize(normal(4, 6, 10), int4(group_size=8), (1, 0)),
     "conv": quantize(normal(3, 1, 4, 6), int4(), (0, 1, 2)),
     "blocks": quantize(normal(8, 3, 12), int4(block=(4, 4)), (0,)),
+    "nested": quantize(normal(12, 10), nf4(4, double_quant=True), (0,)),
+    "nested, heads": quantize(normal(12, 4, 6), nf4(6, double_quant=True), (0,)),
+    "nested, stacked": quantize(normal(3, 8, 2, 6), nf4(4, double_quant=True), (1,), stacked=(0,)),
+    "scale of the tensor": quantize(normal(3, 16, 4), nvfp4(), (1,), stacked=(0,)),
+    "powers of two": quantize(normal(3, 16, 4), mxfp4(pad=True), (1,)),
     "padded": quantize(normal(10, 4), int4(group_size=4, pad=True), (0,)),
     "cast": quantize(normal(6, 4, 5), bf16(), (0, 2)),
     "act-order": with_permutation(quantize(normal(3, 8, 6), uint4(group_size=4), (-2,), stacked=(0,))),

@@ -37,6 +37,14 @@ SPECS = [
     qjax.codebook([-1.0, -0.0, 0.0, 1.0], name="quaternary", per="token"),
     qjax.bf16(),
     qjax.fp16(),
+    qjax.nf4(16, double_quant=True, table="quantile"),
+    qjax.fp8_e4m3(block=(4, 16)),
+    qjax.mxfp4(exponent_rule="round"),
+    qjax.mxfp6("e3m2"),
+    qjax.mxint8(),
+    qjax.nvfp4(),
+    qjax.ternary(scale_rule="twn"),
+    qjax.binary(per="tensor", double_quant=True),
 ]
 ARRAYS = [
     *(

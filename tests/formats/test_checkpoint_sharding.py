@@ -53,6 +53,13 @@ def test_a_logical_sharding_becomes_that_of_the_packed_arrays(shape, axes, spec,
     assert found.get("zero_point", found["scale"]) == found["scale"]
 
 
+def test_what_scales_are_over_follows_the_stacked_axes_only():
+    q = quantize(weight(2, 64, 8), qjax.nf4(16, double_quant=True), (1,), stacked=(0,))
+    found = specs(q, "x", "y")
+    assert found["scale"] == ("x", None, "y") and found["nested_scale"] == found["nested_offset"] == ("x",)
+    assert specs(quantize(weight(64, 8), qjax.nvfp4(), (0,)), None, "x")["nested_scale"] == ()
+
+
 def test_a_cast_has_only_codes_and_a_permutation_follows_its_rows():
     assert specs(quantize(weight(8, 4), qjax.bf16(), (0,)), "x", "y") == {"codes": ("y", "x")}
     q = quantize(weight(2, 64, 8), qjax.int4(), (1,))

@@ -23,6 +23,9 @@ GRANULARITIES = [
     qjax.uint4(group_size=4),
     qjax.int8(block=(16, 8)),
     qjax.nf4(group_size=8),
+    qjax.nf4(group_size=8, double_quant=True),
+    qjax.mxfp4(pad=True),
+    qjax.nvfp4(pad=True),
     qjax.bf16(),
 ]
 

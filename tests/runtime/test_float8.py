@@ -1,0 +1,151 @@
+"""FP8 activations: f8 x f8 -> float32 where weights are FP8 too, rounded in front of a float product elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qjax
+from qjax.core import round_activation
+
+K, N = 64, 12
+E4M3, E5M2 = qjax.fp8_e4m3, qjax.fp8_e5m2
+CASTS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn}
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def rounded(x, element, size):
+    """float32 absmax scales of runs of the last axis, ml_dtypes' cast: what the codes stand for, in float64."""
+    blocks = np.asarray(x).reshape(*x.shape[:-1], -1, size)
+    most = np.float32(ml_dtypes.finfo(CASTS[element]).max)
+    scale = np.abs(blocks).max(-1, keepdims=True) / most
+    return (np.float64((blocks / scale).astype(CASTS[element])) * scale).reshape(x.shape)
+
+
+def linear(p, x):
+    return x @ p["w"]
+
+
+def quantized(fn, params, weight, activation, x, **rule):
+    policy = qjax.Policy([qjax.Rule("*", weight=weight, activation=activation, **rule)])
+    result = qjax.quantize(fn, params, policy, calibration=[x])
+    return jax.jit(qjax.quantized(fn)), result
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "size"),
+    [
+        (E4M3(), qjax.dynamic(E4M3()), K),
+        (E4M3(per="tensor"), qjax.dynamic(E5M2()), K),
+        (E5M2(group_size=16), qjax.dynamic(E4M3()), K),
+        (E4M3(block=(4, 16)), qjax.dynamic(E4M3(group_size=16)), 16),
+        (E4M3(group_size=16, scale_dtype="bfloat16"), qjax.dynamic(E4M3(group_size=16)), 16),
+    ],
+    ids=str,
+)
+def test_the_product_runs_on_fp8_operands_and_float32_sums(weight, activation, size):
+    x = normal(3, 5, K, seed=1)
+    fn, result = quantized(linear, {"w": normal(K, N)}, weight, activation, x)
+    text = fn.lower(result.params, x).as_text()
+    (product,) = [line for line in text.splitlines() if "dot_general" in line and "f8E" in line][-1:]
+    assert product.count("xf8E") == 2 and product.rstrip().endswith("f32>"), product
+    assert not any("dot_general" in line and "f8E" not in line for line in text.splitlines())
+    want = rounded(x, activation.spec.element, size) @ np.float64(result.params["w"].dequantize())
+    np.testing.assert_allclose(fn(result.params, x), want, rtol=1e-5, atol=1e-4)
+    assert [row.kernel for row in result.report.rows] == ["xla float8"]
+
+
+def test_one_scale_for_all_rows():
+    x = normal(3, K, seed=1) * jnp.float32([[1.0], [10.0], [100.0]])
+    fn, result = quantized(linear, {"w": normal(K, N)}, E4M3(), qjax.dynamic(E4M3(), per="tensor"), x)
+    want = rounded(x.reshape(1, -1), "e4m3", 3 * K).reshape(3, K) @ np.float64(result.params["w"].dequantize())
+    np.testing.assert_allclose(fn(result.params, x), want, rtol=1e-5, atol=1e-3)
+
+
+def einsum(p, x):
+    return jnp.einsum("bshd,hde->bse", x, p["w"])
+
+
+def experts(p, x):
+    return jax.lax.ragged_dot(x, p["w"], jnp.array([3, 0, 4], jnp.int32))
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "w", "x"),
+    [(einsum, (4, 16, N), (2, 3, 4, 16)), (experts, (3, K, N), (7, K)), (scanned, (2, K, K), (5, K))],
+    ids=["heads", "experts", "layers"],
+)
+def test_other_forms_of_products(fn, w, x):
+    w, x = normal(*w) / 8, normal(*x, seed=1)
+    packed, result = quantized(fn, {"w": w}, E4M3(), qjax.dynamic(E4M3()), x)
+    want = fn({"w": w}, x)
+    assert [row.kernel for row in result.report.rows] == ["xla float8"]
+    assert 0 < jnp.linalg.norm(packed(result.params, x) - want) < 0.06 * jnp.linalg.norm(want)
+
+
+@pytest.mark.parametrize("weight", [qjax.mxfp4(), qjax.int4(), E4M3(), qjax.bf16()], ids=str)
+def test_elsewhere_activations_are_rounded_and_the_report_says_so(weight):
+    x = normal(5, K, seed=1)
+    activation = qjax.dynamic(E4M3(group_size=16))
+    fn, result = quantized(linear, {"w": normal(K, N)}, weight, activation, x)
+    want = rounded(x, "e4m3", 16) @ np.float64(result.params["w"].dequantize())
+    np.testing.assert_allclose(fn(result.params, x), want, rtol=1e-4, atol=1e-4)
+    (row,) = result.report.rows
+    assert row.kernel == "xla" and any("rounded in front of a float product" in note for note in row.notes)
+
+
+def test_activations_of_every_format():
+    """The last group is padded; a row knows nothing of the others but under NVFP4's scale of the tensor."""
+    x = normal(4, 40, seed=2)
+    for spec in (qjax.mxfp4(), qjax.mxfp8(), qjax.mxint8(), qjax.floating("e2m1", group_size=16)):
+        got = round_activation(x, qjax.dynamic(spec), (1,))
+        padded = jnp.pad(x, ((0, 0), (0, -40 % spec.granularity.size)))
+        np.testing.assert_array_equal(got, qjax.core.round_trip(padded, spec, (1,))[:, :40])
+    nvfp4 = round_activation(x, qjax.dynamic(qjax.nvfp4()), (1,))
+    np.testing.assert_array_equal(nvfp4, qjax.core.round_trip(jnp.pad(x, ((0, 0), (0, 8))), qjax.nvfp4(), (1,))[:, :40])
+    halves = round_activation(x.reshape(4, 2, 20).transpose(1, 0, 2), qjax.dynamic(qjax.nvfp4()), (0, 2))
+    np.testing.assert_array_equal(halves.transpose(1, 0, 2).reshape(4, 40), nvfp4)
+
+
+def test_training_rounds_like_the_packed_model_and_passes_gradients():
+    w, x = normal(K, N), normal(3, K, seed=1)
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.mxfp8(), activation=qjax.dynamic(qjax.mxfp8()))])
+    fq, result = qjax.fake_quant(linear, policy), qjax.quantize(linear, {"w": w}, policy, calibration=[x])
+    np.testing.assert_allclose(fq({"w": w}, x), qjax.quantized(linear)(result.params, x), rtol=1e-5, atol=1e-5)
+    grad = jax.grad(lambda w: jnp.sum(fq({"w": w}, x)))(w)
+    assert grad.shape == w.shape and bool(jnp.all(grad != 0))
+    of_x = jax.grad(lambda x: jnp.sum(qjax.quantized(linear)(result.params, x)))(x)
+    np.testing.assert_allclose(of_x, jnp.ones((3, N)) @ result.params["w"].dequantize().T, rtol=1e-5)
+
+
+def test_a_saved_model_keeps_its_activations(tmp_path):
+    x = normal(3, K)
+    fn, result = quantized(linear, {"w": normal(K, N)}, E4M3(block=(4, 16)), qjax.dynamic(E4M3(group_size=16)), x)
+    qjax.save(tmp_path, result)
+    loaded = qjax.load(tmp_path)
+    assert loaded.params["w"].act == result.params["w"].act and loaded.policy == result.policy
+    np.testing.assert_array_equal(fn(loaded.params, x), fn(result.params, x))
+
+
+BAD = [
+    (lambda: qjax.static(E4M3()), TypeError, r"`spec` of static activations must be integers .* take qjax.dynamic"),
+    (lambda: qjax.dynamic(E4M3(block=(4, 4))), ValueError, "`spec` of activations must have no groups"),
+    (lambda: qjax.dynamic(qjax.mxfp4(), per="tensor"), ValueError, "`spec` of activations must have no groups"),
+    (lambda: qjax.dynamic(qjax.ternary()), ValueError, "`spec` of activations must not be ternary"),
+    (lambda: qjax.Rule("a:b", activation=qjax.dynamic(E4M3())), ValueError, "is of floats, and products of two activations"),
+    (lambda: qjax.Rule("*", weight=qjax.mxfp4(), activation=qjax.dynamic(qjax.int8())), TypeError, "needs a `weight` spec of integers"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD, ids=[m for *_, m in BAD])
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
