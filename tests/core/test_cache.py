@@ -46,8 +46,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("axis", [-2, -3, -1])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "axis"), [*((name, -2) for name in CASES), ("channel, window", -3), ("channel, window", -1)])
 def test_old_tokens_are_rounded_as_in_the_paper_and_the_latest_are_float(name, axis):
     spec, packed = CASES[name]
     shape = [3, 8]
@@ -96,11 +95,12 @@ def test_codes_take_their_true_width(make, bits):
     assert keys.window.shape == (2, 7, 16)  # a group that is not full yet
 
 
-SPECS = [qjax.int8(), qjax.uint2(), qjax.nf4(8), qjax.int4(group_size=4), qjax.fp8_e4m3(), qjax.fp8_e5m2()]
+SPECS = [qjax.uint2(), qjax.nf4(8), qjax.int8(), qjax.int4(group_size=4), qjax.fp8_e4m3(), qjax.fp8_e5m2()]
+QUICK = [(SPECS[0], "token"), (SPECS[1], "channel"), (SPECS[4], "token")]
+REST = [(spec, per) for spec in SPECS for per in ("token", "channel") if (spec, per) not in QUICK]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("per", ["token", "channel"])
+@pytest.mark.parametrize(("spec", "per"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)], ids=str)
 def test_every_spec_in_bfloat16_the_same_under_jit(spec, per):
     own = getattr(spec.granularity, "size", None)
     spec = qjax.kv_cache(spec, per, group_size=own or (8 if per == "channel" else None), window=4)
@@ -113,7 +113,7 @@ def test_every_spec_in_bfloat16_the_same_under_jit(spec, per):
     assert 0 < error < {8: 0.05 if isinstance(spec.spec, IntSpec) else 0.3, 4: 0.6, 2: 2.5}[spec.spec.bits]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_rotation_spreads_what_is_large_in_few_channels(dtype):
     x = tokens((2, LENGTH, 32), dtype).at[..., 5].multiply(40)
     errors = []
@@ -152,6 +152,7 @@ def test_a_position_that_goes_back_takes_tokens_back(per):
     np.testing.assert_array_equal(again.read(), filled(x, spec, 1, [4]).read())
 
 
+@pytest.mark.slow
 def test_rows_with_positions_of_their_own_and_layers():
     spec = qjax.kv_cache(qjax.uint4(), "channel", group_size=4, window=3)
     x = tokens((2, LENGTH, 8))

@@ -118,6 +118,7 @@ def test_generation_of_a_language_model():
     np.testing.assert_array_equal(made, wanted)  # 8 bit
 
 
+@pytest.mark.slow
 def test_layers_in_a_scan_hold_what_layers_in_a_row_do():
     tokens = jax.random.randint(jax.random.key(1), (2, 30), 0, 64)
     found = []
@@ -132,7 +133,7 @@ def test_layers_in_a_scan_hold_what_layers_in_a_row_do():
         np.testing.assert_allclose(np.asarray(found[0][1][f"layers_{i}"]["key"].read()), stacked[i], atol=2e-2)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_but_the_packed_form_is_kept_and_it_is_updated_in_place(scan):
     model, variables = llama(scan)
     cache = packed_cache(model, variables, 2, 64)
@@ -150,6 +151,7 @@ def test_nothing_but_the_packed_form_is_kept_and_it_is_updated_in_place(scan):
     assert shapes and all(np.prod(list(map(int, shape.split(",")))) < full for shape in shapes)  # no float cache
 
 
+@pytest.mark.slow
 def test_packed_parameters_and_a_packed_cache_in_bfloat16():
     model, variables = llama(False, jnp.bfloat16)
     policy = qjax.Policy([*POLICY.rules, qjax.Rule("*proj*", weight=qjax.int8())])
