@@ -14,6 +14,7 @@ from qjax.calibration import mse as mse
 from qjax.calibration import observe as observe
 from qjax.calibration import percentile as percentile
 from qjax.core import ActSpec as ActSpec
+from qjax.core import Adapter as Adapter
 from qjax.core import QCache as QCache
 from qjax.core import QProduct as QProduct
 from qjax.core import QTensor as QTensor
@@ -35,6 +36,7 @@ from qjax.core import int7 as int7
 from qjax.core import int8 as int8
 from qjax.core import integer as integer
 from qjax.core import kv_cache as kv_cache
+from qjax.core import learned as learned
 from qjax.core import mxfp4 as mxfp4
 from qjax.core import mxfp6 as mxfp6
 from qjax.core import mxfp8 as mxfp8
@@ -71,7 +73,9 @@ from qjax.ptq import equalization as equalization
 from qjax.ptq import gptaq as gptaq
 from qjax.ptq import gptq as gptq
 from qjax.ptq import hqq as hqq
+from qjax.ptq import kmeans as kmeans
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import low_rank as low_rank
 from qjax.ptq import online_rotation as online_rotation
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize

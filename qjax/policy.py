@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, CacheSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, OnlineRotation, Spec
+from qjax.core import ActSpec, CacheSpec, IntSpec, OnlineRotation, Spec
 from qjax.core.products import describe_pair
 from qjax.program import InputLeaf, Leaf, Product, Program
 from qjax.program.trace import path_str as path_str
@@ -102,10 +102,10 @@ class Rule:
         if self.is_product:
             self._check_product()
             return
-        if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, FloatSpec, CastSpec)):
+        if self.weight is not None and not isinstance(self.weight, Spec):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
-            hint = "; a spec goes to `weight`" if isinstance(self.method, (IntSpec, CodebookSpec, FloatSpec, CastSpec)) else ""
+            hint = "; a spec goes to `weight`" if isinstance(self.method, Spec) else ""
             raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{hint}")
         if self.weight is None and self.method is not None:
             raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")

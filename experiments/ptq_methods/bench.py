@@ -37,16 +37,20 @@ class CompileClock:
 
 
 def shipped():
-    """Of the model that comes with qjax: the function, its float parameters, calibration batches, held-out windows, rules for what stays float."""
+    """Of the model that comes with qjax: the function, float parameters, calibration batches, held-out windows, rules for what stays float.
+
+    The last two are patterns: of the layers that get an on-line rotation, and the scope of attention.
+    """
     checkpoint = books_llama()
     data = [jnp.asarray(b) for b in batches(calibration_windows(checkpoint.tokenizer, calibration_lines()), 8)]
     text = windows(encode(checkpoint.tokenizer, heldout_text()))
-    return Llama(checkpoint.config).apply, {"params": checkpoint.params}, data, text, (qjax.Rule("*embed*", weight=None),)
+    keep = (qjax.Rule("*embed*", weight=None),)
+    return Llama(checkpoint.config).apply, {"params": checkpoint.params}, data, text, keep, "*down_proj*", "*"
 
 
 def second():
     """The same of the second model."""
-    return *second_model.load_second(), second_model.KEEP
+    return *second_model.load_second(), second_model.KEEP, "*down*", "*"
 
 
 MODELS = {"shipped": shipped, "second": second}
@@ -60,7 +64,7 @@ def peak_bytes():
 
 def run_cell(model, key):
     """Quantizes and measures one cell, or the float model for the key "float"."""
-    apply, params, data, text, keep = MODELS[model]()
+    apply, params, data, text, keep, online, scope = MODELS[model]()
     record = {"model": model, "key": key, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if key == "float":
         losses = token_losses(apply, params, text)
@@ -68,16 +72,17 @@ def run_cell(model, key):
     recipe = next(r for r in recipes.every() if r.key == key)
     jax.block_until_ready((params, data))
     before, clock, started = peak_bytes(), CompileClock(), time.perf_counter()
-    source = params
+    fn, source = apply, params
     if recipe.rotated:
-        source = qjax.rewrite(apply, params, [qjax.rotation()], data[0]).params
-    rule = qjax.Rule("*", weight=recipe.spec, activation=recipe.activation, method=recipe.method)
-    result = qjax.quantize(apply, source, qjax.Policy([*keep, *recipe.rules, rule]), calibration=data)
+        made = qjax.rewrite(apply, params, data[:1], [qjax.rotation(key=jax.random.key(0), every=True)], untie=True)
+        fn, source = made.fn, made.params
+    policy = qjax.Policy([*keep, *rules(recipe, online, scope)])
+    result = qjax.quantize(fn, source, policy, calibration=data)
     seconds, compiling, peak = time.perf_counter() - started, clock.seconds, peak_bytes()
-    fn = qjax.quantized(apply, sites=result.sites)
+    fn = qjax.quantized(fn, sites=result.sites)
     losses = token_losses(fn, result.params, text)
     half = text[len(text) // 2 :]
-    rows = [row for row in result.report.rows if row.spec]
+    rows = [row for row in result.report.rows if row.spec and row.what == "parameter"]
     weights = sum(int(np.prod(row.shape)) for row in rows)
     return record | {
         "bits": recipe.bits,
@@ -94,6 +99,17 @@ def run_cell(model, key):
         "notes": sorted({note for row in rows for note in row.notes}),
         "losses": window_means(losses),
     }
+
+
+def rules(recipe, online, scope):
+    """The rules of a recipe, in order."""
+    found = []
+    for number, operands in enumerate(recipe.products):
+        rotation = qjax.online_rotation() if recipe.online and number == 0 else None
+        found.append(qjax.Rule(f"{scope}:dot_general.{number}", activation=operands, method=rotation))
+    if recipe.online:
+        found.append(qjax.Rule(online, weight=recipe.spec, activation=recipe.activation, method=qjax.online_rotation(recipe.method)))
+    return [*found, qjax.Rule("*", weight=recipe.spec, activation=recipe.activation, method=recipe.method)]
 
 
 def window_means(losses):

@@ -70,13 +70,14 @@ def analysed(base, group, reference=None):
 
 def line(row):
     record = row["record"]
-    to_rounding = "{1:.4f} .. {2:.4f}".format(*row["to rounding"]) if "to rounding" in row else ""
-    closed = "{0:.0%} ({1:.0%} .. {2:.0%})".format(*row["closed"]) if "closed" in row else ""
+    _, low, high = row.get("to rounding", (0, 0, 0))
+    to_rounding = f"{low:.4f} .. {high:.4f}" if high else ""
+    closed = "{:.0%} ({:.0%} .. {:.0%})".format(*row["closed"]) if "closed" in row else ""
     peak = (record["peak_bytes"] - record["peak_bytes_before"]) / 1e6
     worse = " (worse)" if "to rounding" in row and row["to rounding"][1] > 1 else ""
-    return (f"| {record['method']}{worse} | {row['chosen on']:.3f} | {row['perplexity']:.3f} | {to_rounding} | {closed} | {record['kl']:.5f} "
-            f"| {record['bits_per_weight']:.3f} | {record['seconds'] - record['compile_seconds']:.1f} + {record['compile_seconds']:.1f} "
-            f"| {peak:.0f} |")  # fmt: skip
+    seconds = f"{record['seconds'] - record['compile_seconds']:.1f} + {record['compile_seconds']:.1f}"
+    return (f"| {record['method']}{worse} | {row['chosen on']:.3f} | {row['perplexity']:.3f} | {to_rounding} | {closed} "
+            f"| {record['kl']:.5f} | {record['bits_per_weight']:.3f} | {seconds} | {peak:.0f} |")  # fmt: skip
 
 
 HEAD = ("| | first half | perplexity | ratio to rounding | of its gap closed | KL | bits | s, + to compile | MB |\n"

@@ -44,6 +44,8 @@ from qjax.calibration.outliers import OutlierCounts as OutlierCounts
 from qjax.calibration.outliers import outlier_columns as outlier_columns
 from qjax.calibration.percentile import Percentile as Percentile
 from qjax.calibration.percentile import percentile as percentile
+from qjax.calibration.power import ColumnPower as ColumnPower
+from qjax.calibration.power import Power as Power
 from qjax.calibration.products import OperandObservers as OperandObservers
 from qjax.calibration.products import operand_rows as operand_rows
 from qjax.calibration.products import why_not_observed as why_not_observed

@@ -8,6 +8,8 @@ from qjax.core.activations import encode_activation as encode_activation
 from qjax.core.activations import round_activation as round_activation
 from qjax.core.activations import round_inliers as round_inliers
 from qjax.core.activations import static as static
+from qjax.core.adapter import Adapter as Adapter
+from qjax.core.adapter import adapter_matrix as adapter_matrix
 from qjax.core.affine import affine_decode as affine_decode
 from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params
@@ -42,6 +44,8 @@ from qjax.core.layout import group_length as group_length
 from qjax.core.layout import logical_blocks as logical_blocks
 from qjax.core.layout import padded_size as padded_size
 from qjax.core.layout import uncanonicalize as uncanonicalize
+from qjax.core.learned import Learned as Learned
+from qjax.core.learned import learn as learn
 from qjax.core.named_specs import binary as binary
 from qjax.core.named_specs import floating as floating
 from qjax.core.named_specs import fp4 as fp4
@@ -82,6 +86,7 @@ from qjax.core.specs import CastSpec as CastSpec
 from qjax.core.specs import CodebookSpec as CodebookSpec
 from qjax.core.specs import FloatSpec as FloatSpec
 from qjax.core.specs import IntSpec as IntSpec
+from qjax.core.specs import LearnedSpec as LearnedSpec
 from qjax.core.specs import Spec as Spec
 from qjax.core.specs import bf16 as bf16
 from qjax.core.specs import codebook as codebook
@@ -95,6 +100,7 @@ from qjax.core.specs import int6 as int6
 from qjax.core.specs import int7 as int7
 from qjax.core.specs import int8 as int8
 from qjax.core.specs import integer as integer
+from qjax.core.specs import learned as learned
 from qjax.core.specs import signed_codes as signed_codes
 from qjax.core.specs import uint2 as uint2
 from qjax.core.specs import uint3 as uint3

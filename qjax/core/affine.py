@@ -30,8 +30,9 @@ def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.
 
     Symmetric: `scale = max(-lo, hi) / (qmax + 1/2)` (rule "half") or `/ qmax` (any other rule), unsigned: `hi` alone.
     Asymmetric: `lo = min(lo, 0)`, `hi = max(hi, 0)`, `scale = (hi - lo) / (2^bits - 1)`,
-    `zero_point = clip(round(qmin - lo / scale), qmin, qmax)`, not rounded where `spec.zero_dtype` is floating. The scale is rounded to `spec.scale_dtype` first; where
-    it is zero or below float32's smallest normal number it becomes 1, and all codes then stand for exactly 0.
+    `zero_point = clip(round(qmin - lo / scale), qmin, qmax)`, not rounded where `spec.zero_dtype` is floating. The scale is
+    rounded to `spec.scale_dtype` first; where it is zero or below float32's smallest normal number it becomes 1, and all
+    codes then stand for exactly 0.
 
     Args:
       lo: lower ends, any shape, floating.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from qjax.core.specs import BlockSpec, CastSpec, IntSpec, Spec  # noqa: F401  # IntSpec is for the examples
+from qjax.core.specs import BlockSpec, CastSpec, IntSpec, LearnedSpec, Spec  # noqa: F401  # IntSpec is for the examples
 
 
 def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def uncanonicalize(c: jax.Array, axes: Sequence[int], sizes: Sequence[int]) -> j
     return c.reshape(*c.shape[:-1], *sizes).transpose([order.index(i) for i in range(ndim)])
 
 
-def group_length(k: int, spec: BlockSpec) -> int:
+def group_length(k: int, spec: BlockSpec | LearnedSpec) -> int:
     """How many of the `k` flattened contracted values share a scale.
 
     >>> group_length(4096, IntSpec(4, granularity=PerGroup(128))), group_length(4096, IntSpec(8))

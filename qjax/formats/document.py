@@ -62,6 +62,9 @@ class Packed:
     nested_scale: str | None = None
     nested_offset: str | None = None
     rotation: OnlineRotation | None = None
+    levels: str | None = None
+    adapter_left: str | None = None
+    adapter_right: str | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -178,6 +181,9 @@ _LATER = {
     "double_quant": False,
     "scale_rule": "absmax",  # of tables; "half" is that of integers
     "rotation": None,
+    "levels": None,
+    "adapter_left": None,
+    "adapter_right": None,
 }
 
 

@@ -67,7 +67,7 @@ def heads(system: System) -> Iterator[Heads]:
 
 def _makes(leaf: Leaf) -> bool:
     """Whether a parameter is a linear layer's weight or its bias; a scale is neither."""
-    return bool(leaf.sites) and not leaf.consumers or (not leaf.sites and set(leaf.consumers) <= {"add"})
+    return (bool(leaf.sites) and not leaf.consumers) or (not leaf.sites and set(leaf.consumers) <= {"add"})
 
 
 def _linear_way(system: System, makers: Sequence[int], group: Sequence[Site]) -> set[int] | None:
@@ -79,9 +79,7 @@ def _linear_way(system: System, makers: Sequence[int], group: Sequence[Site]) ->
     ahead = biases | {v for v, sliced in graph.sliced.items() if sliced.parent in biases}
     for eqn in graph.eqns:
         site = sites.get(eqn.key)
-        if site is not None and site.leaf in makers and eqn.eqn is not None:
-            ahead |= set(eqn.outputs)
-        elif eqn.key not in keys and any(not isinstance(a, Lit) and a in ahead for a in eqn.inputs):
+        if (site is not None and site.leaf in makers and eqn.eqn is not None) or (eqn.key not in keys and any(not isinstance(a, Lit) and a in ahead for a in eqn.inputs)):
             ahead |= set(eqn.outputs)
     behind = {a for eqn in graph.eqns if eqn.key in keys for a in eqn.inputs if not isinstance(a, Lit)}
     way = behind & ahead

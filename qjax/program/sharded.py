@@ -66,7 +66,8 @@ def packed_specs(packed: Packed, spec: Any, mesh: Any) -> tuple[list[Any], Calla
     parts = {i: _parts(entries[i], mesh) for i in range(ndim)}
     inner = [entries[i] for i in contracted if parts[i] > 1]
     ways = math.prod(parts[i] for i in contracted)
-    if inner and (len(q.axes) != 1 or q.perm is not None or q.rotation is not None):
+    whole = q.perm is not None or q.rotation is not None or q.levels is not None or q.adapter_left is not None
+    if inner and (len(q.axes) != 1 or whole):
         return None
     specs = []
     for leaf in jax.tree.leaves(q):

@@ -7,7 +7,9 @@ from qjax.ptq.bias_correction import correct_bias as correct_bias
 from qjax.ptq.gptaq import gptaq as gptaq
 from qjax.ptq.gptq import gptq as gptq
 from qjax.ptq.hqq import hqq as hqq
+from qjax.ptq.kmeans import kmeans as kmeans
 from qjax.ptq.llm_int8 import llm_int8 as llm_int8
+from qjax.ptq.low_rank import low_rank as low_rank
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
 from qjax.ptq.method import Problem as Problem

@@ -17,6 +17,7 @@ from qjax.core import (
     ActSpec,
     BlockSpec,
     CastSpec,
+    LearnedSpec,
     PerBlock,
     PerTensor,
     QTensor,
@@ -159,8 +160,9 @@ def _positive(x: jax.Array) -> jax.Array:
 def _clipped(problem: Problem, state: Sample) -> Outcome:
     """Rounds within the range of each group that has the least error of the outputs."""
     spec = problem.spec
-    if isinstance(spec, CastSpec) or isinstance(spec.granularity, (PerTensor, PerBlock)):
-        return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: rows of it share a scale",))
+    if isinstance(spec, (CastSpec, LearnedSpec)) or isinstance(spec.granularity, (PerTensor, PerBlock)):
+        why = "its table is learned" if isinstance(spec, LearnedSpec) else "rows of it share a scale"
+        return Outcome(rtn().quantize(problem, None).q, (f"its ranges are not searched: {why}",))
     if has_global_scale(spec) and problem.groups > 1:
         return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: its groups share the scale of the tensor",))
     if not bool(jnp.isfinite(state.x).all()):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import CrossMoment, CrossMoments, Observer, SecondMoment, deviation, hessian
-from qjax.core import CastSpec, PerBlock, PerTensor, QTensor, check_blocks, has_global_scale
+from qjax.core import CastSpec, LearnedSpec, PerBlock, PerTensor, QTensor, check_blocks, has_global_scale
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
@@ -141,6 +141,11 @@ def _check(problem: Problem, options: GPTQOptions) -> None:
     spec = problem.spec
     if isinstance(spec, CastSpec):
         raise ValueError(f"`method` gptq has nothing to choose for the cast {spec} of {problem.name!r}; leave `method` out")
+    if isinstance(spec, LearnedSpec):
+        raise ValueError(
+            f"`method` gptq rounds to a grid that is known before, and the table of {spec}, the spec of {problem.name!r}, is learned: "
+            "take qjax.kmeans(), or a table such as qjax.nf4()"
+        )
     _, rows, columns = axes_order(problem)
     shape = problem.w.shape
     check_blocks((math.prod(shape[a] for a in rows) // problem.groups, math.prod(shape[a] for a in columns)), spec, problem.name)

@@ -155,14 +155,16 @@ def hqq(lp_norm: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iteration
       Rule('*', weight=uint3(group_size=64, zero_dtype="bfloat16"), method=HQQ(lp_norm=0.7, beta=10.0, kappa=1.01, iterations=20))
 
     Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023), and the authors' hqq 0.2.8,
-    `optimize_weights_proximal_legacy`. There one mean error of the whole weight stops all groups at once, and the zero points kept are those
-    after its best step; the range of a group need not hold 0 (it does where a group has values of both signs); scales
+    `optimize_weights_proximal_legacy`. There one mean error of the whole weight stops all groups at once, and the zero points
+    kept are those of its last step; the range of a group need not hold 0 (it does where a group has values of both signs); scales
     are not rounded before codes are chosen; `round_zero` rounds the zero points to begin with only; and kappa, which the publication and
     earlier releases have, is 1.
     """
-    for argument, value, fits in (("lp_norm", lp_norm, 0 < lp_norm <= 1), ("beta", beta, 0 < beta < math.inf), ("kappa", kappa, 0 < kappa < math.inf)):
-        if not fits:
-            raise ValueError(f"`{argument}` must be a positive number{' up to 1' if argument == 'lp_norm' else ''}, got {value!r}")
+    if not 0 < lp_norm <= 1:
+        raise ValueError(f"`lp_norm` must be a positive number up to 1, got {lp_norm!r}")
+    for argument, value in (("beta", beta), ("kappa", kappa)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"`{argument}` must be a positive number, got {value!r}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"`iterations` must be an int of at least 1, got {iterations!r}")
     return HQQ(lp_norm, beta, kappa, iterations)

@@ -37,6 +37,7 @@ from qjax.ptq.spill import Spill
 from qjax.ptq.streams import Task
 from qjax.ptq.work import work_of
 from qjax.report import Report, Row
+from qjax.runtime.adapter import why_not as why_no_adapter
 from qjax.runtime.select import kernel_of
 
 Done = dict[int, tuple[QTensor, tuple[str, ...]]]
@@ -331,6 +332,9 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         act = q.act  # which knows the capacity
     kernels = dict.fromkeys(kernel_of(site, spec, act) for site in leaf.sites)
     reasons = tuple(reason for _, reason in kernels if reason)
+    if q.adapter_left is not None:
+        whole = (f"its low-rank part is multiplied out in front of the product: {why}" for s in leaf.sites if (why := why_no_adapter(s)))
+        reasons = (*reasons, *dict.fromkeys(whole))
     return dataclasses.replace(
         row,
         method=method.name,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
+from qjax.runtime.adapter import adapter_product
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.lookup import gather_rows
 from qjax.runtime.rotation import input_axes, rotate_axes, rotated_operands
@@ -24,9 +25,16 @@ def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[
     A lookup reads and dequantizes only the rows it needs. A weight with an activation spec multiplies integers or FP8 where the form of
     the product has that (see `integer.why_not`), and rounds its activations in front of a float product where it has not. Any
     other weight is dequantized in front of the float operation, which XLA fuses; one with an on-line rotation stays rotated, and its
-    input is.
+    input is. A low-rank part runs as two thin products of the float activations beside any of them, where `adapter.why_not` has nothing
+    against it.
     """
     weight = operands[site.operand]
+    if isinstance(weight, Packed) and weight.q.adapter is not None and site.op != "gather":
+        thin = adapter_product(site, eqn, operands)
+        if thin is not None:
+            plain = [Packed(weight.q.with_adapter(None), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
+            (out,), state = packed_rule(site, eqn, plain, state)
+            return [(out.astype(jnp.float32) + thin).astype(out.dtype)], state
     if isinstance(weight, Packed) and site.op == "gather":
         rows = gather_rows(weight, eqn, operands[1])
         if rows is not None:

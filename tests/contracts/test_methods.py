@@ -10,9 +10,11 @@ import pytest
 
 import qjax
 from qjax.calibration import Rows, divide_columns, hessian
-from qjax.core import IntSpec, QTensor
+from qjax.core import IntSpec, LearnedSpec, QTensor
 from qjax.ptq.hqq import HQQ
 from qjax.ptq.input_scale import quantize_scaled
+from qjax.ptq.kmeans import KMeans
+from qjax.ptq.low_rank import LowRank
 from qjax.ptq.method import Problem
 from qjax.ptq.online_rotation import Online
 
@@ -25,6 +27,10 @@ METHODS = [
     qjax.gptq(act_order=True, mse=False),
     qjax.gptq(act_order=True, static_groups=True),
     qjax.hqq(),
+    qjax.kmeans(),
+    qjax.kmeans(iterations=2, weighted=False),
+    qjax.low_rank(4),
+    qjax.low_rank(3, kind="lqer", then=qjax.gptq(mse=False), dtype="float32"),
     qjax.awq(),
     qjax.smoothquant(),
     qjax.smoothquant("search", then=qjax.gptq()),
@@ -43,6 +49,8 @@ def accepted(method, spec):
     """The spec, or what a method that does not take it has in its place."""
     if isinstance(method, HQQ) and not (isinstance(spec, IntSpec) and not spec.symmetric):
         return IntSpec(spec.bits, False, False, spec.granularity, pad=spec.pad, zero_dtype="float32")
+    if isinstance(method, KMeans):
+        return LearnedSpec(spec.bits, spec.granularity, pad=spec.pad)
     return spec
 
 
@@ -84,6 +92,8 @@ def plain(method):
     """The rounding that a method falls back to."""
     if isinstance(method, Online):
         return dataclasses.replace(method, then=plain(method.then))
+    if isinstance(method, KMeans):
+        return qjax.rtn()
     if hasattr(method, "then") and method.then is not None:
         return plain(method.then)
     if method.observer is None:
@@ -125,6 +135,8 @@ def test_on_its_data_it_is_no_worse_than_rounding(method, spec):
 
     def loss(q):
         delta = (q.dequantize() - w).T
+        if isinstance(method, KMeans):  # knows of the data only the power of columns
+            return float(jnp.sum(jnp.square(delta) * (jnp.diagonal(h)[None, :] if method.weighted else 1.0)))
         if method.observer is None:  # knows the weight only
             return float(jnp.sum(jnp.abs(delta) ** (1.0 if isinstance(method, HQQ) else 2.4)))
         return float(jnp.einsum("nk,kj,nj->", delta, h, delta))
@@ -136,7 +148,9 @@ def test_on_its_data_it_is_no_worse_than_rounding(method, spec):
 @every_spec
 def test_without_data_it_rounds(method, spec):
     w, spec = weight(K, N), accepted(method, spec)
-    if isinstance(method, HQQ):
+    if isinstance(method, LowRank):
+        pytest.skip("without data its low-rank part is that of the weight's error")
+    if isinstance(method, HQQ) or method == qjax.kmeans(iterations=2, weighted=False):
         pytest.skip("its data is the weight")
     state = None if method.observer is None else method.observer.init(1, K)
     outcome = method.quantize(problem(w, spec), state)

