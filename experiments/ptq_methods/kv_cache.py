@@ -21,21 +21,21 @@ SPECS = {8: qjax.uint8, 4: qjax.uint4, 2: qjax.uint2}
 
 
 def policies():
-    """Rows of the table: name -> (bits, specs of keys and values); the float cache is not among them."""
+    """Rows of the table: name -> (spec of keys, spec of values); the float cache is not among them."""
     rows = {}
     for bits, make in SPECS.items():
         spec = make(scale_dtype="float16")
         token = functools.partial(qjax.kv_cache, spec, group_size=GROUP)
         channel = functools.partial(qjax.kv_cache, spec, "channel", group_size=GROUP)
-        rows[f"{bits} bit, keys per token, window 16"] = (bits, token(window=16), token(window=16))
-        rows[f"{bits} bit, keys per channel, window 16"] = (bits, channel(window=16), token(window=16))
+        rows[f"{bits} bit, keys per token, window 16"] = (token(window=16), token(window=16))
+        rows[f"{bits} bit, keys per channel, window 16"] = (channel(window=16), token(window=16))
         if bits < 8:
-            rows[f"{bits} bit, keys per token and rotated, window 16"] = (bits, token(window=16, rotate=True), token(window=16))
-            rows[f"{bits} bit, keys per token, no window"] = (bits, token(window=0), token(window=0))
-            rows[f"{bits} bit, keys per channel, no window"] = (bits, channel(window=0), token(window=0))
-    if hasattr(qjax, "fp8_e4m3"):
-        spec = qjax.kv_cache(qjax.fp8_e4m3(), window=16)
-        rows["fp8 e4m3, per token, window 16"] = (8, spec, spec)
+            rows[f"{bits} bit, keys per token and rotated, window 16"] = (token(window=16, rotate=True), token(window=16))
+            rows[f"{bits} bit, keys per token, no window"] = (token(window=0), token(window=0))
+            rows[f"{bits} bit, keys per channel, no window"] = (channel(window=0), token(window=0))
+    for name, spec in (("fp8 e4m3", qjax.fp8_e4m3(scale_dtype="float16")), ("mxfp4", qjax.mxfp4())):
+        spec = qjax.kv_cache(spec, window=16)
+        rows[f"{name}, per token, window 16"] = (spec, spec)
     return rows
 
 
@@ -178,7 +178,7 @@ def main():
           "| before first difference | packed at the end / of reads | bits a packed value | bytes |")  # fmt: skip
     print("|" + "---|" * 11)
     print(f"| float32 | {rows['float32']['perplexity']:.3f} | | | | | | | | 32 | {rows['float32']['bytes_a_row']:,} |", flush=True)
-    for name, (_, keys, values) in policies().items():
+    for name, (keys, values) in policies().items():
         if arguments.rows and not any(part in name for part in arguments.rows):
             continue
         row = rows[name] = measure(bench, keys, values, losses, tokens)

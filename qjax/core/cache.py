@@ -114,7 +114,8 @@ def kv_cache(
 
     Source: KIVI (arXiv 2402.02750): keys per channel, values per token, groups of 32, a residual of 128 tokens in float. There the
     residual is packed as a whole when it is full, so between 0 and 128 of the latest tokens are float; here it slides, so that never
-    fewer than `window` are. Rotated keys: QuaRot (arXiv 2404.00456), section 4, which rotates queries too and never rotates back.
+    fewer than `window` are. There a prompt attends to its own float numbers; here what is older than the window is read packed, in the
+    pass that writes it, too. Rotated keys: QuaRot (arXiv 2404.00456), section 4, which rotates queries too and never rotates back.
     """
     return CacheSpec(spec, per, group_size, window, rotate)
 

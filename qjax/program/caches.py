@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -59,12 +59,13 @@ def input_leaves(jaxpr: Any, paths: Sequence[str]) -> tuple[InputLeaf, ...]:
     """
     body, _ = compat.parts(jaxpr)
     written = {flow.source: (out, flow.axis) for out, flow in reversed(flows(jaxpr).items()) if flow.axis is not None}
-    leaves = []
+    lost = {flow.source for flow in _known(body).values() if flow.axis is not None} - set(written)
+    leaves, met = [], _met(jaxpr)
     for index, (var, path) in enumerate(zip(body.invars, paths, strict=True)):
         shape, dtype = tuple(var.aval.shape), var.aval.dtype
         floating = jnp.issubdtype(dtype, jnp.floating)
         output, axis = written.get(index, (None, None)) if floating else (None, None)
-        refusal = "" if output is not None else _refusal(body, index) if floating else f"it is {dtype}, not floating"
+        refusal = "" if output is not None else _refusal(index, lost, met) if floating else f"it is {dtype}, not floating"
         leaves.append(InputLeaf(index, path, shape, dtype, axis, output, refusal))
     return tuple(leaves)
 
@@ -132,33 +133,34 @@ def _known(body: Any) -> dict[Any, Flow]:
     return known
 
 
-def _refusal(body: Any, index: int) -> str:
-    known = _known(body)
-    if any(flow.source == index and flow.axis is not None for flow in known.values()):
+def _refusal(index: int, lost: set[int], met: Mapping[int, set[str]]) -> str:
+    if index in lost:
         return "tokens are written into it, but it does not come back as a result"
-    names = sorted(set(_met(body, index)))
-    met = f"it meets only {', '.join(names)}" if names else "the function never uses it"
+    names = sorted(met.get(index, ()))
     if UPDATE in names:
-        met = f"it is written by a {UPDATE} along several axes at once, or by one whose result changes before it comes back"
-    return f"no {UPDATE} along one axis writes tokens into it and hands it back: {met}"
+        where = f"it is written by a {UPDATE} along several axes at once, or by one whose result changes before it comes back"
+    else:
+        where = f"it meets only {', '.join(names)}" if names else "the function never uses it"
+    return f"no {UPDATE} along one axis writes tokens into it and hands it back: {where}"
 
 
-def _met(jaxpr: Any, index: int) -> Iterator[str]:
-    """Names of the primitives that an input meets where it is still itself."""
+def _met(jaxpr: Any) -> dict[int, set[str]]:
+    """Of each input the names of the primitives that it meets where it is still itself, inside calls and loops too."""
     body, _ = compat.parts(jaxpr)
-    known = _known(body)
+    known, met = _known(body), {}
     for eqn in body.eqns:
-        at = [i for i, a in enumerate(eqn.invars) if not isinstance(a, compat.Literal) and a in known and known[a].source == index]
-        if not at:
+        sources = {i: known[a].source for i, a in enumerate(eqn.invars) if not isinstance(a, compat.Literal) and a in known}
+        if not sources:
             continue
         inner = _inside(eqn)
         if inner is None:
-            yield eqn.primitive.name
-            continue
-        for sub, shift in inner:
-            for i in at:
-                if i >= shift and i - shift < len(compat.parts(sub)[0].invars):
-                    yield from _met(sub, i - shift)
+            for source in sources.values():
+                met.setdefault(source, set()).add(eqn.primitive.name)
+        for sub, shift in inner or ():
+            for at, names in _met(sub).items():
+                if at + shift in sources:
+                    met.setdefault(sources[at + shift], set()).update(names)
+    return met
 
 
 def _inside(eqn: Any) -> list[tuple[Any, int]] | None:

@@ -108,17 +108,17 @@ def packed_cache(model, variables, batch, length, policy=POLICY, dtype=jnp.float
     return qjax.quantized_cache(model.apply, policy)(variables, jnp.zeros((batch, 1), jnp.int32), empty, jnp.int32(0))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_generation_of_a_language_model(scan):
-    model, variables = llama(scan)
+def test_generation_of_a_language_model():
+    model, variables = llama(scan=True)
     prompt = jax.random.randint(jax.random.key(1), (2, 19), 0, 64)
     make = functools.partial(packed_cache, model, variables)
     made = generate(qjax.quantized(model.apply), variables, prompt, 12, init_cache=make, context_length=64).tokens
-    plain = functools.partial(init_cache, CONFIG, scan_layers=scan)
+    plain = functools.partial(init_cache, CONFIG, scan_layers=True)
     wanted = generate(model.apply, variables, prompt, 12, init_cache=plain, context_length=64).tokens
     np.testing.assert_array_equal(made, wanted)  # 8 bit
 
 
+@pytest.mark.slow
 def test_layers_in_a_scan_hold_what_layers_in_a_row_do():
     tokens = jax.random.randint(jax.random.key(1), (2, 30), 0, 64)
     found = []
@@ -133,7 +133,7 @@ def test_layers_in_a_scan_hold_what_layers_in_a_row_do():
         np.testing.assert_allclose(np.asarray(found[0][1][f"layers_{i}"]["key"].read()), stacked[i], atol=2e-2)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_but_the_packed_form_is_kept_and_it_is_updated_in_place(scan):
     model, variables = llama(scan)
     cache = packed_cache(model, variables, 2, 64)
@@ -151,6 +151,7 @@ def test_nothing_but_the_packed_form_is_kept_and_it_is_updated_in_place(scan):
     assert shapes and all(np.prod(list(map(int, shape.split(",")))) < full for shape in shapes)  # no float cache
 
 
+@pytest.mark.slow
 def test_packed_parameters_and_a_packed_cache_in_bfloat16():
     model, variables = llama(False, jnp.bfloat16)
     policy = qjax.Policy([*POLICY.rules, qjax.Rule("*proj*", weight=qjax.int8())])
