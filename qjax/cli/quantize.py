@@ -47,7 +47,8 @@ _NO_DATA = ("rtn", "hqq")
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
-              help="Round to nearest, GPTQ, AWQ, HQQ (asymmetric weights), k-means (learned tables), SmoothQuant (with --activation), or LLM.int8().")
+              help="Round to nearest, GPTQ, AWQ, HQQ (asymmetric weights), k-means (learned tables), SmoothQuant (with --activation), "
+                   "or LLM.int8().")
 @click.option("--activation", type=click.Choice(["dynamic", "static"]),
               help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
 @click.option("--observer", type=click.Choice(OBSERVERS), metavar="NAME",

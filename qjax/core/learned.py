@@ -85,7 +85,7 @@ def learn(w: jax.Array, importance: jax.Array | None, spec: LearnedSpec, iterati
     Source: SqueezeLLM (arXiv 2306.07629), eq. 3, with the diagonal of X^T X for its Fisher information, and k-means++ replaced by
     the dynamic program (Wang and Song, "Ckmeans.1d.dp", R Journal 2011).
     """
-    w = w.astype(jnp.float32)
+    w, given = w.astype(jnp.float32), importance is not None
     stack, n, k = w.shape
     importance = jnp.zeros((1, 1, 1), jnp.float32) if importance is None else importance.astype(jnp.float32)
     mean = jnp.mean(importance, axis=-1, keepdims=True)
@@ -101,9 +101,10 @@ def learn(w: jax.Array, importance: jax.Array | None, spec: LearnedSpec, iterati
         x = divide(blocked, jnp.where(scale == 0, 1.0, scale)).reshape(w.shape)
         importance = (importance.reshape(blocked.shape) * jnp.square(scale)).reshape(w.shape)
         scale = scale[..., 0]
+    weighted = x.shape[-1] * (1 if spec.per_row else n) > _BINS and given
     tables = n if spec.per_row else 1
     rows = tuple(a.reshape(stack * tables, -1) for a in (x, importance, sparse & (w == 0), real))
-    levels = lax.map(lambda row: _table(*row, spec, iterations), rows, batch_size=min(_ROWS, stack * tables))
+    levels = lax.map(lambda row: _table(*row, spec, iterations, weighted), rows, batch_size=min(_ROWS, stack * tables))
     levels = levels.reshape(stack, tables, -1)
     return Learned(learned_encode(x, levels), scale, levels)
 
@@ -142,8 +143,19 @@ def learned_values(found: Learned) -> jax.Array:
     return blocked.reshape(values.shape)
 
 
-def _table(x: jax.Array, importance: jax.Array, zeros: jax.Array, real: jax.Array, spec: LearnedSpec, iterations: int) -> jax.Array:
-    """The levels (2^bits,) of values x (n,); bool `zeros` are to stay, those that are not `real` are padding."""
+def _table(
+    x: jax.Array, importance: jax.Array, zeros: jax.Array, real: jax.Array, spec: LearnedSpec, iterations: int, weighted: bool
+) -> jax.Array:
+    """The levels (2^bits,) of values x (n,).
+
+    Args:
+      x, importance: (n,).
+      zeros: bool (n,), zeros that are to stay.
+      real: bool (n,), what is no padding.
+      spec: the spec.
+      iterations: Lloyd's steps.
+      weighted: look at the table of the values without their importance, too: where the start is not exact it may be better.
+    """
     # In units of the largest value, so that squares of very small and very large weights stay in float32.
     unit = jnp.max(jnp.abs(x))
     unit = jnp.where(unit > 0, unit, 1.0)
@@ -172,7 +184,11 @@ def _table(x: jax.Array, importance: jax.Array, zeros: jax.Array, real: jax.Arra
         return new, jnp.where(now < least, new, best), jnp.minimum(now, least)
 
     start = stored(divide_sorted(y, weight, 2**spec.bits))
-    return lax.fori_loop(0, iterations, step, (start, start, error(start)))[1]
+    _, best, least = lax.fori_loop(0, iterations, step, (start, start, error(start)))
+    if not weighted:
+        return best
+    plain = _table(x, jnp.ones_like(x), zeros, real, spec, iterations, weighted=False)
+    return jnp.where(error(plain) < least, plain, best)
 
 
 def divide_sorted(x: jax.Array, weight: jax.Array, count: int) -> jax.Array:
