@@ -94,17 +94,19 @@ def learn(w: jax.Array, importance: jax.Array | None, spec: LearnedSpec, iterati
     sparse = jnp.broadcast_to(jnp.mean(w == 0, axis=(1, 2), keepdims=True) > _SPARSE, w.shape)
     real = jnp.ones(w.shape, bool)
     w, importance, sparse, real = (jnp.pad(a, ((0, 0), (0, 0), (0, padding))) for a in (w, importance, sparse, real))
-    scale, x = None, w
+    scale, x, alike = None, w, jnp.ones(w.shape, jnp.float32)
     if isinstance(spec.granularity, PerGroup):
         blocked = w.reshape(stack, n, -1, group_length(k, spec))
         scale = round_scale(jnp.max(jnp.abs(blocked), axis=-1, keepdims=True), spec.scale_dtype)
         x = divide(blocked, jnp.where(scale == 0, 1.0, scale)).reshape(w.shape)
-        importance = (importance.reshape(blocked.shape) * jnp.square(scale)).reshape(w.shape)
+        alike = jnp.broadcast_to(jnp.square(scale), blocked.shape).reshape(w.shape)
+        importance = importance * alike
         scale = scale[..., 0]
-    weighted = x.shape[-1] * (1 if spec.per_row else n) > _BINS and given
     tables = n if spec.per_row else 1
-    rows = tuple(a.reshape(stack * tables, -1) for a in (x, importance, sparse & (w == 0), real))
-    levels = lax.map(lambda row: _table(*row, spec, iterations, weighted), rows, batch_size=min(_ROWS, stack * tables))
+    rows = tuple(a.reshape(stack * tables, -1) for a in (x, sparse & (w == 0), real, importance, alike))
+    if not given or rows[0].shape[1] <= _BINS:
+        rows = rows[:4]
+    levels = lax.map(lambda row: _table(spec, iterations, *row), rows, batch_size=min(_ROWS, stack * tables))
     levels = levels.reshape(stack, tables, -1)
     return Learned(learned_encode(x, levels), scale, levels)
 
@@ -144,17 +146,27 @@ def learned_values(found: Learned) -> jax.Array:
 
 
 def _table(
-    x: jax.Array, importance: jax.Array, zeros: jax.Array, real: jax.Array, spec: LearnedSpec, iterations: int, weighted: bool
+    spec: LearnedSpec,
+    iterations: int,
+    x: jax.Array,
+    zeros: jax.Array,
+    real: jax.Array,
+    importance: jax.Array,
+    other: jax.Array | None = None,
 ) -> jax.Array:
     """The levels (2^bits,) of values x (n,).
 
     Args:
-      x, importance: (n,).
-      zeros: bool (n,), zeros that are to stay.
-      real: bool (n,), what is no padding.
       spec: the spec.
       iterations: Lloyd's steps.
-      weighted: look at the table of the values without their importance, too: where the start is not exact it may be better.
+      x: (n,).
+      zeros: bool (n,), zeros that are to stay.
+      real: bool (n,), what is no padding.
+      importance: (n,).
+      other: (n,), an importance whose table may serve this one better, where what it begins with is not the optimum; or None.
+
+    Returns:
+      float32, ascending.
     """
     # In units of the largest value, so that squares of very small and very large weights stay in float32.
     unit = jnp.max(jnp.abs(x))
@@ -185,9 +197,9 @@ def _table(
 
     start = stored(divide_sorted(y, weight, 2**spec.bits))
     _, best, least = lax.fori_loop(0, iterations, step, (start, start, error(start)))
-    if not weighted:
+    if other is None:
         return best
-    plain = _table(x, jnp.ones_like(x), zeros, real, spec, iterations, weighted=False)
+    plain = _table(spec, iterations, x, zeros, real, other)
     return jnp.where(error(plain) < least, plain, best)
 
 
@@ -205,7 +217,7 @@ def divide_sorted(x: jax.Array, weight: jax.Array, count: int) -> jax.Array:
     >>> divide_sorted(jnp.float32([5.0, 1.0, 1.2, 5.2, 9.0]), jnp.ones(5), 3).round(2).tolist() == jnp.float32([1.1, 5.1, 9.0]).tolist()
     True
     """
-    order = jnp.argsort(x)
+    order = jnp.argsort(jnp.where(weight > 0, x, jnp.inf))  # what has no weight takes no place among the others
     x, weight = x[order], weight[order]
     bins = min(_BINS, x.shape[0])
     edges = np.linspace(0, x.shape[0], bins + 1).round().astype(np.int32)
