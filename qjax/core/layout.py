@@ -140,7 +140,7 @@ def _nearest_divisor(n: int, size: int) -> int:
 
 
 def blocks(
-    w: jax.Array, spec: IntSpec | CodebookSpec, stacked: Sequence[int] = (), name: str = "w"
+    w: jax.Array, spec: IntSpec | CodebookSpec | LearnedSpec, stacked: Sequence[int] = (), name: str = "w"
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """View a canonical array so that the last axis is one block: what shares a scale.
 
@@ -185,7 +185,7 @@ def blocks(
 
 
 def logical_blocks(
-    w: jax.Array, spec: IntSpec | CodebookSpec, axes: Sequence[int], stacked: Sequence[int]
+    w: jax.Array, spec: IntSpec | CodebookSpec | LearnedSpec, axes: Sequence[int], stacked: Sequence[int]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
     """`blocks` of a logical array.
 

@@ -214,7 +214,7 @@ def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: A
     if fits_here_or_below:
         zeros = jnp.zeros((size // plan.padded_group, n), jnp.float32)
         has_zero_point = isinstance(static.spec, IntSpec) and not static.spec.symmetric
-        kind = jnp.float32 if has_zero_point and static.spec.float_zero else jnp.int32
+        kind = jnp.float32 if isinstance(static.spec, IntSpec) and static.spec.float_zero else jnp.int32
         nothing = nothing._replace(grids=Grid(zeros, zeros.astype(kind) if has_zero_point else None))
     return lax.fori_loop(0, size // chunk, step, nothing)
 

@@ -167,7 +167,7 @@ def _correct(error: jax.Array, statistic: jax.Array | None, rank: int, dtype: st
     """L (stack, N, r) and R (stack, r, K) of errors (stack, N, K), weighed by (stack, K, K), (stack, K) or nothing."""
     if statistic is None:
         statistic = jnp.ones((error.shape[0], error.shape[2]), jnp.float32)
-    left, right = jax.lax.map(lambda part: _parts(*part, rank), (error, statistic))
+    left, right = jax.lax.map(lambda part: _parts(part[0], part[1], rank), (error, statistic))
     # Rows without an error (of zeros, for one) stay exactly what they are.
     left = jnp.where(jnp.any(error != 0, axis=-1, keepdims=True), left, 0.0)
     return left.astype(dtype), right.astype(dtype)
