@@ -53,7 +53,8 @@ _NO_DATA = ("rtn", "hqq")
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
-              help="Round to nearest, GPTQ, AWQ, HQQ (asymmetric weights), k-means (learned tables), SmoothQuant (with --activation), or LLM.int8().")
+              help="Round to nearest, GPTQ, AWQ, HQQ (asymmetric weights), k-means (learned tables), SmoothQuant (with --activation), "
+                   "or LLM.int8().")
 @click.option("--activation", type=click.Choice(["dynamic", "static"]),
               help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
 @click.option("--observer", type=click.Choice(OBSERVERS), metavar="NAME",
@@ -140,7 +141,8 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["activation"] is not None and weight not in _INTEGERS:
         raise click.UsageError(f"--activation {options['activation']} goes with integers, and the weight is {weight}")
     if options["per"] is not None and weight not in _ANY_PER:
-        raise click.UsageError(f"--per goes with {', '.join(('integers', *_ANY_PER[len(_INTEGERS):]))}, and the weight is {weight}: leave it out")
+        fits = ", ".join(("integers", *_ANY_PER[len(_INTEGERS) :]))
+        raise click.UsageError(f"--per goes with {fits}, and the weight is {weight}: leave it out")
     if options["group_size"] is not None and weight in _FIXED:
         raise click.UsageError(f"--group-size has no meaning for {weight}, whose blocks are fixed: leave it out")
     if options["double_quant"] and weight not in (*_TABLES, "binary"):

@@ -148,7 +148,7 @@ def _nearest_divisor(n: int, size: int) -> int:
 
 
 def blocks(
-    w: jax.Array, spec: BlockSpec, stacked: Sequence[int] = (), name: str = "w"
+    w: jax.Array, spec: BlockSpec | LearnedSpec, stacked: Sequence[int] = (), name: str = "w"
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """View a canonical array so that the last axis is one block: what shares a scale.
 
@@ -193,7 +193,7 @@ def blocks(
 
 
 def logical_blocks(
-    w: jax.Array, spec: BlockSpec, axes: Sequence[int], stacked: Sequence[int]
+    w: jax.Array, spec: BlockSpec | LearnedSpec, axes: Sequence[int], stacked: Sequence[int]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
     """`blocks` of a logical array.
 

@@ -85,7 +85,7 @@ def learn(w: jax.Array, importance: jax.Array | None, spec: LearnedSpec, iterati
     Source: SqueezeLLM (arXiv 2306.07629), eq. 3, with the diagonal of X^T X for its Fisher information, and k-means++ replaced by
     the dynamic program (Wang and Song, "Ckmeans.1d.dp", R Journal 2011).
     """
-    w = w.astype(jnp.float32)
+    w, given = w.astype(jnp.float32), importance is not None
     stack, n, k = w.shape
     importance = jnp.zeros((1, 1, 1), jnp.float32) if importance is None else importance.astype(jnp.float32)
     mean = jnp.mean(importance, axis=-1, keepdims=True)
@@ -94,16 +94,19 @@ def learn(w: jax.Array, importance: jax.Array | None, spec: LearnedSpec, iterati
     sparse = jnp.broadcast_to(jnp.mean(w == 0, axis=(1, 2), keepdims=True) > _SPARSE, w.shape)
     real = jnp.ones(w.shape, bool)
     w, importance, sparse, real = (jnp.pad(a, ((0, 0), (0, 0), (0, padding))) for a in (w, importance, sparse, real))
-    scale, x = None, w
+    scale, x, alike = None, w, jnp.ones(w.shape, jnp.float32)
     if isinstance(spec.granularity, PerGroup):
         blocked = w.reshape(stack, n, -1, group_length(k, spec))
         scale = round_scale(jnp.max(jnp.abs(blocked), axis=-1, keepdims=True), spec.scale_dtype)
         x = divide(blocked, jnp.where(scale == 0, 1.0, scale)).reshape(w.shape)
-        importance = (importance.reshape(blocked.shape) * jnp.square(scale)).reshape(w.shape)
+        alike = jnp.broadcast_to(jnp.square(scale), blocked.shape).reshape(w.shape)
+        importance = importance * alike
         scale = scale[..., 0]
     tables = n if spec.per_row else 1
-    rows = tuple(a.reshape(stack * tables, -1) for a in (x, importance, sparse & (w == 0), real))
-    levels = lax.map(lambda row: _table(*row, spec, iterations), rows, batch_size=min(_ROWS, stack * tables))
+    rows = tuple(a.reshape(stack * tables, -1) for a in (x, sparse & (w == 0), real, importance, alike))
+    if not given or rows[0].shape[1] <= _BINS:
+        rows = rows[:4]
+    levels = lax.map(lambda row: _table(spec, iterations, *row), rows, batch_size=min(_ROWS, stack * tables))
     levels = levels.reshape(stack, tables, -1)
     return Learned(learned_encode(x, levels), scale, levels)
 
@@ -142,8 +145,29 @@ def learned_values(found: Learned) -> jax.Array:
     return blocked.reshape(values.shape)
 
 
-def _table(x: jax.Array, importance: jax.Array, zeros: jax.Array, real: jax.Array, spec: LearnedSpec, iterations: int) -> jax.Array:
-    """The levels (2^bits,) of values x (n,); bool `zeros` are to stay, those that are not `real` are padding."""
+def _table(
+    spec: LearnedSpec,
+    iterations: int,
+    x: jax.Array,
+    zeros: jax.Array,
+    real: jax.Array,
+    importance: jax.Array,
+    other: jax.Array | None = None,
+) -> jax.Array:
+    """The levels (2^bits,) of values x (n,).
+
+    Args:
+      spec: the spec.
+      iterations: Lloyd's steps.
+      x: (n,).
+      zeros: bool (n,), zeros that are to stay.
+      real: bool (n,), what is no padding.
+      importance: (n,).
+      other: (n,), an importance whose table may serve this one better, where what it begins with is not the optimum; or None.
+
+    Returns:
+      float32, ascending.
+    """
     # In units of the largest value, so that squares of very small and very large weights stay in float32.
     unit = jnp.max(jnp.abs(x))
     unit = jnp.where(unit > 0, unit, 1.0)
@@ -172,7 +196,11 @@ def _table(x: jax.Array, importance: jax.Array, zeros: jax.Array, real: jax.Arra
         return new, jnp.where(now < least, new, best), jnp.minimum(now, least)
 
     start = stored(divide_sorted(y, weight, 2**spec.bits))
-    return lax.fori_loop(0, iterations, step, (start, start, error(start)))[1]
+    _, best, least = lax.fori_loop(0, iterations, step, (start, start, error(start)))
+    if other is None:
+        return best
+    plain = _table(spec, iterations, x, zeros, real, other)
+    return jnp.where(error(plain) < least, plain, best)
 
 
 def divide_sorted(x: jax.Array, weight: jax.Array, count: int) -> jax.Array:
@@ -189,7 +217,7 @@ def divide_sorted(x: jax.Array, weight: jax.Array, count: int) -> jax.Array:
     >>> divide_sorted(jnp.float32([5.0, 1.0, 1.2, 5.2, 9.0]), jnp.ones(5), 3).round(2).tolist() == jnp.float32([1.1, 5.1, 9.0]).tolist()
     True
     """
-    order = jnp.argsort(x)
+    order = jnp.argsort(jnp.where(weight > 0, x, jnp.inf))  # what has no weight takes no place among the others
     x, weight = x[order], weight[order]
     bins = min(_BINS, x.shape[0])
     edges = np.linspace(0, x.shape[0], bins + 1).round().astype(np.int32)

@@ -80,8 +80,8 @@ class LowRank:
 
     def work(self, problem: Problem) -> Work:
         stack, n, k = matrix_sizes(problem)
-        small, large = min(n, k), max(n, k)
-        own = Work(8.0 * small * small * large + (10.0 * k**3 if self.measure == "eora" else 0.0)).times(stack)
+        small = min(n, k)
+        own = Work(10.0 * small**3 * (2 if self.measure == "eora" and k < n else 1) + 4.0 * small * n * k).times(stack)
         return work_of(self.then, problem).plus(own)
 
     def _statistic(self, problem: Problem, state: Any) -> tuple[jax.Array | None, tuple[str, ...]]:
@@ -118,9 +118,10 @@ def low_rank(rank: int = 32, then: Method | None = None, kind: Kind = "eora", dt
         "lqer": S = diag(E[x^2])^(1/2), which takes the inputs for uncorrelated.
         "svd":  S = 1, and no data is needed.
 
-    By the singular value decomposition (w - dequantize(q)) S = U T V^T: L = U_r T_r, R = V_r^T S^-1, scales shared out between
-    both. At run time the product has two thin ones beside it, (x R^T) L^T, on the float activations also where the
-    weight multiplies integers; L R itself is never formed, except in front of a convolution and of products over a part of the
+    With the singular value decomposition (w - dequantize(q)) S = U T V^T: L = U_r and R = U_r^T (w - dequantize(q)), scales shared
+    out between both, which is U_r T_r V_r^T S^-1 where S has an inverse. At run time the product has two thin ones beside it,
+    (x R^T) L^T, on the float activations also where the weight multiplies integers; L R itself is never formed, except in front
+    of a convolution and of products over a part of the
     contracted axes, and the report says so.
 
     Args:
@@ -147,7 +148,7 @@ def low_rank(rank: int = 32, then: Method | None = None, kind: Kind = "eora", dt
 
     Source: EoRA, Liu et al., arXiv 2410.21271, section 3.2; LQER, Zhang et al., arXiv 2402.02446, section 3.2. LQER weighs by the mean |x|,
     here it is the root of the mean square, which minimises the error of the output for uncorrelated inputs (QERA, arXiv
-    2410.06040, theorem 2). Directions that no data has are left out of S^-1 (EoRA has no word on them).
+    2410.06040, theorem 2). No inverse of S is taken, so inputs that span less than all directions need no damping.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`rank` must be an int of at least 1, got {rank!r}")
@@ -165,46 +166,51 @@ def low_rank(rank: int = 32, then: Method | None = None, kind: Kind = "eora", dt
 def _correct(error: jax.Array, statistic: jax.Array | None, rank: int, dtype: str) -> tuple[jax.Array, jax.Array]:
     """L (stack, N, r) and R (stack, r, K) of errors (stack, N, K), weighed by (stack, K, K), (stack, K) or nothing."""
     if statistic is None:
-        left, right = jax.lax.map(lambda e: _split(e, lambda v: v, rank, dtype), error)
-    else:
-        left, right = jax.lax.map(lambda part: _weighed(*part, rank, dtype), (error, statistic))
+        statistic = jnp.ones((error.shape[0], error.shape[2]), jnp.float32)
+    left, right = jax.lax.map(lambda part: _parts(part[0], part[1], rank), (error, statistic))
     # Rows without an error (of zeros, for one) stay exactly what they are.
-    return jnp.where(jnp.any(error != 0, axis=-1, keepdims=True), left, jnp.zeros((), left.dtype)), right
+    left = jnp.where(jnp.any(error != 0, axis=-1, keepdims=True), left, 0.0)
+    return left.astype(dtype), right.astype(dtype)
 
 
-def _weighed(error: jax.Array, statistic: jax.Array, rank: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+def _parts(error: jax.Array, statistic: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """L = U_r and R = U_r^T E with the leading left singular vectors of E S, as large as each other."""
+    reach = jnp.max(jnp.abs(error))
+    unit = error / jnp.where(reach > 0, reach, 1.0)
+    statistic = jnp.where(jnp.any(statistic != 0), statistic, _identity(statistic))
+    statistic = statistic / jnp.max(statistic)
+    left = _leading(unit, statistic, rank)
+    right = _product(left.T, error)
+    reach = jnp.max(jnp.abs(left), axis=0), jnp.max(jnp.abs(right), axis=1)
+    some = (reach[0] > 0) & (reach[1] > 0)
+    by = jnp.where(some, jnp.sqrt(reach[1] / jnp.where(some, reach[0], 1.0)), 1.0)  # for each of the r terms
+    return left * by[None, :], right / by[:, None]
+
+
+def _leading(error: jax.Array, statistic: jax.Array, rank: int) -> jax.Array:
+    """The leading left singular vectors (N, r) of E S, S S^T = statistic, from the smaller of the matrices (N, N) and (K, K)."""
+    if error.shape[0] <= error.shape[1]:
+        weighed = error * statistic[None, :] if statistic.ndim == 1 else _product(error, statistic)
+        return _largest(_product(weighed, error.T), rank)
     if statistic.ndim == 1:
-        root = _roots(statistic)
-        return _split(error * root[None, :], lambda v: v * _inverse(root)[None, :], rank, dtype)
-    values, vectors = jnp.linalg.eigh(jnp.where(jnp.any(statistic != 0), statistic, jnp.eye(statistic.shape[0], dtype=jnp.float32)))
-    root = _roots(values)
-    turned = _product(error, vectors) * root[None, :]
-    return _split(turned, lambda v: _product(v * _inverse(root)[None, :], vectors.T), rank, dtype)
+        weighed = error * jnp.sqrt(statistic)[None, :]
+    else:
+        values, vectors = jnp.linalg.eigh(statistic)
+        weighed = _product(error, vectors) * jnp.sqrt(jnp.maximum(values, 0.0))[None, :]
+    return jnp.linalg.qr(_product(weighed, _largest(_product(weighed.T, weighed), rank)))[0]
 
 
-def _roots(powers: jax.Array) -> jax.Array:
-    """Square roots; 0 for what is none but for rounding. Without any power all are 1."""
-    most = jnp.max(powers)
-    powers = jnp.where(powers > most * powers.shape[0] * jnp.finfo(jnp.float32).eps, powers, 0.0)
-    return jnp.where(most > 0, jnp.sqrt(powers), 1.0)
+def _largest(symmetric: jax.Array, rank: int) -> jax.Array:
+    """The eigenvectors of the `rank` largest eigenvalues, the largest first."""
+    return jnp.linalg.eigh(symmetric)[1][:, ::-1][:, :rank]
 
 
-def _inverse(root: jax.Array) -> jax.Array:
-    return jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1.0), 0.0)
+def _identity(statistic: jax.Array) -> jax.Array:
+    return jnp.ones_like(statistic) if statistic.ndim == 1 else jnp.eye(statistic.shape[0], dtype=statistic.dtype)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _split(weighed: jax.Array, back: Any, rank: int, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """Both parts of the best approximation, as large as each other."""
-    u, s, v = jnp.linalg.svd(weighed, full_matrices=False)
-    left, right = u[:, :rank] * s[None, :rank], back(v[:rank])
-    reach = [jnp.max(jnp.abs(a), axis=axis) for a, axis in ((left, 0), (right, 1))]
-    some = (reach[0] > 0) & (reach[1] > 0)
-    by = jnp.where(some, jnp.sqrt(reach[1] / jnp.where(some, reach[0], 1.0)), 1.0)  # for each of the r terms
-    return (left * by[None, :]).astype(dtype), (right / by[:, None]).astype(dtype)
 
 
 def _placed(problem: Problem, left: jax.Array, right: jax.Array) -> Adapter:

@@ -29,7 +29,7 @@ METHODS = [
     qjax.gptaq(1.0, group_aware=True, refine=1, mse=False),
     qjax.hqq(),
     qjax.kmeans(),
-    qjax.kmeans(iterations=2, weighted=False),
+    qjax.kmeans(weighted=False),
     qjax.low_rank(4),
     qjax.low_rank(3, kind="lqer", then=qjax.gptq(mse=False), dtype="float32"),
     qjax.awq(),
@@ -167,7 +167,7 @@ def test_without_data_it_rounds(method, spec):
     w, spec = weight(K, N), accepted(method, spec)
     if isinstance(method, LowRank):
         pytest.skip("without data its low-rank part is that of the weight's error")
-    if isinstance(method, HQQ) or method == qjax.kmeans(iterations=2, weighted=False):
+    if isinstance(method, HQQ) or method == qjax.kmeans(weighted=False):
         pytest.skip("its data is the weight")
     state = None if method.observer is None else method.observer.init(1, K)
     outcome = method.quantize(problem(w, spec), state)
@@ -254,7 +254,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(method):
 @pytest.mark.parametrize("method", [m for m in METHODS if m.observer is not None], ids=lambda m: m.name)
 def test_data_that_is_not_finite_is_refused_by_name(method):
     x = weight(4, K).at[1, 2].set(jnp.inf)
-    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), method=method)])
+    policy = qjax.Policy([qjax.Rule("*", weight=accepted(method, qjax.int4()), method=method)])
     with pytest.raises(ValueError, match=r"`calibration` batch 0 gives the input of 'w' \(dot_general\) NaN or infinity"):
         qjax.quantize(lambda p, x: x @ p["w"], {"w": weight(K, N)}, policy, calibration=[x])
 
