@@ -58,8 +58,9 @@ def methods() -> dict[str, Any]:
         "GPTQ act-order": qjax.gptq(act_order=True),
         "GPTQ act-order, static groups": qjax.gptq(act_order=True, static_groups=True),
         "GPTQ group-aware": qjax.gptq(group_aware=True),
-        "GPTAQ": qjax.gptaq(act_order=True),
-        "GPTQ act-order, refined": qjax.gptq(act_order=True, refine=4),
+        "GPTQ, refined": qjax.gptq(refine=2),
+        "GPTAQ": qjax.gptaq(),
+        "GPTAQ of all the error, refined": qjax.gptaq(1.0, refine=2),
         "AutoRound": qjax.autoround(),
         "AWQ + GPTQ": qjax.awq(then=qjax.gptq(act_order=True)),
     }
