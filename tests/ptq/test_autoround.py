@@ -238,6 +238,7 @@ def data(n=2, seed=5, dtype=jnp.float32):
     return [numbers(4, 6, D, seed=seed + i, dtype=dtype) for i in range(n)]
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_layers_are_tuned_alike_and_better_than_rounded():
     rule = qjax.Rule("*", weight=qjax.int2(group_size=4), method=qjax.autoround(steps=40, lr=0.02))
     x, out = data(), []
@@ -275,6 +276,7 @@ def test_the_loss_that_is_reported_is_that_of_the_packed_weights():
     assert q.nbytes == quantized(fn, params, x, qjax.Rule("0", weight=SPECS[0]))[0].params["0"].nbytes
 
 
+@pytest.mark.slow
 def test_other_methods_in_a_block():
     """What needs no data is rounded before, what needs data sees the tuned weights, what has no rule stays."""
     params, x = layers_params(), data(1)
@@ -328,10 +330,10 @@ def test_what_cannot_be_tuned_with_a_block_is_tuned_alone_and_says_so():
 def test_batches_of_two_shapes_and_several_a_step():
     x = [*data(2), numbers(2, 5, D, seed=8)]
     method = qjax.autoround(steps=15, batch_size=2, lr=0.02, mse=False)
-    result, run = quantized(unrolled, layers_params(), x, qjax.Rule("*", weight=qjax.int2(), method=method))
+    result, run = quantized(unrolled, layers_params()[:1], x, qjax.Rule("*", weight=qjax.int2(), method=method))
     assert all(best < plain for row in result.report.rows if row.spec for best, plain in losses(row))
-    same, _ = quantized(unrolled, layers_params(), x, qjax.Rule("*", weight=qjax.int2(), method=method))
-    other, _ = quantized(unrolled, layers_params(), x, qjax.Rule("*", weight=qjax.int2(), method=dataclasses.replace(method, seed=1)))
+    same, _ = quantized(unrolled, layers_params()[:1], x, qjax.Rule("*", weight=qjax.int2(), method=method))
+    other, _ = quantized(unrolled, layers_params()[:1], x, qjax.Rule("*", weight=qjax.int2(), method=dataclasses.replace(method, seed=1)))
     bits = [np.concatenate([np.asarray(q["gate"].codes).ravel() for q in r.params]) for r in (result, same, other)]
     assert np.array_equal(bits[0], bits[1]) and not np.array_equal(bits[0], bits[2])
     assert np.isfinite(run(result.params, x[0])).all()
@@ -359,6 +361,7 @@ def test_convolutions_experts_and_bfloat16():
     assert all(losses(row) and losses(row)[0][0] <= losses(row)[0][1] for row in result.report.rows if row.spec)
 
 
+@pytest.mark.slow
 def test_rescaled_inputs_are_tuned_with_their_scales():
     def fn(p, x):
         return jax.nn.relu(x @ p["a"]) @ p["b"]
