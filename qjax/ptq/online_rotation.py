@@ -74,6 +74,9 @@ class Online:
     def _with_rotation(self, q: QTensor, dtype: Any, spec: Spec, name: str) -> QTensor:
         if isinstance(spec, CastSpec):
             raise ValueError(f"`method` online_rotation has nothing to gain for the cast {spec} of {name!r}; leave `method` out")
+        if q.adapter_left is not None:
+            raise ValueError(f"`then` {self.then.name} of {name!r} adds a low-rank part, which is not rotated: write "
+                             "qjax.low_rank(then=qjax.online_rotation(...))")  # fmt: skip
         return dataclasses.replace(q, rotation=self.rotation, dtype=np.dtype(dtype))
 
 

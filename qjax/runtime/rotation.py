@@ -52,7 +52,8 @@ def rotated_operands(site: Site, operands: Sequence[Any], weight: Packed) -> lis
     Rotating x costs a transform for each of its rows, rotating the weight back one for each of the weight's.
     """
     q = weight.q
-    axes = None if q.input_scale is not None else input_axes(site, q)
+    # A low-rank part and an input scale belong to the basis in front of the rotation.
+    axes = None if q.input_scale is not None or q.adapter_left is not None else input_axes(site, q)
     if q.rotation is None or axes is None:
         return None
     w = Packed(dataclasses.replace(q, rotation=None), weight.pending).value()

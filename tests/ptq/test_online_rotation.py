@@ -234,6 +234,16 @@ def test_the_report_says_what_is_lost_and_what_is_not_hadamard():
     assert any("Hartley" in note for note in result.report.rows[0].notes)
 
 
+@pytest.mark.parametrize("activation", [None, INT8], ids=["float", "int8"])
+def test_a_low_rank_part_stays_in_front_of_the_rotation(activation):
+    w, x = normal(K, N), normal(50, K, seed=1).at[:, 3].mul(30.0)
+    result, got = run(lambda p, x: x @ p, w, x, policy(qjax.int4(), activation, qjax.low_rank(4, then=qjax.online_rotation())))
+    assert result.params.rotation == OnlineRotation()
+    close(got, x @ result.params.dequantize(), 1e-4 if activation is None else 0.03)
+    with pytest.raises(ValueError, match=r"low_rank\(then=qjax.online_rotation"):
+        run(lambda p, x: x @ p, w, x, policy(qjax.int4(), None, qjax.online_rotation(qjax.low_rank(4, kind="svd"))))
+
+
 # Products of two activations.
 
 
