@@ -69,7 +69,7 @@ def test_the_steps_are_those_of_the_formula_in_float64():
         assert np.mean(np.abs(np.asarray(a) - b) < 1e-4) > 0.98
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "bfloat16"))])
 def test_each_group_keeps_its_best_and_is_packed_as_the_spec_says(dtype):
     w, spec = weight(64, 10), qjax.uint3(group_size=16, zero_dtype=dtype, scale_dtype="float16")
     q, rounded = solved(w, spec), solved(w, spec, qjax.rtn())
@@ -158,6 +158,7 @@ def test_outlier_columns_correct_for_it_too(spec):
 
 
 @pytest.mark.parametrize("method", [qjax.rtn(mse=True), qjax.gptq(), qjax.awq()], ids=lambda m: m.name)
+@pytest.mark.slow
 def test_other_methods_take_floating_zero_points(method):
     params, x = {"w": weight(48, 6) + 0.02}, weight(64, 48, seed=2, scale=1.0)
     rule = qjax.Rule("*", weight=FLOAT, method=method)

@@ -67,6 +67,7 @@ def test_one_table_with_the_scales_of_groups():
     assert error["learned"] < 0.85 * error["int"]
 
 
+@pytest.mark.slow
 def test_lloyds_steps_never_lose():
     w, spec, state = weight(1024, 3, seed=2), qjax.learned(2, per="tensor"), power(1024)
     h = np.asarray(state.mean_square[0])[:, None]
@@ -85,6 +86,7 @@ def test_zeros_stay_zeros_where_there_are_many():
     assert np.all(np.asarray(solved(w, qjax.learned(2)).q.levels))  # none is spent on a zero that is not there
 
 
+@pytest.mark.slow
 def test_few_values_and_huge_and_tiny_ones():
     w = jnp.stack([jnp.full(32, 0.7), jnp.tile(jnp.float32([1.0, -2.0]), 16), jnp.linspace(-3e4, 3e4, 32), jnp.full(32, 1e-3)], 1)
     back = solved(w, qjax.learned(2)).q.dequantize()
@@ -94,6 +96,7 @@ def test_few_values_and_huge_and_tiny_ones():
         solved(jnp.full((32, 2), 1e6), qjax.learned(2))
 
 
+@pytest.mark.slow
 def test_every_expert_and_every_group_of_a_convolution_has_its_own():
     w = weight(3, 32, 4) * jnp.float32([1, 10, 100])[:, None, None]
     state = Power(jnp.tile(power(32).mean_square, (3, 1)).at[1].set(0.0), jnp.int32([5, 0, 5]))
@@ -109,7 +112,8 @@ def test_every_expert_and_every_group_of_a_convolution_has_its_own():
         solved(weight(32, 6), qjax.learned(2, per="tensor"), groups=2)
 
 
-@pytest.mark.parametrize("spec", [qjax.learned(3), qjax.learned(3, group_size=8), qjax.learned(2, per="tensor")], ids=str)
+@pytest.mark.parametrize("spec", [qjax.learned(3), pytest.param(qjax.learned(3, group_size=8), marks=pytest.mark.slow),
+                                  pytest.param(qjax.learned(2, per="tensor"), marks=pytest.mark.slow)], ids=str)  # fmt: skip
 def test_views_move_no_float(spec):
     w = weight(3, 16, 4, 5)
     q = quantize(w, spec, (-3,), (-4,))
@@ -151,7 +155,8 @@ def test_in_a_program_mixed_saved_and_loaded(tmp_path):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("spec", [qjax.learned(4), qjax.learned(4, group_size=8), qjax.learned(4, per="tensor")], ids=str)
+@pytest.mark.parametrize("spec", [qjax.learned(4), pytest.param(qjax.learned(4, group_size=8), marks=pytest.mark.slow),
+                                  pytest.param(qjax.learned(4, per="tensor"), marks=pytest.mark.slow)], ids=str)  # fmt: skip
 def test_a_lookup_reads_its_rows(spec):
     q = quantize(weight(40, 16), spec, (-1,))
     rows = jax.jit(qjax.quantized(lambda p, i: jnp.take(p, i, axis=0)))

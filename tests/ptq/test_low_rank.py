@@ -35,7 +35,8 @@ def least(error, s, rank):
 
 
 @pytest.mark.parametrize("kind", ["eora", "lqer", "svd"])
-@pytest.mark.parametrize(("then", "outputs"), [(None, 20), (qjax.gptq(mse=False), 45)], ids=["rtn", "gptq"])
+@pytest.mark.parametrize(("then", "outputs"), [(None, 20), pytest.param(qjax.gptq(mse=False), 45, marks=pytest.mark.slow)],
+                         ids=["rtn", "gptq"])  # fmt: skip
 def test_it_is_the_optimum_of_its_measure(kind, then, outputs):
     w, x = normal(32, outputs), correlated(96, 32)
     q = packed(matmul, {"w": w}, (x,), qjax.low_rank(6, then=then, kind=kind, dtype="float32")).params["w"]
@@ -104,7 +105,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow) if i % 2 else f for i, f in enumerate(FORMS)])
 def test_every_form_multiplies_by_the_thin_parts(form):
     fn, shape, x_shape = FORMS[form]
     params, x = {"w": normal(*shape)}, normal(*x_shape, seed=3)
@@ -163,6 +164,7 @@ def test_a_lookup_adds_the_parts_of_its_rows():
     assert "f32[40,16]" not in run.lower(result.params, index).compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eora", "lqer"])
 def test_behind_other_methods_saved_and_loaded(kind, tmp_path):
     params, x = {"w": normal(2, 16, 16, dtype=jnp.bfloat16)}, correlated(48, 16)
