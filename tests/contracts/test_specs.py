@@ -97,8 +97,9 @@ SPECS = [
     binary(per="tensor", double_quant=True),
 ]
 # Every other one runs in the ordinary test line, of the later ones every fourth, all of them in the gate.
+ordinary = [i % (2 if i < SPECS.index(fp16()) else 4) == 0 for i in range(len(SPECS))]
 every_spec = pytest.mark.parametrize(
-    "spec", [s if i % (2 if i < SPECS.index(fp16()) else 4) == 0 else pytest.param(s, marks=pytest.mark.slow) for i, s in enumerate(SPECS)], ids=str
+    "spec", [s if quick else pytest.param(s, marks=pytest.mark.slow) for s, quick in zip(SPECS, ordinary, strict=True)], ids=str
 )
 DTYPES = [jnp.float32, jnp.bfloat16]
 
