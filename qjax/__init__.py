@@ -14,6 +14,8 @@ from qjax.calibration import mse as mse
 from qjax.calibration import observe as observe
 from qjax.calibration import percentile as percentile
 from qjax.core import ActSpec as ActSpec
+from qjax.core import Adapter as Adapter
+from qjax.core import QCache as QCache
 from qjax.core import QProduct as QProduct
 from qjax.core import QTensor as QTensor
 from qjax.core import bf16 as bf16
@@ -33,6 +35,8 @@ from qjax.core import int6 as int6
 from qjax.core import int7 as int7
 from qjax.core import int8 as int8
 from qjax.core import integer as integer
+from qjax.core import kv_cache as kv_cache
+from qjax.core import learned as learned
 from qjax.core import mxfp4 as mxfp4
 from qjax.core import mxfp6 as mxfp6
 from qjax.core import mxfp8 as mxfp8
@@ -61,12 +65,18 @@ from qjax.ptq import Rates as Rates
 from qjax.ptq import Result as Result
 from qjax.ptq import Rewritten as Rewritten
 from qjax.ptq import Spill as Spill
+from qjax.ptq import autoround as autoround
 from qjax.ptq import awq as awq
 from qjax.ptq import batch_norm_folding as batch_norm_folding
 from qjax.ptq import correct_bias as correct_bias
 from qjax.ptq import equalization as equalization
+from qjax.ptq import gptaq as gptaq
 from qjax.ptq import gptq as gptq
+from qjax.ptq import hqq as hqq
+from qjax.ptq import kmeans as kmeans
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import low_rank as low_rank
+from qjax.ptq import online_rotation as online_rotation
 from qjax.ptq import plan as plan
 from qjax.ptq import quantize as quantize
 from qjax.ptq import rewrite as rewrite
@@ -77,6 +87,9 @@ from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
 from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
+from qjax.runtime import quantized_cache as quantized_cache
+from qjax.training import LearnedRotation as LearnedRotation
 from qjax.training import fake_quant as fake_quant
+from qjax.training import learn_rotation as learn_rotation
 
 __version__ = "0.1.0"

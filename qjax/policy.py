@@ -10,9 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, Spec
+from qjax.core import ActSpec, CacheSpec, IntSpec, OnlineRotation, Spec
 from qjax.core.products import describe_pair
-from qjax.program import Leaf, Product, Program
+from qjax.program import InputLeaf, Leaf, Product, Program
 from qjax.program.trace import path_str as path_str
 
 
@@ -42,9 +42,20 @@ class ChoosesActivation(Protocol):
         ...
 
 
+@runtime_checkable
+class RotatesInputs(Protocol):
+    """A method that rotates what a product reads, `qjax.online_rotation()`: the one kind that a rule for products may have."""
+
+    @property
+    def rotation(self) -> OnlineRotation: ...
+
+    @property
+    def then(self) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the parameters whose path matches a pattern are quantized; or, with a colon in it, which products of activations.
+    """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
 
     Args:
       pattern: a glob over parameter paths; `*` crosses `/`. A leading `params/` and a trailing `/value` are not part of a path.
@@ -52,16 +63,19 @@ class Rule:
         `qjax.trace(fn, params, x).products` lists, and it never matches a parameter (whose path, if it has a colon, is matched by
         `?` in its place). Other rules never match products.
       weight: what the weights become, or None to leave them float.
-      method: how they get there; None rounds to nearest.
+      method: how they get there; None rounds to nearest. Of products of two activations: None, or `qjax.online_rotation()`, which
+        rotates both operands before they are rounded.
       activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
         product runs on integers. None leaves them float. Of a product of two activations it is what both of them become, or a
         pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program). A scale
         is shared along the contracted axis; where that is time (the values of a causal model), a dynamic range sees what comes
         later and moves what comes before by rounding steps. A static one does not.
+      cache: what the caches whose path matches become, `qjax.kv_cache(...)`. Such a rule never matches a parameter or a product, and
+        the others never match a cache. It counts where the cache is packed, in `qjax.quantized_cache`, which says what a path is.
 
     Raises:
       TypeError: an argument of the wrong kind.
-      ValueError: a product rule with a `weight` or a `method`.
+      ValueError: a product rule with a `weight`, or with a `method` that is no rotation; a cache rule with anything else.
 
     Example:
       >>> import qjax
@@ -69,23 +83,29 @@ class Rule:
       Rule('*mlp*', weight=int4(group_size=128))
       >>> Rule("*attn:dot_general.1", activation=(qjax.static(qjax.uint8()), qjax.static(qjax.int8())))
       Rule('*attn:dot_general.1', activation=static(uint8(per="tensor")) x static(int8(per="tensor")))
+      >>> Rule("*/key", cache=qjax.kv_cache(qjax.uint4(), per="channel"))
+      Rule('*/key', cache=kv_cache(uint4(), per="channel", window=32))
     """
 
     pattern: str
     weight: Spec | None = None
     method: Method | None = None
     activation: ActSpec | tuple[ActSpec, ActSpec] | None = None
+    cache: CacheSpec | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
             raise TypeError(f"`pattern` must be a non-empty string such as '*mlp*', got {self.pattern!r}")
+        if self.cache is not None:
+            self._check_cache()
+            return
         if self.is_product:
             self._check_product()
             return
-        if self.weight is not None and not isinstance(self.weight, (IntSpec, CodebookSpec, FloatSpec, CastSpec)):
+        if self.weight is not None and not isinstance(self.weight, Spec):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
-            hint = "; a spec goes to `weight`" if isinstance(self.method, (IntSpec, CodebookSpec, FloatSpec, CastSpec)) else ""
+            hint = "; a spec goes to `weight`" if isinstance(self.method, Spec) else ""
             raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{hint}")
         if self.weight is None and self.method is not None:
             raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
@@ -97,11 +117,20 @@ class Rule:
             what = f"`activation` {activation} of rule {self.pattern!r}"
             raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
 
+    def _check_cache(self) -> None:
+        if not isinstance(self.cache, CacheSpec):
+            raise TypeError(f"`cache` must be qjax.kv_cache(...) or None, got {self.cache!r}")
+        for name in ("weight", "method", "activation"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` must be None in rule {self.pattern!r}, which names caches, got {getattr(self, name)!r}: "
+                                 "write a rule for each")  # fmt: skip
+
     def _check_product(self) -> None:
         what = f"rule {self.pattern!r} names products of two activations (it has a colon)"
-        for name, value in (("weight", self.weight), ("method", self.method)):
-            if value is not None:
-                raise ValueError(f"`{name}` must be None, got {value!r}: {what}; give it an `activation` only")
+        if self.weight is not None:
+            raise ValueError(f"`weight` must be None, got {self.weight!r}: {what}; give it an `activation` only")
+        if self.method is not None and (not isinstance(self.method, RotatesInputs) or self.method.then.name != "rtn"):
+            raise ValueError(f"`method` must be None or qjax.online_rotation(), got {self.method!r}: {what}, which are rounded to nearest")
         pair = self.activation if isinstance(self.activation, tuple) else (self.activation,)
         if self.activation is not None and (len(pair) > 2 or not all(isinstance(act, ActSpec) for act in pair)):
             raise TypeError(
@@ -114,7 +143,12 @@ class Rule:
     @property
     def is_product(self) -> bool:
         """Whether the rule is for products of two activations."""
-        return ":" in self.pattern
+        return ":" in self.pattern and not self.is_cache
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether the rule is for caches."""
+        return self.cache is not None
 
     @property
     def operands(self) -> tuple[ActSpec, ActSpec] | None:
@@ -131,6 +165,8 @@ class Rule:
         return fnmatch.fnmatchcase(path, self.pattern)
 
     def __repr__(self) -> str:
+        if self.is_cache:
+            return f"Rule({self.pattern!r}, cache={self.cache})"
         weight = "" if self.is_product else f", weight={self.weight}"
         method = f", method={self.method!r}" if self.method is not None else ""
         act = describe_pair(self.activation) if isinstance(self.activation, tuple) else self.activation
@@ -178,6 +214,24 @@ class ProductChoice:
     def operands(self) -> tuple[ActSpec, ActSpec] | None:
         """What its operands become; None if it stays float."""
         return None if self.reason else self.rule.operands
+
+    @property
+    def rotation(self) -> OnlineRotation | None:
+        """By what both are rotated before they are rounded."""
+        return self.rule.method.rotation if isinstance(self.rule.method, RotatesInputs) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheChoice:
+    """What a policy decided for one cache that a rule names."""
+
+    leaf: InputLeaf
+    rule: Rule
+
+    @property
+    def spec(self) -> CacheSpec | None:
+        """What it becomes; None leaves it float."""
+        return None if self.rule.cache is None or self.rule.cache.spec is None else self.rule.cache
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -229,7 +283,7 @@ class Policy:
         Raises:
           ValueError: a rule's pattern matches no parameter, or only parameters without a site.
         """
-        rules = tuple(rule for rule in self.rules if not rule.is_product)
+        rules = tuple(rule for rule in self.rules if not rule.is_product and not rule.is_cache)
         for rule in rules:
             _check_matches(rule, program)
         _check_reached(rules, [leaf.path for leaf in program.leaves if is_candidate(leaf)])
@@ -253,6 +307,27 @@ class Policy:
         _check_reached(rules, [product.name for product in program.products if not product.refusal])
         named = [(p, next((r for r in rules if r.matches(p.name)), None)) for p in program.products]
         return tuple(_choose_product(product, rule) for product, rule in named if rule is not None)
+
+    def resolve_caches(self, program: Program) -> tuple[CacheChoice, ...]:
+        """Decides for every cache that a rule names.
+
+        Args:
+          program: from `qjax.trace`, of a function that takes a cache and gives it back.
+
+        Returns:
+          One `CacheChoice` a named cache, in the order of the program's inputs.
+
+        Raises:
+          ValueError: there is no rule with a `cache`; a rule's pattern matches no input, or only inputs that are no caches.
+        """
+        rules = tuple(rule for rule in self.rules if rule.is_cache)
+        if not rules:
+            raise ValueError("`policy` has no rule with a `cache`: add one such as qjax.Rule('*', cache=qjax.kv_cache(qjax.int8()))")
+        for rule in rules:
+            _check_named_caches(rule, program)
+        _check_reached(rules, [leaf.path for leaf in program.caches])
+        named = [(leaf, next((r for r in rules if r.matches(leaf.path)), None)) for leaf in program.caches]
+        return tuple(CacheChoice(leaf, rule) for leaf, rule in named if rule is not None)
 
 
 def check_policy(policy: Any) -> None:
@@ -340,6 +415,18 @@ def _check_products(rule: Rule, program: Program) -> None:
             f"rule `pattern` {rule.pattern!r} matches only products that cannot multiply integers, such as {product.name!r}: "
             f"{product.refusal}; remove the rule or widen its pattern (these stay float in any case)"
         )
+
+
+def _check_named_caches(rule: Rule, program: Program) -> None:
+    matched = [leaf for leaf in program.inputs if rule.matches(leaf.path)]
+    if any(not leaf.refusal for leaf in matched):
+        return
+    names = ", ".join(repr(leaf.path) for leaf in program.caches[:4]) or "none"
+    if not matched:
+        raise ValueError(f"rule `pattern` {rule.pattern!r} with a `cache` matches no input of the program; its caches are {names}")
+    leaf = max(matched, key=lambda leaf: len(leaf.shape))  # a position or a token is matched by "*", too
+    what = f"rule `pattern` {rule.pattern!r} with a `cache` matches no cache"
+    raise ValueError(f"{what} but {leaf.path!r}: {leaf.refusal}; the program's caches are {names}")
 
 
 def no_product(pattern: str, program: Program) -> str:

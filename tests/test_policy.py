@@ -1,11 +1,14 @@
 """Policies: first match wins, and a rule that does nothing is an error that names it."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import qjax
 from qjax import Policy, Rule
+from qjax.formats.checkpoint import DOCUMENT
 
 PARAMS = {
     "params": {
@@ -90,3 +93,29 @@ def test_report_is_data_and_prints(monkeypatch):
     assert [r["path"] for r in document["rows"] if r["spec"]] == ["head/kernel"]
     assert "1 of 5 parameters quantized" in str(report)
     assert all(row.path in str(report) for row in report.rows)
+
+
+def test_rules_for_caches_stand_beside_the_others(tmp_path):
+    spec = qjax.kv_cache(qjax.uint4(scale_dtype="float16"), "channel", group_size=16, window=8)
+    policy = Policy([Rule("*/key", cache=spec), Rule("*", weight=qjax.int8()), Rule("head/*", cache=qjax.kv_cache(None))])
+    result = qjax.quantize(fn, PARAMS, policy, calibration=[TOKENS])
+    assert {row.spec for row in result.report.rows if row.spec} == {str(qjax.int8())}  # a cache rule matches no parameter
+    qjax.save(tmp_path / "it", result)
+    assert qjax.load(tmp_path / "it").policy == policy
+    rules = json.loads((tmp_path / "it" / DOCUMENT).read_text())["policy"]["rules"]
+    assert ["cache" in rule for rule in rules] == [True, False, True]  # older readers take what has none
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Rule("*", cache=qjax.int4()), TypeError, ["`cache`", "kv_cache"]),
+        (lambda: Rule("*", weight=qjax.int4(), cache=qjax.kv_cache(qjax.int4())), ValueError, ["`weight`", "caches", "a rule for each"]),
+        (lambda: Rule("*", activation=qjax.dynamic(qjax.int8()), cache=qjax.kv_cache(None)), ValueError, ["`activation`"]),
+    ],
+)
+def test_a_cache_rule_has_nothing_else(make, error, words):
+    with pytest.raises(error) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)

@@ -114,11 +114,68 @@ class SecondMoment:
         return Moments(a.total + b.total, a.count + b.count)
 
 
-def hessian(state: Moments) -> jax.Array:
+class CrossMoments(NamedTuple):
+    """Sums of outer products of what a site reads, and of what it lacks of the float program's.
+
+    Attributes:
+      total: float32 (stack, K, K), the sum of x x^T.
+      cross: float32 (stack, K, K), the sum of (x_float - x) x^T.
+      count: int32 (stack,), the number of rows.
+      compared: int32 (stack,), those of them that had one of the float program beside them.
+    """
+
+    total: jax.Array
+    cross: jax.Array
+    count: jax.Array
+    compared: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossMoment:
+    """Sums X^T X and (X_float - X)^T X, for the methods that make up for what the inputs lack.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> observer = CrossMoment()
+      >>> rows = Rows(jnp.array([[[1.0, 2.0]]]), reference=jnp.array([[[1.5, 2.0]]]))
+      >>> observer.update(observer.init(1, 2), rows).cross[0].tolist()
+      [[0.5, 1.0], [0.0, 0.0]]
+
+    Source: GPTAQ (arXiv 2504.02692), the authors' dXXT.
+    """
+
+    def init(self, stack: int, columns: int) -> CrossMoments:
+        moments = SecondMoment().init(stack, columns)
+        return CrossMoments(moments.total, jnp.zeros_like(moments.total), moments.count, jnp.zeros_like(moments.count))
+
+    def update(self, state: CrossMoments, rows: Rows) -> CrossMoments:
+        total, count = SecondMoment().update(Moments(state.total, state.count), rows)
+        if rows.reference is None:
+            return state._replace(total=total, count=count)
+        lack = rows.reference - rows.x
+        if rows.owner is None:
+            cross = state.cross + jnp.einsum("smk,smj->skj", lack, rows.x, precision=lax.Precision.HIGHEST)
+        else:
+            cross = _cross_of_experts(state.cross, lack[0], rows)
+        return CrossMoments(total, cross, count, state.compared + (count - state.count))
+
+    def merge(self, a: CrossMoments, b: CrossMoments) -> CrossMoments:
+        return jax.tree.map(jnp.add, a, b)
+
+
+def _cross_of_experts(cross: jax.Array, lack: jax.Array, rows: Rows) -> jax.Array:
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        mine = jnp.where((rows.owner == part[1])[:, None], rows.x[0], 0)
+        return part[0] + jnp.dot(lack.T, mine, precision=lax.Precision.HIGHEST)
+
+    return lax.map(one, (cross, jnp.arange(rows.experts)))
+
+
+def hessian(state: Moments | CrossMoments) -> jax.Array:
     """Returns `H = 2/n sum x x^T`.
 
     Args:
-      state: of a `SecondMoment`.
+      state: of a `SecondMoment`, or of a `CrossMoment`.
 
     Returns:
       float32 (stack, K, K); zero where no row was seen.
@@ -131,3 +188,19 @@ def hessian(state: Moments) -> jax.Array:
     factor.
     """
     return state.total * (2.0 / jnp.maximum(state.count, 1).astype(jnp.float32))[:, None, None]
+
+
+def deviation(state: CrossMoments) -> jax.Array:
+    """Returns `D = 2/n sum (x_float - x) x^T`, in the units of `hessian`.
+
+    Args:
+      state: of a `CrossMoment`.
+
+    Returns:
+      float32 (stack, K, K); zero where no row of the float program was seen.
+
+    Example:
+      >>> deviation(CrossMoments(jnp.array([[[3.0]]]), jnp.array([[[1.0]]]), jnp.array([2]), jnp.array([2]))).tolist()
+      [[[1.0]]]
+    """
+    return state.cross * (2.0 / jnp.maximum(state.count, 1).astype(jnp.float32))[:, None, None]

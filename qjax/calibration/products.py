@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from qjax.calibration.observers import Observer
 from qjax.calibration.rows import Rows
+from qjax.core import OnlineRotation
 from qjax.program import Product
 
 Pair = tuple[Any, Any]
@@ -44,10 +45,17 @@ def operand_rows(product: Product, operands: Sequence[jax.Array]) -> tuple[Rows,
 
 @dataclasses.dataclass(frozen=True)
 class OperandObservers:
-    """An observer for each operand of a product, or None where there is nothing to know; the state is a pair of theirs."""
+    """An observer for each operand of a product, or None where there is nothing to know; the state is a pair of theirs.
+
+    Attributes:
+      lhs: of the left operand.
+      rhs: of the right one.
+      rotation: by which both are rotated before they are seen, or None.
+    """
 
     lhs: Observer[Any] | None
     rhs: Observer[Any] | None
+    rotation: OnlineRotation | None = None
 
     @property
     def pair(self) -> tuple[Observer[Any] | None, Observer[Any] | None]:
@@ -62,4 +70,6 @@ class OperandObservers:
 
     def update(self, state: Pair, rows: tuple[Rows, Rows]) -> Pair:
         """Returns the state after one more call."""
+        if self.rotation is not None:
+            rows = rows[0]._replace(x=self.rotation.apply(rows[0].x)), rows[1]._replace(x=self.rotation.apply(rows[1].x))
         return tuple(None if o is None else o.update(s, r) for o, s, r in zip(self.pair, state, rows, strict=True))  # pyright: ignore

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import divide
+from qjax.core import QTensor, divide
 from qjax.program import Leaf, Packed, Site
 from qjax.program.labels import Dim
 
@@ -23,11 +23,14 @@ class Rows(NamedTuple):
         of a convolution), 1 if there are none; K over its contracted axes as the parameter flattens them.
       owner: int32 (samples,), for experts that share one list of rows: which expert reads a row; None otherwise.
       experts: how many there are, with `owner`.
+      reference: of the shape of `x`, what the float program gives the same site, row for row; None where nobody asked for it
+        (`qjax.ptq.method.ComparesWithFloat`) or it is not known (a site in a loop that stays whole).
     """
 
     x: jax.Array
     owner: jax.Array | None = None
     experts: int = 0
+    reference: jax.Array | None = None
 
 
 def stack_size(site: Site, leaf: Leaf) -> int:
@@ -65,15 +68,21 @@ def site_rows(site: Site, eqn: Any, operands: Sequence[Any]) -> Rows:
       site: the site.
       eqn: its equation.
       operands: the equation's operands; the one at `site.operand` is not read, unless it is packed and its integer product divides
-        its input: then the rows are those of the quotient, which is what is rounded.
+        or rotates its input: then the rows are those of what comes of it, which is what is rounded.
 
     Returns:
       `Rows`, float32.
     """
     rows, weight = _rows(site, eqn, operands), operands[site.operand]
-    if not isinstance(weight, Packed) or weight.q.act is None or weight.q.input_scale is None:
+    if not isinstance(weight, Packed) or weight.q.act is None:
         return rows
-    q = weight.q
+    rows = _divided(site, rows, weight.q)
+    return rows if weight.q.rotation is None else rows._replace(x=weight.q.rotation.apply(rows.x))
+
+
+def _divided(site: Site, rows: Rows, q: QTensor) -> Rows:
+    if q.input_scale is None:
+        return rows
     kept = [i for i in range(q.ndim) if i - q.ndim not in q.axes]
     batch = [kept.index(d) for d, _ in _in_leaf_order(site.batch, site)]
     order = [*batch, *(i for i in range(len(kept)) if i not in batch)]

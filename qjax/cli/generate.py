@@ -7,6 +7,8 @@ import click
 
 from qjax.cli.shared import SHIPPED, check_tokenizer, emit, json_option, open_model, platform
 
+CACHES = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
+
 
 @click.command("generate")
 @click.argument("model", default=SHIPPED)
@@ -15,13 +17,27 @@ from qjax.cli.shared import SHIPPED, check_tokenizer, emit, json_option, open_mo
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", type=click.IntRange(min=1), default=40, show_default=True, help="Among the likeliest K; 1 is greedy too.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="The same seed gives the same text.")
+@click.option("--kv-cache", type=click.Choice(CACHES), metavar="SPEC",
+              help="Pack the keys and values of past tokens, a scale a token: int2 .. int8, uint2 .. uint8.  [default: float]")
+@click.option("--kv-window", type=click.IntRange(min=0), default=32, show_default=True,
+              help="--kv-cache: how many of the latest tokens stay float.")
 @json_option
-def command(model: str, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int, as_json: bool) -> None:
+def command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    kv_cache: str | None,
+    kv_window: int,
+    as_json: bool,
+) -> None:
     """Continues a text with MODEL (default: books-llama-4m), float or packed."""
     import jax
 
-    from qjax.cli.measure import run
-    from qjax.evaluation import encode
+    from qjax.cli.measure import cache_length, cache_of, run
+    from qjax.evaluation import encode, tree_bytes
 
     started = time.perf_counter()
     opened = open_model(model)
@@ -30,6 +46,9 @@ def command(model: str, prompt: str, max_new_tokens: int, temperature: float, to
     if not ids:
         raise click.UsageError(f"--prompt {prompt!r} holds no token: give some text")
     _check_length(opened, len(ids), max_new_tokens)
+    spec = _cache_spec(kv_cache, kv_window)
+    length = cache_length(opened, len(ids) + max_new_tokens)
+    memory = tree_bytes(jax.eval_shape(lambda: cache_of(opened, length, spec)))
     stream = Stream(opened.tokenizer, ids)
     if not as_json:
         click.echo(prompt, nl=False)
@@ -40,6 +59,7 @@ def command(model: str, prompt: str, max_new_tokens: int, temperature: float, to
         temperature=temperature,
         top_k=min(top_k, opened.config.vocab_size),
         key=jax.random.key(seed),
+        kv_cache=spec,
         eos_ids=opened.config.eos_token_ids,
         on_token=None if as_json else lambda tokens: click.echo(stream.push(int(tokens[0])), nl=False),
     )
@@ -52,6 +72,8 @@ def command(model: str, prompt: str, max_new_tokens: int, temperature: float, to
         "tokens_per_second": made.tokens_per_second,
         "first_token_seconds": made.first_token_seconds,
         "seed": seed,
+        "kv_cache": None if spec is None else str(spec),
+        "kv_cache_bytes": memory,
         "platform": platform(),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -69,10 +91,21 @@ def _check_length(model: Any, prompt: int, new: int) -> None:
                                f"{context}: give at most {max(context - prompt, 0)}, or a shorter prompt")  # fmt: skip
 
 
+def _cache_spec(name: str | None, window: int) -> Any:
+    import qjax
+
+    if name is None:
+        return None
+    return qjax.kv_cache(getattr(qjax, name)(scale_dtype="float16"), window=window)
+
+
 def _speed(document: dict[str, Any]) -> None:
     rate = document["tokens_per_second"]
     speed = "" if rate is None else f", {rate:.0f} a second once compiled"
-    click.echo(f"{len(document['tokens'])} tokens{speed} ({document['platform']})", err=True)
+    from qjax.report import format_bytes
+
+    cache = "" if document["kv_cache"] is None else f", cache of {format_bytes(document['kv_cache_bytes'])}"
+    click.echo(f"{len(document['tokens'])} tokens{speed}{cache} ({document['platform']})", err=True)
 
 
 class Stream:

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 
 from qjax.cli.shared import Model
-from qjax.core import QTensor
+from qjax.core import CacheSpec, QTensor
 from qjax.evaluation import divergence, perplexity_of, token_losses, tree_bytes
 from qjax.evaluation.text import padded_batches
 from qjax.models import generate, init_cache
+from qjax.policy import Policy, Rule
+from qjax.runtime import quantized, quantized_cache
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
 SPEED_NOTE = f"decode speed: one prompt of up to {PROMPT_TOKENS} tokens, up to {NEW_TOKENS} new ones, greedy"
@@ -88,18 +90,27 @@ def decode_speed(model: Model, ids: np.ndarray) -> float | None:
     return run(model, prompt, new).tokens_per_second
 
 
-def run(model: Model, ids: Any, new_tokens: int, **options: Any) -> Any:
-    """Generates from one prompt; the programs are compiled once for each length of prompt."""
-    context = model.config.max_position_embeddings
-    length = min(context, -(-(len(ids) + new_tokens) // 256) * 256)
-    cache = partial(_cache, model.config, length)
-    return generate(
-        model.apply, model.params, np.asarray(ids)[None], new_tokens, init_cache=cache, context_length=context, **options
-    )
+def run(model: Model, ids: Any, new_tokens: int, *, kv_cache: CacheSpec | None = None, **options: Any) -> Any:
+    """Generates from one prompt; the programs are compiled once for each length of prompt. `kv_cache` packs keys and values."""
+    context, apply = model.config.max_position_embeddings, model.apply
+    if kv_cache is not None and model.document is None:  # that of a packed model takes a packed cache as it is
+        apply = quantized(apply)
+    cache = partial(cache_of, model, cache_length(model, len(ids) + new_tokens), kv_cache)
+    return generate(apply, model.params, np.asarray(ids)[None], new_tokens, init_cache=cache, context_length=context, **options)
 
 
-def _cache(config: Any, length: int, batch: int, _: int) -> Any:
-    return init_cache(config, batch, length)
+def cache_length(model: Model, tokens: int) -> int:
+    """Tokens that the cache of so many has room for: lengths are rounded up, so that near ones share a program."""
+    return min(model.config.max_position_embeddings, -(-tokens // 256) * 256)
+
+
+def cache_of(model: Model, length: int, kv_cache: CacheSpec | None, batch: int = 1, _: int = 0) -> Any:
+    """An empty cache of keys and values, packed if there is a spec."""
+    empty = init_cache(model.config, batch, length)
+    if kv_cache is None:
+        return empty
+    pack = quantized_cache(model.apply, Policy([Rule("2/*", cache=kv_cache)]))
+    return pack(model.params, np.zeros((batch, 1), np.int32), empty, np.int32(0))
 
 
 def packed_leaves(params: Any) -> Iterator[QTensor]:

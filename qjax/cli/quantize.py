@@ -35,9 +35,11 @@ _CASTS = ["bf16", "fp16"]
 # Specs of fixed blocks, and those that take a group.
 _FIXED = ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8", "nvfp4"]
 _TABLES = ["nf4", "nf4_quantile", "fp4"]
-_ANY_PER = [*_INTEGERS, "ternary", "binary", "fp8_e4m3", "fp8_e5m2"]
-WEIGHTS = [*_INTEGERS, "ternary", "binary", *_TABLES, "fp8_e4m3", "fp8_e5m2", *_FIXED, *_CASTS]
-METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
+_LEARNED = ["learned2", "learned3", "learned4"]
+_ANY_PER = [*_INTEGERS, *_LEARNED, "ternary", "binary", "fp8_e4m3", "fp8_e5m2"]
+WEIGHTS = [*_INTEGERS, "ternary", "binary", *_TABLES, "fp8_e4m3", "fp8_e5m2", *_FIXED, *_LEARNED, *_CASTS]
+METHODS = ["rtn", "gptq", "awq", "hqq", "kmeans", "smoothquant", "llm_int8"]
+_NO_DATA = ("rtn", "hqq")
 
 
 @click.command("quantize")
@@ -45,13 +47,14 @@ METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--weight", type=click.Choice(WEIGHTS), default="int4", show_default=True, metavar="SPEC",
               help="int2 .. int8 (symmetric), uint2 .. uint8 (asymmetric), bf16, fp16, or one of "
-                   + ", ".join(["ternary", "binary", *_TABLES, "fp8_e4m3", "fp8_e5m2", *_FIXED]) + ".")
+                   + ", ".join(["ternary", "binary", *_TABLES, *_LEARNED, "fp8_e4m3", "fp8_e5m2", *_FIXED]) + ".")
 @click.option("--group-size", type=click.IntRange(min=1), help="Values along the contracted axis that share a scale; 64 for nf4 and fp4.")
 @click.option("--double-quant", is_flag=True, help="nf4, nf4_quantile, fp4 and binary: scales in 8 bits too.")
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
-              help="Round to nearest, GPTQ, AWQ, SmoothQuant (with --activation), or LLM.int8().")
+              help="Round to nearest, GPTQ, AWQ, HQQ (asymmetric weights), k-means (learned tables), SmoothQuant (with --activation), "
+                   "or LLM.int8().")
 @click.option("--activation", type=click.Choice(["dynamic", "static"]),
               help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
 @click.option("--observer", type=click.Choice(OBSERVERS), metavar="NAME",
@@ -62,7 +65,7 @@ METHODS = ["rtn", "gptq", "awq", "smoothquant", "llm_int8"]
 @click.option("--static-groups", is_flag=True, help="gptq: ranges before rounding; with --act-order no permutation is stored.")
 @click.option("--damping", type=float, help="gptq: share of the mean diagonal that is added to it.  [default: 0.01]")
 @click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help=f"All but rtn, and static activations: a text file, a passage a line. {SHIPPED} has one of its own.")
+              help=f"All but rtn and hqq, and static activations: a text file, a passage a line. {SHIPPED} has one of its own.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of calibration text at most.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens a window.  [default: the context, at most 2048]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
@@ -115,7 +118,7 @@ def _check_options(options: dict[str, Any]) -> None:
     method = options["method"]
     for names, fits, what in (
         (("act_order", "static_groups", "damping"), method == "gptq", "--method gptq"),
-        (("calibration",), _needs_data(options), "a --method other than rtn, or --activation static"),
+        (("calibration",), _needs_data(options), "a --method other than rtn and hqq, or --activation static"),
         (("observer",), options["activation"] == "static", "--activation static"),
         (("mse",), method in ("rtn", "gptq"), "--method rtn or gptq"),
     ):
@@ -127,12 +130,19 @@ def _check_options(options: dict[str, Any]) -> None:
         raise click.UsageError("--method smoothquant is for quantized activations: give --activation static or dynamic")
     if method == "llm_int8" and weight not in _INTEGERS:
         raise click.UsageError(f"--method llm_int8 goes with integers such as --weight int8, and the weight is {weight}")
+    if method == "hqq" and not weight.startswith("u"):
+        raise click.UsageError(f"--method hqq chooses zero points: give --weight uint2 .. uint8, the weight is {weight}")
+    if method == "kmeans" and weight not in _LEARNED:
+        raise click.UsageError(f"--method kmeans fits a table of levels: give --weight learned2 .. learned4, the weight is {weight}")
+    if method == "gptq" and weight in _LEARNED:
+        raise click.UsageError(f"--method gptq needs levels that are known before, those of {weight} are learned: give --method kmeans")
     if method == "llm_int8" and options["activation"] == "static":
         raise click.UsageError("--method llm_int8 finds a range for every row anew: leave --activation static out")
     if options["activation"] is not None and weight not in _INTEGERS:
         raise click.UsageError(f"--activation {options['activation']} goes with integers, and the weight is {weight}")
     if options["per"] is not None and weight not in _ANY_PER:
-        raise click.UsageError(f"--per goes with {', '.join(('integers', *_ANY_PER[-4:]))}, and the weight is {weight}: leave it out")
+        fits = ", ".join(("integers", *_ANY_PER[len(_INTEGERS) :]))
+        raise click.UsageError(f"--per goes with {fits}, and the weight is {weight}: leave it out")
     if options["group_size"] is not None and weight in _FIXED:
         raise click.UsageError(f"--group-size has no meaning for {weight}, whose blocks are fixed: leave it out")
     if options["double_quant"] and weight not in (*_TABLES, "binary"):
@@ -150,7 +160,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _needs_data(options: dict[str, Any]) -> bool:
-    return options["method"] != "rtn" or options["activation"] == "static"
+    return options["method"] not in _NO_DATA or options["activation"] == "static"
 
 
 def check_destination(dst: Path, overwrite: bool) -> None:
@@ -212,8 +222,12 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
         keep = ["*embed*"] if model.config.tie_word_embeddings else ["*embed*", "*lm_head*"]
     names = ("per", "group_size", "pad", "double_quant")
     weight, spec_options = options["weight"], {name: options[name] for name in names if options[name]}
+    if options["method"] == "hqq":
+        spec_options["zero_dtype"] = "float16"
     if weight == "nf4_quantile":
         spec = qjax.nf4(table="quantile", **spec_options)
+    elif weight in _LEARNED:
+        spec = qjax.learned(int(weight[-1]), **spec_options)
     elif weight.startswith("mxfp") and "_" in weight:
         kind, element = weight.split("_")
         spec = getattr(qjax, kind)(element, **spec_options)
@@ -224,6 +238,8 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
         "rtn": lambda: qjax.rtn(**given),
         "gptq": lambda: qjax.gptq(act_order=options["act_order"], static_groups=options["static_groups"], **given),
         "awq": qjax.awq,
+        "hqq": qjax.hqq,
+        "kmeans": qjax.kmeans,
         "smoothquant": lambda: qjax.smoothquant("search"),
         "llm_int8": qjax.llm_int8,
     }[options["method"]]()
@@ -271,7 +287,7 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
 
         path = books_llama_folder() / "calibration.txt"
     if path is None:
-        which = f"--method {options['method']}" if options["method"] != "rtn" else f"--activation {options['activation']}"
+        which = f"--method {options['method']}" if options["method"] not in _NO_DATA else f"--activation {options['activation']}"
         raise click.UsageError(f"{which} needs --calibration FILE, a text like that of the model's use, a passage a line")
     check_tokenizer(model)
     return text_windows(model, path, options["samples"], window, "--calibration ")

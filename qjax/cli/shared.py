@@ -26,6 +26,7 @@ _WORDS = (
     ("`group_size`=", "--group-size "),
     ("or pad=True, which pads", "or --pad, which pads"),
     ("`where` ", "--only "),
+    ("take a shorter `window` or a smaller `group_size`, or leave it float", "take a shorter --kv-window, or leave --kv-cache away"),
     ("`resume` ", "--resume: "),
     ("give another folder, or remove this one to begin anew", "give another DST, or remove that folder to begin anew"),
     ("which no quantization kept: give a new folder", "which no quantization kept: give another DST, or remove that folder"),

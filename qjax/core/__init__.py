@@ -8,10 +8,18 @@ from qjax.core.activations import encode_activation as encode_activation
 from qjax.core.activations import round_activation as round_activation
 from qjax.core.activations import round_inliers as round_inliers
 from qjax.core.activations import static as static
+from qjax.core.adapter import Adapter as Adapter
+from qjax.core.adapter import adapter_matrix as adapter_matrix
 from qjax.core.affine import affine_decode as affine_decode
 from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params
 from qjax.core.affine import params_from_range as params_from_range
+from qjax.core.cache import CacheSpec as CacheSpec
+from qjax.core.cache import QCache as QCache
+from qjax.core.cache import append_cache as append_cache
+from qjax.core.cache import init_cache as init_cache
+from qjax.core.cache import kv_cache as kv_cache
+from qjax.core.cache import read_cache as read_cache
 from qjax.core.codebook import codebook_decode as codebook_decode
 from qjax.core.codebook import codebook_encode as codebook_encode
 from qjax.core.codebook import codebook_params as codebook_params
@@ -24,6 +32,11 @@ from qjax.core.granularity import PerChannel as PerChannel
 from qjax.core.granularity import PerGroup as PerGroup
 from qjax.core.granularity import PerTensor as PerTensor
 from qjax.core.granularity import PerToken as PerToken
+from qjax.core.hadamard import OnlineRotation as OnlineRotation
+from qjax.core.hadamard import hadamard as hadamard
+from qjax.core.hadamard import hadamard_transform as hadamard_transform
+from qjax.core.hadamard import random_signs as random_signs
+from qjax.core.hadamard import transform_factors as transform_factors
 from qjax.core.layout import blocks as blocks
 from qjax.core.layout import canonicalize as canonicalize
 from qjax.core.layout import check_blocks as check_blocks
@@ -31,6 +44,8 @@ from qjax.core.layout import group_length as group_length
 from qjax.core.layout import logical_blocks as logical_blocks
 from qjax.core.layout import padded_size as padded_size
 from qjax.core.layout import uncanonicalize as uncanonicalize
+from qjax.core.learned import Learned as Learned
+from qjax.core.learned import learn as learn
 from qjax.core.named_specs import binary as binary
 from qjax.core.named_specs import floating as floating
 from qjax.core.named_specs import fp4 as fp4
@@ -71,6 +86,7 @@ from qjax.core.specs import CastSpec as CastSpec
 from qjax.core.specs import CodebookSpec as CodebookSpec
 from qjax.core.specs import FloatSpec as FloatSpec
 from qjax.core.specs import IntSpec as IntSpec
+from qjax.core.specs import LearnedSpec as LearnedSpec
 from qjax.core.specs import Spec as Spec
 from qjax.core.specs import bf16 as bf16
 from qjax.core.specs import codebook as codebook
@@ -84,6 +100,7 @@ from qjax.core.specs import int6 as int6
 from qjax.core.specs import int7 as int7
 from qjax.core.specs import int8 as int8
 from qjax.core.specs import integer as integer
+from qjax.core.specs import learned as learned
 from qjax.core.specs import signed_codes as signed_codes
 from qjax.core.specs import uint2 as uint2
 from qjax.core.specs import uint3 as uint3

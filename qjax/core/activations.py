@@ -141,6 +141,8 @@ def _check_spec(spec: Any, static: bool) -> None:
         raise TypeError(f"`spec` of activations must be integers such as qjax.int8() or floats such as qjax.fp8_e4m3(), got {spec!r}")
     if static and isinstance(spec, FloatSpec):
         raise TypeError(f"`spec` of static activations must be integers such as qjax.int8(), got {spec!r}: take qjax.dynamic")
+    if isinstance(spec, IntSpec) and spec.float_zero:
+        raise ValueError(f'`spec` of activations must have integer zero points (zero_dtype="int"), got {spec}')
     if spec.by_mean:
         raise ValueError(f"`spec` of activations must not be ternary, whose scales come from a mean, got {spec}: take qjax.int8()")
 

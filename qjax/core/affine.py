@@ -30,8 +30,9 @@ def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.
 
     Symmetric: `scale = max(-lo, hi) / (qmax + 1/2)` (rule "half") or `/ qmax` (any other rule), unsigned: `hi` alone.
     Asymmetric: `lo = min(lo, 0)`, `hi = max(hi, 0)`, `scale = (hi - lo) / (2^bits - 1)`,
-    `zero_point = clip(round(qmin - lo / scale), qmin, qmax)`. The scale is rounded to `spec.scale_dtype` first; where
-    it is zero or below float32's smallest normal number it becomes 1, and all codes then stand for exactly 0.
+    `zero_point = clip(round(qmin - lo / scale), qmin, qmax)`, not rounded where `spec.zero_dtype` is floating. The scale is
+    rounded to `spec.scale_dtype` first; where it is zero or below float32's smallest normal number it becomes 1, and all
+    codes then stand for exactly 0.
 
     Args:
       lo: lower ends, any shape, floating.
@@ -39,7 +40,7 @@ def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.
       spec: an `IntSpec`.
 
     Returns:
-      (scale float32, zero_point int32 or None), the shape of `lo`.
+      (scale float32, zero_point int32, float32 or None), the shape of `lo`.
 
     >>> scale, _ = params_from_range(jnp.float32(-1.0), jnp.float32(7.5), IntSpec(4))
     >>> scale.item()
@@ -60,6 +61,8 @@ def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.
     scale = jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale)
     if spec.symmetric:
         return scale, None
+    if spec.float_zero:
+        return scale, round_scale(spec.qmin - divide(lo, scale), spec.zero_dtype)
     return scale, jnp.clip(jnp.round(spec.qmin - divide(lo, scale)), spec.qmin, spec.qmax).astype(jnp.int32)
 
 
@@ -74,7 +77,7 @@ def affine_params(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | N
       spec: an `IntSpec`.
 
     Returns:
-      (scale float32 (..., 1), zero_point int32 (..., 1) or None).
+      (scale float32 (..., 1), zero_point int32, float32 or None (..., 1)).
 
     >>> scale, zero_point = affine_params(jnp.float32([[-3.0, 0.0, 12.0]]), IntSpec(4, signed=False, symmetric=False))
     >>> scale.item(), zero_point.item()
@@ -91,12 +94,12 @@ def affine_params(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | N
 
 
 def affine_encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: IntSpec) -> jax.Array:
-    """`clip(round(x / scale) + zero_point, qmin, qmax)`, rounding half to even.
+    """`clip(round(x / scale) + zero_point, qmin, qmax)`, rounding half to even; a floating zero point is added before rounding.
 
     Args:
       x: (..., group), floating.
       scale: broadcasts against `x`; what will be stored (already rounded to `spec.scale_dtype`).
-      zero_point: the same shape as `scale`, integer, or None.
+      zero_point: the same shape as `scale`, or None.
       spec: an `IntSpec`.
 
     Returns:
@@ -105,19 +108,22 @@ def affine_encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, 
     >>> affine_encode(jnp.float32([0.5, 1.5, 2.5, 99.0]), jnp.float32([1.0]), None, IntSpec(4)).tolist()
     [0, 2, 2, 7]
     """
-    codes = jnp.round(divide(x.astype(jnp.float32), scale.astype(jnp.float32)))
+    steps = divide(x.astype(jnp.float32), scale.astype(jnp.float32))
+    if spec.float_zero and zero_point is not None:
+        return jnp.clip(jnp.round(steps + zero_point.astype(jnp.float32)), spec.qmin, spec.qmax).astype(jnp.int32)
+    codes = jnp.round(steps)
     if zero_point is not None:
         codes = codes + zero_point.astype(jnp.float32)
     return jnp.clip(codes, spec.qmin, spec.qmax).astype(jnp.int32)
 
 
 def affine_decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
-    """`(codes - zero_point) * scale` in float32: the difference is exact, so only the product rounds.
+    """`(codes - zero_point) * scale` in float32: the difference of integers is exact, so only the product rounds.
 
     Args:
       codes: integers, (..., group).
       scale: broadcasts against `codes`.
-      zero_point: the same shape as `scale`, integer, or None.
+      zero_point: the same shape as `scale`, or None.
 
     Returns:
       float32, the shape of `codes`.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from qjax.core.specs import BlockSpec, CastSpec, IntSpec, Spec  # noqa: F401  # IntSpec is for the examples
+from qjax.core.specs import BlockSpec, CastSpec, IntSpec, LearnedSpec, Spec  # noqa: F401  # IntSpec is for the examples
 
 
 def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def uncanonicalize(c: jax.Array, axes: Sequence[int], sizes: Sequence[int]) -> j
     return c.reshape(*c.shape[:-1], *sizes).transpose([order.index(i) for i in range(ndim)])
 
 
-def group_length(k: int, spec: BlockSpec) -> int:
+def group_length(k: int, spec: BlockSpec | LearnedSpec) -> int:
     """How many of the `k` flattened contracted values share a scale.
 
     >>> group_length(4096, IntSpec(4, granularity=PerGroup(128))), group_length(4096, IntSpec(8))
@@ -148,7 +148,7 @@ def _nearest_divisor(n: int, size: int) -> int:
 
 
 def blocks(
-    w: jax.Array, spec: BlockSpec, stacked: Sequence[int] = (), name: str = "w"
+    w: jax.Array, spec: BlockSpec | LearnedSpec, stacked: Sequence[int] = (), name: str = "w"
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """View a canonical array so that the last axis is one block: what shares a scale.
 
@@ -193,7 +193,7 @@ def blocks(
 
 
 def logical_blocks(
-    w: jax.Array, spec: BlockSpec, axes: Sequence[int], stacked: Sequence[int]
+    w: jax.Array, spec: BlockSpec | LearnedSpec, axes: Sequence[int], stacked: Sequence[int]
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
     """`blocks` of a logical array.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from qjax.core.activations import ActSpec
+from qjax.core.hadamard import OnlineRotation
 
 PRODUCT_ARRAYS = ("lhs_scale", "lhs_zero_point", "rhs_scale", "rhs_zero_point")
 
@@ -33,6 +34,8 @@ class QProduct:
       rhs_zero_point: of the right operand.
       lhs: what the left operand becomes.
       rhs: what the right operand becomes.
+      rotation: by what both operands are rotated along the contracted axes before they are rounded, or None. The product is what it
+        was: (x R) (y R)^T = x y^T.
 
     Example:
       >>> import qjax
@@ -47,6 +50,7 @@ class QProduct:
     rhs_zero_point: jax.Array | None
     lhs: ActSpec = dataclasses.field(metadata={"static": True})
     rhs: ActSpec = dataclasses.field(metadata={"static": True})
+    rotation: OnlineRotation | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def operands(self) -> tuple[Operand, Operand]:
@@ -59,7 +63,8 @@ class QProduct:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def __repr__(self) -> str:
-        return f"QProduct({self.lhs} x {self.rhs}, {self.nbytes} bytes)"
+        rotated = "" if self.rotation is None else f", both by {self.rotation}"
+        return f"QProduct({self.lhs} x {self.rhs}, {self.nbytes} bytes{rotated})"
 
 
 def describe_pair(pair: tuple[Any, Any]) -> str:

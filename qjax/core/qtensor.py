@@ -12,8 +12,10 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.core.activations import ActSpec
+from qjax.core.adapter import Adapter, adapter_matrix, flattened, unflattened
 from qjax.core.elements import MINIFLOATS
 from qjax.core.granularity import PerBlock
+from qjax.core.hadamard import OnlineRotation
 from qjax.core.layout import (
     canonicalize,
     check_blocks,
@@ -24,21 +26,23 @@ from qjax.core.layout import (
     stacked_positions,
     uncanonicalize,
 )
+from qjax.core.learned import Learned, learn_canonical, learned_values
 from qjax.core.packing import pack, unpack
 from qjax.core.reductions import divide
-from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, round_cast, tensor_scale
+from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, round_cast, tensor_scale
 from qjax.core.scales import NESTED_BLOCK, is_nested, read_scale, store_scale, stored_scale_dtype
-from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, Spec, has_global_scale, signed_codes
+from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, LearnedSpec, Spec, has_global_scale, signed_codes
 
 ARRAYS = (
-    "codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale", "nested_scale", "nested_offset",
+    "codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale", "nested_scale", "nested_offset", "levels",
+    "adapter_left", "adapter_right",
 )  # fmt: skip
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=list(ARRAYS),
-    meta_fields=["spec", "axes", "sizes", "dtype", "act"],
+    meta_fields=["spec", "axes", "sizes", "dtype", "act", "rotation"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
@@ -54,7 +58,7 @@ class QTensor:
       scale: as many axes as `codes`: every kept axis full, 1, or divided by the block; the last one counts blocks. Of
         `spec.scale_dtype`; or uint8, the bytes of E8M0 and E4M3 scales and the codes of double quantization. See `scales()`. None
         for a cast.
-      zero_point: int8 or uint8 like the codes, the shape of `scale`; None when symmetric.
+      zero_point: int8 or uint8 like the codes, or `spec.zero_dtype`; the shape of `scale`; None when symmetric.
       perm: int32 (stacked axes full, others 1, K) or None: stored position j holds the flattened index perm[j].
       spec: what it was quantized to.
       axes: negative logical positions of the contracted axes, in the order in which they are flattened.
@@ -69,6 +73,11 @@ class QTensor:
       nested_scale: float32 (stacked axes full, others 1, blocks), what the codes of double quantization multiply, see `nest`;
         or (stacked axes full, others 1, 1), g, what E4M3 scales are divided by; else None.
       nested_offset: float32 (stacked axes full, others 1, 1), what double quantization adds; else None.
+      rotation: by what the product rotates its input x, after it is divided: x -> R^T x along the flattened contracted values, or
+        None. The codes stand for R^T w (or R^T s w), and `dequantize` rotates back, so that it gives w.
+      levels: `spec.level_dtype` (kept-like..., 2^bits), ascending: the table of a learned spec, for each row or for all; or None.
+      adapter_left, adapter_right: floating (kept..., r) and (kept-like..., K r), or None: `adapter` takes them apart. They belong to what
+        the codes stand for, in front of `input_scale`, in the logical order of the contracted values.
     """
 
     codes: Any
@@ -85,6 +94,36 @@ class QTensor:
     input_scale: Any = None
     nested_scale: Any = None
     nested_offset: Any = None
+    rotation: OnlineRotation | None = None
+    levels: Any = None
+    adapter_left: Any = None
+    adapter_right: Any = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The low-rank float part L R of the weight, see `qjax.core.Adapter`; None if there is none."""
+        if self.adapter_left is None:
+            return None
+        return unflattened(self.adapter_left, self.adapter_right)
+
+    def with_adapter(self, adapter: Adapter | None) -> "QTensor":
+        """The same with another low-rank part: `w ~= decode(codes) + L R`.
+
+        Args:
+          adapter: left (kept..., r), right (kept-like..., r, K); None takes it away.
+
+        Returns:
+          A `QTensor`.
+
+        Raises:
+          ValueError: shapes that do not fit.
+
+        >>> q = quantize(jnp.zeros((4, 2)), IntSpec(4), axes=(0,))
+        >>> q.with_adapter(Adapter(jnp.ones((2, 1)), jnp.ones((1, 1, 4)))).dequantize().tolist()[0]
+        [1.0, 1.0]
+        """
+        left, right = flattened(adapter, self.codes.shape[:-1], math.prod(self.sizes))
+        return dataclasses.replace(self, adapter_left=left, adapter_right=right)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,8 +176,8 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The array of `shape` and `dtype` that the codes stand for.
 
-        `(code - zero_point) * scale` or `levels[code] * scale`, divided by `input_scale` if there is one, in float32, in this
-        order, then one cast.
+        `(code - zero_point) * scale`, `levels[code] * scale` or `levels[code]`, rotated back, with L R added and divided by `input_scale`
+        if there are such, in float32, in this order, then one cast.
 
         >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).dequantize().tolist()
         [[7.0], [-8.0]]
@@ -160,7 +199,8 @@ class QTensor:
         shape = ",".join(map(str, self.shape))
         cost = f"{self.nbytes:,} bytes, {self.bits_per_weight:.3g} bits/weight"
         act = "" if self.act is None else f", activations {self.act}"
-        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act})"
+        rotated = "" if self.rotation is None else f", input by {self.rotation}"
+        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act}{rotated})"
 
 
 def _logical_shape(kept: Sequence[int], axes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -208,6 +248,8 @@ def quantize(
 
 def _check_overflow(q: QTensor, name: str) -> None:
     argument, array = ("dtype", q.codes) if q.scale is None else ("scale_dtype", q.scale)
+    if q.levels is not None and q.scale is None:
+        argument, array = "level_dtype", q.levels
     if array.dtype in (jnp.float32, jnp.uint8) or isinstance(array, Tracer):
         return
     with jax.ensure_compile_time_eval():
@@ -220,6 +262,11 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     sizes, dtype = tuple(w.shape[a] for a in axes), np.dtype(w.dtype)
     if isinstance(spec, CastSpec):
         return QTensor(round_cast(canonicalize(w, axes), spec), None, None, None, spec, axes, sizes, dtype)
+    if isinstance(spec, LearnedSpec):
+        found = learn_canonical(canonicalize(w, axes), spec, stacked_positions(axes, stacked, w.ndim))
+        scale = None if found.scale is None else found.scale.astype(spec.scale_dtype)
+        levels = found.levels.astype(spec.level_dtype)
+        return QTensor(_pack(found.codes, spec), scale, None, None, spec, axes, sizes, dtype, levels=levels)
     blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
     positions = stacked_positions(axes, stacked, w.ndim)
     of_tensor = tensor_scale(blocked, spec, positions)
@@ -227,7 +274,7 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     codes = block_encode(blocked, scale, zero_point, spec)
     scale, nested_scale, nested_offset = store_scale(scale[..., 0], spec, positions, *(g[..., 0] for g in of_tensor))
     if zero_point is not None:
-        zero_point = zero_point[..., 0].astype(_code_dtype(spec))
+        zero_point = zero_point[..., 0].astype(_zero_dtype(spec))
     return QTensor(
         _pack(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype,
         nested_scale=nested_scale, nested_offset=nested_offset,
@@ -251,7 +298,11 @@ def _code_dtype(spec: Spec):
     return jnp.int8 if signed_codes(spec) else jnp.uint8
 
 
-def _pack(codes: jax.Array, spec: BlockSpec) -> jax.Array:
+def _zero_dtype(spec: Spec):
+    return spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else _code_dtype(spec)
+
+
+def _pack(codes: jax.Array, spec: Spec) -> jax.Array:
     return codes.astype(_code_dtype(spec)) if spec.bits == 8 else pack(codes, spec.bits)
 
 
@@ -275,10 +326,16 @@ def _decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, sp
 def _dequantize(q: QTensor) -> jax.Array:
     if isinstance(q.spec, CastSpec):
         w = _unpack(q).astype(jnp.float32)
+    elif isinstance(q.spec, LearnedSpec):
+        w = learned_values(Learned(_unpack(q), q.scale, q.levels))[..., : math.prod(q.sizes)]
     else:
         w = _decode(_unpack(q), q.scales(), q.zero_point, q.spec)[..., : math.prod(q.sizes)]
     if q.perm is not None:
         w = jnp.take_along_axis(w, jnp.argsort(q.perm, axis=-1), axis=-1)
+    if q.rotation is not None:
+        w = q.rotation.undo(w)
+    if q.adapter is not None:
+        w = w + adapter_matrix(q.adapter)
     if q.input_scale is not None:
         w = divide(w, q.input_scale)
     return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)
@@ -298,15 +355,16 @@ def assemble(
     stacked: Sequence[int] = (),
     nested_scale: Any = None,
     nested_offset: Any = None,
+    levels: Any = None,
     name: str = "w",
 ) -> QTensor:
     """Pack codes that a method or a file gave into a `QTensor`.
 
     Args:
       codes: integers (kept..., K) or (kept..., Kpad), within the spec's range; for a cast the floats (kept..., K).
-      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast. Floats; or, of a spec that stores
-        them so, bytes.
-      zero_point: integers of the shape of `scale`, or None when the spec is symmetric.
+      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast, and for a learned table without
+        groups. Floats; or, of a spec that stores them so, bytes.
+      zero_point: integers, or floats with a floating `spec.zero_dtype`, of the shape of `scale`; None when the spec is symmetric.
       spec: what the codes mean.
       axes: logical axes that are contracted, in the order in which they are flattened; negative.
       sizes: their sizes.
@@ -317,6 +375,7 @@ def assemble(
       nested_scale: for scales that are bytes, as `QTensor` has it; for float scales of NVFP4 the g that they are over, by default that
         under which the largest of them is 448.
       nested_offset: for scales that are the codes of double quantization, as `QTensor` has it.
+      levels: (kept-like..., 2^bits), ascending, of a learned spec; else None.
       name: what an error calls the array.
 
     Returns:
@@ -338,6 +397,8 @@ def assemble(
         if scale is not None or zero_point is not None:
             raise ValueError(f"`scale` and `zero_point` must be None for {spec}, the spec of `{name}`")
         codes = codes.astype(spec.dtype)
+    elif isinstance(spec, LearnedSpec):
+        codes, scale, levels = _checked_learned(codes, scale, zero_point, levels, spec, k, name)
     else:
         codes, scale, zero_point = _checked(codes, scale, zero_point, spec, k, name)
         positions = stacked_positions(axes, negative_axes(stacked, ndim, "stacked"), ndim)
@@ -350,8 +411,34 @@ def assemble(
         input_scale = jnp.asarray(input_scale, jnp.float32)
         _check_shape("input_scale", input_scale, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
         _check_positive(input_scale, name)
-    return QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype,
-                   input_scale=input_scale, nested_scale=nested_scale, nested_offset=nested_offset)  # fmt: skip
+    if levels is not None and not isinstance(spec, LearnedSpec):
+        raise ValueError(f"`levels` must be None for {spec}, the spec of `{name}`: only qjax.learned(...) keeps a table of its own")
+    q = QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype,
+                input_scale=input_scale, nested_scale=nested_scale, nested_offset=nested_offset, levels=levels)  # fmt: skip
+    if levels is not None:
+        _check_overflow(q, name)
+    return q
+
+
+def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int, name: str):
+    """The packed codes, scale and levels of `assemble`, or an error that names the one that does not fit."""
+    check_blocks((*codes.shape[:-1], k), spec, name)
+    kept, padded = codes.shape[:-1], padded_size(k, spec)
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
+    _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
+    _check_codes("codes", codes, 0, 2**spec.bits - 1, name)
+    if zero_point is not None or levels is None or (scale is None) == spec.grouped:
+        raise ValueError(f"`levels` must be given, `zero_point` None and `scale` {'given' if spec.grouped else 'None'} for {spec}, "
+                         f"the spec of `{name}`")  # fmt: skip
+    levels = jnp.asarray(levels, spec.level_dtype)
+    _check_shape("levels", levels, [{n} if spec.per_row else {1, n} for n in kept] + [{2**spec.bits}], name)
+    if scale is not None:
+        scale = jnp.asarray(scale, spec.scale_dtype)
+        _check_shape("scale", scale, [{n} for n in kept] + [{padded // group_length(k, spec)}], name)
+    if codes.shape[-1] < padded:
+        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
+    return _pack(codes, spec), scale, levels
 
 
 def _nested(scale: jax.Array, nested_scale: Any, nested_offset: Any, spec: BlockSpec, stacked: list[int], name: str):
@@ -412,8 +499,11 @@ def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
     if zero_point is not None:
         zero_point = jnp.asarray(zero_point)
         _check_shape("zero_point", zero_point, [{n} for n in scale.shape], name)
-        _check_codes("zero_point", zero_point, lo, hi, name)
-        zero_point = zero_point.astype(_code_dtype(spec))
+        if isinstance(spec, IntSpec) and spec.float_zero:
+            check_finite(zero_point.astype(_zero_dtype(spec)), f"zero_point of {name}")
+        else:
+            _check_codes("zero_point", zero_point, lo, hi, name)
+        zero_point = zero_point.astype(_zero_dtype(spec))
     if codes.shape[-1] < padded:
         codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
     return _pack(codes, spec), scale, zero_point

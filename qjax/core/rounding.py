@@ -1,6 +1,7 @@
 """Rounding to any spec, block by block and for a whole array: what `quantize` packs and what training computes with."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from jax.core import Tracer
 from qjax.core.affine import affine_decode, affine_encode, affine_params, divide, params_from_range, round_scale
 from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
 from qjax.core.floating import float_decode, float_encode, float_scale, global_scale
-from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes, stacked_positions
+from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes, stacked_positions, uncanonicalize
+from qjax.core.learned import learn_canonical, learned_values
 from qjax.core.scales import is_nested, nest, unnest
-from qjax.core.specs import BlockSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, Spec, has_global_scale
+from qjax.core.specs import BlockSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, LearnedSpec, Spec, has_global_scale
 
 # How scales and zero points of blocks (..., group) are chosen: both (..., 1), the second None where the spec has none. Where blocks
 # have scales over one of the whole tensor, that one is a third argument.
@@ -197,6 +199,10 @@ def round_trip(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] =
 def _round_trip(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
     if isinstance(spec, CastSpec):
         return round_cast(w, spec).astype(jnp.float32).astype(w.dtype)
+    if isinstance(spec, LearnedSpec):
+        values = learned_values(learn_canonical(canonicalize(w, axes), spec, stacked_positions(axes, stacked, w.ndim)))
+        sizes = [w.shape[a] for a in axes]
+        return uncanonicalize(values[..., : math.prod(sizes)], axes, sizes).astype(w.dtype)
     blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
     positions = stacked_positions(axes, stacked, w.ndim)
     scale, zero_point = block_params(blocked, spec, *tensor_scale(blocked, spec, positions))

@@ -16,6 +16,7 @@ ExponentRule = Literal["floor", "round"]
 ElementName = Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int8"]
 ScaleFormat = Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
+ZeroDtype = Literal["int", "float32", "float16", "bfloat16"]
 Per = Literal["tensor", "channel", "token"]
 
 def _check_choice(argument: str, value: object, choices: tuple) -> None:
@@ -60,6 +61,8 @@ class IntSpec:
       scale_dtype: the dtype that scales are stored in; they are rounded to it before codes are computed. Below 6e-5
         float16 has fewer and fewer digits.
       pad: pad the contracted axis with zeros up to a multiple of the group instead of refusing.
+      zero_dtype: of an asymmetric spec's zero points. "int": a code, as wide as they are, and 0 is exact. A floating dtype:
+        any number, `code = round(w / scale + zero_point)`, so 0 is no level of the grid in general (see `qjax.hqq`).
 
     Raises:
       ValueError, TypeError: naming the argument.
@@ -78,6 +81,7 @@ class IntSpec:
     scale_rule: ScaleRule = "half"
     scale_dtype: ScaleDtype = "float32"
     pad: bool = False
+    zero_dtype: ZeroDtype = "int"
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -86,6 +90,10 @@ class IntSpec:
             if not isinstance(getattr(self, argument), bool):
                 raise TypeError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}")
         _check_choice("scale_rule", self.scale_rule, get_args(ScaleRule))
+        _check_choice("zero_dtype", self.zero_dtype, get_args(ZeroDtype))
+        if self.symmetric and self.float_zero:
+            what = f'`zero_dtype`="{self.zero_dtype}" needs a zero point'
+            raise ValueError(f"{what}: give symmetric=False (uint4(...) has it), or leave it out")
         if self.by_mean and not (self.bits == 2 and self.signed and self.symmetric):
             rule = f"`scale_rule`={self.scale_rule!r}"
             raise ValueError(f"{rule} is for ternary weights, 2 bits, signed and symmetric: take 'half' or 'full'")
@@ -107,11 +115,17 @@ class IntSpec:
         """The largest code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
+    @property
+    def float_zero(self) -> bool:
+        """Whether zero points are floating."""
+        return self.zero_dtype != "int"
+
     def __str__(self):
         parts = [_describe(self.granularity)]
         parts += [f"symmetric={self.symmetric}"] * (self.symmetric != self.signed)
         parts += [f'scale_rule="{self.scale_rule}"'] * (self.symmetric and self.scale_rule in ("full", "twn"))
         parts += [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32") + ["pad=True"] * self.pad
+        parts += [f'zero_dtype="{self.zero_dtype}"'] * self.float_zero
         name = "ternary" if self.by_mean else f"{'' if self.signed else 'u'}int{self.bits}"
         return f"{name}({', '.join(parts)})"
 
@@ -278,8 +292,61 @@ class CastSpec:
         return {"bfloat16": "bf16()", "float16": "fp16()"}[self.dtype]
 
 
+@dataclasses.dataclass(frozen=True)
+class LearnedSpec:
+    """A table of 2^bits levels that is fitted to the weight: `w ~= levels[code]`, or `levels[code] * scale` with groups.
+
+    The granularity says how many tables there are: per channel one for each row of contracted values, per tensor one; with groups
+    one a tensor too, for the weights divided by the largest magnitude of their group, which is their `scale`.
+
+    Args:
+      bits: 2 to 4.
+      granularity: per channel, per tensor, or groups.
+      level_dtype: the dtype that levels are stored in; below 6e-5 float16 has fewer and fewer digits.
+      scale_dtype: that of the scales of groups.
+      pad: as for `IntSpec`.
+
+    Raises:
+      ValueError, TypeError: naming the argument.
+
+    >>> LearnedSpec(5)
+    Traceback (most recent call last):
+    ValueError: `bits` of a learned table must be 2, 3 or 4, got 5
+    """
+
+    bits: int
+    granularity: Granularity = PerChannel()  # noqa: RUF009  # frozen
+    level_dtype: ScaleDtype = "float16"
+    scale_dtype: ScaleDtype = "float32"
+    pad: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.bits, bool) or self.bits not in (2, 3, 4):
+            raise ValueError(f"`bits` of a learned table must be 2, 3 or 4, got {self.bits!r}")
+        _check_common(self.granularity, self.scale_dtype, self.pad)
+        _check_choice("level_dtype", self.level_dtype, get_args(ScaleDtype))
+        if not isinstance(self.granularity, (PerChannel, PerTensor, PerGroup)):
+            raise ValueError(f'`granularity` of a learned table must be per "channel", per "tensor" or groups, got {self.granularity}')
+
+    @property
+    def per_row(self) -> bool:
+        """Whether every row of contracted values has a table of its own."""
+        return isinstance(self.granularity, PerChannel)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups have scales."""
+        return isinstance(self.granularity, PerGroup)
+
+    def __str__(self):
+        parts = [_describe(self.granularity)]
+        parts += [f'level_dtype="{self.level_dtype}"'] * (self.level_dtype != "float16")
+        parts += [f'scale_dtype="{self.scale_dtype}"'] * (self.scale_dtype != "float32") + ["pad=True"] * self.pad
+        return f"learned({self.bits}, {', '.join(parts)})"
+
+
 BlockSpec = IntSpec | CodebookSpec | FloatSpec  # codes and scales, block by block
-Spec = BlockSpec | CastSpec
+Spec = BlockSpec | LearnedSpec | CastSpec
 
 
 def signed_codes(spec: Spec) -> bool:
@@ -329,6 +396,7 @@ def integer(
     scale_rule: ScaleRule = "half",
     scale_dtype: ScaleDtype = "float32",
     pad: bool = False,
+    zero_dtype: ZeroDtype = "int",
 ) -> IntSpec:
     """Integers of 2 to 8 bits; `int4(...)` is `integer(4, ...)` and `uint4(...)` is `integer(4, signed=False, ...)`.
 
@@ -342,6 +410,7 @@ def integer(
       scale_rule: "half" or "full", see `IntSpec`.
       scale_dtype: "float32", "float16" or "bfloat16".
       pad: pad a contracted axis that the group does not divide.
+      zero_dtype: "int", or the floating dtype of zero points, see `IntSpec`.
 
     Returns:
       The spec.
@@ -354,7 +423,7 @@ def integer(
     """
     symmetric = signed if symmetric is None else symmetric
     granularity = granularity_of(per, group_size, block)
-    return IntSpec(bits, signed, symmetric, granularity, scale_rule, scale_dtype, pad)
+    return IntSpec(bits, signed, symmetric, granularity, scale_rule, scale_dtype, pad, zero_dtype)
 
 
 def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
@@ -367,10 +436,11 @@ def _integer_factory(bits: int, signed: bool) -> Callable[..., IntSpec]:
         scale_rule: ScaleRule = "half",
         scale_dtype: ScaleDtype = "float32",
         pad: bool = False,
+        zero_dtype: ZeroDtype = "int",
     ) -> IntSpec:
         return integer(
             bits, signed=signed, symmetric=symmetric, per=per, group_size=group_size, block=block,
-            scale_rule=scale_rule, scale_dtype=scale_dtype, pad=pad,
+            scale_rule=scale_rule, scale_dtype=scale_dtype, pad=pad, zero_dtype=zero_dtype,
         )  # fmt: skip
 
     kind = "signed, symmetric" if signed else "unsigned, asymmetric"
@@ -420,6 +490,37 @@ def codebook(
     default = per is None and group_size is None and block is None
     granularity = PerGroup(64) if default else granularity_of(per, group_size, block)
     return CodebookSpec(name, tuple(float(v) for v in levels), granularity, scale_dtype, pad)
+
+
+def learned(
+    bits: int,
+    *,
+    per: Literal["channel", "tensor"] | None = None,
+    group_size: int | None = None,
+    level_dtype: ScaleDtype = "float16",
+    scale_dtype: ScaleDtype = "float32",
+    pad: bool = False,
+) -> LearnedSpec:
+    """A table of levels that is fitted to the weight, by `qjax.kmeans()` or, without data, by any rounding.
+
+    Args:
+      bits: 2 to 4.
+      per: "channel" (the default), a table for each output, as SqueezeLLM has it: 2^bits levels that K weights share. "tensor": one.
+      group_size: one table for the tensor, and a scale for so many values along the contracted axes, as nf4 has it.
+      level_dtype: "float16", "float32" or "bfloat16".
+      scale_dtype: of the scales of groups.
+      pad: pad a contracted axis that the group does not divide.
+
+    Returns:
+      A `LearnedSpec`.
+
+    Raises:
+      ValueError, TypeError: naming the argument.
+
+    >>> print(learned(3), learned(4, group_size=64))
+    learned(3, per="channel") learned(4, group_size=64)
+    """
+    return LearnedSpec(bits, granularity_of(per, group_size, None), level_dtype, scale_dtype, pad)
 
 
 def bf16() -> CastSpec:

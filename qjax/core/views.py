@@ -134,7 +134,7 @@ def reshape(q: QTensor, new_shape: Sequence[int]) -> QTensor | None:
 
     Returns:
       A `QTensor`; or None where a kept and a contracted axis merge, contracted axes merge in another order than they
-      were flattened in, or the scales of a 2-D block would have to be split.
+      were flattened in, the scales of a 2-D block would have to be split, or an axis of stacked adapters merges with another.
 
     >>> from qjax.core import int4, quantize
     >>> q = quantize(jnp.ones((4, 6, 5)), int4(), axes=(0, 1))
@@ -162,15 +162,20 @@ def reshape(q: QTensor, new_shape: Sequence[int]) -> QTensor | None:
     nested = _blocked_over(q)
     if any({i in nested for i in old} == {True, False} for old, _ in kept_runs):
         q = with_plain_scales(q)
-    arrays = {n: _reshape_kept(getattr(q, n), q, kept_runs, new_shape, axes) for n in ARRAYS}
+    arrays = {n: _reshape_kept(getattr(q, n), q, kept_runs, new_shape, axes, whole=n == "adapter_right") for n in ARRAYS}
     if any(arrays[n] is None and getattr(q, n) is not None for n in ARRAYS):
         return None
     sizes = tuple(new_shape[i] for i in axes)
     return dataclasses.replace(q, **arrays, axes=tuple(i - len(new_shape) for i in axes), sizes=sizes)
 
 
-def _reshape_kept(a: Any, q: QTensor, runs, new_shape: tuple[int, ...], contracted: list[int]) -> jax.Array | None:
-    """One array inside `q`, its kept axes reshaped run by run; an axis of `a` may be 1 where that of `q` is not."""
+def _reshape_kept(
+    a: Any, q: QTensor, runs, new_shape: tuple[int, ...], contracted: list[int], whole: bool
+) -> jax.Array | None:
+    """One array inside `q`, its kept axes reshaped run by run; an axis of `a` may be 1 where that of `q` is not.
+
+    A `whole` one, which repeated along an axis would be larger than the weight, is never repeated.
+    """
     if a is None:
         return None
     kept, shape = _kept(q), q.shape
@@ -182,7 +187,7 @@ def _reshape_kept(a: Any, q: QTensor, runs, new_shape: tuple[int, ...], contract
         if len(old) == len(new) == 1:
             new_sizes[new[0]] = own[0]
             continue
-        if any(n not in (1, w) for n, w in zip(own, wanted, strict=True)):
+        if any(n not in ((w,) if whole else (1, w)) for n, w in zip(own, wanted, strict=True)):
             return None
         for i in old:
             full[kept.index(i)] = shape[i]

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.core import ARRAYS, PRODUCT_ARRAYS, ActSpec, Spec
+from qjax.core import ARRAYS, PRODUCT_ARRAYS, ActSpec, OnlineRotation, Spec
 from qjax.formats.typed_json import decode, encode
 from qjax.policy import Policy
 from qjax.report import Report
@@ -61,6 +61,10 @@ class Packed:
     input_scale: str | None = None
     nested_scale: str | None = None
     nested_offset: str | None = None
+    rotation: OnlineRotation | None = None
+    levels: str | None = None
+    adapter_left: str | None = None
+    adapter_right: str | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -93,6 +97,7 @@ class StoredProduct:
     lhs_zero_point: str | None = None
     rhs_scale: str | None = None
     rhs_zero_point: str | None = None
+    rotation: OnlineRotation | None = None
 
     @property
     def children(self) -> dict[str, str]:
@@ -163,8 +168,23 @@ def write_document(document: Document) -> bytes:
 
 # Entries that came after the layout was first published, and what one that is missing means. They are left out where they say
 # no more than that: a reader that does not know them, and refuses what it does not know, reads the file as long as it can.
-_NESTED = {"nested_scale": None, "nested_offset": None, "double_quant": False, "scale_rule": "absmax"}  # half is IntSpec's
-_LATER = _NESTED | {"input_scale": None, "outliers": None, "unfoldable": "leave", "what": "parameter", "memory": {}}
+_LATER = {
+    "input_scale": None,
+    "outliers": None,
+    "unfoldable": "leave",
+    "what": "parameter",
+    "memory": {},
+    "zero_dtype": "int",
+    "cache": None,
+    "nested_scale": None,
+    "nested_offset": None,
+    "double_quant": False,
+    "scale_rule": "absmax",  # of tables; "half" is that of integers
+    "rotation": None,
+    "levels": None,
+    "adapter_left": None,
+    "adapter_right": None,
+}
 
 
 def _plain(value: Any) -> Any:

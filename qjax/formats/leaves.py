@@ -37,7 +37,8 @@ def describe(flat: list[tuple[str, Any]]) -> tuple[tuple[Leaf, ...], dict[str, n
                 if child is not None:
                     arrays[names[field]] = host(child, f"{path}.{field}")
             check_packed(x, path)
-            leaves.append(Leaf(path, packed=Packed(x.spec, x.axes, x.sizes, np.dtype(x.dtype).name, **names, act=x.act)))
+            packed = Packed(x.spec, x.axes, x.sizes, np.dtype(x.dtype).name, **names, act=x.act, rotation=x.rotation)
+            leaves.append(Leaf(path, packed=packed))
         elif type(x) in (bool, int, float, str):
             leaves.append(Leaf(path, value=x))
         else:
@@ -135,7 +136,7 @@ def rebuild(leaf: Leaf, arrays: dict[str, Any]) -> Any:
     if leaf.packed is None:
         return leaf.value
     p, children = leaf.packed, dict.fromkeys(ARRAYS) | {f: arrays[name] for f, name in leaf.packed.children.items()}
-    return QTensor(**children, spec=p.spec, axes=p.axes, sizes=p.sizes, dtype=np.dtype(p.dtype), act=p.act)
+    return QTensor(**children, spec=p.spec, axes=p.axes, sizes=p.sizes, dtype=np.dtype(p.dtype), act=p.act, rotation=p.rotation)
 
 
 def array_shardings(leaves: tuple[Leaf, ...], abstract: list[Any], sharding: Any) -> dict[str, Sharding]:

@@ -10,6 +10,7 @@ from qjax.core import (
     ARRAYS,
     CastSpec,
     IntSpec,
+    LearnedSpec,
     PerBlock,
     QTensor,
     check_blocks,
@@ -53,23 +54,44 @@ def check_packed(q: QTensor, name: str) -> None:
     length = k if cast else padded if spec.bits == 8 else packed_length(padded, spec.bits)
     _check("codes", q.codes, code, [{n} for n in kept] + [{length}], name)
     asymmetric = isinstance(spec, IntSpec) and not spec.symmetric
-    if (q.scale is None) != cast or (q.zero_point is None) == asymmetric:
+    learned = isinstance(spec, LearnedSpec)
+    no_scale = cast or (isinstance(spec, LearnedSpec) and not spec.grouped)
+    if (q.levels is None) == learned:
+        raise ValueError(f"`{name}` must have {'a' if learned else 'no'} table of levels for {spec}")
+    if (q.scale is None) != no_scale or (q.zero_point is None) == asymmetric:
         raise ValueError(
-            f"`{name}` must have {'no' if cast else 'a'} scale and {'a' if asymmetric else 'no'} zero point for {spec}"
+            f"`{name}` must have {'no' if no_scale else 'a'} scale and {'a' if asymmetric else 'no'} zero point for {spec}"
         )
-    if not isinstance(spec, CastSpec):
+    if isinstance(spec, LearnedSpec):
+        _check("levels", q.levels, spec.level_dtype, [{n} if spec.per_row else {1, n} for n in kept] + [{2**spec.bits}], name)
+    if not isinstance(spec, CastSpec) and not no_scale:
         counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
         if isinstance(spec.granularity, PerBlock):
             counts[-2] |= {kept[-1] // spec.granularity.kept}
         _check("scale", q.scale, stored_scale_dtype(spec), counts, name)
     if q.zero_point is not None:
-        _check("zero_point", q.zero_point, "int8" if signed_codes(spec) else "uint8", [{n} for n in q.scale.shape], name)
+        kind = spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else "int8" if signed_codes(spec) else "uint8"
+        _check("zero_point", q.zero_point, kind, [{n} for n in q.scale.shape], name)
     if q.perm is not None:
         _check("perm", q.perm, "int32", [{1, n} for n in kept] + [{k}], name)
     if q.input_scale is not None:
         _check("input_scale", q.input_scale, "float32", [{1, n} for n in kept] + [{k}], name)
     _check_nested(q, name)
+    _check_adapter(q, name)
     _check_activations(q, name)
+
+
+def _check_adapter(q: QTensor, name: str) -> None:
+    if (q.adapter_left is None) != (q.adapter_right is None):
+        raise ValueError(f"`{name}` must have both parts of an adapter or neither")
+    if q.adapter_left is None:
+        return
+    kept, dtype = q.codes.shape[:-1], np.dtype(q.adapter_left.dtype).name
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"`adapter_left` of `{name}` must be floating, not {dtype}")
+    rank = q.adapter_left.shape[-1]
+    _check("adapter_left", q.adapter_left, dtype, [{n} for n in kept] + [{rank}], name)
+    _check("adapter_right", q.adapter_right, dtype, [{1, n} for n in kept] + [{rank * math.prod(q.sizes)}], name)
 
 
 def _check_nested(q: QTensor, name: str) -> None:
@@ -153,7 +175,7 @@ def place_packed(q: QTensor, sharding: Sharding, name: str) -> dict[str, Shardin
     for field, array in fields.items():
         cut = [_kept(field, array.shape[i], n, axes, sharding, name)
                for i, (n, axes) in enumerate(zip(q.codes.shape[:-1], kept, strict=True))]  # fmt: skip
-        whole = field in ("perm", "nested_scale") or (field != "codes" and array.shape[-1] == 1)
+        whole = field in ("perm", "nested_scale", "levels", "adapter_left") or (field != "codes" and array.shape[-1] == 1)
         cut = [*cut, () if whole else last]
         while cut and not cut[-1]:  # P() and P(None) are the same to jax and do not compare equal
             cut.pop()

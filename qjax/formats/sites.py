@@ -32,7 +32,7 @@ def describe_sites(sites: Mapping[str, Any]) -> tuple[tuple[StoredProduct, ...],
         _check(q, name)
         names: Any = {field: f"site{i:05d}.{field}" for field in PRODUCT_ARRAYS if getattr(q, field) is not None}
         arrays |= {stored: host(getattr(q, field), f"{name}.{field}") for field, stored in names.items()}
-        entries.append(StoredProduct(name, q.lhs, q.rhs, **names))
+        entries.append(StoredProduct(name, q.lhs, q.rhs, **names, rotation=q.rotation))
     return tuple(entries), arrays
 
 
@@ -66,7 +66,7 @@ def rebuild_sites(entries: Iterable[StoredProduct], arrays: Mapping[str, Any]) -
 
 def _rebuilt(entry: StoredProduct, arrays: Mapping[str, Any]) -> QProduct:
     children = dict.fromkeys(PRODUCT_ARRAYS) | {field: arrays[name] for field, name in entry.children.items()}
-    return QProduct(**children, lhs=entry.lhs, rhs=entry.rhs)
+    return QProduct(**children, lhs=entry.lhs, rhs=entry.rhs, rotation=entry.rotation)
 
 
 def _check(q: QProduct, name: str) -> None:

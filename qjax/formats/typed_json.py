@@ -16,11 +16,28 @@ import numpy as np
 
 from qjax import ptq
 from qjax.calibration import AbsMax, Entropy, MinMax, MovingAverage, Mse, Percentile
-from qjax.core import CastSpec, CodebookSpec, FloatSpec, IntSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, RangeFinder
+from qjax.core import (
+    CastSpec,
+    CodebookSpec,
+    FloatSpec,
+    IntSpec,
+    LearnedSpec,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    RangeFinder,
+)
 from qjax.policy import Method
+from qjax.ptq.autoround import AutoRound
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
+from qjax.ptq.hqq import HQQ
+from qjax.ptq.kmeans import KMeans
 from qjax.ptq.llm_int8 import LLMInt8
+from qjax.ptq.low_rank import LowRank
+from qjax.ptq.online_rotation import Online
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
 
@@ -50,11 +67,17 @@ KINDS: dict[str, type] = {
     "codebook": CodebookSpec,
     "float": FloatSpec,
     "cast": CastSpec,
+    "learned": LearnedSpec,
     "rtn": RoundToNearest,
     "gptq": GPTQ,
+    "hqq": HQQ,
+    "kmeans": KMeans,
+    "low_rank": LowRank,
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "llm_int8": LLMInt8,
+    "online_rotation": Online,
+    "autoround": AutoRound,
     "other_method": OtherMethod,
     "minmax": MinMax,
     "moving_average": MovingAverage,
@@ -63,7 +86,7 @@ KINDS: dict[str, type] = {
     "entropy": Entropy,
     "mse": Mse,
 }
-METHODS = (RoundToNearest, GPTQ, SmoothQuant, AWQ, LLMInt8, OtherMethod)
+METHODS = (RoundToNearest, GPTQ, HQQ, KMeans, LowRank, SmoothQuant, AWQ, LLMInt8, Online, AutoRound, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 _PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
 _NAMES = {cls: name for name, cls in KINDS.items()}

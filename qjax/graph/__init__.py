@@ -1,5 +1,6 @@
 """Function-preserving rewrites, found by data flow in any program."""
 
+from qjax.core import hadamard as hadamard
 from qjax.graph.axes import Rotatable as Rotatable
 from qjax.graph.axes import rotatable as rotatable
 from qjax.graph.batch_norm import BatchNormFold as BatchNormFold
@@ -15,13 +16,14 @@ from qjax.graph.fold import apply_fold as apply_fold
 from qjax.graph.fold import channels as channels
 from qjax.graph.fold import find_fold as find_fold
 from qjax.graph.fold import find_folds as find_folds
-from qjax.graph.orthogonal import hadamard as hadamard
 from qjax.graph.orthogonal import random_orthogonal as random_orthogonal
 from qjax.graph.rotate import Rotated as Rotated
 from qjax.graph.rotate import Rotation as Rotation
 from qjax.graph.rotate import rotate as rotate
 from qjax.graph.solve import System as System
 from qjax.graph.solve import build as build
+from qjax.graph.untie import Untied as Untied
+from qjax.graph.untie import untie as untie
 from qjax.graph.verify import NotPreserved as NotPreserved
 from qjax.graph.verify import exact_scales as exact_scales
 from qjax.graph.verify import rounding as rounding

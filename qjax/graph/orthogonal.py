@@ -7,60 +7,7 @@ import math
 import jax
 import numpy as np
 
-
-def hadamard(size: int) -> np.ndarray | None:
-    """A Hadamard matrix: entries 1 and -1, H H^T = size I, and its first column is all ones.
-
-    Args:
-      size: number of rows and columns.
-
-    Returns:
-      float64 (size, size), or None if none of the constructions gives one of this size: 2^k, and 2^k times p + 1 for a prime p that is
-      3 modulo 4, or times 2 (p + 1) for one that is 1 modulo 4 (so 12, 20, 24, 28, 36, 40, 44, 48, ... and their doubles).
-
-    Example:
-      >>> h = hadamard(12)
-      >>> bool((h @ h.T == 12 * np.eye(12)).all() and (h[:, 0] == 1).all()), hadamard(6)
-      (True, None)
-
-    Source: Sylvester 1867; Paley 1933, "On orthogonal matrices", both of his constructions.
-    """
-    doublings = 0
-    while size % 2 == 0 and (h := _core(size)) is None:
-        size, doublings = size // 2, doublings + 1
-    h = _core(size) if size else None
-    if h is None:
-        return None
-    for _ in range(doublings):
-        h = np.block([[h, h], [h, -h]])
-    return h * h[:, :1]
-
-
-def _core(size: int) -> np.ndarray | None:
-    if size == 1:
-        return np.ones((1, 1))
-    if size % 4:
-        return None
-    if _is_prime(size - 1):
-        skew = np.block([[np.zeros((1, 1)), np.ones((1, size - 1))], [-np.ones((size - 1, 1)), _residues(size - 1)]])
-        return skew + np.eye(size)
-    p = size // 2 - 1
-    if p % 4 != 1 or not _is_prime(p):
-        return None
-    symmetric = np.block([[np.zeros((1, 1)), np.ones((1, p))], [np.ones((p, 1)), _residues(p)]])
-    return np.kron(symmetric, [[1, 1], [1, -1]]) + np.kron(np.eye(p + 1), [[1, -1], [-1, -1]])
-
-
-def _is_prime(n: int) -> bool:
-    return n > 1 and all(n % i for i in range(2, math.isqrt(n) + 1))
-
-
-def _residues(p: int) -> np.ndarray:
-    """Jacobsthal's matrix: for each i, j whether i - j is a square modulo p (1), is none (-1), or is zero."""
-    character = np.full(p, -1.0)
-    character[[i * i % p for i in range(1, p)]], character[0] = 1, 0
-    i = np.arange(p)
-    return character[(i[:, None] - i[None, :]) % p]
+from qjax.core import hadamard
 
 
 def random_orthogonal(size: int, key: jax.Array, keeps_ones: bool = False) -> tuple[np.ndarray, str]:

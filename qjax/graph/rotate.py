@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +12,14 @@ import numpy as np
 
 from qjax.graph.axes import Rotatable, all_equal, rotatable
 from qjax.graph.fold import Fold, apply_fold, find_fold
+from qjax.graph.heads import Heads, heads
 from qjax.graph.orthogonal import random_orthogonal
 from qjax.graph.solve import System, build
 from qjax.graph.verify import NotPreserved, verifier
 from qjax.program import Program, shared_inputs
+
+# (the first parameter of a class and its axes, the size, whether it must keep the ones) -> the matrix and its kind.
+Matrices = Callable[[tuple[int, tuple[int, ...]], int, bool], tuple[np.ndarray, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Rotation:
       rotated: (path of a parameter, its axes that were multiplied by the matrix).
       scales: paths of the scales that moved into their readers first and are one now.
       error: relative change of the results, see `verify`.
+      runs: whether a parameter's axes are flattened together and cut into runs of `size`, each of which is rotated: the heads of a flat
+        axis. Else every one of its axes is rotated whole.
     """
 
     size: int
@@ -36,6 +43,7 @@ class Rotation:
     rotated: tuple[tuple[str, tuple[int, ...]], ...]
     scales: tuple[str, ...]
     error: float
+    runs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +79,7 @@ def rotate(
     key: jax.Array,
     every: bool = False,
     tolerance: float | None = None,
+    matrices: Matrices | None = None,
 ) -> Rotated:
     """Multiplies the residual stream of a program by a random orthogonal matrix, which spreads outlier channels over all channels.
 
@@ -86,10 +95,12 @@ def rotate(
       inputs: the array leaves of the other arguments: a batch on which every rotation is verified.
       key: a key of `jax.random`.
       every: also rotates values that no sum of two activations ties together, such as queries with their keys, and values between two
-        linear layers.
+        linear layers; and the heads of values in a flat axis (see `qjax.graph.heads`), which one matrix rotates alike.
       tolerance: largest error accepted, see `verify`; by default `rounding(program)`, 64 times the spacing of the coarsest float type
         at 1. A rotation rounds every parameter it changes once, and sums in another order, so unlike a fold by powers of two it is
         exact in no element: a few spacings are expected.
+      matrices: gives the matrix of a class of axes in place of a random one: called with the first of its parameters and axes, its
+        size, and whether it must keep the ones.
 
     Returns:
       A `Rotated`. What would change the function by more than rounding is refused and left as it was.
@@ -112,7 +123,8 @@ def rotate(
       (('out', 'its input cannot be rotated: `tanh`'),)
 
     Source: QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), section 4, stage 1a, and the rotation R1 of SpinQuant (Liu et al. 2024, arXiv
-    2405.16406), both for lists of layers; here from the program. Rotations at run time (their R3 and R4) are not part of this.
+    2405.16406), both for lists of layers; here from the program; with `every` also their rotation R2 of heads. For rotations at run time
+    (R3 and R4) see `qjax.online_rotation`.
     """
     for leaf in program.leaves:
         if not isinstance(params[leaf.index], (jax.Array, np.ndarray)):
@@ -120,13 +132,17 @@ def rotate(
             raise TypeError(f"`params` leaf {leaf.path!r} is a {kind}: rotate the float parameters, before they are quantized")
     system = build(program)
     scales = _scales(system, params)
+
+    def made(number: int) -> Matrices:
+        return matrices if matrices is not None else functools.partial(_random, jax.random.fold_in(key, number))
+
     found = rotatable(program, scales.even)
     compare = verifier(program, params, inputs, tolerance)
     leaves, done, reasons, error = list(params), [], {}, 0.0
     for number, axes in enumerate(found):
         reason = _refusal(program, axes, scales, every)
-        if not reason:
-            answer = _one(program, axes, scales, leaves, jax.random.fold_in(key, number), compare)
+        if not reason and axes.readers:
+            answer = _one(program, axes, scales, leaves, made(number), compare)
             if isinstance(answer, str):
                 reason = answer
             else:
@@ -134,6 +150,14 @@ def rotate(
                 done.append(rotation)
                 error = rotation.error
         reasons |= dict.fromkeys(axes.readers, reason)
+    for number, one in enumerate(heads(system) if every else (), len(found)):
+        if not all(reasons.get(site.key, "unknown") for site in one.readers):
+            continue
+        if (answer := _runs(program, one, leaves, made(number), compare)) is not None:
+            leaves, rotation = answer
+            done.append(rotation)
+            error = rotation.error
+            reasons |= dict.fromkeys((site.key for site in one.readers), "")
     read = [site for site in program.sites if site.op != "gather"]
     unknown = "its input cannot be rotated: parts of an axis are contracted"
     refused = dict.fromkeys((site.path, reasons.get(site.key, unknown)) for site in read)
@@ -152,10 +176,10 @@ def _refusal(program: Program, axes: Rotatable, scales: _Scales, every: bool) ->
 
 
 def _one(
-    program: Program, axes: Rotatable, scales: _Scales, leaves: Sequence[Any], key: jax.Array, compare: Any
+    program: Program, axes: Rotatable, scales: _Scales, leaves: Sequence[Any], made: Matrices, compare: Any
 ) -> tuple[list[Any], Rotation] | str:
     """Rotates one class of axes and verifies it, or says why that failed."""
-    r, kind = random_orthogonal(axes.size, key, axes.keeps_ones)
+    r, kind = made(axes.leaves[0], axes.size, axes.keeps_ones)
     new, moved = list(leaves), []
     for leaf in axes.even:
         if leaf in scales.folds and not (np.asarray(new[leaf]) == 1).all():
@@ -173,12 +197,57 @@ def _one(
     return new, Rotation(axes.size, kind, axes.keeps_ones, paths, tuple(moved), error)
 
 
-def multiplied(w: Any, r: np.ndarray, axes: Sequence[int]) -> Any:
-    """Multiplies some axes of a parameter by a matrix, w'[..., j, ...] = sum_i w[..., i, ...] r[i, j]; in float64, rounded once."""
-    wide = np.asarray(w, np.float64)
-    for axis in axes:
-        wide = np.moveaxis(np.tensordot(wide, r, (axis, 0)), -1, axis)
-    return wide.astype(w.dtype)
+def _runs(
+    program: Program, one: Heads, leaves: Sequence[Any], made: Matrices, compare: Any
+) -> tuple[list[Any], Rotation] | None:
+    """Rotates runs of channels of the largest size that keeps the function; None where none does."""
+    for size in one.sizes:
+        r, kind = made(one.leaves[0], size, False)
+        new = list(leaves)
+        for leaf, axes in one.leaves:
+            new[leaf] = multiplied(new[leaf], r, axes, runs=True)
+        try:
+            error = compare(new)
+        except NotPreserved:
+            continue
+        paths = tuple((program.leaves[leaf].path, axes) for leaf, axes in one.leaves)
+        return new, Rotation(size, kind, False, paths, (), error, runs=True)
+    return None
+
+
+def _random(key: jax.Array, first: tuple[int, tuple[int, ...]], size: int, keeps_ones: bool) -> tuple[np.ndarray, str]:
+    del first
+    return random_orthogonal(size, key, keeps_ones)
+
+
+def multiplied(w: Any, r: np.ndarray, axes: Sequence[int], runs: bool = False) -> Any:
+    """Multiplies some axes of a parameter by a matrix, w'[..., j, ...] = sum_i w[..., i, ...] r[i, j]; in float64, rounded once.
+
+    Args:
+      w: the parameter.
+      r: the matrix.
+      axes: each is multiplied by it; or, with `runs`, they are flattened together and every run of the matrix's size is.
+      runs: see `axes`.
+
+    Returns:
+      An array of the shape and dtype of `w`.
+
+    Example:
+      >>> multiplied(np.arange(4.0), np.array([[0.0, 1.0], [-1.0, 0.0]]), (0,), runs=True).tolist()
+      [-1.0, 0.0, -3.0, 2.0]
+    """
+    return turned(np, np.asarray(w, np.float64), r, axes, runs).astype(w.dtype)
+
+
+def turned(xp: Any, w: Any, r: Any, axes: Sequence[int], runs: bool) -> Any:
+    """`multiplied` in the dtype of `w`; `xp` is NumPy or `jax.numpy`."""
+    if not runs:
+        for axis in axes:
+            w = xp.moveaxis(xp.tensordot(w, r, (axis, 0)), -1, axis)
+        return w
+    order = [*(i for i in range(w.ndim) if i not in axes), *axes]
+    moved = w.transpose(order)
+    return (moved.reshape(-1, r.shape[0]) @ r).reshape(moved.shape).transpose([order.index(i) for i in range(w.ndim)])
 
 
 def _scales(system: System, params: Sequence[Any]) -> _Scales:

@@ -1,6 +1,7 @@
 """A function becomes a jaxpr, the jaxpr becomes sites, and the interpreter runs it with packed parameters."""
 
 from qjax.program import compat as compat
+from qjax.program.caches import InputLeaf as InputLeaf
 from qjax.program.flatten import Graph as Graph
 from qjax.program.flatten import flatten as flatten
 from qjax.program.interpret import Interpreter as Interpreter

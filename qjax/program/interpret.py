@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from qjax.core import QTensor
+from qjax.core import QCache, QTensor, append_cache
 from qjax.program import compat
-from qjax.program.packed import Packed, after_view, materialize, scannable
+from qjax.program.caches import UPDATE, through, written_along
+from qjax.program.packed import Packed, after_view, materialize, scannable, scannable_cache
 from qjax.program.passing import invariant_carries, passed_on
 from qjax.program.primitives import BARRIER, VIEWS
 from qjax.program.products import Product
@@ -30,6 +31,8 @@ Rule = Callable[[Site, Any, list[Any], Any], tuple[list[Any], Any]]
 # The same at a product of two activations; its operands are arrays.
 ProductRule = Callable[[Product, Any, list[Any], Any], tuple[list[Any], Any]]
 State = dict[Key, Any]
+# What a packed cache goes through as it is; anything else reads its numbers.
+_STRUCTURE = compat.INLINE | compat.REMAT | {"scan", "while", "cond", BARRIER}
 
 
 def plain_product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
@@ -77,7 +80,7 @@ class Interpreter:
         outs = self.program(jaxpr, values, (), state)
         # A parameter that is handed back as it came (NNX state, mutable collections) stays packed.
         given = {id(v) for v in values if isinstance(v, Packed)}
-        return [v.q if id(v) in given else materialize(v) for v in outs], state
+        return [v.q if id(v) in given else _kept(v) for v in outs], state
 
     def program(self, jaxpr: Any, args: Sequence[Any], prefix: Key, state: State) -> list[Any]:
         body, consts = compat.parts(jaxpr)
@@ -99,6 +102,13 @@ class Interpreter:
         return [read(atom) for atom in body.outvars]
 
     def equation(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
+        name = eqn.primitive.name
+        if name == UPDATE and isinstance(operands[0], QCache) and written_along(eqn) == operands[0].axis:
+            cache, new, *starts = operands
+            return [append_cache(cache, materialize(new), starts[cache.axis])]
+        cached = any(isinstance(v, QCache) for v in operands)
+        if cached and name not in _STRUCTURE:  # here it is read
+            operands, cached = [materialize(v) if isinstance(v, QCache) else v for v in operands], False
         site = self.sites.get(key)
         packed = any(isinstance(v, Packed) for v in operands)
         if site is not None and (packed or key in self.watched):
@@ -113,9 +123,8 @@ class Interpreter:
                 state[key] = new
             return outs
         inside = key in self.above_watched
-        if not packed and not inside:
+        if not packed and not inside and not cached:
             return compat.bind(eqn, operands)
-        name = eqn.primitive.name
         if name in VIEWS and isinstance(operands[0], Packed):
             seen = after_view(operands[0], eqn, operands[1:])
             if seen is not None:
@@ -143,7 +152,7 @@ class Interpreter:
 
         def body(operands: list[Any], own: State) -> tuple[list[Any], State]:
             outs = self.program(eqn.params["jaxpr"], operands, (*key, 0), own)
-            return [materialize(v) for i, v in enumerate(outs) if i not in passed], own
+            return [_kept(v) for i, v in enumerate(outs) if i not in passed], own
 
         call = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
         outs, own = call(operands, own)
@@ -155,8 +164,9 @@ class Interpreter:
         fixed = invariant_carries(eqn.params["jaxpr"], n_consts, n_carry)
         passed = passed_on(eqn)
         consts, init, xs = operands[:n_consts], operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
-        moving = [materialize(v) for i, v in enumerate(init) if i not in fixed]
-        xs = [scannable(v) if isinstance(v, Packed) else v for v in xs]
+        stays = _stays_packed(eqn, operands)
+        moving = [stays(v, i) for i, v in enumerate(init) if i not in fixed]
+        xs = [scannable(v) if isinstance(v, Packed) else scannable_cache(v) if isinstance(v, QCache) else v for v in xs]
         own = _below(state, key)
         stacked = {k: v for k, v in own.items() if key in (self.products.get(k) or self.sites[k]).scans}
         shared = {k: v for k, v in own.items() if k not in stacked}
@@ -166,8 +176,8 @@ class Interpreter:
             full = [init[i] if i in fixed else next(values) for i in range(n_carry)]
             inner = {**carry[1], **x[1]}
             outs = self.program(eqn.params["jaxpr"], consts + full + x[0], (*key, 0), inner)
-            new = [materialize(v) for i, v in enumerate(outs[:n_carry]) if i not in fixed]
-            ys = [materialize(v) for i, v in enumerate(outs[n_carry:], n_carry) if i not in passed]
+            new = [stays(v, i) for i, v in enumerate(outs[:n_carry]) if i not in fixed]
+            ys = [_kept(v) for i, v in enumerate(outs[n_carry:], n_carry) if i not in passed]
             return (new, {k: inner[k] for k in carry[1]}), (ys, {k: inner[k] for k in x[1]})
 
         settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
@@ -181,7 +191,8 @@ class Interpreter:
         cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
         init = operands[n_cond + n_body :]
         fixed = invariant_carries(eqn.params["body_jaxpr"], n_body, len(init))
-        moving = [materialize(v) for i, v in enumerate(init) if i not in fixed]
+        stays = _stays_packed(eqn, operands)
+        moving = [stays(v, i) for i, v in enumerate(init) if i not in fixed]
         own = _below(state, key)
 
         def full(carry: list[Any]) -> list[Any]:
@@ -196,20 +207,20 @@ class Interpreter:
         def body(carry: tuple[list[Any], State]) -> tuple[list[Any], State]:
             inner = dict(carry[1])
             outs = self.program(eqn.params["body_jaxpr"], body_consts + full(carry[0]), (*key, 1), inner)
-            return [materialize(v) for i, v in enumerate(outs) if i not in fixed], inner
+            return [stays(v, i) for i, v in enumerate(outs) if i not in fixed], inner
 
         moved, own = lax.while_loop(cond, body, (moving, own))
         state.update(own)
         return full(moved)
 
     def cond(self, eqn: Any, operands: list[Any], key: Key, state: State) -> list[Any]:
-        own = _below(state, key)
+        own, stays = _below(state, key), _stays_packed(eqn, operands)
 
         def branch(index: int, jaxpr: Any) -> Callable[..., Any]:
             def run(values: list[Any], own: State) -> tuple[list[Any], State]:
                 inner = dict(own)
                 outs = self.program(jaxpr, values, (*key, index), inner)
-                return [materialize(v) for v in outs], inner
+                return [stays(v, i) for i, v in enumerate(outs)], inner
 
             return run
 
@@ -217,6 +228,18 @@ class Interpreter:
         outs, own = lax.switch(operands[0], branches, operands[1:], own)
         state.update(own)
         return outs
+
+
+def _kept(value: Any) -> Any:
+    """A value as it leaves a program: a cache packed, anything else as the array that it stands for."""
+    return value if isinstance(value, QCache) else materialize(value)
+
+
+def _stays_packed(eqn: Any, operands: Sequence[Any]) -> Callable[[Any, int], Any]:
+    """How results of a loop or branch leave its body: what is a packed operand with tokens written into it stays so, in every turn."""
+    packed = any(isinstance(v, QCache) for v in operands)
+    kept = {i for i, flow in through(eqn).items() if isinstance(operands[flow.source], QCache)} if packed else set()
+    return lambda value, i: value if i in kept else materialize(value)
 
 
 def _with_passed(outs: Sequence[Any], operands: Sequence[Any], passed: Mapping[int, int]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from qjax.core import QTensor, views, with_plain_scales
+from qjax.core import QCache, QTensor, views, with_plain_scales
 from qjax.program import compat
 from qjax.program.primitives import ELEMENTWISE_VIEWS, PLACEMENTS, split_starts
 
@@ -90,6 +90,11 @@ def scannable(packed: Packed) -> Any:
     return Packed(packed.q, _anywhere(packed.pending)) if can_scan(packed) else packed.value()
 
 
+def scannable_cache(cache: QCache) -> Any:
+    """Returns what a `scan` may slice: the packed form along layers, the numbers along time or channels."""
+    return cache if cache.ndim > 2 and cache.axis != -cache.ndim else cache.read()
+
+
 def _anywhere(pending: tuple[Any, ...]) -> tuple[Any, ...]:
     # A sharding constraint is written for the shape it stood at.
     return tuple(eqn for eqn in pending if eqn.primitive.name not in PLACEMENTS)
@@ -99,4 +104,6 @@ def materialize(value: Any) -> Any:
     """Returns the array that a value stands for."""
     if isinstance(value, Packed):
         return value.value()
+    if isinstance(value, QCache):
+        return value.read()
     return value.dequantize() if isinstance(value, QTensor) else value

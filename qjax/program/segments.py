@@ -30,12 +30,14 @@ class Segment:
       inputs: variable numbers it reads.
       outputs: variable numbers it makes that are needed after it.
       key: equal for segments that compute the same.
+      given: variables among its inputs that an equation of it would make, see `following`.
     """
 
     eqns: tuple[FlatEqn, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     key: Hashable
+    given: frozenset[int] = frozenset()
 
 
 class Cutter:
@@ -74,9 +76,15 @@ class Cutter:
             elif atom in self.graph.sliced:
                 self.use([self.graph.sliced[atom].parent], position)
 
-    def segment(self, start: int, stop: int) -> Segment:
-        """Builds the segment of equations `start` to `stop` (excluded)."""
-        eqns: dict[int, FlatEqn] = {}
+    def segment(
+        self, start: int, stop: int, outputs: Sequence[int] | None = None, eqns: Sequence[FlatEqn] | None = None
+    ) -> Segment:
+        """Builds the segment of equations `start` to `stop` (excluded).
+
+        With `outputs` it gives those, else what is needed after it; with `eqns` it holds only those, and reads what the others make.
+        """
+        within = self.graph.eqns[start:stop] if eqns is None else eqns
+        taken: dict[int, FlatEqn] = {}
         made: set[int] = set()
         inputs: dict[int, None] = {}
 
@@ -88,15 +96,16 @@ class Cutter:
                     add(self.views[atom])
                 else:
                     inputs[atom] = None
-            eqns[id(eqn)] = eqn
+            taken[id(eqn)] = eqn
             made.update(eqn.outputs)
 
-        for eqn in self.graph.eqns[start:stop]:
+        for eqn in within:
             if not self.is_view(eqn):
                 add(eqn)
-        outputs = tuple(v for v in sorted(made) if v not in self.views and self.last_use.get(v, -1) >= stop)
-        ordered = tuple(eqns.values())
-        return Segment(ordered, tuple(inputs), outputs, self._key(ordered, tuple(inputs), outputs))
+        if outputs is None:
+            outputs = [v for v in sorted(made) if v not in self.views and self.last_use.get(v, -1) >= stop]
+        ordered = tuple(taken.values())
+        return Segment(ordered, tuple(inputs), tuple(outputs), self._key(ordered, tuple(inputs), tuple(outputs)))
 
     def live_bytes(self, cuts: Sequence[int]) -> list[int]:
         """Bytes that stay alive across each cut, beside the program's inputs and constants, from shapes alone."""
@@ -126,8 +135,49 @@ def execute(segment: Segment, *values: Any) -> list[Any]:
     for eqn in segment.eqns:
         operands = [a.value if isinstance(a, Lit) else env[a] for a in eqn.inputs]
         outs = [jnp.stack(operands)] if eqn.name == STACK else compat.bind(eqn.eqn, operands)
+        if not segment.given.isdisjoint(eqn.outputs):
+            outs = _followed(eqn, operands, outs, {v: env[v] for v in segment.given.intersection(eqn.outputs)})
         env.update(zip(eqn.outputs, outs, strict=True))
     return [env[v] for v in segment.outputs]
+
+
+# What picks places by the size of floating values: an expert for a token, the order of rows.
+CHOICES = frozenset({"argmax", "argmin", "top_k", "approx_top_k", "sort"})
+
+
+def choices(segment: Segment) -> tuple[int, ...]:
+    """The variables of a segment that are places picked by the size of floating values, in its order."""
+    found = []
+    for eqn in segment.eqns:
+        if eqn.name in CHOICES and any(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.eqn.invars):
+            pairs = zip(eqn.outputs, eqn.eqn.outvars, strict=True)
+            found += [v for v, raw in pairs if jnp.issubdtype(raw.aval.dtype, jnp.integer)]
+    return tuple(found)
+
+
+def telling(segment: Segment) -> Segment:
+    """The segment that also gives its `choices`, after its own outputs."""
+    chosen = choices(segment)
+    return dataclasses.replace(segment, outputs=(*segment.outputs, *chosen), key=("telling", segment.key)) if chosen else segment
+
+
+def following(segment: Segment) -> Segment:
+    """The segment that takes its `choices` after its own inputs: another run of the same program goes the ways of the first one.
+
+    Without that, two runs whose values differ a little send a token to different experts, or sort rows differently, and nothing
+    behind that corresponds.
+    """
+    chosen = choices(segment)
+    if not chosen:
+        return segment
+    return dataclasses.replace(segment, inputs=(*segment.inputs, *chosen), key=("following", segment.key), given=frozenset(chosen))
+
+
+def _followed(eqn: FlatEqn, operands: Sequence[Any], outs: Sequence[Any], given: dict[int, Any]) -> list[Any]:
+    outs = [given.get(v, out) for v, out in zip(eqn.outputs, outs, strict=True)]
+    if eqn.name == "top_k":  # the values are those at the places
+        outs[0] = jnp.take_along_axis(operands[0], outs[1], axis=eqn.eqn.params.get("axis", -1))
+    return outs
 
 
 class Compiled:

@@ -56,7 +56,7 @@ def packed_specs(packed: Packed, spec: Any, mesh: Any) -> tuple[list[Any], Calla
     """Returns the specs of the packed arrays, and how the local arrays become the local `Packed`.
 
     A contracted axis may be split only if it is the only one, every part holds whole bytes and whole groups,
-    nothing is padded and there is no permutation across parts.
+    nothing is padded and there is no permutation or rotation across parts.
     """
     q = packed.q
     ndim = len(q.shape)
@@ -66,7 +66,8 @@ def packed_specs(packed: Packed, spec: Any, mesh: Any) -> tuple[list[Any], Calla
     parts = {i: _parts(entries[i], mesh) for i in range(ndim)}
     inner = [entries[i] for i in contracted if parts[i] > 1]
     ways = math.prod(parts[i] for i in contracted)
-    if inner and (len(q.axes) != 1 or q.perm is not None):
+    whole = q.perm is not None or q.rotation is not None or q.levels is not None or q.adapter_left is not None
+    if inner and (len(q.axes) != 1 or whole):
         return None
     specs = []
     for leaf in jax.tree.leaves(q):

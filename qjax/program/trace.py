@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from qjax.core import QTensor
+from qjax.core import QCache, QTensor
 from qjax.program import compat
+from qjax.program.caches import InputLeaf, argument_path, input_leaves
 from qjax.program.products import Product
 from qjax.program.sites import Leaf, Site, discover
 
@@ -30,6 +32,7 @@ class Program:
       out_tree: the structure of the result.
       closed_over: shapes of large arrays that the function closed over; they cannot be quantized.
       products: the products of two activations, in data-flow order, by whose names rules pick them.
+      input_paths: of every input, parameters first; see `InputLeaf`.
     """
 
     jaxpr: Any
@@ -37,6 +40,17 @@ class Program:
     out_tree: Any
     closed_over: tuple[tuple[tuple[int, ...], str], ...]
     products: tuple[Product, ...] = ()
+    input_paths: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def inputs(self) -> tuple[InputLeaf, ...]:
+        """Every input, with whether it is a cache."""
+        return input_leaves(self.jaxpr, self.input_paths)
+
+    @property
+    def caches(self) -> tuple[InputLeaf, ...]:
+        """The inputs into which tokens are written and which come back."""
+        return tuple(leaf for leaf in self.inputs if not leaf.refusal)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -54,10 +68,11 @@ class Arguments:
     """Arguments of a call, split into traced arrays and static values.
 
     Attributes:
-      params: array leaves of the parameters, QTensors whole.
-      inputs: array leaves of the other arguments.
+      params: array leaves of the parameters, QTensors and QCaches whole.
+      inputs: array leaves of the other arguments, likewise.
       key: hashable identity of all that is static: structures, static leaves.
       paths: paths of `params`.
+      input_paths: paths of `inputs`, see `InputLeaf`.
       rebuild: puts array leaves back: (params, inputs) -> (params tree, args, kwargs).
     """
 
@@ -65,6 +80,7 @@ class Arguments:
     inputs: list[Any]
     key: Hashable
     paths: tuple[str, ...]
+    input_paths: tuple[str, ...]
     rebuild: Callable[[Sequence[Any], Sequence[Any]], tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
 
@@ -72,8 +88,12 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
+def is_packed(x: Any) -> bool:
+    return isinstance(x, (QTensor, QCache))
+
+
 def is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor))
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor, QCache))
 
 
 def path_str(path: tuple[Any, ...]) -> str:
@@ -94,11 +114,12 @@ def path_str(path: tuple[Any, ...]) -> str:
 
 def split_arguments(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Separates arrays, which are traced, from everything else (numbers, strings, callables), which is static."""
-    flat, params_tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    flat, params_tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
     values = [leaf for _, leaf in flat]
     if values and values[0] is params and hasattr(params, "params") and hasattr(params, "report"):
         raise TypeError(f"`params` is a {type(params).__name__}, which is no tree of arrays: pass its parameters, result.params")
-    inputs, inputs_tree = jax.tree_util.tree_flatten((args, kwargs), is_leaf=is_qtensor)
+    flat_inputs, inputs_tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_packed)
+    inputs = [leaf for _, leaf in flat_inputs]
     dynamic = [is_array(v) for v in values], [is_array(v) for v in inputs]
     static = tuple((i, _static_key(v)) for i, v in enumerate((*values, *inputs)) if not is_array(v))
 
@@ -120,6 +141,7 @@ def split_arguments(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         inputs=[v for v in inputs if is_array(v)],
         key=(params_tree, inputs_tree, static),
         paths=tuple(path_str(path) for path, leaf in flat if is_array(leaf)),
+        input_paths=tuple(argument_path(path, path_str(path[2:])) for path, leaf in flat_inputs if is_array(leaf)),
         rebuild=rebuild,
     )
 
@@ -145,7 +167,10 @@ def _static_key(value: Any) -> Hashable:
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """Returns the aval of an array; of a QTensor that of the array it stands for."""
+    """Returns the aval of an array; of a QTensor or QCache that of the array it stands for."""
+    if isinstance(x, QCache):
+        window = x.window if isinstance(x.window, jax.ShapeDtypeStruct) else jax.typeof(x.window)
+        return compat.abstract(window, x.shape, x.dtype)
     if isinstance(x, QTensor):
         codes = x.codes if isinstance(x.codes, jax.ShapeDtypeStruct) else jax.typeof(x.codes)
         return compat.abstract(codes, x.shape, x.dtype)
@@ -172,7 +197,8 @@ def trace_arguments(fn: Callable[..., Any], arguments: Arguments) -> Program:
         for c in compat.constants(jaxpr)
         if math.prod(getattr(c, "shape", ())) >= CLOSED_OVER_ELEMENTS
     )
-    return Program(jaxpr, leaves, jax.tree_util.tree_structure(out_shape), large, products)
+    paths = (*arguments.paths, *arguments.input_paths)
+    return Program(jaxpr, leaves, jax.tree_util.tree_structure(out_shape), large, products, paths)
 
 
 def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Program:

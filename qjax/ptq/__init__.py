@@ -1,13 +1,19 @@
 """Post-training quantization: one file a method, all behind `Method`."""
 
 from qjax.calibration import as_batches as as_batches
+from qjax.ptq.autoround import autoround as autoround
 from qjax.ptq.awq import awq as awq
 from qjax.ptq.bias_correction import correct_bias as correct_bias
+from qjax.ptq.gptaq import gptaq as gptaq
 from qjax.ptq.gptq import gptq as gptq
+from qjax.ptq.hqq import hqq as hqq
+from qjax.ptq.kmeans import kmeans as kmeans
 from qjax.ptq.llm_int8 import llm_int8 as llm_int8
+from qjax.ptq.low_rank import low_rank as low_rank
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome
 from qjax.ptq.method import Problem as Problem
+from qjax.ptq.online_rotation import online_rotation as online_rotation
 from qjax.ptq.plan import Plan as Plan
 from qjax.ptq.plan import Rates as Rates
 from qjax.ptq.plan import plan as plan

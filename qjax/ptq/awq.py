@@ -17,6 +17,7 @@ from qjax.core import (
     ActSpec,
     BlockSpec,
     CastSpec,
+    LearnedSpec,
     PerBlock,
     PerTensor,
     QTensor,
@@ -29,7 +30,7 @@ from qjax.core import (
 )
 from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.data import unseen_note
-from qjax.ptq.method import Method, Outcome, Problem
+from qjax.ptq.method import Method, Outcome, Problem, needs_float
 from qjax.ptq.parts import for_each_matrix, matrices, packed
 from qjax.ptq.range_search import candidates
 from qjax.ptq.rtn import rtn
@@ -59,6 +60,10 @@ class AWQ:
         if self.then is not None:
             return self.then.observer
         return sample_rows(self.rows) if self.clip else None
+
+    @property
+    def needs_float(self) -> bool:
+        return needs_float(self.then)
 
     def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
         return activation_of(self.then, given, ops)
@@ -155,8 +160,9 @@ def _positive(x: jax.Array) -> jax.Array:
 def _clipped(problem: Problem, state: Sample) -> Outcome:
     """Rounds within the range of each group that has the least error of the outputs."""
     spec = problem.spec
-    if isinstance(spec, CastSpec) or isinstance(spec.granularity, (PerTensor, PerBlock)):
-        return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: rows of it share a scale",))
+    if isinstance(spec, (CastSpec, LearnedSpec)) or isinstance(spec.granularity, (PerTensor, PerBlock)):
+        why = "its table is learned" if isinstance(spec, LearnedSpec) else "rows of it share a scale"
+        return Outcome(rtn().quantize(problem, None).q, (f"its ranges are not searched: {why}",))
     if has_global_scale(spec) and problem.groups > 1:
         return Outcome(rtn().quantize(problem, None).q, ("its ranges are not searched: its groups share the scale of the tensor",))
     if not bool(jnp.isfinite(state.x).all()):

@@ -21,8 +21,8 @@ from qjax.program.packed import can_scan
 from qjax.program.segments import Cutter, Segment
 from qjax.ptq.quantize import Result, as_batches
 from qjax.ptq.reference import float_reference
-from qjax.ptq.sequential import Batch
 from qjax.ptq.spill import Live, Spill, opened
+from qjax.ptq.streams import Batch
 from qjax.runtime.products import product_rule
 from qjax.runtime.quantized import checked_products, named_products
 from qjax.runtime.select import packed_rule

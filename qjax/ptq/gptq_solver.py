@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.core import (
     BlockSpec,
@@ -19,7 +20,11 @@ from qjax.core import (
     tensor_scale,
 )
 from qjax.ptq.factorize import Factor, factorize
-from qjax.ptq.gptq_sweep import Grid, Plan, Problem, fit, free_moves, plan, sweep
+from qjax.ptq.gptq_sweep import Grid, Plan, Problem, descend, fit, free_moves, plan, sweep
+
+# A sweep counts on every later column, masked ones too. These passes leave to the weights that remain what it counted on: on layers
+# pruned 2:4 they take a fifth of the error off that the sweep leaves.
+MASKED_PASSES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +37,15 @@ class GPTQOptions:
         the solution has a `perm`, unless `static_groups`.
       static_groups: fix the scale of every group from the original weights beforehand, in the original order, so that
         no permutation is needed at run time.
+      group_aware: quantize the groups in the order of their largest Hessian diagonal, and the columns of each group in that of
+        theirs. Groups stay what they are, so no permutation is needed at run time.
       block_size: columns between two lazy updates. Groups smaller than a block take their scales at its start, all at
         once; apart from that it changes the time it takes, not the solution.
       mse: search for the range with the least rounding error (see `search_range`).
       damping_increment: added to `damping` at the first retry, three times that at the second, seven at the third ...
       max_damping_retries: retries before giving up.
+      refine: passes of coordinate descent after the sweep, see `gptq_sweep.descend`; at least `MASKED_PASSES` for a masked weight.
+      alpha: share of GPTAQ's correction for inputs that differ from the float program's; 0: none.
 
     Raises:
       ValueError: naming the argument.
@@ -53,13 +62,20 @@ class GPTQOptions:
     mse: bool = False
     damping_increment: float = 0.01
     max_damping_retries: int = 10
+    group_aware: bool = False
+    refine: int = 0
+    alpha: float = 0.0
 
     def __post_init__(self):
+        if self.group_aware and self.act_order:
+            raise ValueError("`act_order` and `group_aware` are two orders of the columns: choose one")
+        if not (0 <= self.alpha < float("inf")):
+            raise ValueError(f"`alpha` must be a finite number >= 0, got {self.alpha!r}")
         if not (0 <= self.damping < float("inf")):
             raise ValueError(f"`damping` must be a finite number >= 0, got {self.damping!r}")
         if not (0 < self.damping_increment < float("inf")):
             raise ValueError(f"`damping_increment` must be a finite number > 0, got {self.damping_increment!r}")
-        for argument, least in (("block_size", 1), ("max_damping_retries", 0)):
+        for argument, least in (("block_size", 1), ("max_damping_retries", 0), ("refine", 0)):
             value = getattr(self, argument)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{argument}` must be an int >= {least}, got {value!r}")
@@ -110,8 +126,11 @@ def check_solved(solution: Solution, name: str) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options"))
-def solve(w: jax.Array, hessian: jax.Array, spec: BlockSpec, options: GPTQOptions = GPTQOptions()) -> Solution:
+@functools.partial(jax.jit, static_argnames=("spec", "options", "masked"))
+def solve(
+    w: jax.Array, hessian: jax.Array, spec: BlockSpec, options: GPTQOptions = GPTQOptions(),
+    deviation: jax.Array | None = None, masked: bool = False,
+) -> Solution:  # fmt: skip
     """Codes that keep the layer's output, not its weights: `argmin_q trace((w - q) H (w - q)^T)`, one column at a time.
 
     With `H + damping = R R^T` (R upper triangular), column j is rounded from
@@ -123,6 +142,8 @@ def solve(w: jax.Array, hessian: jax.Array, spec: BlockSpec, options: GPTQOption
         matter, except for `loss`.
       spec: what to quantize to; every granularity but a cast.
       options: a `GPTQOptions`.
+      deviation: (K, K), floating: `2/n sum (x_float - x) x^T`, for `options.alpha`; None: the inputs do not differ.
+      masked: whether `w` may have exact zeros, which then stay zero, while the errors are made up for by the other weights alone.
 
     Returns:
       A `Solution`. It may be mapped with `jax.vmap` over stacked weights and Hessians.
@@ -141,7 +162,8 @@ def solve(w: jax.Array, hessian: jax.Array, spec: BlockSpec, options: GPTQOption
     is no multiple of the group or the reverse; the mean that damping is a share of leaves dead columns out (theirs
     counts a stand-in 1 for each, which drowns a Hessian of small activations), and dead columns come last in act-order;
     a Hessian without data gives plain rounding, not zeros; failing to factorize is reported, never answered with plain
-    rounding.
+    rounding. Group-aware order: Gafni et al. (arXiv 2505.14638) and gptqmodel's `act_group_aware`; a group shorter than the
+    others stays the last. For `deviation` see `corrected`.
     """
     _check(w, hessian, spec)
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
@@ -151,23 +173,34 @@ def solve(w: jax.Array, hessian: jax.Array, spec: BlockSpec, options: GPTQOption
     of_tensor = next(iter(tensor_scale(w[..., None], spec)), None)
     known = None if by_group else _known_grids(w, spec, options, of_tensor)
     columns = _columns(hessian)
+    zeros = w == 0 if masked else None
     w = jnp.where(columns.kept[None, :], w, 0.0)
     if by_group and (options.static_groups or group >= k):
         known = _known_grids(w, spec, options, of_tensor)
-    order = jnp.argsort(-jnp.diagonal(hessian), stable=True).astype(jnp.int32) if options.act_order else None
+    order, group_order = _order(jnp.diagonal(hessian), group, options)
     layout = plan(k, group if known is None else None, options.block_size)
-    problem, factor = _problem(w, hessian, columns, known, group, order, layout, options)
-    swept = sweep(problem._replace(of_tensor=of_tensor), spec, options.mse, layout)
+    deviation = deviation if options.alpha else None
+    problem, factor, ordered = _problem(w, zeros, hessian, deviation, columns, known, group, order, layout, options)
+    problem = problem._replace(of_tensor=of_tensor)
+    swept = sweep(problem, spec, options.mse, layout)
+    loss, passes = jnp.sum(swept.loss), max(options.refine, MASKED_PASSES if masked else 0)
+    if passes:
+        damped = jnp.where(jnp.eye(k, dtype=bool), ordered + factor.damping * columns.mean, ordered)
+        swept = descend(problem, damped, swept, passes, spec, layout)
+        loss = _loss(layout.collect(swept.difference), ordered, columns.seen if order is None else columns.seen[order])
     codes = layout.collect(swept.codes)
     if known is None:
         grids = jax.tree.map(lambda leaf: leaf[: -(-k // group)], swept.grids)
+        if group_order is not None:
+            grids = jax.tree.map(lambda leaf: leaf[jnp.argsort(group_order)], grids)
     else:
         grids = known
-        codes = codes if order is None else codes[jnp.argsort(order)]
+    permuted = known is None and group_order is None
+    codes = codes if order is None or permuted else codes[jnp.argsort(order)]
     kept = spec.granularity.kept if isinstance(spec.granularity, PerBlock) else 1
     grids = jax.tree.map(lambda leaf: leaf.T[::kept], grids)
-    return Solution(codes.T.astype(jnp.int32), grids.scale, grids.zero_point, order if known is None else None,
-                    jnp.sum(swept.loss), factor.damping, factor.retries, columns.dead)  # fmt: skip
+    return Solution(codes.T.astype(jnp.int32), grids.scale, grids.zero_point, order if permuted else None,
+                    loss, factor.damping, factor.retries, columns.dead)  # fmt: skip
 
 
 def _check(w: jax.Array, hessian: jax.Array, spec: BlockSpec) -> None:
@@ -210,17 +243,41 @@ def _known_grids(w: jax.Array, spec: BlockSpec, options: GPTQOptions, of_tensor:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=0).T, grid)
 
 
+def _order(diagonal: jax.Array, group: int, options: GPTQOptions) -> tuple[jax.Array | None, jax.Array | None]:
+    """The order of the columns, and that of whole groups where groups stay together: int32 (K,), (G,), or None."""
+
+    def descending(x: jax.Array) -> jax.Array:
+        return jnp.argsort(-x, axis=-1, stable=True).astype(jnp.int32)
+
+    if options.act_order:
+        return descending(diagonal), None
+    if not options.group_aware:
+        return None, None
+    k, group = diagonal.shape[0], min(group, diagonal.shape[0])
+    whole = k // group
+    importance = diagonal[: whole * group].reshape(whole, group)
+    groups = descending(jnp.max(importance, axis=1))
+    first = jnp.arange(whole, dtype=jnp.int32)[:, None] * group
+    columns = (descending(importance) + first)[groups].reshape(-1)
+    rest = jnp.arange(whole * group, k, dtype=jnp.int32)
+    last = jnp.argsort(-diagonal[whole * group :], stable=True).astype(jnp.int32) + whole * group
+    return jnp.concatenate([columns, last]), jnp.concatenate([groups, jnp.full((1 if rest.size else 0,), whole, jnp.int32)])
+
+
 def _problem(
-    w: jax.Array, hessian: jax.Array, columns: _Columns, known: Grid | None, group: int, order: jax.Array | None,
-    layout: Plan, options: GPTQOptions,
-) -> tuple[Problem, Factor]:  # fmt: skip
+    w: jax.Array, zeros: jax.Array | None, hessian: jax.Array, deviation: jax.Array | None, columns: _Columns, known: Grid | None,
+    group: int, order: jax.Array | None, layout: Plan, options: GPTQOptions,
+) -> tuple[Problem, Factor, jax.Array]:  # fmt: skip
     k = w.shape[1]
     hessian = jnp.where(jnp.eye(k, dtype=bool) & ~columns.seen[None, :], columns.mean, hessian)
     place = jnp.arange(k, dtype=jnp.int32) if order is None else order
-    seen, rows = columns.seen, w.T
+    seen, rows, masked = columns.seen, w.T, None if zeros is None else zeros.T
     if order is not None:
         hessian, seen, rows = hessian[order][:, order], seen[order], rows[order]
+        masked = None if masked is None else masked[order]
     factor = factorize(hessian, columns.mean, options.damping, options.damping_increment, options.max_damping_retries)
+    if deviation is not None:
+        rows = corrected(rows, deviation if order is None else deviation[order][:, order], factor, options.alpha)
     gain = jnp.where(seen, jnp.square(factor.pivot), 0.0)
     damped = jnp.where(seen, factor.damping * columns.mean, 0.0)
     coupling = layout.spread(layout.spread(factor.coupling, 0), 1)
@@ -232,5 +289,39 @@ def _problem(
         known=known,
         grid_of=layout.spread(place // group, 0),
         free=free_moves(coupling, layout.block) if known is None and layout.block < layout.sizes[0] else None,
+        masked=None if masked is None else layout.spread(masked, 0),
     )
-    return problem, factor
+    return problem, factor, hessian
+
+
+def _loss(difference: jax.Array, hessian: jax.Array, seen: jax.Array) -> jax.Array:
+    difference = jnp.where(seen[:, None], difference, 0.0)
+    return jnp.sum(difference * jnp.matmul(hessian, difference, precision=lax.Precision.HIGHEST))
+
+
+def corrected(rows: jax.Array, deviation: jax.Array, factor: Factor, alpha: float) -> jax.Array:
+    """GPTAQ: the weights that make up, on the inputs as they are, for what the inputs of earlier columns lack.
+
+    `w + alpha w P`,  `P = triu(D U^T, 1) U`,  `D = 2/n sum (x_float - x) x^T`,  `U = R^-1`: column i's share `w_i (x_float - x)_i` of
+    the output's error is fitted, in least squares, by the columns after it. Nothing in P depends on codes, so the sweep stays
+    what it is, on these weights.
+
+    Args:
+      rows: float32 (K, N), the weight transposed, in the order in which columns are quantized.
+      deviation: (K, K), D in that order.
+      factor: of the damped Hessian, `H = R R^T`.
+      alpha: the share.
+
+    Returns:
+      float32 (K, N).
+
+    Source: Li et al., GPTAQ (arXiv 2504.02692), eq. 17 and 18, and the authors' code (GPTQv2), whose alpha the paper does not have.
+    There the column that P multiplies is the updated weight within a block of 128 columns, and the rounded one beyond it; here it
+    is the original weight, whose output on the float input is what is aimed at: no result depends on the size of a block.
+    """
+    k = rows.shape[0]
+    lower = factor.coupling + jnp.eye(k, dtype=jnp.float32)  # R^T = diag(pivot) lower
+    solved = lax.linalg.triangular_solve(lower, deviation.astype(jnp.float32), left_side=False, lower=True, unit_diagonal=True)
+    solved = jnp.triu(solved / factor.pivot[None, :], 1)
+    shares = jnp.matmul(solved.T, rows, precision=lax.Precision.HIGHEST) / factor.pivot[:, None]
+    return rows + alpha * lax.linalg.triangular_solve(lower, shares, left_side=True, lower=True, unit_diagonal=True)

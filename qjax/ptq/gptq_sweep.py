@@ -123,6 +123,8 @@ class Problem(NamedTuple):
       grid_of: int32 (K,), the row of `known` for each row.
       free: float32 (blocks, block, block), see `free_moves`; None when it is not needed.
       of_tensor: float32 (1, 1, 1), the scale of the whole weight that those of blocks are over (see `core.tensor_scale`), or None.
+      masked: bool (K, N), entries that stay exactly zero; None when there are none. Such an entry is rounded from 0 whatever its
+        target, so what it should have made up for falls to the rows below it, as SparseGPT (arXiv 2301.00774) prunes.
     """
 
     weight: jax.Array
@@ -133,6 +135,7 @@ class Problem(NamedTuple):
     grid_of: jax.Array
     free: jax.Array | None
     of_tensor: jax.Array | None = None
+    masked: jax.Array | None = None
 
 
 class Swept(NamedTuple):
@@ -173,8 +176,44 @@ def sweep(problem: Problem, spec: BlockSpec, mse: bool, plan: Plan) -> Swept:
     if problem.known is not None or plan.block < plan.sizes[0]:
         return _chunks(problem, static, 0, problem.weight, 0, None)
     # One block holds every group: nothing is updated before it.
-    grids = _fit_groups(problem.weight, static, problem.of_tensor)
+    grids = _fit_groups(_zeroed(problem, problem.weight, 0), static, problem.of_tensor)
     return _chunks(problem, static, 0, problem.weight, 0, (0, grids))._replace(grids=grids)
+
+
+def descend(problem: Problem, hessian: jax.Array, swept: Swept, passes: int, spec: BlockSpec, plan: Plan) -> Swept:
+    """Cyclic coordinate descent from what a sweep found, its grids kept: every row is rounded anew from where all the others stand.
+
+    The target of row j is `weight[j] + sum over i != j of H[j, i] D[i] / H[j, j]`, which no rounding beats while the others stay, so
+    `D^T H D` never rises. It is the sweep again, with another coupling: earlier rows count as they are now, later ones as they were.
+
+    Args:
+      problem: what was swept.
+      hessian: float32 (K, K), damped, in the order of the rows; not yet spread.
+      swept: what was found.
+      passes: how often all rows are visited.
+      spec: what to quantize to.
+      plan: how the rows are laid out.
+
+    Returns:
+      A `Swept` with the grids of `swept`; `loss` is not that of the problem.
+
+    Source: QuantEase (arXiv 2309.01885), there from the float weights; CDQuant (arXiv 2406.17542), from GPTQ as here.
+    """
+    diagonal = jnp.diagonal(hessian)[:, None]
+    shares = jnp.where(jnp.eye(hessian.shape[0], dtype=bool), 0.0, hessian / diagonal)
+    shares = plan.spread(plan.spread(shares, 0), 1)
+    lower, upper = jnp.tril(shares, -1), jnp.triu(shares, 1)
+    if problem.known is None:
+        rows = jnp.arange(plan.sizes[0], dtype=jnp.int32)
+        problem = problem._replace(known=swept.grids, grid_of=rows // plan.padded_group, free=None)
+    problem, static = problem._replace(coupling=lower), _Static(spec, False, plan)
+
+    def step(_: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        done = _chunks(problem, static, 0, problem.weight + _product(upper, state[0]), 0, None)
+        return done.difference, done.codes
+
+    difference, codes = lax.fori_loop(0, passes, step, (swept.difference, swept.codes))
+    return swept._replace(difference=difference, codes=codes)
 
 
 def _fit_groups(rows: jax.Array, static: _Static, of_tensor: jax.Array | None) -> Grid:
@@ -205,7 +244,7 @@ def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: A
         rows = lax.dynamic_slice_in_dim(target, first, chunk) + _earlier(p, done.difference, start, i, chunk)
         inner = block
         if fits_here:
-            inner = start + first, _fit_groups(_updated(p, rows, start + first), static, p.of_tensor)
+            inner = start + first, _fit_groups(_zeroed(p, _updated(p, rows, start + first), start + first), static, p.of_tensor)
         part = _chunks(p, static, level + 1, rows, start + first, inner)
         grids = done.grids
         if fits_here_or_below:
@@ -218,8 +257,14 @@ def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: A
     if fits_here_or_below:
         zeros = jnp.zeros((size // plan.padded_group, n), jnp.float32)
         has_zero_point = isinstance(static.spec, IntSpec) and not static.spec.symmetric
-        nothing = nothing._replace(grids=Grid(zeros, zeros.astype(jnp.int32) if has_zero_point else None))
+        kind = jnp.float32 if isinstance(static.spec, IntSpec) and static.spec.float_zero else jnp.int32
+        nothing = nothing._replace(grids=Grid(zeros, zeros.astype(kind) if has_zero_point else None))
     return lax.fori_loop(0, size // chunk, step, nothing)
+
+
+def _zeroed(p: Problem, rows: jax.Array, start: Any) -> jax.Array:
+    """Rows `start ..` with zeros where entries are masked."""
+    return rows if p.masked is None else jnp.where(lax.dynamic_slice_in_dim(p.masked, start, rows.shape[0]), 0.0, rows)
 
 
 def _updated(p: Problem, target: jax.Array, start: Any) -> jax.Array:
@@ -275,7 +320,7 @@ def _rows(p: Problem, static: _Static, target: jax.Array, start: Any, block: tup
         row = start + j
         here = grid or _pick(p.known, p.grid_of[row])
         goal = lax.dynamic_slice_in_dim(target, j, 1)
-        codes = block_encode(goal, *here, static.spec)
+        codes = block_encode(_zeroed(p, goal, row), *here, static.spec)
         rounded = block_decode(codes, *here, static.spec)
         difference = lax.dynamic_slice_in_dim(p.weight, row, 1) - rounded
         loss = jnp.square(goal - rounded) * p.gain[row] - jnp.square(difference) * p.damped[row]

@@ -8,6 +8,7 @@ import jax
 
 from qjax.calibration import Observer
 from qjax.core import QTensor, Spec
+from qjax.program import Leaf
 
 
 class Problem(NamedTuple):
@@ -81,3 +82,34 @@ class Method(Protocol):
           The packed weight and remarks.
         """
         ...
+
+
+@runtime_checkable
+class ComparesWithFloat(Protocol):
+    """A method that also wants to know what the float program makes of the same data."""
+
+    @property
+    def needs_float(self) -> bool:
+        """Whether it does: then `Rows.reference` of what its observer is given holds the rows of the float program."""
+        ...
+
+
+def needs_float(method: Any) -> bool:
+    """Whether a method compares with the float program."""
+    return isinstance(method, ComparesWithFloat) and method.needs_float
+
+
+@runtime_checkable
+class Refuses(Protocol):
+    """A method that cannot serve every parameter, whatever its spec."""
+
+    def refusal(self, leaf: Leaf) -> str:
+        """Says why it cannot quantize this parameter; "" if it can."""
+        ...
+
+
+def refusal(method: Any, leaf: Leaf) -> str:
+    """Why a method, or one that follows it, cannot quantize a parameter; "" if it can."""
+    mine = method.refusal(leaf) if isinstance(method, Refuses) else ""
+    then = getattr(method, "then", None)
+    return mine or ("" if then is None else refusal(then, leaf))

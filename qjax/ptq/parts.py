@@ -149,16 +149,22 @@ def for_each_matrix(problem: Problem, statistic: jax.Array) -> jax.Array:
 
 
 def packed(
-    problem: Problem, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, perm: jax.Array | None = None
+    problem: Problem,
+    codes: jax.Array,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    perm: jax.Array | None = None,
+    levels: jax.Array | None = None,
 ) -> QTensor:
     """Puts what was found for `matrices(problem)` back where the weight's axes were.
 
     Args:
       problem: the weight.
       codes: int (stack, N, K) or (stack, N, Kpad).
-      scale: (stack, N, G); 1 or N / block in place of N where rows share it.
+      scale: (stack, N, G); 1 or N / block in place of N where rows share it; None for a table without scales.
       zero_point: like `scale`, or None.
       perm: (stack, K), or None.
+      levels: (stack, N or 1, 2^bits), or None.
 
     Returns:
       The packed weight.
@@ -190,6 +196,7 @@ def packed(
         None if perm is None else place(perm[:, None, :], rows=False),
         stacked=problem.stacked,
         nested_scale=_tensor_scale(problem),
+        levels=place(levels, rows=True),
         name=problem.name,
     )
 

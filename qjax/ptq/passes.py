@@ -66,7 +66,10 @@ def observe_products(
     Raises:
       ValueError: a batch gives an operand NaN or infinity, naming both.
     """
-    watched = {name: OperandObservers(*(o and Together((o, AllFinite())) for o in both.pair)) for name, both in observers.items()}
+    watched = {
+        name: OperandObservers(*(o and Together((o, AllFinite())) for o in both.pair), rotation=both.rotation)
+        for name, both in observers.items()
+    }
 
     def watch(program: Program, number: int) -> tuple[dict[str, Any], Callable[..., Any]]:
         refuse(program, number)

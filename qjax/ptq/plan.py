@@ -33,11 +33,12 @@ from qjax.ptq.data import check_same_sites
 from qjax.ptq.groups import undivided
 from qjax.ptq.parts import layout_of
 from qjax.ptq.products import product_row
-from qjax.ptq.quantize import as_batches, method_of, planned_row, program_notes, whole_problem
+from qjax.ptq.quantize import as_batches, method_of, planned_row, program_notes, refusal_of, whole_problem
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.rescale import plan_rescaling
-from qjax.ptq.sequential import Task, flat_leaves, grouped, streams_of, visit_work, visits_of
+from qjax.ptq.sequential import visit_work
 from qjax.ptq.spill import Live
+from qjax.ptq.streams import Task, flat_leaves, grouped, streams_of, visits_of
 from qjax.ptq.work import Work, forward, rows_seen, work_of
 from qjax.report import Report, format_bytes
 from qjax.runtime.overflow import counted
@@ -94,6 +95,8 @@ def plan_sequential(tasks: dict[int, Task], batches: Sequence[tuple[Program, Seq
     keys = {s.cutter.segment(a, b).key for s in {id(s.cutter): s for s in streams}.values()
             for a, b in itertools.pairwise([0, *stops[id(s.cutter)]])}  # fmt: skip
     live = [sum(bytes_at[id(s.cutter)][i] for s in streams) for i in range(len(cuts))]
+    compared = max([i for i, n in enumerate(cuts) if tasks[first[n].site.leaf].needs_float], default=-1)
+    live = [n * 2 if i <= compared else n for i, n in enumerate(live)]  # the float program's stand beside them
     sizes = [math.prod(task.leaf.shape) * 4 // max(math.prod(layout_of(task.leaf).count), 1) for i, task in tasks.items() if i in flat]
     largest = max([*states, 0]) + max([*sizes, *(math.prod(tasks[i].leaf.shape) * 4 for i in pooled), 0])
     return SequentialPlan(work, len(keys), len(pooled), max([*states, 0]), max([*live, 0]), largest)
@@ -233,7 +236,8 @@ def plan(
     shapes = any(isinstance(x, jax.ShapeDtypeStruct) for _, inputs in batches for x in inputs)
     observing = [_ranges(chosen, program), *([] if shapes and not _uncounted(chosen) else [_outliers(chosen, program)]), _operands(named)]
     observing = [nbytes for nbytes in observing if nbytes is not None]
-    passes = len(rescaling) + (1 + sequential.reruns if tasks else 0) + len(observing)
+    compared = any(task.needs_float for task in tasks.values())
+    passes = len(rescaling) + (1 + compared + sequential.reruns if tasks else 0) + len(observing)
     data = Work(sum(forward(p) for p, _ in batches)).times(passes)
     work = functools.reduce(Work.plus, [now, data, sequential.work, *(w for w, _ in rescaling)])
     rates = measured_rates() if rates is None else rates
@@ -300,7 +304,7 @@ def _nbytes(make: Callable[[], Any]) -> int:
 
 
 def _without_problems(choices: Sequence[Choice]) -> tuple[list[Choice], tuple[str, ...]]:
-    """The choices, those whose group does not divide left float; and what `quantize` would say of each rule."""
+    """The choices, those whose group does not divide or whose method refuses left float; and what `quantize` would say of each rule."""
     out, problems = [], {}
     for choice in choices:
         rule = choice.rule
@@ -308,6 +312,9 @@ def _without_problems(choices: Sequence[Choice]) -> tuple[list[Choice], tuple[st
         if alone and rule is not None:
             problems[rule] = undivided(rule, [c for c in choices if c.rule == rule and c.spec is not None])
             choice = Choice(choice.leaf, None, alone)
+        elif rule is not None and (reason := refusal_of(choice)):
+            problems[rule] = reason
+            choice = Choice(choice.leaf, None, reason)
         out.append(choice)
     return out, tuple(problems.values())
 

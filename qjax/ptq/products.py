@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import OperandObservers, minmax, why_not_observed
-from qjax.core import ActSpec, QProduct, range_params
+from qjax.core import ActSpec, OnlineRotation, QProduct, range_params
 from qjax.core.products import describe_pair
 from qjax.policy import ProductChoice
 from qjax.program import Program
@@ -52,7 +52,8 @@ def quantize_products(
     if static:
         check_numbers(batches, f"the static range of {next(iter(static))!r}")
     phase = monitor.phase("products", [forward(program) for program, _ in batches] if static else [])
-    found = _observe(static, params, batches, phase) if static else {}
+    rotations = {c.product.name: c.rotation for c in choices}
+    found = _observe(static, rotations, params, batches, phase) if static else {}
     made: dict[str, QProduct] = {}
     rows = []
     for choice in choices:
@@ -65,7 +66,7 @@ def quantize_products(
             else:
                 (lhs, lhs_notes), (rhs, rhs_notes) = parts  # pyright: ignore[reportGeneralTypeIssues]
                 specs = [dataclasses.replace(act, observer=None) for act in pair]
-                made[choice.product.name] = QProduct(*lhs, *rhs, *specs)
+                made[choice.product.name] = QProduct(*lhs, *rhs, *specs, choice.rotation)
                 notes = (*lhs_notes, *rhs_notes)
         rows.append(dataclasses.replace(product_row(choice), notes=notes))
     return made, tuple(rows)
@@ -83,7 +84,7 @@ def product_row(choice: ProductChoice) -> Row:
         ops=(product.op,),
         scopes=(product.scope,),
         spec="",
-        method="",
+        method="" if pair is None or choice.rotation is None or choice.rule.method is None else choice.rule.method.name,
         bits_per_weight=0.0,
         nbytes=nbytes,
         float_nbytes=0,
@@ -99,11 +100,17 @@ def _has_zero_point(act: ActSpec) -> bool:
 
 
 def _observe(
-    static: Mapping[str, tuple[ActSpec, ActSpec]], params: Sequence[Any], batches: Sequence[tuple[Program, Any]], phase: Phase
+    static: Mapping[str, tuple[ActSpec, ActSpec]],
+    rotations: Mapping[str, OnlineRotation | None],
+    params: Sequence[Any],
+    batches: Sequence[tuple[Program, Any]],
+    phase: Phase,
 ) -> dict[str, tuple[Range | None, Range | None]]:
     """Runs the data through; gives the range of each static operand, (turns...) each end."""
     observers = {
-        name: OperandObservers(*((act.observer or minmax()) if act.static else None for act in pair))  # pyright: ignore[reportArgumentType]
+        name: OperandObservers(  # pyright: ignore[reportArgumentType]
+            *((act.observer or minmax()) if act.static else None for act in pair), rotation=rotations[name]
+        )
         for name, pair in static.items()
     }
     states = observe_products(observers, functools.partial(_refuse, static), params, batches, phase)

@@ -25,17 +25,20 @@ from qjax.ptq.data import Batches, check_numbers, check_same_sites
 from qjax.ptq.groups import check_groups, padding_note
 from qjax.ptq.input_scale import part_scale, quantize_scaled, scaled_shapes
 from qjax.ptq.llm_int8 import with_capacities
-from qjax.ptq.method import Method, Outcome, Problem
+from qjax.ptq.method import Method, Outcome, Problem, refusal
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
 from qjax.ptq.products import product_row, quantize_products
 from qjax.ptq.progress import Listener, Monitor
 from qjax.ptq.rescale import rescale, rescaled_by
 from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
-from qjax.ptq.sequential import Task, quantize_sequential
+from qjax.ptq.sequential import quantize_sequential
+from qjax.ptq.sparsity import check_zeros
 from qjax.ptq.spill import Spill
+from qjax.ptq.streams import Task
 from qjax.ptq.work import work_of
 from qjax.report import Report, Row
+from qjax.runtime.adapter import why_not as why_no_adapter
 from qjax.runtime.select import kernel_of
 
 Done = dict[int, tuple[QTensor, tuple[str, ...]]]
@@ -124,7 +127,7 @@ def quantize(
     flat = arguments[0].params
     program = programs(arguments[0])
     choices, named = policy.resolve(program), policy.resolve_products(program)
-    _check_leaves(flat, choices)
+    pruned = _check_leaves(flat, choices)
     flat = [jnp.asarray(w) if c.spec is not None else w for c, w in zip(choices, flat, strict=True)]
     traced = time.perf_counter()
 
@@ -138,7 +141,7 @@ def quantize(
     memory: dict[str, int] = {}
     if tasks:
         current = [done[i][0] if i in done else w for i, w in enumerate(flat)]
-        found, memory = quantize_sequential(current, tasks, streams, monitor, kept, spill)
+        found, memory = quantize_sequential(current, tasks, streams, monitor, kept, spill, flat)
         done |= found
     done = with_activations(done, choices, flat, streams, monitor)
     done = with_capacities(done, choices, flat, streams, monitor)
@@ -147,7 +150,8 @@ def quantize(
     jax.block_until_ready([jax.tree.leaves(x) for x in (*packed, products)])
     finished = time.perf_counter()
     seconds = {"trace": round(traced - started, 3), "quantize": round(finished - traced, 3)}
-    report = describe(program, choices, flat, done, seconds, rescaled)
+    remarks = {i: (*rescaled.get(i, ()), *pruned.get(i, ())) for i in rescaled.keys() | pruned.keys()}
+    report = describe(program, choices, flat, done, seconds, remarks)
     report = dataclasses.replace(report, rows=(*report.rows, *product_rows), memory=memory)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
     return Result(new_params, report, policy, sites=products, folds=folds)
@@ -217,7 +221,9 @@ def _same_parts(leaf: Leaf) -> bool:
     return len({part_axes(site) for site in leaf.sites}) == 1 and set(part_axes(leaf.sites[0])) <= set(leaf.sites[0].stacked)
 
 
-def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
+def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> dict[int, tuple[str, ...]]:
+    """Refuses parameters that cannot be quantized; gives remarks on others."""
+    remarks = {}
     for choice in choices:
         if choice.spec is None:
             continue
@@ -229,6 +235,8 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> None:
         if not isinstance(w, (jax.Array, np.ndarray)):
             raise TypeError(f"`params` leaf {choice.leaf.path!r} is a {type(w).__name__}: quantize needs numbers")
         check_finite(w, choice.leaf.path)
+        remarks[choice.leaf.index] = check_zeros(jnp.asarray(w), choice.spec, choice.leaf.path)
+    return remarks
 
 
 def whole_problem(choice: Choice) -> Problem:
@@ -238,8 +246,17 @@ def whole_problem(choice: Choice) -> Problem:
     return problem_of(leaf, leaf.sites[0], choice.spec, w)  # pyright: ignore[reportArgumentType]
 
 
+def refusal_of(choice: Choice) -> str:
+    """What is said of a parameter that its rule's method cannot quantize, whatever the spec; "" if it can."""
+    method: Any = None if choice.rule is None or choice.spec is None else choice.rule.method
+    reason = "" if method is None else refusal(method, choice.leaf)
+    return f"`method` {method.name} cannot quantize {choice.leaf.path!r}: {reason}" if reason else ""
+
+
 def shapes_of(choice: Choice) -> QTensor:
-    """What a parameter will be stored as, from shapes alone."""
+    """What a parameter will be stored as, from shapes alone; ValueError if its method cannot do it."""
+    if reason := refusal_of(choice):
+        raise ValueError(reason)
     return method_of(choice)[0].shapes(whole_problem(choice))
 
 
@@ -321,6 +338,9 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         act = q.act  # which knows the capacity
     kernels = dict.fromkeys(kernel_of(site, spec, act) for site in leaf.sites)
     reasons = tuple(reason for _, reason in kernels if reason)
+    if q.adapter_left is not None:
+        whole = (f"its low-rank part is multiplied out in front of the product: {why}" for s in leaf.sites if (why := why_no_adapter(s)))
+        reasons = (*reasons, *dict.fromkeys(whole))
     return dataclasses.replace(
         row,
         method=method.name,

@@ -113,7 +113,7 @@ def candidates(
 def _other_zero_point(lo: jax.Array, tried: Params, spec: BlockSpec) -> list[Params]:
     """With two bits, the integer on the other side of the ideal zero point."""
     scale, zero_point = tried
-    if zero_point is None or spec.bits != 2 or not isinstance(spec, IntSpec):
+    if zero_point is None or not isinstance(spec, IntSpec) or spec.bits != 2 or spec.float_zero:
         return []
     ideal = spec.qmin - divide(jnp.minimum(lo, 0.0), scale)
     below, above = (jnp.clip(f(ideal), spec.qmin, spec.qmax).astype(jnp.int32) for f in (jnp.floor, jnp.ceil))

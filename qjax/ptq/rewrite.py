@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qjax.core import QTensor, check_finite
 from qjax.graph import NotPreserved, equalize, fold_batch_norm, rotate, verify
+from qjax.graph import untie as take_apart
 from qjax.program import Program, split_arguments
 from qjax.program.trace import trace_arguments
 from qjax.ptq.quantize import as_batches
@@ -116,7 +117,7 @@ class StreamRotation:
         result = rotate(program, params, inputs, self.key, self.every)
         changes: list[tuple[str, str]] = []
         for done in result.rotations:
-            ones = ", which keeps the ones" if done.keeps_ones else ""
+            ones = ", which keeps the ones" if done.keeps_ones else ", for each run of its channels" if done.runs else ""
             changes += [(path, "moved into what reads it and is one now") for path in done.scales]
             for path, axes in done.rotated:
                 which = f"{'axes' if len(axes) > 1 else 'axis'} {', '.join(map(str, axes))}"
@@ -173,7 +174,8 @@ def rotation(key: jax.Array, every: bool = False) -> StreamRotation:
 
     Args:
       key: a key of `jax.random`.
-      every: also rotates values that no sum of two activations ties together.
+      every: also rotates values that no sum of two activations ties together: between two linear layers, and the heads of values on their
+        way through attention to the output projection, grouped heads included.
 
     Returns:
       A step for `qjax.rewrite`.
@@ -217,16 +219,18 @@ class Rewritten:
     """A model that was rewritten. `print` shows a table.
 
     Attributes:
-      params: the tree of parameters, of the same structure, shapes and dtypes; the same function takes it.
+      params: the tree of parameters, of the same structure, shapes and dtypes; the same function takes it, unless `untie` changed it.
       changes: what was changed and what was refused, in the order of the steps.
       errors: (name of the step, relative change of the results on the first batch by it).
       error: relative change of the results by all steps together.
+      fn: the function that takes `params`: the one that was given, unless `untie` changed it.
     """
 
     params: Any
     changes: tuple[Rewrite, ...]
     errors: tuple[tuple[str, float], ...]
     error: float
+    fn: Callable[..., Any]
 
     @property
     def refused(self) -> tuple[Rewrite, ...]:
@@ -250,7 +254,9 @@ class Rewritten:
         return render(self)
 
 
-def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], steps: Sequence[Step]) -> Rewritten:
+def rewrite(
+    fn: Callable[..., Any], params: Any, calibration: Iterable[Any], steps: Sequence[Step], *, untie: bool = False
+) -> Rewritten:
     """Rewrites the parameters of a function so that it computes the same and quantizes better.
 
     Every step is found by data flow, for any program, and is verified: the function is run with the old and the new parameters on the
@@ -263,6 +269,8 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
       params: the float parameters.
       calibration: batches, as for `qjax.quantize`; the first is used.
       steps: `qjax.batch_norm_folding()`, `qjax.equalization()`, `qjax.rotation(key=...)`, in this order if several are wanted.
+      untie: first gives the products of a parameter that is looked up, too, a copy of their own (`qjax.graph.untie`). A norm's scale in
+        front of a tied head has nowhere else to go: without it such a stream is not rotated. Then `result.fn` takes `result.params`.
 
     Returns:
       A `Rewritten`, whose `params` go to `qjax.quantize`.
@@ -286,6 +294,7 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
     batches = as_batches(calibration)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches[0])):
         raise ValueError("`calibration` holds shapes, but a rewrite is verified on data: give a batch of numbers")
+    fn, params, untied = _untied(fn, params, batches[0]) if untie else (fn, params, ())
     arguments = split_arguments(params, batches[0], {})
     _check_batch(arguments.inputs)
     program = trace_arguments(fn, arguments)
@@ -294,7 +303,7 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
             raise TypeError(f"`params` leaf {leaf.path!r} is quantized already ({w.spec}): rewrite the float parameters")
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             check_finite(jnp.asarray(w), leaf.path)
-    leaves, changes, errors = list(arguments.params), [], []
+    leaves, changes, errors = list(arguments.params), list(untied), []
     touched: dict[str, tuple[str, ...]] = {}
     for step in steps:
         try:
@@ -312,7 +321,13 @@ def rewrite(fn: Callable[..., Any], params: Any, calibration: Iterable[Any], ste
     error = verify(program, arguments.params, leaves, arguments.inputs)
     new = [old if w is old else jnp.asarray(w) for old, w in zip(arguments.params, leaves, strict=True)]
     tree, _, _ = arguments.rebuild(new, arguments.inputs)
-    return Rewritten(tree, tuple(changes), tuple(errors), error)
+    return Rewritten(tree, tuple(changes), tuple(errors), error, fn)
+
+
+def _untied(fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> tuple[Callable[..., Any], Any, tuple[Rewrite, ...]]:
+    new = take_apart(fn, params, *batch)
+    lines = [Rewrite("untie", path, f"its products read a copy of it, untied/{path}", True) for path in new.paths]
+    return new.fn, new.params, tuple(lines) or (Rewrite("untie", "*", "no parameter is both looked up and multiplied", False),)
 
 
 def _check_batch(inputs: Sequence[Any]) -> None:

@@ -2,7 +2,8 @@
 
     y = s_x s_w (sum_k x_k w_k - z_x sum_k w_k - z_w sum_k x_k + K z_x z_w)
 
-on codes x and w with scales s and zero points z; columns of outliers are multiplied apart, in 16 bit (`outliers.py`).
+on codes x and w with scales s and zero points z; terms with a floating z_w are added in float32. Columns of
+outliers are multiplied apart, in 16 bit (`outliers.py`).
 Products of FP8 activations and FP8 weights go the same way, f8 x f8 -> float32 and no zero points.
 Everything here is stock XLA; it is what a faster kernel is compared with.
 """
@@ -40,7 +41,7 @@ BLOCK = 16  # rows of one expert at a time
 
 
 class Codes(NamedTuple):
-    """A weight's codes, int8 or FP8 (kept..., Kpad); scale (kept-like..., G); zero point int32 like the scale, or None."""
+    """A weight's codes, int8 or FP8 (kept..., Kpad); scale (kept-like..., G); zero point int32 or float32 like the scale, or None."""
 
     codes: jax.Array
     scale: jax.Array
@@ -54,7 +55,8 @@ def weight_codes(q: QTensor) -> Codes:
         if isinstance(q.spec.granularity, PerBlock):
             scale = jnp.repeat(scale, q.codes.shape[-2] // scale.shape[-2], axis=-2)
         return Codes(lax.bitcast_convert_type(q.codes, FLOAT8[q.spec.element]), scale, None)
-    codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(jnp.int32)
+    kind = jnp.float32 if isinstance(q.spec, IntSpec) and q.spec.float_zero else jnp.int32
+    codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(kind)
     if codes.dtype == jnp.uint8 and q.spec.bits == 8:
         codes = lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)
         zero_point = (jnp.zeros(q.scale.shape, jnp.int32) if zero_point is None else zero_point) - 128
@@ -137,6 +139,8 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
     input_scale = of_weight(q.input_scale)
     if input_scale is not None:
         x = divide(x.astype(jnp.float32), input_scale)
+    if q.rotation is not None:
+        x = q.rotation.apply(x.astype(jnp.float32))
     perm = of_weight(q.perm)
     if perm is not None:
         x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (*x.shape[:n_batch], *[1] * n_free, x.shape[-1])), axis=-1)
@@ -160,7 +164,8 @@ def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_fir
             total = total - on_x(z_x) * on_w(jnp.sum(w.codes, axis=-1, dtype=jnp.int32))
         if w.zero_point is not None:
             sums = jnp.sum(x, axis=-1, dtype=jnp.int32) - (0 if z_x is None else z_x * x.shape[-1])
-            total = total - on_x(sums) * on_w(w.zero_point)
+            kind = w.zero_point.dtype  # with a floating zero point the integers end here
+            total = total.astype(kind) - on_x(sums.astype(kind)) * on_w(w.zero_point)
         total = total.astype(jnp.float32) * on_w(w.scale)
         return total if x_scale is None else total * on_x(x_scale)
 
@@ -204,11 +209,12 @@ def _over_groups(group: Any, x: jax.Array, w: Codes, x_scale: jax.Array | None) 
 
 
 def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
-    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input scale."""
+    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input of their own."""
     params = eqn.params
     dims = params["dimension_numbers"]
     w = weight_codes(q)
     one_scale = w.scale.shape[-1] == 1 and w.zero_point is None and q.perm is None and q.input_scale is None
+    one_scale = one_scale and q.rotation is None
     if not one_scale or [a + q.ndim for a in q.axes if a + q.ndim == dims.rhs_spec[0]]:
         return None
     asymmetric = not (act.spec.signed and act.spec.symmetric)

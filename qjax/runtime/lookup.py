@@ -18,9 +18,12 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     q, dims = weight.q, eqn.params["dimension_numbers"]
     by_rows = q.ndim == 2 and q.axes == (-1,) and tuple(dims.start_index_map) == (0,)
     # A scale for several rows (per tensor, 2-D blocks) is not indexed by the row.
-    if not by_rows or isinstance(q.spec, CastSpec) or q.perm is not None or q.scale.shape[0] != q.codes.shape[0]:
+    if not by_rows or isinstance(q.spec, CastSpec) or q.perm is not None:
         return None
-    if q.input_scale is not None and q.input_scale.shape[0] != 1:
+    own = [a for a in (q.scale, q.levels) if a is not None and a.shape[0] == q.codes.shape[0]]
+    if not own or (q.scale is not None and q.scale is not own[0]):
+        return None
+    if any(a is not None and a.shape[0] != 1 for a in (q.input_scale, q.adapter_right)):
         return None
 
     def rows(table: jax.Array | None, fill: Any) -> jax.Array | None:
@@ -33,7 +36,7 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
             table, indices, numbers, slice_sizes=(1, table.shape[1]), mode=eqn.params["mode"], fill_value=fill
         )
 
-    # Rows out of range come as NaN, by way of the scale; another value needs the float table.
+    # Rows out of range come as NaN, by way of the scale or the table; another value needs the float table.
     if eqn.params["fill_value"] is not None and not math.isnan(eqn.params["fill_value"]):
         return None
     lead = indices.ndim - 1
@@ -44,9 +47,11 @@ def gather_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | Non
     if q.nested_offset is not None:
         q = with_plain_scales(q)  # blocks of scales run over rows
     nan = NAN_BYTES.get(q.spec.scale_dtype, jnp.nan)  # pyright: ignore[reportAttributeAccessIssue]
+    levels = spread(rows(q.levels, jnp.nan)) if q.levels is own[-1] else q.levels
     picked = QTensor(
         spread(rows(q.codes, 0)), spread(rows(q.scale, nan)), spread(rows(q.zero_point, 0)), None, q.spec, q.axes, q.sizes, q.dtype,
-        input_scale=q.input_scale, nested_scale=q.nested_scale,
+        input_scale=q.input_scale, nested_scale=q.nested_scale, rotation=q.rotation, levels=levels,
+        adapter_left=spread(rows(q.adapter_left, 0)), adapter_right=q.adapter_right,
     )
     x = Packed(picked, weight.pending).value()
     x = x.reshape(*indices.shape[:-1], x.shape[-1])

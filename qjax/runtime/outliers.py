@@ -76,14 +76,15 @@ def outlier_product(
       split: from `split_outliers`.
       codes: int8 (kept..., Kpad), the weight's.
       scale: float32 (kept-like..., G).
-      zero_point: int32 like the scale, or None.
+      zero_point: int32 or float32 like the scale, or None.
       order: the kept axes, the batch axes first.
       n_batch: how many batch axes there are.
       x_first: whether the activation is the left operand.
 
     Returns:
       float32 (batch..., free..., rest...), or rest before free; and whether the weight's scales are in it: a single scale a row
-      is left to the epilogue, because the codes are exact in 16 bits and decoded weights are not.
+      is left to the epilogue, because the codes are exact in 16 bits and decoded weights are not (codes less a floating zero point
+    are neither).
     """
     dtype, lead = split.picked.dtype, split.index.shape[:-1]
 
@@ -97,13 +98,15 @@ def outlier_product(
     def of_column(a: jax.Array) -> jax.Array:
         return take_last(ordered(a), group, n_batch) if grouped else ordered(a)
 
-    rows = take_last(ordered(codes), split.index, n_batch).astype(jnp.int32)
+    kind = jnp.int32 if zero_point is None else zero_point.dtype
+    rows = take_last(ordered(codes), split.index, n_batch).astype(kind)
     rows = rows if zero_point is None else rows - of_column(zero_point)
-    values = (rows.astype(jnp.float32) * of_column(scale) if grouped else rows).astype(dtype)
+    decoded = grouped or kind == jnp.float32
+    values = (rows.astype(jnp.float32) * of_column(scale) if decoded else rows).astype(dtype)
     batch = tuple(range(n_batch))
     operands = (split.picked, values) if x_first else (values, split.picked)
     numbers = tuple((a.ndim - 1,) for a in operands), (batch, batch)
-    return _dot(*operands, numbers), grouped
+    return _dot(*operands, numbers), decoded
 
 
 def _dot(a: jax.Array, b: jax.Array, numbers: Any) -> jax.Array:

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import Operand, QProduct, encode_activation
+from qjax.core import OnlineRotation, Operand, QProduct, encode_activation
 from qjax.program import Product, compat
+from qjax.runtime.rotation import rotate_axes
 
 
 def shared_axes(per_token: bool, product: Product, side: int) -> tuple[int, ...]:
@@ -57,6 +58,8 @@ def product_rule(product: Product, eqn: Any, operands: list[Any], state: QProduc
 
 def dot(product: Product, eqn: Any, x: jax.Array, y: jax.Array, how: QProduct) -> jax.Array:
     """Returns the float32 product of what the codes of both operands stand for."""
+    if how.rotation is not None:
+        x, y = rotated_pair(product, x, y, how.rotation)
     sides = [_Side(product, side, value, operand) for side, (value, operand) in enumerate(zip((x, y), how.operands, strict=True))]
     a, b = sides
     total = lax.dot_general(
@@ -69,6 +72,13 @@ def dot(product: Product, eqn: Any, x: jax.Array, y: jax.Array, how: QProduct) -
     if a.zero_point is not None and b.zero_point is not None:
         total = total + math.prod(x.shape[i] for i in product.contracted[0]) * (a.zero_point * b.zero_point)
     return total.astype(jnp.float32) * a.scale * b.scale
+
+
+def rotated_pair(product: Product, x: jax.Array, y: jax.Array, rotation: OnlineRotation) -> tuple[jax.Array, jax.Array]:
+    """Rotates both operands of a product along the axes that it contracts: float32."""
+    wide = x.astype(jnp.float32), y.astype(jnp.float32)
+    left, right = (rotate_axes(v, axes, rotation) for v, axes in zip(wide, product.contracted, strict=True))
+    return left, right
 
 
 class _Side:

@@ -11,16 +11,18 @@ import jax
 from qjax.core import QProduct
 from qjax.policy import no_product
 from qjax.program import Interpreter, Key, Product, Program, ProgramCache, split_arguments
+from qjax.runtime.cache import check_caches
 from qjax.runtime.products import product_rule
 from qjax.runtime.select import packed_rule
 
 
 def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = None) -> Callable[..., Any]:
-    """Transforms `fn(params, *args)` so that `params` may hold `QTensor` leaves.
+    """Transforms `fn(params, *args)` so that `params` may hold `QTensor` leaves, and the arguments `QCache` ones.
 
     The function is traced with the float shapes; wherever a packed parameter meets data, the packed matmul of the platform
-    runs. The result is an ordinary function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and differentiate it
-    with respect to the other arguments. Call it under `jit`: alone it dispatches operation by operation.
+    runs. A packed cache (see `qjax.quantized_cache`) is written in its packed form and comes back so. The result is an ordinary
+    function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and differentiate it with respect to the other arguments.
+    Call it under `jit`: alone it dispatches operation by operation.
 
     Args:
       fn: any JAX function whose first argument is the tree of parameters. As under `jit`, arrays are traced and must not
@@ -33,7 +35,7 @@ def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = Non
 
     Raises:
       TypeError: `fn` is no function, or `sites` holds something else than products. When called:
-      ValueError: `sites` names a product that the program does not have.
+      ValueError: `sites` names a product that the program does not have; a packed cache where the function takes none.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -57,7 +59,9 @@ def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = Non
             {site.key: site for site in program.sites}, rule=packed_rule, products=named, product_rule=product_rule
         )
         state = {key: sites[product.name] for key, product in named.items()}
-        outs, _ = interpreter(program.jaxpr, [*arguments.params, *arguments.inputs], state)
+        values = [*arguments.params, *arguments.inputs]
+        check_caches(program, values)
+        outs, _ = interpreter(program.jaxpr, values, state)
         return jax.tree.unflatten(program.out_tree, outs)
 
     return call

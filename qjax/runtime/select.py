@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 
 from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
+from qjax.runtime.adapter import adapter_product
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.lookup import gather_rows
+from qjax.runtime.rotation import input_axes, rotate_axes, rotated_operands
 
 FLOAT, INTEGER, MIXED, FP8 = "xla", "xla int8", "xla int8 + 16 bit outliers", "xla float8"
 
@@ -21,9 +24,17 @@ def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[
 
     A lookup reads and dequantizes only the rows it needs. A weight with an activation spec multiplies integers or FP8 where the form of
     the product has that (see `integer.why_not`), and rounds its activations in front of a float product where it has not. Any
-    other weight is dequantized in front of the float operation, which XLA fuses.
+    other weight is dequantized in front of the float operation, which XLA fuses; one with an on-line rotation stays rotated, and its
+    input is. A low-rank part runs as two thin products of the float activations beside any of them, where `adapter.why_not` has nothing
+    against it.
     """
     weight = operands[site.operand]
+    if isinstance(weight, Packed) and weight.q.adapter is not None and site.op != "gather":
+        thin = adapter_product(site, eqn, operands)
+        if thin is not None:
+            plain = [Packed(weight.q.with_adapter(None), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
+            (out,), state = packed_rule(site, eqn, plain, state)
+            return [(out.astype(jnp.float32) + thin).astype(out.dtype)], state
     if isinstance(weight, Packed) and site.op == "gather":
         rows = gather_rows(weight, eqn, operands[1])
         if rows is not None:
@@ -31,6 +42,10 @@ def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[
     elif isinstance(weight, Packed) and weight.q.act is not None:
         others = [None if i == site.operand else materialize(v) for i, v in enumerate(operands)]
         return [_with_gradient(site, eqn, others, weight)], state
+    elif isinstance(weight, Packed) and weight.q.rotation is not None:
+        turned = rotated_operands(site, [v if i == site.operand else materialize(v) for i, v in enumerate(operands)], weight)
+        if turned is not None:
+            return compat.bind(eqn, turned), state
     return compat.bind(eqn, [materialize(v) for v in operands]), state
 
 
@@ -80,6 +95,10 @@ def rounded(site: Site, eqn: Any, x: jax.Array, q: QTensor) -> jax.Array:
     # What is rounded of an input that is divided first is the quotient, which only an integer product has.
     if act is None or q.input_scale is not None:
         return x
+    turned = None if q.rotation is None else input_axes(site, q)
+    if q.rotation is not None and turned is not None:
+        plain = dataclasses.replace(q, rotation=None)
+        return rotate_axes(rounded(site, eqn, rotate_axes(x, turned, q.rotation), plain), turned, q.rotation, back=True)
     axes = shared_axes(site, eqn, act, x.ndim)
     if q.act_scale is None:
         return round_inliers(x, act, axes, column_axes(site, x.ndim))

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from qjax.core import ActSpec, Spec
-from qjax.policy import Policy, ProductChoice, check_policy
+from qjax.core import ActSpec, OnlineRotation, Spec
+from qjax.policy import Choice, Policy, ProductChoice, RotatesInputs, check_policy
 from qjax.program import Interpreter, Product, Program, ProgramCache, Site, compat, split_arguments
+from qjax.runtime.products import rotated_pair
 from qjax.runtime.products import shared_axes as product_axes
+from qjax.runtime.rotation import rotate_axes
 from qjax.runtime.select import column_axes, shared_axes
 from qjax.training.straight_through import straight_through, straight_through_activation
 
@@ -43,7 +46,8 @@ class FakeQuant:
         products = self.policy.resolve_products(program)
         if not acts and not any(choice.operands for choice in products):
             return self.fn(weights, *args, **kwargs)
-        run = _rounding(program, acts, products)
+        turns = {c.leaf.index: r for c in self.policy.resolve(program) if (r := rotation_of(c)) is not None}
+        run = _rounding(program, acts, products, turns)
         flat = split_arguments(weights, args, kwargs)
         return jax.tree.unflatten(program.out_tree, run([*flat.params, *flat.inputs]))
 
@@ -71,21 +75,42 @@ class FakeQuant:
         program = self.programs(split_arguments(params, args, kwargs))
         self.policy.resolve_products(program)
         plan: dict[int, tuple[Spec, tuple[int, ...], tuple[int, ...], str]] = {}
+        turns: dict[int, OnlineRotation] = {}
         for choice in self.policy.resolve(program):
             if choice.spec is not None:
                 site, ndim = choice.leaf.sites[0], len(choice.leaf.shape)
                 axes = tuple(a - ndim for a in site.contracted)
                 plan[choice.leaf.index] = (choice.spec, axes, tuple(a - ndim for a in site.stacked), choice.leaf.path)
+                if (rotation := rotation_of(choice)) is not None:
+                    turns[choice.leaf.index] = rotation
 
         def quantize_leaves(params: Any) -> Any:
             arguments = split_arguments(params, (), {})
-            new = [straight_through(w, *plan[i]) if i in plan else w for i, w in enumerate(arguments.params)]
+            new = [_rounded(w, *plan[i], turns.get(i)) if i in plan else w for i, w in enumerate(arguments.params)]
             return arguments.rebuild(new, [])[0]
 
         return quantize_leaves
 
 
-def _rounding(program: Program, acts: Mapping[int, ActSpec], named: Sequence[ProductChoice]) -> Callable[[list[Any]], list[Any]]:
+def rotation_of(choice: Choice) -> OnlineRotation | None:
+    """By what the packed weight's products will rotate their input."""
+    method = None if choice.rule is None or choice.spec is None else choice.rule.method
+    return method.rotation if isinstance(method, RotatesInputs) else None
+
+
+def _rounded(w: Any, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...], path: str, rotation: OnlineRotation | None) -> Any:
+    """A fake-quantized weight; with an on-line rotation it is rounded where it is rotated."""
+    if rotation is None:
+        return straight_through(w, spec, axes, stacked, path)
+    w = jnp.asarray(w)
+    at = [a % w.ndim for a in axes]
+    turned = straight_through(rotate_axes(w.astype(jnp.float32), at, rotation), spec, axes, stacked, path)
+    return rotate_axes(turned, at, rotation, back=True).astype(w.dtype)
+
+
+def _rounding(
+    program: Program, acts: Mapping[int, ActSpec], named: Sequence[ProductChoice], turns: Mapping[int, OnlineRotation]
+) -> Callable[[list[Any]], list[Any]]:
     """The program with rounded activations at the sites of some parameters and in some products of two activations."""
     sites = {site.key: site for site in program.sites if site.leaf in acts and site.op != "gather"}
     for site in sites.values():
@@ -99,10 +124,16 @@ def _rounding(program: Program, acts: Mapping[int, ActSpec], named: Sequence[Pro
     def rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
         act, other = acts[site.leaf], 1 - site.operand
         x = operands[other]
+        turn, axes = turns.get(site.leaf), _in_parameter_order(site)
+        if turn is not None:
+            x = rotate_axes(x.astype(jnp.float32), axes, turn)
         rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim), column_axes(site, x.ndim))
+        if turn is not None:
+            rounded = rotate_axes(rounded, axes, turn, back=True).astype(operands[other].dtype)
         return compat.bind(eqn, [rounded if i == other else v for i, v in enumerate(operands)]), state
 
     pairs = {choice.product.key: choice.operands for choice in named if choice.operands is not None}
+    turned = {choice.product.key: choice.rotation for choice in named if choice.rotation is not None}
     for choice in named:
         if any(act.static for act in choice.operands or ()):
             raise ValueError(
@@ -110,21 +141,35 @@ def _rounding(program: Program, acts: Mapping[int, ActSpec], named: Sequence[Pro
             )
 
     def product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+        dtypes = [x.dtype for x in operands]
+        if product.key in turned:
+            operands = [*rotated_pair(product, operands[0], operands[1], turned[product.key])]
         both = enumerate(zip(operands, pairs[product.key], strict=True))
         rounded = [straight_through_activation(x, act, product_axes(act.per_token, product, side)) for side, (x, act) in both]
-        return compat.bind(eqn, rounded), state
+        return compat.bind(eqn, [x.astype(dtype) for x, dtype in zip(rounded, dtypes, strict=True)]), state
 
     products = {choice.product.key: choice.product for choice in named if choice.operands is not None}
     interpreter = Interpreter(sites, rule, watched=frozenset(sites), products=products, product_rule=product_rule)
     return lambda values: interpreter(program.jaxpr, values)[0]
 
 
+def _in_parameter_order(site: Site) -> list[int]:
+    """A site's contracted activation dims in the order in which the parameter flattens its axes."""
+
+    def place(pair: tuple[int, int]) -> tuple[int, int]:
+        atoms = site.view.dims[pair[0]]
+        return (atoms[0].axis, -atoms[0].stride) if atoms else (-1, 0)
+
+    return [x for _, x in sorted(site.pairs, key=place)]
+
+
 def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
     """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
 
     Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
-    after training; here every rule rounds to nearest). The activations of a rule that names them, and both operands of a product
-    of two activations that a rule names, are rounded as the packed model's integers are. Backward, the straight-through estimator:
+    after training; here every rule rounds to nearest, where it is rotated with `qjax.online_rotation`). The activations of a rule
+    that names them, and both operands of a product of two activations that a rule names, are rounded as the packed model's integers
+    are. Backward, the straight-through estimator:
     the gradient passes where
     q_min <= w / scale <= q_max and is zero outside; see `straight_through`.
 

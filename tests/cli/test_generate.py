@@ -31,6 +31,22 @@ def test_the_seed_decides(packed):
     assert json_of(*arguments, "--seed", 4)["tokens"] != first
 
 
+def test_the_cache_is_packed(tiny):
+    arguments = ("generate", tiny, "--prompt", "On the", "--max-new-tokens", 20, "--temperature", 0)
+    wanted, found = json_of(*arguments), json_of(*arguments, "--kv-cache", "uint8", "--kv-window", 4)
+    assert found["tokens"][:8] == wanted["tokens"][:8]
+    assert found["kv_cache"] == 'kv_cache(uint8(scale_dtype="float16"), per="token", window=4)'
+    values, heads = 2 * 2 * 2 * 8, 2 * 2 * 2  # of a token, over layers, keys and values, and heads
+    assert wanted["kv_cache_bytes"] == 32 * values * 4
+    assert found["kv_cache_bytes"] == 32 * (values + 3 * heads) + 4 * values * 4 + 4 * heads
+
+
+def test_the_cache_of_a_packed_model_is_packed(packed):
+    result = invoke("generate", packed, "--prompt", "On the", "--max-new-tokens", 3, "--kv-cache", "int4", "--kv-window", 4)
+    assert result.exit_code == 0
+    assert ", cache of " in result.stderr
+
+
 def test_the_text_streams_to_stdout_and_the_speed_to_stderr(packed):
     arguments = ("generate", packed, "--prompt", "On the", "--max-new-tokens", 10)
     result, found = invoke(*arguments), json_of(*arguments)
@@ -63,6 +79,8 @@ def test_an_unfinished_character_comes_at_the_end():
         (["--prompt", "On", "--temperature", "-1"], 2, ["--temperature", "-1"]),
         (["--prompt", "On", "--temperature", "inf", "--max-new-tokens", "2"], 1, ["temperature", "inf"]),
         (["--prompt", "On", "--top-k", "0"], 2, ["--top-k"]),
+        (["--prompt", "On", "--kv-cache", "int9"], 2, ["--kv-cache", "int9"]),
+        (["--prompt", "On", "--max-new-tokens", "2", "--kv-cache", "int8"], 1, ["32 tokens", "--kv-window", "--kv-cache"]),
     ],
 )
 def test_bad_input(tiny, options, code, words):

@@ -10,9 +10,13 @@ import pytest
 
 import qjax
 from qjax.calibration import Rows, divide_columns, hessian
-from qjax.core import QTensor
+from qjax.core import IntSpec, LearnedSpec, QTensor
+from qjax.ptq.hqq import HQQ
 from qjax.ptq.input_scale import quantize_scaled
-from qjax.ptq.method import Problem
+from qjax.ptq.kmeans import KMeans
+from qjax.ptq.low_rank import LowRank
+from qjax.ptq.method import Problem, needs_float
+from qjax.ptq.online_rotation import Online
 
 K, N = 48, 10
 METHODS = [
@@ -22,10 +26,18 @@ METHODS = [
     qjax.gptq(mse=False),
     qjax.gptq(act_order=True, mse=False),
     qjax.gptq(act_order=True, static_groups=True),
+    qjax.gptaq(1.0, group_aware=True, refine=1, mse=False),
+    qjax.hqq(),
+    qjax.kmeans(),
+    qjax.kmeans(weighted=False),
+    qjax.low_rank(4),
+    qjax.low_rank(3, kind="lqer", then=qjax.gptq(mse=False), dtype="float32"),
     qjax.awq(),
     qjax.smoothquant(),
     qjax.smoothquant("search", then=qjax.gptq()),
     qjax.llm_int8(),
+    qjax.online_rotation(qjax.gptq()),
+    qjax.autoround(steps=50, lr=0.005),
 ]
 SPECS = [qjax.int4(), qjax.int3(group_size=8), qjax.uint4(group_size=16), qjax.int4(group_size=32, pad=True), qjax.nf4(8)]
 SPECS += [qjax.nf4(8, double_quant=True), qjax.nvfp4(), qjax.mxfp4(pad=True), qjax.fp8_e4m3()]
@@ -34,10 +46,34 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 every_spec = pytest.mark.parametrize("spec", [*SPECS[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in SPECS[2:])], ids=str)
 
 
+def accepted(method, spec):
+    """The spec, or what a method that does not take it has in its place."""
+    if isinstance(method, HQQ) and not (isinstance(spec, IntSpec) and not spec.symmetric):
+        return IntSpec(spec.bits, False, False, spec.granularity, pad=spec.pad, zero_dtype="float32")
+    if isinstance(method, KMeans):
+        return LearnedSpec(spec.bits, spec.granularity, pad=spec.pad)
+    return spec
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def only_what_it_accepts(request):
+    """A method that refuses a spec says so by name and names others; of such pairs nothing more is asked."""
+    given = getattr(request.node, "callspec", None)
+    method, spec = (given.params.get(name) for name in ("method", "spec")) if given else (None, None)
+    if method is not None and spec is not None and refuses(method, spec):
+        with pytest.raises(ValueError, match=r"`method` .* 'layers/w' .*take .* or another method \(qjax"):
+            method.shapes(problem(jax.ShapeDtypeStruct((K, N), jnp.float32), spec))
+        pytest.skip(f"{method.name} refuses {spec}")
+
+
+def refuses(method, spec):
+    return "autoround" in method.name and not isinstance(spec, IntSpec)
 
 
 def weight(*shape, dtype=jnp.float32, seed=0):
@@ -50,7 +86,8 @@ def state_of(method, stack=1, columns=K, seed=1):
         return None
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((stack, 96, columns)) @ rng.standard_normal((stack, columns, columns))
-    return method.observer.update(method.observer.init(stack, columns), Rows(jnp.asarray(x, jnp.float32)))
+    floats = jnp.asarray(x + 0.05 * rng.standard_normal(x.shape), jnp.float32) if needs_float(method) else None
+    return method.observer.update(method.observer.init(stack, columns), Rows(jnp.asarray(x, jnp.float32), reference=floats))
 
 
 def problem(w, spec, axes=(-2,), stacked=(), groups=1):
@@ -58,6 +95,7 @@ def problem(w, spec, axes=(-2,), stacked=(), groups=1):
 
 
 def solved(method, w, spec, state, **how) -> QTensor:
+    spec = accepted(method, spec)
     return method.quantize(problem(w, spec, **how), state).q
 
 
@@ -69,9 +107,15 @@ def assert_same_bits(a, b):
 
 def plain(method):
     """The rounding that a method falls back to."""
+    if isinstance(method, Online):
+        return dataclasses.replace(method, then=plain(method.then))
+    if isinstance(method, KMeans):
+        return qjax.rtn()
     if hasattr(method, "then") and method.then is not None:
         return plain(method.then)
-    return qjax.rtn(mse=method.options.mse) if hasattr(method, "options") else qjax.rtn() if method.observer is not None else method
+    if method.observer is None:
+        return method
+    return qjax.rtn(mse=getattr(getattr(method, "options", method), "mse", False))
 
 
 @every_method
@@ -86,7 +130,7 @@ def test_it_is_a_value_with_a_name(method):
 @every_spec
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_result_stands_for_the_weight(method, spec, dtype):
-    w = weight(K, N, dtype=dtype)
+    w, spec = weight(K, N, dtype=dtype), accepted(method, spec)
     q = solved(method, w, spec, state_of(method))
     assert (q.shape, q.dtype, q.spec) == (w.shape, w.dtype, spec)
     back = q.dequantize()
@@ -103,13 +147,15 @@ def test_the_result_stands_for_the_weight(method, spec, dtype):
 @every_method
 @every_spec
 def test_on_its_data_it_is_no_worse_than_rounding(method, spec):
-    w, state = weight(K, N), state_of(method)
+    w, state, spec = weight(K, N), state_of(method), accepted(method, spec)
     h = hessian(state_of(qjax.gptq()))[0]
 
     def loss(q):
         delta = (q.dequantize() - w).T
+        if isinstance(method, KMeans):  # knows of the data only the power of columns
+            return float(jnp.sum(jnp.square(delta) * (jnp.diagonal(h)[None, :] if method.weighted else 1.0)))
         if method.observer is None:  # knows the weight only
-            return float(jnp.sum(jnp.abs(delta) ** 2.4))
+            return float(jnp.sum(jnp.abs(delta) ** (1.0 if isinstance(method, HQQ) else 2.4)))
         return float(jnp.einsum("nk,kj,nj->", delta, h, delta))
 
     assert loss(solved(method, w, spec, state)) <= 1.0001 * loss(solved(qjax.rtn(), w, spec, None))
@@ -118,7 +164,11 @@ def test_on_its_data_it_is_no_worse_than_rounding(method, spec):
 @every_method
 @every_spec
 def test_without_data_it_rounds(method, spec):
-    w = weight(K, N)
+    w, spec = weight(K, N), accepted(method, spec)
+    if isinstance(method, LowRank):
+        pytest.skip("without data its low-rank part is that of the weight's error")
+    if isinstance(method, HQQ) or method == qjax.kmeans(weighted=False):
+        pytest.skip("its data is the weight")
     state = None if method.observer is None else method.observer.init(1, K)
     outcome = method.quantize(problem(w, spec), state)
     assert_same_bits(outcome.q.dequantize(), solved(plain(method), w, spec, None).dequantize())
@@ -157,9 +207,21 @@ def test_zeros_stay_zeros(method, spec):
 
 
 @every_method
+def test_what_was_pruned_stays_pruned(method):
+    w = weight(K, N)
+    smallest = jnp.argsort(jnp.argsort(jnp.abs(w).reshape(K // 4, 4, N), axis=1), axis=1) < 2
+    w = jnp.where(smallest.reshape(K, N), 0, w)
+    outcome = method.quantize(problem(w, qjax.uint4(group_size=16)), state_of(method))
+    if any("it has no zeros any more: 50% of it were" in note for note in outcome.notes):
+        return  # in a rotated basis there is nothing to keep
+    back = np.asarray(outcome.q.dequantize())
+    assert not back[np.asarray(w) == 0].any() and back[np.asarray(w) != 0].any()
+
+
+@every_method
 def test_with_an_input_scale_it_still_stands_for_the_weight(method):
     """s w is what is rounded, on the statistics of x / s; the packed weight divides."""
-    w, s, spec = weight(3, K, N, dtype=jnp.bfloat16), jnp.exp(weight(3, K, 1, seed=2)), qjax.int4(group_size=8)
+    w, s, spec = weight(3, K, N, dtype=jnp.bfloat16), jnp.exp(weight(3, K, 1, seed=2)), accepted(method, qjax.int4(group_size=8))
     state = state_of(method, stack=3)
     q = quantize_scaled(method, problem(w, spec, stacked=(-3,)), state, s).q
     assert (q.shape, q.dtype, q.input_scale.shape) == (w.shape, w.dtype, (3, 1, K))
@@ -184,7 +246,7 @@ def test_twice_is_the_same_and_compiles_once(method):
 @every_method
 def test_a_weight_that_is_not_finite_is_refused_by_name(method):
     params = {"up": {"kernel": weight(K, N).at[2, 3].set(jnp.nan)}}
-    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), method=method)])
+    policy = qjax.Policy([qjax.Rule("*", weight=accepted(method, qjax.int4()), method=method)])
     with pytest.raises(ValueError, match="up/kernel"):
         qjax.quantize(lambda p, x: x @ p["up"]["kernel"], params, policy, calibration=[jnp.ones((4, K))])
 
@@ -192,7 +254,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(method):
 @pytest.mark.parametrize("method", [m for m in METHODS if m.observer is not None], ids=lambda m: m.name)
 def test_data_that_is_not_finite_is_refused_by_name(method):
     x = weight(4, K).at[1, 2].set(jnp.inf)
-    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), method=method)])
+    policy = qjax.Policy([qjax.Rule("*", weight=accepted(method, qjax.int4()), method=method)])
     with pytest.raises(ValueError, match=r"`calibration` batch 0 gives the input of 'w' \(dot_general\) NaN or infinity"):
         qjax.quantize(lambda p, x: x @ p["w"], {"w": weight(K, N)}, policy, calibration=[x])
 
@@ -230,8 +292,10 @@ QUICK = ("smoothquant", "llm_int8")
 
 def rules_of(method, other):
     """Policies of a method and of another with the same specs; codes of weights are judged by themselves."""
-    activation = qjax.dynamic(qjax.int8()) if "smoothquant" in method.name or "llm_int8" in method.name else None
+    rounds = any(name in method.name for name in ("smoothquant", "llm_int8", "online_rotation"))
+    activation = qjax.dynamic(qjax.int8()) if rounds else None
     spec = qjax.int4() if activation is None else qjax.int8()
+    spec = accepted(method, spec)
     return [qjax.Policy([qjax.Rule("*", weight=spec, method=m, activation=activation)]) for m in (method, other)]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from qjax.calibration import (
     AllFinite,
+    ColumnPower,
     MovingAverage,
     OutlierColumns,
     Rows,
@@ -29,7 +30,9 @@ from qjax.core import int8, integer, uint4
 
 STACK, K = 3, 7
 RANGES = [minmax(), moving_average(), absmax(), percentile(99), entropy(64, 16), mse(4)]
-STATISTICS = [SecondMoment(), AllFinite(), channel_stats(), feature_stats(), histogram(64), sample_rows(600), outlier_columns(8.0, 2)]
+STATISTICS = [
+    SecondMoment(), ColumnPower(), AllFinite(), channel_stats(), feature_stats(), histogram(64), sample_rows(600), outlier_columns(8.0, 2),
+]  # fmt: skip
 OBSERVERS = [*STATISTICS, *RANGES]
 # An average over calls and a count of calls know where a call ends, the first also which came first, a sample which row is which; they
 # are tested by themselves.

@@ -12,6 +12,7 @@ ALONE = [
     ("gptq_solver", ["--size", "128", "--small", "128", "--repeats", "2", "--cold-repeats", "1", "--all"], r"qjax +median +[\d.]+ s"),
     ("gptq_model", ["--repeats", "1"], r'"without": [\d.]+'),
     ("w8a8", ["--windows", "8", "--tables", "w8a8", "--rows", "float", "static min-max"], r"static min-max \| [\d.]+ \|"),
+    ("ptq_methods", ["--only", "4 g16 NVFP4", "--json", "/dev/shm/none"], r"float: 47.051"),
     ("trace_cost", ["1"], r'"interpreted / by hand": [\d.]+'),
 ]
 

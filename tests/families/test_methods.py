@@ -20,6 +20,7 @@ METHODS = {
     "awq": ({"weight": INT4, "method": qjax.awq()}, 0.45),
     "smoothquant": ({"weight": INT8, "activation": qjax.static(INT8), "method": qjax.smoothquant("search")}, 0.08),
     "gptq": ({"weight": INT4, "method": qjax.gptq()}, 0.45),
+    "gptaq": ({"weight": INT4, "method": qjax.gptaq(group_aware=True, refine=1)}, 0.45),
 }
 ORDINARY = {
     ("int8", "encoder, linen"), ("dynamic", "decoder, nnx"), ("static", "residual, nnx"), ("awq", "scanned, nnx"),

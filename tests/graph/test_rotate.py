@@ -130,10 +130,10 @@ def test_bfloat16():
 
 @pytest.mark.slow
 def test_every_rotates_what_no_sum_ties():
-    """Queries with their keys, head by head, and the values of a linear bottleneck; the stream of the examples is an input and stays."""
+    """Queries with their keys and values, head by head, and those of a linear bottleneck; the stream of the examples is an input."""
     example = next(e for e in EXAMPLES if e.name == "pre_norm_block")
     result, _ = rotated(example.fn, example.params, *example.inputs, every=True)
-    assert [r.rotated for r in result.rotations] == [(("k", (2,)), ("q", (2,)))]
+    assert [r.rotated for r in result.rotations] == [(("k", (2,)), ("q", (2,))), (("o", (0,)), ("v", (1, 2)))]
     assert "an input of the program" in dict(result.refused)["q"]
     p = {"a": normal(4, 6), "b": normal(6, 3)}
     assert rotated(lambda p, x: x @ p["a"] @ p["b"], p, normal(5, 4), every=True)[0].rotations[0].rotated == (("a", (1,)), ("b", (0,)))

@@ -51,6 +51,7 @@ CASES = {
     "w4_g128": (int4(group_size=128), GPTQOptions()),
     "w4_g128_actorder": (int4(group_size=128), GPTQOptions(act_order=True)),
     "w4_g128_actorder_static": (int4(group_size=128), GPTQOptions(act_order=True, static_groups=True)),
+    "w4_g128_groupaware": (int4(group_size=128), GPTQOptions(group_aware=True)),
     "w4_g128_asym": (uint4(group_size=128), GPTQOptions()),
     "w3_g128": (int3(group_size=128), GPTQOptions()),
     "w8_channel": (int8(), GPTQOptions()),

@@ -408,9 +408,34 @@ def test_refusals_name_the_argument():
     for bad in ({"damping": np.nan}, {"damping_increment": 0.0}, {"block_size": 0}, {"max_damping_retries": True}):
         with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):
             GPTQOptions(**bad)
+    with pytest.raises(ValueError, match="`refine` must be an int >= 0"):
+        GPTQOptions(refine=-1)
 
 
 def test_a_weight_per_token_is_per_channel():
     w, hessian = problem(8, 32)
     token = solve(w, hessian, integer(4, per="token"))
     np.testing.assert_array_equal(token.codes, solve(w, hessian, int4()).codes)
+
+
+@pytest.mark.parametrize("how", [{"block_size": 16}, {"act_order": True}, {"group_aware": True}], ids=str)
+def test_refining_never_raises_the_loss_and_keeps_the_grids(how):
+    w, hessian = problem(12, 72)
+    spec = int4(group_size=24)
+    once, *refined = (solve(jnp.asarray(w), jnp.asarray(hessian), spec, GPTQOptions(refine=n, damping=0.0, **how)) for n in (0, 1, 4))
+    for s in refined:
+        np.testing.assert_array_equal(s.scale, once.scale)
+        found = output_mse(w, dequantized(s, spec, 72), hessian) if s.perm is None else float(s.loss) / 24
+        assert float(s.loss) == pytest.approx(found * 24, rel=2e-3)
+    assert refined[1].loss <= refined[0].loss < 0.98 * once.loss
+    assert (once.perm is None) == ("act_order" not in how)
+
+
+def test_group_aware_order_of_a_single_or_a_ragged_group():
+    w, hessian = problem(8, 40)
+    whole = [solve(w, hessian, int4(), GPTQOptions(**how)) for how in ({"group_aware": True}, {"act_order": True})]
+    np.testing.assert_array_equal(whole[0].codes, whole[1].codes)
+    padded = int4(group_size=16, pad=True)
+    s = solve(w, hessian, padded, GPTQOptions(group_aware=True))
+    assert s.perm is None and s.scale.shape == (8, 3)
+    assert output_mse(w, dequantized(s, padded, 40), hessian) < output_mse(w, quantize(w, padded, (-1,)).dequantize(), hessian)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.ptq.sequential import Run
+from qjax.ptq.streams import Weights
 from tests.program.cases import normal
 
 WIDTH, ROWS = 32, 64
@@ -68,7 +68,7 @@ def test_files_go_after_an_error_too(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="batch 2 gives the input of '0/a'"):
         qjax.quantize(fn, PARAMS, GPTQ, bad, spill=qjax.Spill(0, tmp_path))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(Run, "finish_part", lambda self, task, *rest: failing() if task.leaf.path == "0/b" else None)
+    monkeypatch.setattr(Weights, "finish_part", lambda self, task, *rest: failing() if task.leaf.path == "0/b" else None)
     with pytest.raises(ValueError, match="as it happens"):
         qjax.quantize(fn, PARAMS, GPTQ, data(2), spill=qjax.Spill(0, tmp_path))
     assert len(seen) > 2 and list(tmp_path.iterdir()) == []

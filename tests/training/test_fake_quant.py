@@ -177,3 +177,33 @@ def test_activations_that_training_cannot_round_are_refused():
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), activation=qjax.static(qjax.int8()))])
     with pytest.raises(ValueError, match=r"`activation` static.* of 'w' needs ranges"):
         qjax.fake_quant(fn, policy)({"w": jnp.ones((8, 3))}, x)
+
+
+@pytest.mark.parametrize("activation", [None, qjax.dynamic(qjax.int8())], ids=["float", "int8"])
+def test_a_weight_with_an_on_line_rotation_is_rounded_where_it_is_rotated(activation):
+    w, x = normal(3, 8, 10), normal(4, 3, 8, seed=1)
+    fn = lambda p, x: jnp.einsum("bhd,hdn->bn", x, p["w"])  # noqa: E731
+    policy = Policy([Rule("*", weight=qjax.int4(), activation=activation, method=qjax.online_rotation())])
+    packed = qjax.quantize(fn, {"w": w}, policy, calibration=[x]).params
+    fq = qjax.fake_quant(fn, policy)
+    chex.assert_trees_all_equal(jax.jit(fq.leaves({"w": w}, x))({"w": w})["w"], packed["w"].dequantize())
+    chex.assert_trees_all_close(jax.jit(fq)({"w": w}, x), jax.jit(qjax.quantized(fn))(packed, x), rtol=1e-4, atol=1e-4)
+    gradient = jax.grad(lambda p: fq(p, x).sum())({"w": w})["w"]
+    # Orthogonal: what comes through the rotation comes back; a few weights at the ends of their range are cut off.
+    want = jnp.broadcast_to(x.sum(0)[:, :, None], w.shape)
+    assert float(jnp.linalg.norm(gradient - want)) < 0.5 * float(jnp.linalg.norm(want))
+
+
+def test_a_product_with_a_rotation_trains_as_it_runs():
+    x = normal(2, 5, 16)
+
+    def scores(p, x):
+        with jax.named_scope("scores"):
+            return jnp.einsum("btd,bsd->bts", x @ p["q"], x @ p["k"])
+
+    p = {"q": normal(16, 8), "k": normal(16, 8, seed=1)}
+    int4 = qjax.dynamic(qjax.int4())
+    policy = Policy([Rule("q", weight=None), Rule("scores:*", activation=int4, method=qjax.online_rotation())])
+    result = qjax.quantize(scores, p, policy, calibration=[x])
+    got = jax.jit(qjax.fake_quant(scores, policy))(p, x)
+    chex.assert_trees_all_close(got, jax.jit(qjax.quantized(scores, sites=result.sites))(p, x), rtol=1e-4, atol=1e-4)

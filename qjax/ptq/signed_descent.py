@@ -1,0 +1,228 @@
+"""Rounding that is tuned by signed gradient descent: what is tuned, what it rounds to, and the loop that tunes it.
+
+Arrays here are blocks, (..., group) as `qjax.core.blocks` gives them, so that one text serves groups, channels, tiles and tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from qjax.core import IntSpec, affine_decode, divide, params_from_range
+from qjax.ptq.range_search import search_range
+
+LEAST = 1 / 16  # of a factor: a range of zero would be a grid without steps
+HALF = 0.5  # a larger offset would round past the neighbours, and move a zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """How the descent goes.
+
+    Attributes:
+      steps: gradient steps.
+      lr: what the first one moves each number by; the rate falls linearly to zero.
+      minmax: whether the ranges are tuned, too.
+      mse: whether ranges start from a search in place of the extreme values.
+      checks: how often, at equal distances, all of the data is looked at to keep the best.
+    """
+
+    steps: int
+    lr: float
+    minmax: bool
+    mse: bool
+    checks: int
+
+    @property
+    def turns(self) -> tuple[int, int]:
+        """(checks, steps between two of them); their product is at least `steps` where that does not divide."""
+        checks = max(min(self.checks, self.steps), 1)
+        return checks, -(-self.steps // checks)
+
+
+class Offsets(NamedTuple):
+    """What is tuned of one weight.
+
+    Attributes:
+      v: (..., group), added before rounding, in units of the scale, at most 1/2 on both sides.
+      top: (..., 1), times the largest value of the block (symmetric: the largest magnitude).
+      bottom: (..., 1), times the smallest value; of a symmetric spec it has no effect.
+    """
+
+    v: jax.Array
+    top: jax.Array
+    bottom: jax.Array
+
+
+class Rounded(NamedTuple):
+    """Codes (..., group) and their grid (..., 1), all float32; `zero_point` None for a symmetric spec."""
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+def start(x: jax.Array, spec: IntSpec, mse: bool) -> Offsets:
+    """Offsets of zero, with the range of the extreme values, or the searched one.
+
+    Args:
+      x: float32 blocks.
+      spec: what is rounded to.
+      mse: take the range from `search_range`.
+
+    Returns:
+      The offsets.
+    """
+    lo, hi = _extremes(x, spec)
+    ones = jnp.ones_like(hi)
+    if not mse:
+        return Offsets(jnp.zeros_like(x), ones, ones)
+    scale, zero_point = search_range(x, spec)
+    if zero_point is None:
+        whole, _ = params_from_range(lo, hi, spec)
+        return Offsets(jnp.zeros_like(x), _factor(scale, whole), ones)
+    top, bottom = (spec.qmax - zero_point) * scale, (spec.qmin - zero_point) * scale
+    return Offsets(jnp.zeros_like(x), _factor(top, jnp.maximum(hi, 0)), _factor(bottom, jnp.minimum(lo, 0)))
+
+
+def _factor(part: jax.Array, whole: jax.Array) -> jax.Array:
+    nothing = whole == 0
+    return jnp.where(nothing, 1.0, jnp.clip(part / jnp.where(nothing, 1.0, whole), LEAST, 1.0))
+
+
+def _extremes(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    if spec.symmetric and spec.signed:
+        hi = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        return -hi, hi
+    return jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+
+
+def round_with(x: jax.Array, offsets: Offsets, spec: IntSpec) -> Rounded:
+    """Rounds with offsets: `clip(round(x / s + V) + z, qmin, qmax)`, s and z of the range `bottom * min(x) .. top * max(x)`.
+
+    Differentiable in the offsets: rounding counts as the identity, so d codes / d V = 1 where nothing is clipped. The scale is
+    rounded to `spec.scale_dtype` before it is used, so what is computed here is what is stored, to the bit.
+
+    Args:
+      x: float32 blocks.
+      offsets: of the same blocks.
+      spec: an `IntSpec`.
+
+    Returns:
+      Codes that are whole numbers, and their grid.
+    """
+    lo, hi = _extremes(x, spec)
+    grid = _grid(lo * (offsets.top if spec.symmetric else offsets.bottom), hi * offsets.top, spec)
+    codes = _round(divide(x, grid[0]) + offsets.v)
+    if grid[1] is not None:
+        codes = codes + grid[1]
+    return Rounded(_clip(codes, spec), *grid)
+
+
+def _grid(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | None]:
+    """`params_from_range`, with the gradients of the formulas without their roundings."""
+    scale, zero_point = params_from_range(lax.stop_gradient(lo), lax.stop_gradient(hi), spec)
+    if spec.symmetric:
+        return _instead(scale, hi / (spec.qmax + (0.5 if spec.scale_rule == "half" else 0.0))), None
+    lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
+    scale = _instead(scale, (hi - lo) / (spec.qmax - spec.qmin))
+    return scale, _instead(jnp.asarray(zero_point, jnp.float32), _clip(spec.qmin - lo / scale, spec))
+
+
+@jax.custom_jvp
+def _instead(exact: jax.Array, smooth: jax.Array) -> jax.Array:
+    """`exact`, with the gradient of `smooth`."""
+    del smooth
+    return exact
+
+
+_instead.defjvp(lambda primals, tangents: (_instead(*primals), tangents[1]))
+
+
+def _round(x: jax.Array) -> jax.Array:
+    return _instead(jnp.round(lax.stop_gradient(x)), x)
+
+
+def _clip(codes: jax.Array, spec: IntSpec) -> jax.Array:
+    """Clips; the gradient passes where nothing is clipped, the ends included (of `jnp.clip` half of it does there)."""
+    clipped = jnp.clip(codes, spec.qmin, spec.qmax)
+    return jnp.where(codes == clipped, codes, lax.stop_gradient(clipped))
+
+
+def decode(rounded: Rounded) -> jax.Array:
+    """What codes stand for, float32: the formula of `QTensor.dequantize`."""
+    return affine_decode(*rounded)
+
+
+def project(offsets: Offsets) -> Offsets:
+    """The nearest offsets that are allowed: |V| <= 1/2, factors from `LEAST` to 1."""
+    return Offsets(
+        jnp.clip(offsets.v, -HALF, HALF), jnp.clip(offsets.top, LEAST, 1.0), jnp.clip(offsets.bottom, LEAST, 1.0)
+    )
+
+
+class Found(NamedTuple):
+    """What a descent found: the best offsets; the losses over all of the data of the best, of its start and of plain rounding."""
+
+    best: Any
+    least: jax.Array
+    first: jax.Array
+    rounding: jax.Array
+
+
+def descend(
+    loss: Callable[[Any, jax.Array], jax.Array], judge: Callable[[Any], jax.Array], plain: Any, begin: Any, descent: Descent
+) -> Found:
+    """Signed gradient descent with a linearly falling rate, after each step the nearest allowed offsets.
+
+    `o <- project(o - lr (1 - t / steps) sign(d loss / d o)),  t = 0 .. steps - 1`
+
+    Args:
+      loss: of offsets and the number of a step; a scalar, differentiable in the offsets.
+      judge: of offsets, the loss over all of the data: what is kept is the best by this, `plain` and `begin` among the candidates.
+      plain: a tree of `Offsets`, those of plain rounding.
+      begin: where the descent begins.
+      descent: how it goes.
+
+    Returns:
+      What was found.
+    """
+    checks, steps = descent.turns
+    optimizer = optax.sign_sgd(optax.linear_schedule(descent.lr, 0.0, checks * steps))
+
+    def step(t: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        at, state = carry
+        moves, state = optimizer.update(jax.grad(loss)(at, t), state)
+        return _tuned(optax.apply_updates(at, moves), at, descent), state
+
+    # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once.
+    def turn(carry: tuple[Any, Any, Any, jax.Array], number: jax.Array) -> tuple[tuple[Any, Any, Any, jax.Array], jax.Array]:
+        at, state, best, least = carry
+        at = _where(number == 1, begin, at)
+        first, last = jnp.maximum(number - 2, 0) * steps, jnp.maximum(number - 1, 0) * steps
+        at, state = lax.fori_loop(first, last, step, (at, state))
+        now = judge(at)
+        better = now < least
+        return (at, state, _where(better, at, best), jnp.where(better, now, least)), now
+
+    carry = plain, optimizer.init(begin), plain, jnp.float32(jnp.inf)
+    (_, _, best, least), losses = lax.scan(turn, carry, jnp.arange(checks + 2))
+    return Found(best, least, losses[1], losses[0])
+
+
+def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _tuned(new: Any, old: Any, descent: Descent) -> Any:
+    def one(new: Offsets, old: Offsets) -> Offsets:
+        new = project(new)
+        return new if descent.minmax else new._replace(top=old.top, bottom=old.bottom)
+
+    return jax.tree.map(one, new, old, is_leaf=lambda x: isinstance(x, Offsets))
