@@ -125,7 +125,7 @@ def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
 
     Between two weights that follow each other a cut goes where the fewest values cross, and the last such place: behind the function
     that is not linear, and not in front of it. It holds where that is one value: in a residual network, between its branches. A block
-    of more than `MOST` weights is cut where the fewest cross within it (a decoder, whose layers all read what the encoder made).
+    of more than `MOST` weights is cut where the fewest cross within it (layers that all read one more value).
 
     Args:
       flow: of the program.

@@ -87,6 +87,7 @@ def start(x: jax.Array, spec: IntSpec, mse: bool) -> Offsets:
     if zero_point is None:
         whole, _ = params_from_range(lo, hi, spec)
         return Offsets(jnp.zeros_like(x), _factor(scale, whole), ones)
+    zero_point = zero_point.astype(jnp.float32)
     top, bottom = (spec.qmax - zero_point) * scale, (spec.qmin - zero_point) * scale
     return Offsets(jnp.zeros_like(x), _factor(top, jnp.maximum(hi, 0)), _factor(bottom, jnp.minimum(lo, 0)))
 
