@@ -152,7 +152,8 @@ def main():
         return None if late else run_in_a_process(options.model, key, options.cache)
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for record in pool.map(work, wanted):
+        for future in concurrent.futures.as_completed([pool.submit(work, key) for key in wanted]):
+            record = future.result()
             if record is None:
                 continue
             records = [r for r in records if (r["model"], r["key"]) != (record["model"], record["key"])] + [record]
