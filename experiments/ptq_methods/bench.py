@@ -81,7 +81,7 @@ def run_cell(model, key):
     seconds, compiling, peak = time.perf_counter() - started, clock.seconds, peak_bytes()
     fn = qjax.quantized(fn, sites=result.sites)
     losses = token_losses(fn, result.params, text)
-    half = text[len(text) // 2 :]
+    moved = divergence(apply, params, fn, result.params, text[len(text) // 2 :])
     rows = [row for row in result.report.rows if row.spec and row.what == "parameter"]
     weights = sum(int(np.prod(row.shape)) for row in rows)
     return record | {
@@ -91,7 +91,8 @@ def run_cell(model, key):
         "spec": str(recipe.spec),
         "how": recipe.method.name,
         "bits_per_weight": 8 * sum(row.nbytes for row in rows) / weights,
-        "kl": divergence(apply, params, fn, result.params, half).mean_kl,
+        "kl": moved.mean_kl,
+        "kls": window_means(moved.kl),
         "seconds": seconds,
         "compile_seconds": compiling,
         "peak_bytes": peak,
@@ -113,7 +114,7 @@ def rules(recipe, online, scope):
 
 
 def window_means(losses):
-    """Mean loss of each window: all that perplexity and its bootstrap need."""
+    """The mean of each window: all that perplexity, divergence and their bootstraps need."""
     return np.asarray(losses, np.float64).mean(axis=1).tolist()
 
 
