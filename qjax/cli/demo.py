@@ -42,8 +42,8 @@ class Recipe:
     @property
     def options(self) -> dict[str, Any]:
         """All options that make a policy."""
-        rest = dict.fromkeys(("per", "damping", "mse", "activation", "observer"))
-        rest |= dict.fromkeys(("pad", "double_quant", "act_order", "static_groups", "keep_none"), False)
+        rest = dict.fromkeys(("per", "damping", "mse", "activation", "observer", "steps", "refine"))
+        rest |= dict.fromkeys(("pad", "double_quant", "act_order", "static_groups", "group_aware", "keep_none"), False)
         return {"weight": self.weight, "method": self.method, "group_size": self.group_size, "keep": (), **rest}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from qjax.cli.recipe import FIXED, LEARNED, METHODS, NO_DATA, TABLES, WEIGHTS, check_options, method_of, needs_data, spec_of
 from qjax.cli.shared import (
     OBSERVERS,
     SHIPPED,
@@ -30,40 +31,32 @@ from qjax.cli.shared import (
     window_length,
 )
 
-_INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
-_CASTS = ["bf16", "fp16"]
-# Specs of fixed blocks, and those that take a group.
-_FIXED = ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8", "nvfp4"]
-_TABLES = ["nf4", "nf4_quantile", "fp4"]
-_LEARNED = ["learned2", "learned3", "learned4"]
-_ANY_PER = [*_INTEGERS, *_LEARNED, "ternary", "binary", "fp8_e4m3", "fp8_e5m2"]
-WEIGHTS = [*_INTEGERS, "ternary", "binary", *_TABLES, "fp8_e4m3", "fp8_e5m2", *_FIXED, *_LEARNED, *_CASTS]
-METHODS = ["rtn", "gptq", "awq", "hqq", "kmeans", "smoothquant", "llm_int8"]
-_NO_DATA = ("rtn", "hqq")
-
 
 @click.command("quantize")
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--weight", type=click.Choice(WEIGHTS), default="int4", show_default=True, metavar="SPEC",
               help="int2 .. int8 (symmetric), uint2 .. uint8 (asymmetric), bf16, fp16, or one of "
-                   + ", ".join(["ternary", "binary", *_TABLES, *_LEARNED, "fp8_e4m3", "fp8_e5m2", *_FIXED]) + ".")
+                   + ", ".join(["ternary", "binary", *TABLES, *LEARNED, "fp8_e4m3", "fp8_e5m2", *FIXED]) + ".")
 @click.option("--group-size", type=click.IntRange(min=1), help="Values along the contracted axis that share a scale; 64 for nf4 and fp4.")
 @click.option("--double-quant", is_flag=True, help="nf4, nf4_quantile, fp4 and binary: scales in 8 bits too.")
 @click.option("--per", type=click.Choice(["tensor", "channel"]), help="A scale per tensor or channel instead (integers: channel).")
 @click.option("--pad", is_flag=True, help="Pad with zeros what the group does not divide, instead of refusing it.")
 @click.option("--method", type=click.Choice(METHODS), default="rtn", show_default=True,
-              help="Round to nearest, GPTQ, AWQ, HQQ (asymmetric weights), k-means (learned tables), SmoothQuant (with --activation), "
-                   "or LLM.int8().")
+              help="Round to nearest, GPTQ, GPTAQ, AutoRound, AWQ, HQQ (asymmetric weights), k-means (learned tables), "
+                   "SmoothQuant (with --activation), or LLM.int8().")
 @click.option("--activation", type=click.Choice(["dynamic", "static"]),
               help="Quantize activations to int8 too: a range for every row anew, or one from calibration.  [default: float]")
 @click.option("--observer", type=click.Choice(OBSERVERS), metavar="NAME",
               help="--activation static: what chooses a range: " + ", ".join(OBSERVERS) + ".  [default: minmax]")
 @click.option("--mse/--no-mse", default=None,
-              help="Search the range of each group instead of taking its extremes.  [default: gptq searches, rtn does not]")
-@click.option("--act-order", is_flag=True, help="gptq: columns with the largest activations first.")
-@click.option("--static-groups", is_flag=True, help="gptq: ranges before rounding; with --act-order no permutation is stored.")
-@click.option("--damping", type=float, help="gptq: share of the mean diagonal that is added to it.  [default: 0.01]")
+              help="Search the range of each group instead of taking its extremes.  [default: rtn does not, the others do]")
+@click.option("--act-order", is_flag=True, help="gptq, gptaq: columns with the largest activations first.")
+@click.option("--static-groups", is_flag=True, help="gptq, gptaq: ranges before rounding; with --act-order no permutation is stored.")
+@click.option("--group-aware", is_flag=True, help="gptq, gptaq: that order, by groups and within them; no permutation is stored.")
+@click.option("--refine", type=click.IntRange(min=0), default=0, help="gptq, gptaq: passes of coordinate descent afterwards.")
+@click.option("--steps", type=click.IntRange(min=1), help="autoround: steps of gradient descent a block.  [default: 200]")
+@click.option("--damping", type=float, help="gptq, gptaq: share of the mean diagonal that is added to it.  [default: 0.01]")
 @click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help=f"All but rtn and hqq, and static activations: a text file, a passage a line. {SHIPPED} has one of its own.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows of calibration text at most.")
@@ -87,7 +80,7 @@ def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
     A line of the calibration text that fills a window gives one, from its start; shorter lines are joined with those that
     follow until a window is full. Every passage begins with the model's start token. Blank lines do not count.
     """
-    _check_options(options)
+    check_options(options)
     check_destination(dst, options["overwrite"])
     kept = _kept(dst, options)
     started = time.perf_counter()
@@ -111,56 +104,6 @@ def command(src: str, dst: Path, as_json: bool, **options: Any) -> None:
     _warn_larger(result.report)
     document = describe_run(model, dst, result, metadata) | {"seconds": round(time.perf_counter() - started, 3)}
     emit(document) if as_json else _show(document, result, model)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    weight = options["weight"]
-    method = options["method"]
-    for names, fits, what in (
-        (("act_order", "static_groups", "damping"), method == "gptq", "--method gptq"),
-        (("calibration",), _needs_data(options), "a --method other than rtn and hqq, or --activation static"),
-        (("observer",), options["activation"] == "static", "--activation static"),
-        (("mse",), method in ("rtn", "gptq"), "--method rtn or gptq"),
-    ):
-        given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, False)]
-        if given and not fits:
-            is_there = f"the method is {method}" if names != ("observer",) else f"--activation is {options['activation'] or 'float'}"
-            raise click.UsageError(f"{given[0]} goes with {what}, and {is_there}")
-    if method == "smoothquant" and options["activation"] is None:
-        raise click.UsageError("--method smoothquant is for quantized activations: give --activation static or dynamic")
-    if method == "llm_int8" and weight not in _INTEGERS:
-        raise click.UsageError(f"--method llm_int8 goes with integers such as --weight int8, and the weight is {weight}")
-    if method == "hqq" and not weight.startswith("u"):
-        raise click.UsageError(f"--method hqq chooses zero points: give --weight uint2 .. uint8, the weight is {weight}")
-    if method == "kmeans" and weight not in _LEARNED:
-        raise click.UsageError(f"--method kmeans fits a table of levels: give --weight learned2 .. learned4, the weight is {weight}")
-    if method == "gptq" and weight in _LEARNED:
-        raise click.UsageError(f"--method gptq needs levels that are known before, those of {weight} are learned: give --method kmeans")
-    if method == "llm_int8" and options["activation"] == "static":
-        raise click.UsageError("--method llm_int8 finds a range for every row anew: leave --activation static out")
-    if options["activation"] is not None and weight not in _INTEGERS:
-        raise click.UsageError(f"--activation {options['activation']} goes with integers, and the weight is {weight}")
-    if options["per"] is not None and weight not in _ANY_PER:
-        fits = ", ".join(("integers", *_ANY_PER[len(_INTEGERS) :]))
-        raise click.UsageError(f"--per goes with {fits}, and the weight is {weight}: leave it out")
-    if options["group_size"] is not None and weight in _FIXED:
-        raise click.UsageError(f"--group-size has no meaning for {weight}, whose blocks are fixed: leave it out")
-    if options["double_quant"] and weight not in (*_TABLES, "binary"):
-        raise click.UsageError(f"--double-quant goes with {', '.join((*_TABLES, 'binary'))}, and the weight is {weight}")
-    if options["per"] is not None and options["group_size"] is not None:
-        raise click.UsageError(f"--per {options['per']} and --group-size {options['group_size']} exclude each other: give one")
-    if weight in _CASTS:
-        for name in ("group_size", "pad", "mse"):
-            if options[name]:
-                raise click.UsageError(f"--{name.replace('_', '-')} has no meaning for the cast {weight}: leave it out")
-        if method != "rtn":
-            raise click.UsageError(f"--method {method} has nothing to choose for the cast {weight}: leave it out")
-    if options["keep"] and options["keep_none"]:
-        raise click.UsageError(f"--keep {options['keep'][0]} and --keep-none exclude each other: give one")
-
-
-def _needs_data(options: dict[str, Any]) -> bool:
-    return options["method"] not in _NO_DATA or options["activation"] == "static"
 
 
 def check_destination(dst: Path, overwrite: bool) -> None:
@@ -220,31 +163,7 @@ def make_policy(model: Model, options: dict[str, Any]) -> Any:
     keep = list(options["keep"])
     if not keep and not options["keep_none"]:
         keep = ["*embed*"] if model.config.tie_word_embeddings else ["*embed*", "*lm_head*"]
-    names = ("per", "group_size", "pad", "double_quant")
-    weight, spec_options = options["weight"], {name: options[name] for name in names if options[name]}
-    if options["method"] == "hqq":
-        spec_options["zero_dtype"] = "float16"
-    if weight == "nf4_quantile":
-        spec = qjax.nf4(table="quantile", **spec_options)
-    elif weight in _LEARNED:
-        spec = qjax.learned(int(weight[-1]), **spec_options)
-    elif weight.startswith("mxfp") and "_" in weight:
-        kind, element = weight.split("_")
-        spec = getattr(qjax, kind)(element, **spec_options)
-    else:
-        spec = getattr(qjax, weight)(**spec_options)
-    given = {name: options[name] for name in ("mse", "damping") if options[name] is not None}
-    method: Any = {
-        "rtn": lambda: qjax.rtn(**given),
-        "gptq": lambda: qjax.gptq(act_order=options["act_order"], static_groups=options["static_groups"], **given),
-        "awq": qjax.awq,
-        "hqq": qjax.hqq,
-        "kmeans": qjax.kmeans,
-        "smoothquant": lambda: qjax.smoothquant("search"),
-        "llm_int8": qjax.llm_int8,
-    }[options["method"]]()
-    if weight in _CASTS:
-        method = None
+    spec, method = spec_of(options), method_of(options)
     observer = None if options["observer"] is None else observer_of(options["observer"])
     static = qjax.static(qjax.int8(), observer=observer)
     activation = {None: None, "dynamic": qjax.dynamic(qjax.int8()), "static": static}[options["activation"]]
@@ -279,7 +198,7 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
     import numpy as np
 
     window = window_length(model, options["window"])
-    if not _needs_data(options):
+    if not needs_data(options):
         return jax.ShapeDtypeStruct((1, window), np.int32), None
     path = options["calibration"]
     if path is None and model.name == SHIPPED:
@@ -287,7 +206,7 @@ def _calibration(model: Model, options: dict[str, Any]) -> tuple[Any, dict[str, 
 
         path = books_llama_folder() / "calibration.txt"
     if path is None:
-        which = f"--method {options['method']}" if options["method"] not in _NO_DATA else f"--activation {options['activation']}"
+        which = f"--method {options['method']}" if options["method"] not in NO_DATA else f"--activation {options['activation']}"
         raise click.UsageError(f"{which} needs --calibration FILE, a text like that of the model's use, a passage a line")
     check_tokenizer(model)
     return text_windows(model, path, options["samples"], window, "--calibration ")

@@ -119,6 +119,17 @@ def test_gptq(tiny, passages, tmp_path):
     assert all(q.perm is not None for q in quantized(qjax.load(tmp_path / "out").params))
 
 
+@pytest.mark.slow
+def test_gptaq_and_autoround(tiny, passages, tmp_path):
+    given = ["--calibration", passages, "--group-size", 16, "--samples", 12, *ONE_SHAPE]
+    for method, more, name in (
+        ("gptaq", ["--group-aware", "--refine", 1], "gptaq(group_aware, refine=1)"),
+        ("autoround", ["--steps", 3, "--no-mse"], "autoround(steps=3, mse=False)"),
+    ):
+        document = json_of("quantize", tiny, tmp_path / method, "--method", method, *more, *given)
+        assert {row["method"] for row in document["rows"] if row["spec"]} == {name}
+
+
 def test_awq_and_integer_activations(tiny, passages, tmp_path):
     given = ["--calibration", passages, "--samples", 12, *ONE_SHAPE]
     document = json_of("quantize", tiny, tmp_path / "awq", "--method", "awq", "--group-size", 16, *given)
@@ -228,6 +239,10 @@ def bad_inputs():
     yield ["SRC", "DST", "--method", "gptq", *learned], 2, ["gptq", "learned3", "--method kmeans"]
     yield ["SRC", "DST", "--observer", "mse"], 2, ["--observer goes with --activation static", "float"]
     yield ["SRC", "DST", "--act-order"], 2, ["--act-order", "rtn"]
+    yield ["SRC", "DST", "--refine", "2"], 2, ["--refine", "--method gptq or gptaq", "rtn"]
+    yield ["SRC", "DST", *gptq, "PASSAGES", "--act-order", "--group-aware"], 2, ["--act-order", "--group-aware"]
+    yield ["SRC", "DST", *gptq, "PASSAGES", "--steps", "9"], 2, ["--steps", "autoround", "gptq"]
+    yield ["SRC", "DST", "--method", "autoround", "--weight", "nf4", "--calibration", "PASSAGES"], 2, ["autoround", "nf4", "gptq"]
     yield ["SRC", "DST", "--per", "tensor", "--group-size", "8"], 2, ["--per", "--group-size"]
     yield ["SRC", "DST", "--weight", "nf4", "--per", "channel"], 2, ["--per", "nf4"]
     yield ["SRC", "DST", "--weight", "mxfp4", "--group-size", "8"], 2, ["--group-size", "mxfp4"]
