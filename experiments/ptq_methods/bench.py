@@ -130,7 +130,7 @@ def run_in_a_process(model, key, cache):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=list(MODELS), default="shipped")
+    parser.add_argument("--model", choices=list(MODELS), help="One of the two; both by default.")
     parser.add_argument("--only", nargs="*", default=[], help="Only cells whose key holds one of these.")
     parser.add_argument("--jobs", type=int, default=1, help="Processes at a time.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Start no new cell after this.")
@@ -144,23 +144,23 @@ def main():
     path, started = pathlib.Path(options.json), time.monotonic()
     records = json.loads(path.read_text()) if path.exists() else []
     done = {(r["model"], r["key"]) for r in records if "error" not in r}
-    keys = ["float", *(r.key for r in recipes.every())]
-    wanted = [k for k in keys if (options.model, k) not in done and (k == "float" or not options.only or any(o in k for o in options.only))]
+    keys = ["float", *(r.key for r in recipes.every() if not options.only or any(part in r.key for part in options.only))]
+    wanted = [(m, k) for m in MODELS for k in keys if options.model in (None, m) and (m, k) not in done]
     print(f"{len(wanted)} cells, Python {platform.python_version()}, {platform.machine()}", flush=True)
 
-    def work(key):
+    def work(cell):
         late = time.monotonic() - started > 60 * options.minutes
-        return None if late else run_in_a_process(options.model, key, options.cache)
+        return None if late else run_in_a_process(*cell, options.cache)
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(work, key) for key in wanted]):
+        for future in concurrent.futures.as_completed([pool.submit(work, cell) for cell in wanted]):
             record = future.result()
             if record is None:
                 continue
             records = [r for r in records if (r["model"], r["key"]) != (record["model"], record["key"])] + [record]
             path.write_text(json.dumps(records))
             shown = record.get("error") or f"{np.exp(np.mean(record['losses'])):.3f} in {record.get('seconds', 0):.1f} s"
-            print(f"{time.monotonic() - started:6.0f} s  {record['key']}: {shown}", flush=True)
+            print(f"{time.monotonic() - started:6.0f} s  {record['model']} {record['key']}: {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def analysed(base, group, reference=None):
         if rounded is not None and rounded is not record:
             row["to rounding"] = ratio(halves(rounded)[1], second)
             row["closed"] = gap_closed(float_half, halves(rounded)[1], second)
+            row["kl closed"] = 1 - record["kl"] / rounded["kl"]
         rows.append(row)
     return sorted(rows, key=lambda row: row["chosen on"])
 
@@ -73,15 +74,40 @@ def line(row):
     _, low, high = row.get("to rounding", (0, 0, 0))
     to_rounding = f"{low:.4f} .. {high:.4f}" if high else ""
     closed = "{:.0%} ({:.0%} .. {:.0%})".format(*row["closed"]) if "closed" in row else ""
+    kl_closed = f"{row['kl closed']:.0%}" if "kl closed" in row else ""
     peak = (record["peak_bytes"] - record["peak_bytes_before"]) / 1e6
     worse = " (worse)" if "to rounding" in row and row["to rounding"][1] > 1 else ""
     seconds = f"{record['seconds'] - record['compile_seconds']:.1f} + {record['compile_seconds']:.1f}"
     return (f"| {record['method']}{worse} | {row['chosen on']:.3f} | {row['perplexity']:.3f} | {to_rounding} | {closed} "
-            f"| {record['kl']:.5f} | {record['bits_per_weight']:.3f} | {seconds} | {peak:.0f} |")  # fmt: skip
+            f"| {record['kl']:.5f} | {kl_closed} | {record['bits_per_weight']:.3f} | {seconds} | {peak:.0f} |")  # fmt: skip
 
 
-HEAD = ("| | first half | perplexity | ratio to rounding | of its gap closed | KL | bits | s, + to compile | MB |\n"
-        "|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+HEAD = ("| | first half | perplexity | ratio to rounding | of its gap closed | KL | of it closed | bits | s, + to compile | MB |\n"
+        "|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+
+
+def significant(a, b):
+    """-1 where the windows' means of `a` are below those of `b` beyond doubt (95 % of a paired bootstrap), 1 where above, else 0."""
+    rows = np.random.default_rng(0).integers(0, len(a), size=(RESAMPLES, len(a)))
+    low, high = np.quantile((a - b)[rows].mean(axis=1), [0.025, 0.975])
+    return int(low > 0) - int(high < 0)
+
+
+def print_reversals(records, first, second):
+    """Pairs of methods whose order on one model, beyond doubt in perplexity, is beyond doubt the other way round on the other model."""
+    (_, ours), (_, theirs) = cells(records, first), cells(records, second)
+    print(f"\n## Pairs in order on {first}, and what becomes of them on {second}\n")
+    print("| | pairs | as there in divergence | undecided | reversed in divergence | reversed in perplexity |\n|---|---|---|---|---|---|")
+    for cell in (cell for cell in ours if cell in theirs):
+        others = {r["method"]: r for r in theirs[cell] if "kls" in r}
+        mine = [r for r in ours[cell] if r["method"] in others]
+        pairs = [(a, b) for a in mine for b in mine if significant(halves(a)[1], halves(b)[1]) < 0]
+        found = [significant(*(np.asarray(others[r["method"]]["kls"]) for r in pair)) for pair in pairs]
+        worse = [significant(*(halves(others[r["method"]])[1] for r in pair)) for pair in pairs]
+        print(f"| {cell[0]} bit, {cell[1]} | {len(pairs)} | {found.count(-1)} | {found.count(0)} | {found.count(1)} | {worse.count(1)} |")
+        for (a, b), way in zip(pairs, found, strict=True):
+            if way > 0:
+                print(f"| reversed: {a['method']} before {b['method']} | | | | | |")
 
 
 def print_tables(records, model):
@@ -99,8 +125,11 @@ def main():
     parser.add_argument("--model", nargs="*", default=None)
     options = parser.parse_args()
     records = json.loads(pathlib.Path(options.json).read_text())
-    for model in options.model or dict.fromkeys(r["model"] for r in records):
+    models = options.model or list(dict.fromkeys(r["model"] for r in records))
+    for model in models:
         print_tables(records, model)
+    if len(models) == 2:
+        print_reversals(records, *models)
 
 
 if __name__ == "__main__":
