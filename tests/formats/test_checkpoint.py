@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import equinox as eqx
 import flax
@@ -336,6 +337,9 @@ def test_saving_and_loading_leave_no_trace_in_the_process(tmp_path, capfd):
         logging.root.level,
         list(logging.root.handlers),
     )
+    deadline = time.monotonic() + 10  # a thread that was told to end may need a moment on a busy machine
+    while set(threading.enumerate()) != threads and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert set(threading.enumerate()) == threads
     assert capfd.readouterr() == ("", "")
 
