@@ -75,7 +75,9 @@ def quantize(
     return dataclasses.replace(result, params={**result.params, **rest})
 
 
-def rewrite(model: nn.Module, variables: Any, calibration: Iterable[Any], steps: Sequence[Step], **apply_kwargs: Any) -> Rewritten:
+def rewrite(
+    model: nn.Module, variables: Any, calibration: Iterable[Any], steps: Sequence[Step], *, untie: bool = False, **apply_kwargs: Any
+) -> Rewritten:
     """Rewrites a Linen module's variables, batch statistics too, and keeps what it computes; see `qjax.rewrite`.
 
     Args:
@@ -83,10 +85,11 @@ def rewrite(model: nn.Module, variables: Any, calibration: Iterable[Any], steps:
       variables: its variables, `{"params": ..., "batch_stats": ...}`; not changed.
       calibration: batches; a tuple is spread over the arguments of `__call__`.
       steps: see `qjax.rewrite`.
+      untie: see `qjax.rewrite`: then `result.fn(result.params, *inputs)` is the function, with the keyword arguments given here.
       **apply_kwargs: keyword arguments of `model.apply`, such as `train=False`.
 
     Returns:
-      A `Rewritten` whose `params` is `variables` with other numbers.
+      A `Rewritten` whose `params` is `variables` with other numbers (and with an entry "untied", if anything was).
 
     Raises:
       TypeError: `model` is no Linen module; see also `qjax.rewrite`.
@@ -100,7 +103,10 @@ def rewrite(model: nn.Module, variables: Any, calibration: Iterable[Any], steps:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.rewrite")
-    return rewrite_function(lambda variables, *inputs: model.apply(variables, *inputs, **apply_kwargs), variables, calibration, steps)
+    def apply(variables: Any, *inputs: Any) -> Any:
+        return model.apply(variables, *inputs, **apply_kwargs)
+
+    return rewrite_function(apply, variables, calibration, steps, untie=untie)
 
 
 class FakeQuantModule(nn.Module):

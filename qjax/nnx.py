@@ -92,13 +92,14 @@ def quantize(
     return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
 
 
-def rewrite(model: nnx.Module, calibration: Iterable[Any], steps: Sequence[Step]) -> Rewritten:
+def rewrite(model: nnx.Module, calibration: Iterable[Any], steps: Sequence[Step], *, untie: bool = False) -> Rewritten:
     """Rewrites an NNX module's state, batch statistics too, and keeps what it computes; see `qjax.rewrite`.
 
     Args:
       model: the module, in evaluation mode; not changed: `nnx.update(model, result.params)` does that.
       calibration: batches; a tuple is spread over the arguments of `__call__`.
       steps: see `qjax.rewrite`.
+      untie: see `qjax.rewrite`: then `result.fn(result.params, *inputs)` is the function, and the module cannot take `result.params`.
 
     Returns:
       A `Rewritten` whose `params` is the module's state with other numbers.
@@ -116,7 +117,7 @@ def rewrite(model: nnx.Module, calibration: Iterable[Any], steps: Sequence[Step]
       ['layers/0/kernel', 'layers/2/kernel']
     """
     _check(model, "rewrite")
-    return rewrite_function(function(model), nnx.state(model), calibration, steps)
+    return rewrite_function(function(model), nnx.state(model), calibration, steps, untie=untie)
 
 
 def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("__call__",)) -> Any:

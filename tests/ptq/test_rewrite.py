@@ -181,3 +181,28 @@ def test_a_step_says_what_it_finds():
     quiet = dataclasses.replace(Wrong(False), name="quiet")
     object.__setattr__(quiet, "apply", lambda program, params, inputs: StepOutcome(list(params), (), (), 0.0))
     assert qjax.rewrite(fn, params, [x], [quiet]).changes[0].text == "found nothing to do"
+
+
+def test_modules_untie_their_head_too():
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(12, 8)
+            return embed.attend(nn.RMSNorm(use_fast_variance=False)(embed(tokens)))
+
+    class TiedNNX(nnx.Module):
+        def __init__(self):
+            self.embed, self.norm = nnx.Embed(12, 8, rngs=nnx.Rngs(0)), nnx.RMSNorm(8, use_fast_variance=False, rngs=nnx.Rngs(0))
+
+        def __call__(self, tokens):
+            return self.embed.attend(self.norm(self.embed(tokens)))
+
+    tokens, turn = jnp.arange(6)[None], qjax.rotation(key=jax.random.key(1))
+    linen, other = Tied(), TiedNNX()
+    variables = linen.init(jax.random.key(0), tokens)
+    for result, want in (
+        (qjax.linen.rewrite(linen, variables, [tokens], [turn], untie=True), linen.apply(variables, tokens)),
+        (qjax.nnx.rewrite(other, [tokens], [turn], untie=True), other(tokens)),
+    ):
+        assert "untied" in result.params and any(change.done for change in result.changes)
+        np.testing.assert_allclose(result.fn(result.params, tokens), want, rtol=1e-4, atol=1e-5)
