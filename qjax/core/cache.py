@@ -391,10 +391,10 @@ def _ring_before(cache: QCache, start: jax.Array) -> jax.Array:
     spec = cache.spec
     if not spec.held:
         return cache.window
-    first, at = _past_tokens(start, spec), cache.ndim - 2
-    groups = first // spec.tokens + jnp.arange(-(-spec.held // spec.tokens), dtype=jnp.int32)
+    at, first = cache.ndim - 2, jnp.maximum(start - spec.held, 0) // spec.tokens
+    groups = first + jnp.arange(-(-(spec.held + spec.tokens - 1) // spec.tokens), dtype=jnp.int32)
     rounded = _numbers(jax.tree.map(lambda leaf: jnp.take(leaf, groups, axis=at, mode="clip"), cache.past), cache)
     slots = _latest(start, spec.held)
     later = _column(slots + spec.held, cache.ndim) < jnp.asarray(cache.length)[..., None, None]
     lost = later & _column(slots >= 0, cache.ndim)
-    return jnp.where(lost, _take(rounded, slots - first), cache.window)
+    return jnp.where(lost, _take(rounded, slots - first * spec.tokens), cache.window)
