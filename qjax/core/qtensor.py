@@ -241,7 +241,7 @@ def quantize(
     QTensor(int4(group_size=128), bfloat16[256,16], 2,176 bytes, 4.25 bits/weight)
     """
     w, axes, stacked = checked(w, spec, axes, stacked, name)
-    q = _quantize(w, spec, axes, stacked, ranges)
+    q = quantize_unchecked(w, spec, axes, stacked, ranges)
     _check_overflow(q, name)
     return q
 
@@ -258,7 +258,14 @@ def _check_overflow(q: QTensor, name: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked", "ranges"), inline=True)
-def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...], ranges: Ranges) -> QTensor:
+def quantize_unchecked(
+    w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...] = (), ranges: Ranges = block_params
+) -> QTensor:
+    """`quantize` without a look at the numbers, the same inside and outside of `jit`: NaN comes back as NaN, where the format has it.
+
+    >>> quantize_unchecked(jnp.float32([[1.0, jnp.nan]]), IntSpec(4), (-2,)).dequantize().tolist()
+    [[0.9333333969116211, nan]]
+    """
     sizes, dtype = tuple(w.shape[a] for a in axes), np.dtype(w.dtype)
     if isinstance(spec, CastSpec):
         return QTensor(round_cast(canonicalize(w, axes), spec), None, None, None, spec, axes, sizes, dtype)

@@ -188,10 +188,10 @@ class Tokens:
 def test_any_appends_and_rewinds_are_those_of_a_list_of_tokens(per):
     spec, rng = qjax.kv_cache(qjax.uint4(), per, group_size=4, window=4), np.random.default_rng(0)
     cache, model = init_cache((40, 8), jnp.float32, spec, 0), Tokens((40, 8), spec)
-    for _ in range(120):
-        count = int(rng.choice([1, 3, 20]))
+    for _ in range(150):
+        count = int(rng.choice([1, 3, 20], p=[0.6, 0.2, 0.2]))
         last = min(model.length, 40 - count)
-        start = last if rng.random() < 0.4 else int(rng.integers(max(last - 14, 0), last + 1))
+        start = max(last - int(rng.choice([0, 2, 4, 6, 15])), 0)
         new = rng.normal(size=(count, 8)).astype(np.float32)
         cache = append(cache, new, start)
         model.append(new, start)
@@ -205,6 +205,23 @@ def test_two_rewinds_give_back_the_tokens_between_them():
     for count, start in ((40, 0), (1, 20), (1, 18)):
         cache = append(cache, jnp.arange(start, start + count, dtype=jnp.float32)[:, None] + 1, start)
     np.testing.assert_allclose(cache.read()[:19, 0], np.arange(19) + 1, atol=0.1)
+
+
+@pytest.mark.parametrize("spec", [qjax.uint8(), qjax.fp8_e4m3()], ids=str)
+def test_nan_is_read_back_as_nan_inside_and_outside_of_jit(spec):
+    x = tokens((6, 8)).at[1, 2].set(jnp.nan)
+    empty = init_cache((6, 8), jnp.float32, qjax.kv_cache(spec, window=1), 0)
+    eager = np.asarray(append_cache(empty, x, 0).read())
+    np.testing.assert_array_equal(eager, append(empty, x, 0).read())
+    assert np.isnan(eager[1, 2]) and np.isfinite(eager[[0, 2, 3, 4, 5]]).all()
+
+
+def test_a_cache_is_taken_back_by_writing_nothing():
+    spec, x = qjax.kv_cache(qjax.uint8(), "channel", group_size=4, window=2), tokens((16, 8))
+    long = append_cache(init_cache((16, 8), jnp.float32, spec, 0), x[:12], 0)
+    short = append_cache(long, x[:0], 6)
+    assert int(short.length) == 6
+    np.testing.assert_array_equal(short.read()[:6], long.read()[:6])
 
 
 @pytest.mark.slow
@@ -233,6 +250,7 @@ def test_a_position_beyond_the_end_is_clamped_as_an_update_of_a_slice_is():
         (lambda: qjax.kv_cache(qjax.bf16()), TypeError, ["`spec`", "bf16()", "dtype"]),
         (lambda: qjax.kv_cache("int4"), TypeError, ["`spec`", "'int4'"]),
         (lambda: qjax.kv_cache(qjax.int4(per="tensor")), ValueError, ["`spec`", "tensor", "`per`"]),
+        (lambda: qjax.kv_cache(qjax.learned(2)), ValueError, ["`spec`", 'learned(2, per="channel")', "qjax.uint2()", "nf4"]),
         (lambda: qjax.kv_cache(qjax.int4(), "head"), ValueError, ["`per`", "'head'", "channel"]),
         (lambda: qjax.kv_cache(qjax.int4(), window=-1), ValueError, ["`window`", "-1"]),
         (lambda: qjax.kv_cache(qjax.int4(), group_size=0), ValueError, ["`group_size`", "0"]),
