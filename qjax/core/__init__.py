@@ -14,6 +14,7 @@ from qjax.core.affine import affine_decode as affine_decode
 from qjax.core.affine import affine_encode as affine_encode
 from qjax.core.affine import affine_params as affine_params
 from qjax.core.affine import params_from_range as params_from_range
+from qjax.core.assemble import assemble as assemble
 from qjax.core.cache import CacheSpec as CacheSpec
 from qjax.core.cache import QCache as QCache
 from qjax.core.cache import append_cache as append_cache
@@ -66,7 +67,6 @@ from qjax.core.products import Operand as Operand
 from qjax.core.products import QProduct as QProduct
 from qjax.core.qtensor import ARRAYS as ARRAYS
 from qjax.core.qtensor import QTensor as QTensor
-from qjax.core.qtensor import assemble as assemble
 from qjax.core.qtensor import quantize as quantize
 from qjax.core.qtensor import with_plain_scales as with_plain_scales
 from qjax.core.reductions import divide as divide
