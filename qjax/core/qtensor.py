@@ -227,7 +227,7 @@ def quantize(
       ValueError: `w` is empty, or holds NaN or infinity (checked on concrete arrays only, as is a scale that overflows
         `scale_dtype`); an axis out of range; a group that does not divide the contracted values.
 
-    >>> from qjax.core.specs import int4
+    >>> from qjax.core.factories import int4
     >>> quantize(jnp.ones((256, 16), jnp.bfloat16), int4(group_size=128), axes=(0,))
     QTensor(int4(group_size=128), bfloat16[256,16], 2,176 bytes, 4.25 bits/weight)
     """
