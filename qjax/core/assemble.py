@@ -83,11 +83,11 @@ def assemble(
         scale, nested_scale, nested_offset = _nested(scale, nested_scale, nested_offset, spec, positions, name)
     if perm is not None:
         perm = jnp.asarray(perm, jnp.int32)
-        _check_shape("perm", perm, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
+        _check_shape("perm", perm, allowed_shapes(codes.shape[:-1], k, spec)["perm"], name)
         _check_permutation(perm, name)
     if input_scale is not None:
         input_scale = jnp.asarray(input_scale, jnp.float32)
-        _check_shape("input_scale", input_scale, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
+        _check_shape("input_scale", input_scale, allowed_shapes(codes.shape[:-1], k, spec)["input_scale"], name)
         _check_positive(input_scale, name)
     if levels is not None and not isinstance(spec, LearnedSpec):
         raise ValueError(f"`levels` must be None for {spec}, the spec of `{name}`: only qjax.learned(...) keeps a table of its own")
@@ -96,6 +96,33 @@ def assemble(
     if levels is not None:
         check_overflow(q, name)
     return q
+
+
+def allowed_shapes(kept: Sequence[int], k: int, spec: Spec) -> dict[str, list[set[int]]]:
+    """The sizes that each axis of the arrays beside the codes may have.
+
+    Args:
+      kept: sizes of the kept axes.
+      k: how many values are contracted.
+      spec: what the codes mean.
+
+    Returns:
+      By field of `QTensor`: for each axis the sizes that fit.
+
+    >>> allowed_shapes((6,), 8, IntSpec(4))["scale"]
+    [{1, 6}, {1}]
+    """
+    shared = [{1, n} for n in kept]
+    shapes = {"perm": [*shared, {k}], "input_scale": [*shared, {k}]}
+    if isinstance(spec, CastSpec):
+        return shapes
+    rows = [{n} for n in kept]
+    if isinstance(spec, LearnedSpec):
+        shapes["levels"] = [*(rows if spec.per_row else shared), {2**spec.bits}]
+    scale = [*(rows if isinstance(spec, LearnedSpec) else shared), {padded_size(k, spec) // group_length(k, spec)}]
+    if isinstance(spec.granularity, PerBlock) and kept:
+        scale[-2] = scale[-2] | {kept[-1] // spec.granularity.kept}
+    return shapes | {"scale": scale}
 
 
 def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int, name: str):
@@ -109,11 +136,11 @@ def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int
     if zero_point is not None or levels is None or (scale is None) == spec.grouped:
         raise ValueError(f"`levels` must be given, `zero_point` None and `scale` {'given' if spec.grouped else 'None'} for {spec}, "
                          f"the spec of `{name}`")  # fmt: skip
-    levels = jnp.asarray(levels, spec.level_dtype)
-    _check_shape("levels", levels, [{n} if spec.per_row else {1, n} for n in kept] + [{2**spec.bits}], name)
+    levels, shapes = jnp.asarray(levels, spec.level_dtype), allowed_shapes(kept, k, spec)
+    _check_shape("levels", levels, shapes["levels"], name)
     if scale is not None:
         scale = jnp.asarray(scale, spec.scale_dtype)
-        _check_shape("scale", scale, [{n} for n in kept] + [{padded // group_length(k, spec)}], name)
+        _check_shape("scale", scale, shapes["scale"], name)
     if codes.shape[-1] < padded:
         codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
     return pack_codes(codes, spec), scale, levels
@@ -163,14 +190,11 @@ def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
     lo, hi = (spec.qmin, spec.qmax) if isinstance(spec, IntSpec) else (-127, 127) if signed_codes(spec) else (0, 2**spec.bits - 1)
     _check_codes("codes", codes, lo, hi, name)
     _check_no_nan(codes, spec, name)
-    counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
-    if isinstance(spec.granularity, PerBlock) and kept:
-        counts[-2] = {1, kept[-1], kept[-1] // spec.granularity.kept}
     scale = jnp.asarray(scale)
     as_bytes = stored_scale_dtype(spec) == "uint8"
     if not (as_bytes and scale.dtype == jnp.uint8):
         scale = scale.astype(jnp.float32 if as_bytes else spec.scale_dtype)
-    _check_shape("scale", scale, counts, name)
+    _check_shape("scale", scale, allowed_shapes(kept, k, spec)["scale"], name)
     if (zero_point is None) == (isinstance(spec, IntSpec) and not spec.symmetric):
         wanted = "given" if zero_point is None else "None"
         raise ValueError(f"`zero_point` must be {wanted} for {spec}, the spec of `{name}`")
