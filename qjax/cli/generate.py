@@ -7,7 +7,7 @@ import click
 
 from qjax.cli.shared import SHIPPED, check_tokenizer, emit, json_option, open_model, platform
 
-CACHES = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
+CACHES = [*(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)), "fp8_e4m3"]
 
 
 @click.command("generate")
@@ -18,7 +18,9 @@ CACHES = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)]
 @click.option("--top-k", type=click.IntRange(min=1), default=40, show_default=True, help="Among the likeliest K; 1 is greedy too.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="The same seed gives the same text.")
 @click.option("--kv-cache", type=click.Choice(CACHES), metavar="SPEC",
-              help="Pack the keys and values of past tokens, a scale a token: int2 .. int8, uint2 .. uint8.  [default: float]")
+              help="Pack the keys and values of past tokens, a scale a token: int2 .. int8, uint2 .. uint8, fp8_e4m3.  [default: float]")
+@click.option("--kv-keys", type=click.Choice(["token", "channel"]), default="token", show_default=True,
+              help="--kv-cache: whether a scale of keys is that of a token, or of a channel over 32 tokens.")
 @click.option("--kv-window", type=click.IntRange(min=0), default=32, show_default=True,
               help="--kv-cache: how many of the latest tokens stay float.")
 @json_option
@@ -30,6 +32,7 @@ def command(
     top_k: int,
     seed: int,
     kv_cache: str | None,
+    kv_keys: str,
     kv_window: int,
     as_json: bool,
 ) -> None:
@@ -40,15 +43,15 @@ def command(
     from qjax.evaluation import encode, tree_bytes
 
     started = time.perf_counter()
+    policy, keys, values = _cache_policy(kv_cache, kv_keys, kv_window)
     opened = open_model(model)
     check_tokenizer(opened)
     ids = [*opened.start_ids, *encode(opened.tokenizer, prompt).tolist()]
     if not ids:
         raise click.UsageError(f"--prompt {prompt!r} holds no token: give some text")
     _check_length(opened, len(ids), max_new_tokens)
-    spec = _cache_spec(kv_cache, kv_window)
     length = cache_length(opened, len(ids) + max_new_tokens)
-    memory = tree_bytes(jax.eval_shape(lambda: cache_of(opened, length, spec)))
+    memory = tree_bytes(jax.eval_shape(lambda: cache_of(opened, length, policy)))
     stream = Stream(opened.tokenizer, ids)
     if not as_json:
         click.echo(prompt, nl=False)
@@ -59,7 +62,7 @@ def command(
         temperature=temperature,
         top_k=min(top_k, opened.config.vocab_size),
         key=jax.random.key(seed),
-        kv_cache=spec,
+        kv_cache=policy,
         eos_ids=opened.config.eos_token_ids,
         on_token=None if as_json else lambda tokens: click.echo(stream.push(int(tokens[0])), nl=False),
     )
@@ -72,7 +75,8 @@ def command(
         "tokens_per_second": made.tokens_per_second,
         "first_token_seconds": made.first_token_seconds,
         "seed": seed,
-        "kv_cache": None if spec is None else str(spec),
+        "kv_cache": values,
+        "kv_keys": keys,
         "kv_cache_bytes": memory,
         "platform": platform(),
         "seconds": round(time.perf_counter() - started, 3),
@@ -91,12 +95,17 @@ def _check_length(model: Any, prompt: int, new: int) -> None:
                                f"{context}: give at most {max(context - prompt, 0)}, or a shorter prompt")  # fmt: skip
 
 
-def _cache_spec(name: str | None, window: int) -> Any:
+def _cache_policy(name: str | None, per: Any, window: int) -> tuple[Any, str | None, str | None]:
+    """The policy of the caches, and what it makes of keys and of values."""
     import qjax
 
     if name is None:
-        return None
-    return qjax.kv_cache(getattr(qjax, name)(scale_dtype="float16"), window=window)
+        if per != "token":
+            raise click.UsageError(f"--kv-keys {per} is for a packed cache: give --kv-cache, too")
+        return None, None, None
+    spec = getattr(qjax, name)(scale_dtype="float16")
+    keys, values = qjax.kv_cache(spec, per, window=window), qjax.kv_cache(spec, window=window)
+    return qjax.Policy([qjax.Rule("2/*/key", cache=keys), qjax.Rule("2/*", cache=values)]), str(keys), str(values)
 
 
 def _speed(document: dict[str, Any]) -> None:

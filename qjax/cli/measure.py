@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from qjax.cli.shared import Model
-from qjax.core import CacheSpec, QTensor
+from qjax.core import QTensor
 from qjax.evaluation import divergence, perplexity_of, token_losses, tree_bytes
 from qjax.evaluation.text import padded_batches
 from qjax.models import generate, init_cache
-from qjax.policy import Policy, Rule
+from qjax.policy import Policy
 from qjax.runtime import quantized, quantized_cache
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
@@ -90,7 +90,7 @@ def decode_speed(model: Model, ids: np.ndarray) -> float | None:
     return run(model, prompt, new).tokens_per_second
 
 
-def run(model: Model, ids: Any, new_tokens: int, *, kv_cache: CacheSpec | None = None, **options: Any) -> Any:
+def run(model: Model, ids: Any, new_tokens: int, *, kv_cache: Policy | None = None, **options: Any) -> Any:
     """Generates from one prompt; the programs are compiled once for each length of prompt. `kv_cache` packs keys and values."""
     context, apply = model.config.max_position_embeddings, model.apply
     if kv_cache is not None and model.document is None:  # that of a packed model takes a packed cache as it is
@@ -104,12 +104,12 @@ def cache_length(model: Model, tokens: int) -> int:
     return min(model.config.max_position_embeddings, -(-tokens // 256) * 256)
 
 
-def cache_of(model: Model, length: int, kv_cache: CacheSpec | None, batch: int = 1, _: int = 0) -> Any:
-    """An empty cache of keys and values, packed if there is a spec."""
+def cache_of(model: Model, length: int, kv_cache: Policy | None, batch: int = 1, _: int = 0) -> Any:
+    """An empty cache of keys and values, packed if there is a policy for it."""
     empty = init_cache(model.config, batch, length)
     if kv_cache is None:
         return empty
-    pack = quantized_cache(model.apply, Policy([Rule("2/*", cache=kv_cache)]))
+    pack = quantized_cache(model.apply, kv_cache)
     return pack(model.params, np.zeros((batch, 1), np.int32), empty, np.int32(0))
 
 

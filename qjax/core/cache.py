@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,8 +14,8 @@ import numpy as np
 
 from qjax.core.granularity import Granularity, PerChannel, PerGroup, PerToken
 from qjax.core.hadamard import hadamard_transform
-from qjax.core.qtensor import QTensor, quantize
-from qjax.core.specs import CastSpec, Spec
+from qjax.core.qtensor import QTensor, quantize, quantize_unchecked
+from qjax.core.specs import CastSpec, LearnedSpec, Spec
 
 CHANNEL_GROUP = 32  # tokens that share the scale of a channel, unless told otherwise: KIVI's group
 
@@ -91,7 +92,7 @@ def kv_cache(
     channels), or with the `group_size` tokens that it shares the scales of its channels with (`per="channel"`).
 
     Args:
-      spec: integers, a table or a float format, without a granularity of its own or with groups; None leaves the cache float (for
+      spec: integers, a fixed table or a float format, without a granularity of its own or with groups; None leaves the cache float (for
         an exception in front of a wider rule). Asymmetric ones such as `qjax.uint4()` fit keys and values best.
       per: "token", or "channel" as KIVI does for keys, whose outliers keep to few channels.
       group_size: per token, how many channels share a scale, None for all; per channel, how many tokens do, 32 unless told.
@@ -105,7 +106,7 @@ def kv_cache(
 
     Raises:
       TypeError: `spec` is no spec, or a cast.
-      ValueError: an argument out of range; a spec whose scales span a tensor or a block.
+      ValueError: an argument out of range; a spec whose scales span a tensor or a block; a learned table.
 
     Example:
       >>> import qjax
@@ -125,6 +126,9 @@ def _check_spec(spec: Any) -> None:
         raise TypeError(f"`spec` of a cache must round to codes, got the cast {spec}: make the cache in that dtype instead")
     if not isinstance(spec, Spec):
         raise TypeError(f"`spec` of a cache must be a spec such as qjax.int4(), or None, got {spec!r}")
+    if isinstance(spec, LearnedSpec):
+        raise ValueError(f"`spec` of a cache must not be {spec}, whose table would be fitted to every token anew: "
+                         f"take integers such as qjax.uint{spec.bits}(), or a fixed table such as qjax.nf4()")  # fmt: skip
     granularity = getattr(spec, "granularity", None)
     if not isinstance(granularity, (PerChannel, PerToken, PerGroup)):
         raise ValueError(f"`spec` of a cache must have no granularity of its own but groups, got {spec}: scales go by `per`")
@@ -259,7 +263,7 @@ def init_cache(shape: tuple[int, ...], dtype: Any, spec: CacheSpec, axis: int, *
     *lead, channels = rest
     groups = -(-capacity // spec.tokens)
     empty = jax.ShapeDtypeStruct((*lead, groups, spec.tokens, channels), dtype)
-    past = jax.eval_shape(functools.partial(_rounded, spec=spec, name=name), empty)
+    past = jax.eval_shape(functools.partial(_rounded, spec=spec, rounding=functools.partial(quantize, name=name)), empty)
     shared = [leaf.shape for leaf in jax.tree.leaves(past) if len(leaf.shape) <= len(lead) or leaf.shape[len(lead)] != groups]
     if shared:
         raise ValueError(f"`spec` {spec.spec} of `{name}` shares numbers between tokens, which come one after the other: take another")
@@ -277,7 +281,8 @@ def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
 
     Args:
       cache: of n >= position tokens.
-      new: the logical shape of the cache, but t along time.
+      new: the logical shape of the cache, but t along time. Its numbers are not looked at: NaN is read back as NaN from whatever shares
+        a scale with it.
       position: int scalar; clamped so that the tokens fit, as `dynamic_update_slice` does.
 
     Returns:
@@ -301,7 +306,7 @@ def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     blocks = leaving.reshape(*leaving.shape[:-2], groups, spec.tokens, leaving.shape[-1])
     past = _write_groups(cache, _rounded(blocks, spec), first // spec.tokens, start)
     end = start + count
-    if spec.held:
+    if spec.held and count:
         slots = _latest(end, spec.held)
         window = jnp.where(_column(slots >= start, cache.ndim), _take(new, slots - start), window)
     return QCache(past, window, jnp.broadcast_to(end, cache.length.shape), spec, cache.axis, cache.capacity)
@@ -330,11 +335,11 @@ def read_cache(cache: QCache) -> jax.Array:
     return jnp.moveaxis(jnp.where(times < length, x, jnp.zeros((), x.dtype)), -2, cache.axis)
 
 
-def _rounded(blocks: jax.Array, spec: CacheSpec, name: str = "cache") -> QTensor:
+def _rounded(blocks: jax.Array, spec: CacheSpec, rounding: Callable[..., QTensor] = quantize_unchecked) -> QTensor:
     """Groups of tokens (..., groups, tokens, channels), packed."""
     if spec.rotate:
         blocks = hadamard_transform(blocks.astype(jnp.float32))
-    return quantize(blocks, spec.stored, axes=(-1 if spec.per == "token" else -2,), name=name)
+    return rounding(blocks, spec.stored, axes=(-1 if spec.per == "token" else -2,))
 
 
 def _numbers(past: QTensor, cache: QCache) -> jax.Array:
@@ -391,10 +396,10 @@ def _ring_before(cache: QCache, start: jax.Array) -> jax.Array:
     spec = cache.spec
     if not spec.held:
         return cache.window
-    first, at = _past_tokens(start, spec), cache.ndim - 2
-    groups = first // spec.tokens + jnp.arange(-(-spec.held // spec.tokens), dtype=jnp.int32)
+    at, first = cache.ndim - 2, jnp.maximum(start - spec.held, 0) // spec.tokens
+    groups = first + jnp.arange(-(-(spec.held + spec.tokens - 1) // spec.tokens), dtype=jnp.int32)
     rounded = _numbers(jax.tree.map(lambda leaf: jnp.take(leaf, groups, axis=at, mode="clip"), cache.past), cache)
     slots = _latest(start, spec.held)
     later = _column(slots + spec.held, cache.ndim) < jnp.asarray(cache.length)[..., None, None]
     lost = later & _column(slots >= 0, cache.ndim)
-    return jnp.where(lost, _take(rounded, slots - first), cache.window)
+    return jnp.where(lost, _take(rounded, slots - first * spec.tokens), cache.window)

@@ -3,18 +3,9 @@
 import statistics
 from typing import Literal
 
+from qjax.core.factories import Per, granularity_of
 from qjax.core.granularity import PerGroup
-from qjax.core.specs import (
-    CodebookSpec,
-    ElementName,
-    ExponentRule,
-    FloatSpec,
-    IntSpec,
-    Per,
-    ScaleDtype,
-    ScaleFormat,
-    granularity_of,
-)
+from qjax.core.specs import CodebookSpec, ElementName, ExponentRule, FloatSpec, IntSpec, ScaleDtype, ScaleFormat
 
 # The table of bitsandbytes (`get_4bit_type("nf4")`), every digit. It is not Phi^-1((2i+1)/32), which has no exact zero.
 NF4_LEVELS = (

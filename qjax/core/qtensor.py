@@ -13,25 +13,14 @@ from jax.core import Tracer
 
 from qjax.core.activations import ActSpec
 from qjax.core.adapter import Adapter, adapter_matrix, flattened, unflattened
-from qjax.core.elements import MINIFLOATS
-from qjax.core.granularity import PerBlock
 from qjax.core.hadamard import OnlineRotation
-from qjax.core.layout import (
-    canonicalize,
-    check_blocks,
-    group_length,
-    logical_blocks,
-    negative_axes,
-    padded_size,
-    stacked_positions,
-    uncanonicalize,
-)
+from qjax.core.layout import canonicalize, logical_blocks, padded_size, stacked_positions, uncanonicalize
 from qjax.core.learned import Learned, learn_canonical, learned_values
 from qjax.core.packing import pack, unpack
 from qjax.core.reductions import divide
-from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, round_cast, tensor_scale
-from qjax.core.scales import NESTED_BLOCK, is_nested, read_scale, store_scale, stored_scale_dtype
-from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, LearnedSpec, Spec, has_global_scale, signed_codes
+from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, round_cast, tensor_scale
+from qjax.core.scales import read_scale, store_scale
+from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, LearnedSpec, Spec, signed_codes
 
 ARRAYS = (
     "codes", "scale", "zero_point", "perm", "act_scale", "act_zero_point", "input_scale", "nested_scale", "nested_offset", "levels",
@@ -46,7 +35,7 @@ ARRAYS = (
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
-    """A quantized array. Built by `quantize` or `assemble`, which validate; this constructor checks nothing.
+    """A quantized array. Built by `quantize` or `qjax.core.assemble`, which validate; this constructor checks nothing.
 
     Canonical layout: the kept axes in logical order, then one last axis with the contracted axes flattened (K values,
     Kpad with padding). Leading axes may be added or removed by `vmap` and `scan`, so only the sizes of the contracted
@@ -169,8 +158,10 @@ class QTensor:
         >>> quantize(jnp.full((32, 1), 8.0), mxfp4(), axes=(0,)).scales().tolist()
         [[2.0]]
         """
-        if isinstance(self.spec, CastSpec):
-            raise TypeError(f"{self.spec} has no scales: its codes are the numbers")
+        if self.scale is None or isinstance(self.spec, CastSpec):
+            raise TypeError(f"{self.spec} has no scales: its codes are the numbers, or name them")
+        if isinstance(self.spec, LearnedSpec):
+            return self.scale.astype(jnp.float32)
         return read_scale(self.scale, self.nested_scale, self.nested_offset, self.spec)
 
     def dequantize(self) -> jax.Array:
@@ -236,17 +227,18 @@ def quantize(
       ValueError: `w` is empty, or holds NaN or infinity (checked on concrete arrays only, as is a scale that overflows
         `scale_dtype`); an axis out of range; a group that does not divide the contracted values.
 
-    >>> from qjax.core.specs import int4
+    >>> from qjax.core.factories import int4
     >>> quantize(jnp.ones((256, 16), jnp.bfloat16), int4(group_size=128), axes=(0,))
     QTensor(int4(group_size=128), bfloat16[256,16], 2,176 bytes, 4.25 bits/weight)
     """
     w, axes, stacked = checked(w, spec, axes, stacked, name)
-    q = _quantize(w, spec, axes, stacked, ranges)
-    _check_overflow(q, name)
+    q = quantize_unchecked(w, spec, axes, stacked, ranges)
+    check_overflow(q, name)
     return q
 
 
-def _check_overflow(q: QTensor, name: str) -> None:
+def check_overflow(q: QTensor, name: str) -> None:
+    """Refuses infinite scales or levels, which their dtype could not hold. Looks at concrete arrays only."""
     argument, array = ("dtype", q.codes) if q.scale is None else ("scale_dtype", q.scale)
     if q.levels is not None and q.scale is None:
         argument, array = "level_dtype", q.levels
@@ -258,7 +250,14 @@ def _check_overflow(q: QTensor, name: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked", "ranges"), inline=True)
-def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...], ranges: Ranges) -> QTensor:
+def quantize_unchecked(
+    w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...] = (), ranges: Ranges = block_params
+) -> QTensor:
+    """`quantize` without a look at the numbers, the same inside and outside of `jit`: NaN comes back as NaN, where the format has it.
+
+    >>> quantize_unchecked(jnp.float32([[1.0, jnp.nan]]), IntSpec(4), (-2,)).dequantize().tolist()
+    [[0.9333333969116211, nan]]
+    """
     sizes, dtype = tuple(w.shape[a] for a in axes), np.dtype(w.dtype)
     if isinstance(spec, CastSpec):
         return QTensor(round_cast(canonicalize(w, axes), spec), None, None, None, spec, axes, sizes, dtype)
@@ -266,7 +265,7 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
         found = learn_canonical(canonicalize(w, axes), spec, stacked_positions(axes, stacked, w.ndim))
         scale = None if found.scale is None else found.scale.astype(spec.scale_dtype)
         levels = found.levels.astype(spec.level_dtype)
-        return QTensor(_pack(found.codes, spec), scale, None, None, spec, axes, sizes, dtype, levels=levels)
+        return QTensor(pack_codes(found.codes, spec), scale, None, None, spec, axes, sizes, dtype, levels=levels)
     blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
     positions = stacked_positions(axes, stacked, w.ndim)
     of_tensor = tensor_scale(blocked, spec, positions)
@@ -274,9 +273,9 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     codes = block_encode(blocked, scale, zero_point, spec)
     scale, nested_scale, nested_offset = store_scale(scale[..., 0], spec, positions, *(g[..., 0] for g in of_tensor))
     if zero_point is not None:
-        zero_point = zero_point[..., 0].astype(_zero_dtype(spec))
+        zero_point = zero_point[..., 0].astype(zero_dtype(spec))
     return QTensor(
-        _pack(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype,
+        pack_codes(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype,
         nested_scale=nested_scale, nested_offset=nested_offset,
     )  # fmt: skip
 
@@ -298,11 +297,13 @@ def _code_dtype(spec: Spec):
     return jnp.int8 if signed_codes(spec) else jnp.uint8
 
 
-def _zero_dtype(spec: Spec):
+def zero_dtype(spec: Spec):
+    """The dtype in which zero points are stored."""
     return spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else _code_dtype(spec)
 
 
-def _pack(codes: jax.Array, spec: Spec) -> jax.Array:
+def pack_codes(codes: jax.Array, spec: Spec) -> jax.Array:
+    """Codes (kept..., Kpad) as `QTensor` stores them."""
     return codes.astype(_code_dtype(spec)) if spec.bits == 8 else pack(codes, spec.bits)
 
 
@@ -339,206 +340,3 @@ def _dequantize(q: QTensor) -> jax.Array:
     if q.input_scale is not None:
         w = divide(w, q.input_scale)
     return uncanonicalize(w, q.axes, q.sizes).astype(q.dtype)
-
-
-def assemble(
-    codes: Any,
-    scale: Any,
-    zero_point: Any,
-    spec: Spec,
-    axes: Sequence[int],
-    sizes: Sequence[int],
-    dtype: Any,
-    perm: Any = None,
-    *,
-    input_scale: Any = None,
-    stacked: Sequence[int] = (),
-    nested_scale: Any = None,
-    nested_offset: Any = None,
-    levels: Any = None,
-    name: str = "w",
-) -> QTensor:
-    """Pack codes that a method or a file gave into a `QTensor`.
-
-    Args:
-      codes: integers (kept..., K) or (kept..., Kpad), within the spec's range; for a cast the floats (kept..., K).
-      scale: (kept-like..., G), each kept axis full, 1 or divided by the block; None for a cast, and for a learned table without
-        groups. Floats; or, of a spec that stores them so, bytes.
-      zero_point: integers, or floats with a floating `spec.zero_dtype`, of the shape of `scale`; None when the spec is symmetric.
-      spec: what the codes mean.
-      axes: logical axes that are contracted, in the order in which they are flattened; negative.
-      sizes: their sizes.
-      dtype: the logical dtype.
-      perm: int32 (kept-like..., K), or None: stored position j holds the flattened index perm[j].
-      input_scale: positive (kept-like..., K), or None: the codes stand for the weight times this.
-      stacked: negative kept axes that hold independent arrays: with double quantization each has statistics of its own.
-      nested_scale: for scales that are bytes, as `QTensor` has it; for float scales of NVFP4 the g that they are over, by default that
-        under which the largest of them is 448.
-      nested_offset: for scales that are the codes of double quantization, as `QTensor` has it.
-      levels: (kept-like..., 2^bits), ascending, of a learned spec; else None.
-      name: what an error calls the array.
-
-    Returns:
-      The `QTensor`.
-
-    Raises:
-      TypeError, ValueError: naming the argument whose dtype, shape or range does not fit.
-
-    >>> assemble(np.int8([[7, -8]]), np.ones((1, 1)), None, IntSpec(4), (-2,), (2,), jnp.float32).dequantize().tolist()
-    [[7.0], [-8.0]]
-    """
-    axes, sizes, dtype = tuple(map(int, axes)), tuple(map(int, sizes)), np.dtype(dtype)
-    codes, k = jnp.asarray(codes), math.prod(sizes)
-    ndim = codes.ndim - 1 + len(axes)
-    if len(sizes) != len(axes) or negative_axes(axes, ndim, "axes") != axes:
-        raise ValueError(f"`axes` must be negative, one for each of `sizes`, got {axes=}, {sizes=} for `{name}`")
-    if isinstance(spec, CastSpec):
-        _check_shape("codes", codes, [{n} for n in codes.shape[:-1]] + [{k}], name)
-        if scale is not None or zero_point is not None:
-            raise ValueError(f"`scale` and `zero_point` must be None for {spec}, the spec of `{name}`")
-        codes = codes.astype(spec.dtype)
-    elif isinstance(spec, LearnedSpec):
-        codes, scale, levels = _checked_learned(codes, scale, zero_point, levels, spec, k, name)
-    else:
-        codes, scale, zero_point = _checked(codes, scale, zero_point, spec, k, name)
-        positions = stacked_positions(axes, negative_axes(stacked, ndim, "stacked"), ndim)
-        scale, nested_scale, nested_offset = _nested(scale, nested_scale, nested_offset, spec, positions, name)
-    if perm is not None:
-        perm = jnp.asarray(perm, jnp.int32)
-        _check_shape("perm", perm, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
-        _check_permutation(perm, name)
-    if input_scale is not None:
-        input_scale = jnp.asarray(input_scale, jnp.float32)
-        _check_shape("input_scale", input_scale, [{1, n} for n in codes.shape[:-1]] + [{k}], name)
-        _check_positive(input_scale, name)
-    if levels is not None and not isinstance(spec, LearnedSpec):
-        raise ValueError(f"`levels` must be None for {spec}, the spec of `{name}`: only qjax.learned(...) keeps a table of its own")
-    q = QTensor(codes, scale, zero_point, perm, spec, axes, sizes, dtype,
-                input_scale=input_scale, nested_scale=nested_scale, nested_offset=nested_offset, levels=levels)  # fmt: skip
-    if levels is not None:
-        _check_overflow(q, name)
-    return q
-
-
-def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int, name: str):
-    """The packed codes, scale and levels of `assemble`, or an error that names the one that does not fit."""
-    check_blocks((*codes.shape[:-1], k), spec, name)
-    kept, padded = codes.shape[:-1], padded_size(k, spec)
-    if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
-    _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
-    _check_codes("codes", codes, 0, 2**spec.bits - 1, name)
-    if zero_point is not None or levels is None or (scale is None) == spec.grouped:
-        raise ValueError(f"`levels` must be given, `zero_point` None and `scale` {'given' if spec.grouped else 'None'} for {spec}, "
-                         f"the spec of `{name}`")  # fmt: skip
-    levels = jnp.asarray(levels, spec.level_dtype)
-    _check_shape("levels", levels, [{n} if spec.per_row else {1, n} for n in kept] + [{2**spec.bits}], name)
-    if scale is not None:
-        scale = jnp.asarray(scale, spec.scale_dtype)
-        _check_shape("scale", scale, [{n} for n in kept] + [{padded // group_length(k, spec)}], name)
-    if codes.shape[-1] < padded:
-        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
-    return _pack(codes, spec), scale, levels
-
-
-def _nested(scale: jax.Array, nested_scale: Any, nested_offset: Any, spec: BlockSpec, stacked: list[int], name: str):
-    """The three arrays in which `assemble` stores scales, or an error that names the one that does not fit."""
-    bytes_given = scale.dtype == jnp.uint8
-    wanted = bytes_given and (is_nested(spec) or has_global_scale(spec)), bytes_given and is_nested(spec)
-    given = nested_scale is not None, nested_offset is not None
-    if given != wanted and not (has_global_scale(spec) and not given[1] and not bytes_given):
-        raise ValueError(f"`nested_scale` and `nested_offset` of `{name}` must be {['None', 'given'][wanted[0]]} and "
-                         f"{['None', 'given'][wanted[1]]} for {spec} with {scale.dtype} scales")  # fmt: skip
-    like = [scale.shape[i] if i in stacked else 1 for i in range(scale.ndim - 1)]
-    if nested_scale is not None:
-        nested_scale = jnp.asarray(nested_scale, jnp.float32)
-        count = -(-math.prod(scale.shape) // math.prod(like) // NESTED_BLOCK) if is_nested(spec) else 1
-        _check_shape("nested_scale", nested_scale, [{n} for n in [*like, count]], name)
-    if nested_offset is not None:
-        nested_offset = jnp.asarray(nested_offset, jnp.float32)
-        _check_shape("nested_offset", nested_offset, [{n} for n in [*like, 1]], name)
-    if bytes_given:
-        return scale, nested_scale, nested_offset
-    if has_global_scale(spec) and nested_scale is None:
-        axes = tuple(i for i in range(scale.ndim) if i not in stacked)
-        nested_scale = divide(jnp.full([*like, 1], 448.0), jnp.max(scale, axis=axes, keepdims=True))
-    stored = store_scale(scale, spec, stacked, nested_scale)
-    if not is_nested(spec) and isinstance(spec, FloatSpec):
-        _check_scale_is(read_scale(*stored, spec), scale, spec, name)
-    return stored
-
-
-def _check_scale_is(stored: jax.Array, given: jax.Array, spec: BlockSpec, name: str) -> None:
-    if isinstance(stored, Tracer) or spec.scale_dtype not in ("e8m0", "e4m3"):
-        return
-    if not np.allclose(np.asarray(stored), np.asarray(given), rtol=1e-6, atol=0):
-        raise ValueError(f"`scale` of `{name}` must hold {spec.scale_dtype} numbers (over `nested_scale`), as block_params gives them")
-
-
-def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
-    """The packed codes, scale and zero point of `assemble`, or an error that names the one that does not fit."""
-    check_blocks((*codes.shape[:-1], k), spec, name)
-    kept, padded = codes.shape[:-1], padded_size(k, spec)
-    if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
-    _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
-    lo, hi = (spec.qmin, spec.qmax) if isinstance(spec, IntSpec) else (-127, 127) if signed_codes(spec) else (0, 2**spec.bits - 1)
-    _check_codes("codes", codes, lo, hi, name)
-    _check_no_nan(codes, spec, name)
-    counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
-    if isinstance(spec.granularity, PerBlock) and kept:
-        counts[-2] = {1, kept[-1], kept[-1] // spec.granularity.kept}
-    scale = jnp.asarray(scale)
-    as_bytes = stored_scale_dtype(spec) == "uint8"
-    if not (as_bytes and scale.dtype == jnp.uint8):
-        scale = scale.astype(jnp.float32 if as_bytes else spec.scale_dtype)
-    _check_shape("scale", scale, counts, name)
-    if (zero_point is None) == (isinstance(spec, IntSpec) and not spec.symmetric):
-        wanted = "given" if zero_point is None else "None"
-        raise ValueError(f"`zero_point` must be {wanted} for {spec}, the spec of `{name}`")
-    if zero_point is not None:
-        zero_point = jnp.asarray(zero_point)
-        _check_shape("zero_point", zero_point, [{n} for n in scale.shape], name)
-        if isinstance(spec, IntSpec) and spec.float_zero:
-            check_finite(zero_point.astype(_zero_dtype(spec)), f"zero_point of {name}")
-        else:
-            _check_codes("zero_point", zero_point, lo, hi, name)
-        zero_point = zero_point.astype(_zero_dtype(spec))
-    if codes.shape[-1] < padded:
-        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
-    return _pack(codes, spec), scale, zero_point
-
-
-def _check_shape(argument: str, array: jax.Array, allowed: list[set[int]], name: str) -> None:
-    if array.ndim != len(allowed) or any(n not in a for n, a in zip(array.shape, allowed, strict=True)):
-        wanted = ", ".join(" or ".join(map(str, sorted(a))) for a in allowed)
-        raise ValueError(f"`{argument}` of `{name}` must have the shape ({wanted}), got {array.shape}")
-
-
-def _check_codes(argument: str, codes: jax.Array, lo: int, hi: int, name: str) -> None:
-    if isinstance(codes, Tracer) or codes.size == 0:
-        return
-    with jax.ensure_compile_time_eval():
-        least, most = int(jnp.min(codes)), int(jnp.max(codes))
-    if least < lo or most > hi:
-        raise ValueError(f"`{argument}` of `{name}` must lie in {lo} .. {hi}, got {least} .. {most}; clamp them")
-
-
-def _check_no_nan(codes: jax.Array, spec: BlockSpec, name: str) -> None:
-    element = MINIFLOATS.get(spec.element) if isinstance(spec, FloatSpec) else None
-    if element is not None and element.bits == 8:
-        _check_codes("codes", codes & 127, 0, element.largest_code, f"{name}` without the sign `")
-
-
-def _check_permutation(perm: jax.Array, name: str) -> None:
-    if isinstance(perm, Tracer):
-        return
-    if np.any(np.sort(np.asarray(perm), axis=-1) != np.arange(perm.shape[-1])):
-        raise ValueError(f"`perm` of `{name}` must hold each of 0 .. {perm.shape[-1] - 1} once along its last axis")
-
-
-def _check_positive(scale: jax.Array, name: str) -> None:
-    if isinstance(scale, Tracer):
-        return
-    if not np.all((np.asarray(scale) > 0) & np.isfinite(scale)):
-        raise ValueError(f"`input_scale` of `{name}` must be positive and finite, got {np.min(scale)} .. {np.max(scale)}")

@@ -11,10 +11,8 @@ from qjax.core import (
     CastSpec,
     IntSpec,
     LearnedSpec,
-    PerBlock,
     QTensor,
     check_blocks,
-    group_length,
     has_global_scale,
     is_nested,
     packed_length,
@@ -22,6 +20,7 @@ from qjax.core import (
     signed_codes,
     stored_scale_dtype,
 )
+from qjax.core.assemble import allowed_shapes
 from qjax.core.layout import negative_axes
 from qjax.core.scales import NESTED_BLOCK
 
@@ -62,20 +61,19 @@ def check_packed(q: QTensor, name: str) -> None:
         raise ValueError(
             f"`{name}` must have {'no' if no_scale else 'a'} scale and {'a' if asymmetric else 'no'} zero point for {spec}"
         )
+    shapes = allowed_shapes(kept, k, spec)
     if isinstance(spec, LearnedSpec):
-        _check("levels", q.levels, spec.level_dtype, [{n} if spec.per_row else {1, n} for n in kept] + [{2**spec.bits}], name)
+        _check("levels", q.levels, spec.level_dtype, shapes["levels"], name)
     if not isinstance(spec, CastSpec) and not no_scale:
-        counts = [{1, n} for n in kept] + [{padded // group_length(k, spec)}]
-        if isinstance(spec.granularity, PerBlock):
-            counts[-2] |= {kept[-1] // spec.granularity.kept}
-        _check("scale", q.scale, stored_scale_dtype(spec), counts, name)
+        stored = spec.scale_dtype if isinstance(spec, LearnedSpec) else stored_scale_dtype(spec)
+        _check("scale", q.scale, stored, shapes["scale"], name)
     if q.zero_point is not None:
         kind = spec.zero_dtype if isinstance(spec, IntSpec) and spec.float_zero else "int8" if signed_codes(spec) else "uint8"
         _check("zero_point", q.zero_point, kind, [{n} for n in q.scale.shape], name)
     if q.perm is not None:
-        _check("perm", q.perm, "int32", [{1, n} for n in kept] + [{k}], name)
+        _check("perm", q.perm, "int32", shapes["perm"], name)
     if q.input_scale is not None:
-        _check("input_scale", q.input_scale, "float32", [{1, n} for n in kept] + [{k}], name)
+        _check("input_scale", q.input_scale, "float32", shapes["input_scale"], name)
     _check_nested(q, name)
     _check_adapter(q, name)
     _check_activations(q, name)

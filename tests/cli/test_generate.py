@@ -41,6 +41,16 @@ def test_the_cache_is_packed(tiny):
     assert found["kv_cache_bytes"] == 32 * (values + 3 * heads) + 4 * values * 4 + 4 * heads
 
 
+def test_keys_may_share_scales_along_time_and_numbers_may_be_fp8(tiny):
+    arguments = ("generate", tiny, "--prompt", "On the", "--max-new-tokens", 20, "--temperature", 0)
+    found = json_of(*arguments, "--kv-cache", "fp8_e4m3", "--kv-keys", "channel", "--kv-window", 0)
+    assert found["tokens"][:4] == json_of(*arguments)["tokens"][:4]
+    assert found["kv_cache"] == 'kv_cache(fp8_e4m3(scale_dtype="float16"), per="token", window=0)'
+    assert found["kv_keys"] == 'kv_cache(fp8_e4m3(scale_dtype="float16"), per="channel", window=0)'
+    half = 2 * 2 * 8  # keys or values of a token, over layers and heads
+    assert found["kv_cache_bytes"] == 2 * 32 * half + 32 * 4 * 2 + (half * 2 + 31 * half * 4) + 2 * 4 * 4
+
+
 def test_the_cache_of_a_packed_model_is_packed(packed):
     result = invoke("generate", packed, "--prompt", "On the", "--max-new-tokens", 3, "--kv-cache", "int4", "--kv-window", 4)
     assert result.exit_code == 0
@@ -79,6 +89,7 @@ def test_an_unfinished_character_comes_at_the_end():
         (["--prompt", "On", "--temperature", "-1"], 2, ["--temperature", "-1"]),
         (["--prompt", "On", "--temperature", "inf", "--max-new-tokens", "2"], 1, ["temperature", "inf"]),
         (["--prompt", "On", "--top-k", "0"], 2, ["--top-k"]),
+        (["--prompt", "On", "--kv-keys", "channel"], 2, ["--kv-keys channel", "--kv-cache"]),
         (["--prompt", "On", "--kv-cache", "int9"], 2, ["--kv-cache", "int9"]),
         (["--prompt", "On", "--max-new-tokens", "2", "--kv-cache", "int8"], 1, ["32 tokens", "--kv-window", "--kv-cache"]),
     ],

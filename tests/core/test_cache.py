@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.core import IntSpec, append_cache, init_cache, read_cache
+from qjax.core import IntSpec, append_cache, init_cache, quantize, read_cache
 
 LENGTH = 29
 append = jax.jit(append_cache)
@@ -152,6 +152,78 @@ def test_a_position_that_goes_back_takes_tokens_back(per):
     np.testing.assert_array_equal(again.read(), filled(x, spec, 1, [4]).read())
 
 
+class Tokens:
+    """What a packed cache of tokens (capacity, channels) must hold, written with lists of tokens: no ring, no slots, no clipping.
+
+    Attributes:
+      known: of each token the best numbers that are left: as it was given, or as it was rounded once only that is kept.
+      packed: of each token what its group was rounded to.
+      length: how many there are.
+    """
+
+    def __init__(self, shape, spec):
+        self.spec, self.length, self.known, self.packed = spec, 0, np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+
+    def past(self, length):
+        return max(length - self.spec.window, 0) // self.spec.tokens * self.spec.tokens
+
+    def append(self, new, start):
+        spec, before = self.spec, min(self.past(self.length), start)
+        forgotten = max(self.length - spec.held, 0)  # float numbers of the tokens before are gone
+        self.known[:forgotten] = self.packed[:forgotten]
+        self.known[start : start + len(new)] = new
+        self.length = start + len(new)
+        for at in range(before // spec.tokens * spec.tokens, self.past(self.length), spec.tokens):
+            group = slice(at, at + spec.tokens)
+            axis = -1 if spec.per == "token" else 0
+            self.packed[group] = quantize(self.known[group], spec.stored, axes=(axis,)).dequantize()
+
+    def read(self):
+        past, out = self.past(self.length), np.zeros_like(self.known)
+        out[:past], out[past : self.length] = self.packed[:past], self.known[past : self.length]
+        return out
+
+
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_any_appends_and_rewinds_are_those_of_a_list_of_tokens(per):
+    spec, rng = qjax.kv_cache(qjax.uint4(), per, group_size=4, window=4), np.random.default_rng(0)
+    cache, model = init_cache((40, 8), jnp.float32, spec, 0), Tokens((40, 8), spec)
+    for _ in range(150):
+        count = int(rng.choice([1, 3, 20], p=[0.6, 0.2, 0.2]))
+        last = min(model.length, 40 - count)
+        start = max(last - int(rng.choice([0, 2, 4, 6, 15])), 0)
+        new = rng.normal(size=(count, 8)).astype(np.float32)
+        cache = append(cache, new, start)
+        model.append(new, start)
+        assert np.asarray(cache.length) == model.length
+        np.testing.assert_array_equal(cache.read(), model.read())
+
+
+def test_two_rewinds_give_back_the_tokens_between_them():
+    spec = qjax.kv_cache(qjax.int8(), "channel", group_size=4, window=4)
+    cache = init_cache((40, 1), jnp.float32, spec, 0)
+    for count, start in ((40, 0), (1, 20), (1, 18)):
+        cache = append(cache, jnp.arange(start, start + count, dtype=jnp.float32)[:, None] + 1, start)
+    np.testing.assert_allclose(cache.read()[:19, 0], np.arange(19) + 1, atol=0.1)
+
+
+@pytest.mark.parametrize("spec", [qjax.uint8(), qjax.fp8_e4m3()], ids=str)
+def test_nan_is_read_back_as_nan_inside_and_outside_of_jit(spec):
+    x = tokens((6, 8)).at[1, 2].set(jnp.nan)
+    empty = init_cache((6, 8), jnp.float32, qjax.kv_cache(spec, window=1), 0)
+    eager = np.asarray(append_cache(empty, x, 0).read())
+    np.testing.assert_array_equal(eager, append(empty, x, 0).read())
+    assert np.isnan(eager[1, 2]) and np.isfinite(eager[[0, 2, 3, 4, 5]]).all()
+
+
+def test_a_cache_is_taken_back_by_writing_nothing():
+    spec, x = qjax.kv_cache(qjax.uint8(), "channel", group_size=4, window=2), tokens((16, 8))
+    long = append_cache(init_cache((16, 8), jnp.float32, spec, 0), x[:12], 0)
+    short = append_cache(long, x[:0], 6)
+    assert int(short.length) == 6
+    np.testing.assert_array_equal(short.read()[:6], long.read()[:6])
+
+
 @pytest.mark.slow
 def test_rows_with_positions_of_their_own_and_layers():
     spec = qjax.kv_cache(qjax.uint4(), "channel", group_size=4, window=3)
@@ -178,6 +250,7 @@ def test_a_position_beyond_the_end_is_clamped_as_an_update_of_a_slice_is():
         (lambda: qjax.kv_cache(qjax.bf16()), TypeError, ["`spec`", "bf16()", "dtype"]),
         (lambda: qjax.kv_cache("int4"), TypeError, ["`spec`", "'int4'"]),
         (lambda: qjax.kv_cache(qjax.int4(per="tensor")), ValueError, ["`spec`", "tensor", "`per`"]),
+        (lambda: qjax.kv_cache(qjax.learned(2)), ValueError, ["`spec`", 'learned(2, per="channel")', "qjax.uint2()", "nf4"]),
         (lambda: qjax.kv_cache(qjax.int4(), "head"), ValueError, ["`per`", "'head'", "channel"]),
         (lambda: qjax.kv_cache(qjax.int4(), window=-1), ValueError, ["`window`", "-1"]),
         (lambda: qjax.kv_cache(qjax.int4(), group_size=0), ValueError, ["`group_size`", "0"]),

@@ -6,8 +6,8 @@ import importlib
 import pytest
 
 MODULES = [
-    "adapter", "affine", "codebook", "elements", "floating", "granularity", "hadamard", "layout", "learned", "named_specs", "packing",
-    "qtensor", "reductions", "rounding", "scales", "specs", "views",
+    "adapter", "affine", "assemble", "cache", "codebook", "elements", "factories", "floating", "granularity", "hadamard", "layout",
+    "learned", "named_specs", "packing", "qtensor", "reductions", "rounding", "scales", "specs", "views",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint does not hold, and paths that a save does not touch: refused by name, with nothing left behind."""
 
+import contextlib
 import dataclasses
 import os
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.core import quantize
+from qjax.core import LearnedSpec, assemble, quantize
+from qjax.formats.placement import check_packed
 
 
 def weight(*shape):
@@ -122,3 +124,16 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_rubbish(tmp_path):
         qjax.save(tmp_path, qjax.Result({"w": jnp.zeros(3)}, report, qjax.Policy([qjax.Rule("*")])), overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
     assert qjax.load(tmp_path).params["w"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("spec", [qjax.int4(group_size=4), qjax.int8(block=(2, 4)), qjax.learned(2, group_size=4)], ids=str)
+def test_what_a_file_may_hold_is_what_can_be_assembled(spec):
+    q = quantize(jnp.ones((8, 6)), spec, axes=(0,))
+    check_packed(q, "w")
+    for scale in (q.scale[:, :1], q.scale[:2], q.scale[:1]):
+        shared = scale.shape == (1, 2) and not isinstance(spec, LearnedSpec)  # one for all rows
+        wrong = contextlib.nullcontext() if shared else pytest.raises(ValueError, match=r"`scale` of `w` must .*\(")
+        with wrong:
+            check_packed(dataclasses.replace(q, scale=scale), "w")
+        with wrong:
+            assemble(q.codes_unpacked(), scale, None, spec, q.axes, q.sizes, q.dtype, levels=q.levels)

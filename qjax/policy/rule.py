@@ -1,0 +1,169 @@
+"""Rule: which parameters, products or caches it is for, and what they become."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Collection
+from typing import Any, Protocol, runtime_checkable
+
+from qjax.core import ActSpec, CacheSpec, IntSpec, OnlineRotation, Spec
+from qjax.core.products import describe_pair
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a rule's `method` must be: see `qjax.ptq` for the interface that the methods implement."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def observer(self) -> Any: ...
+
+    def quantize(self, problem: Any, state: Any) -> Any: ...
+
+
+@runtime_checkable
+class ChoosesActivation(Protocol):
+    """A method that decides what becomes of the activations, too."""
+
+    def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
+        """Returns the spec, given the rule's and the primitives of the parameter's sites, and a remark or ""; None leaves them float.
+
+        Raises:
+          ValueError: it does not go with the one given.
+        """
+        ...
+
+
+@runtime_checkable
+class RotatesInputs(Protocol):
+    """A method that rotates what a product reads, `qjax.online_rotation()`: the one kind that a rule for products may have."""
+
+    @property
+    def rotation(self) -> OnlineRotation: ...
+
+    @property
+    def then(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
+
+    Args:
+      pattern: a glob over parameter paths; `*` crosses `/`. A leading `params/` and a trailing `/value` are not part of a path.
+        With a colon it is a glob over the names of products of two activations, `scope:dot_general.i`, which
+        `qjax.trace(fn, params, x).products` lists, and it never matches a parameter (whose path, if it has a colon, is matched by
+        `?` in its place). Other rules never match products.
+      weight: what the weights become, or None to leave them float.
+      method: how they get there; None rounds to nearest. Of products of two activations: None, or `qjax.online_rotation()`, which
+        rotates both operands before they are rounded.
+      activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
+        product runs on integers. None leaves them float. Of a product of two activations it is what both of them become, or a
+        pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program). A scale
+        is shared along the contracted axis; where that is time (the values of a causal model), a dynamic range sees what comes
+        later and moves what comes before by rounding steps. A static one does not.
+      cache: what the caches whose path matches become, `qjax.kv_cache(...)`. Such a rule never matches a parameter or a product, and
+        the others never match a cache. It counts where the cache is packed, in `qjax.quantized_cache`, which says what a path is.
+
+    Raises:
+      TypeError: an argument of the wrong kind.
+      ValueError: a product rule with a `weight`, or with a `method` that is no rotation; a cache rule with anything else.
+
+    Example:
+      >>> import qjax
+      >>> Rule("*mlp*", weight=qjax.int4(group_size=128))
+      Rule('*mlp*', weight=int4(group_size=128))
+      >>> Rule("*attn:dot_general.1", activation=(qjax.static(qjax.uint8()), qjax.static(qjax.int8())))
+      Rule('*attn:dot_general.1', activation=static(uint8(per="tensor")) x static(int8(per="tensor")))
+      >>> Rule("*/key", cache=qjax.kv_cache(qjax.uint4(), per="channel"))
+      Rule('*/key', cache=kv_cache(uint4(), per="channel", window=32))
+    """
+
+    pattern: str
+    weight: Spec | None = None
+    method: Method | None = None
+    activation: ActSpec | tuple[ActSpec, ActSpec] | None = None
+    cache: CacheSpec | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise TypeError(f"`pattern` must be a non-empty string such as '*mlp*', got {self.pattern!r}")
+        if self.cache is not None:
+            self._check_cache()
+            return
+        if self.is_product:
+            self._check_product()
+            return
+        if self.weight is not None and not isinstance(self.weight, Spec):
+            raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
+        if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
+            hint = "; a spec goes to `weight`" if isinstance(self.method, Spec) else ""
+            raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{hint}")
+        if self.weight is None and self.method is not None:
+            raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
+
+        if self.activation is not None and not isinstance(self.activation, ActSpec):
+            raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}")
+        activation = self.activation_of()[0]
+        if activation is not None and not isinstance(self.weight, IntSpec) and not (activation.is_float and self.weight is not None):
+            what = f"`activation` {activation} of rule {self.pattern!r}"
+            raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
+
+    def _check_cache(self) -> None:
+        if not isinstance(self.cache, CacheSpec):
+            raise TypeError(f"`cache` must be qjax.kv_cache(...) or None, got {self.cache!r}")
+        for name in ("weight", "method", "activation"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` must be None in rule {self.pattern!r}, which names caches, got {getattr(self, name)!r}: "
+                                 "write a rule for each")  # fmt: skip
+
+    def _check_product(self) -> None:
+        what = f"rule {self.pattern!r} names products of two activations (it has a colon)"
+        if self.weight is not None:
+            raise ValueError(f"`weight` must be None, got {self.weight!r}: {what}; give it an `activation` only")
+        if self.method is not None and (not isinstance(self.method, RotatesInputs) or self.method.then.name != "rtn"):
+            raise ValueError(f"`method` must be None or qjax.online_rotation(), got {self.method!r}: {what}, which are rounded to nearest")
+        pair = self.activation if isinstance(self.activation, tuple) else (self.activation,)
+        if self.activation is not None and (len(pair) > 2 or not all(isinstance(act, ActSpec) for act in pair)):
+            raise TypeError(
+                f"`activation` must be qjax.dynamic(...), qjax.static(...), a pair of them or None, got {self.activation!r}: {what}"
+            )
+        if any(act.is_float for act in pair if act is not None):
+            raise ValueError(f"`activation` {self.activation} is of floats, and products of two activations multiply integers: {what}; "
+                             "give qjax.dynamic(qjax.int8())")  # fmt: skip
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the rule is for products of two activations."""
+        return ":" in self.pattern and not self.is_cache
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether the rule is for caches."""
+        return self.cache is not None
+
+    @property
+    def operands(self) -> tuple[ActSpec, ActSpec] | None:
+        """What the left and the right operand of a product become; None leaves them float."""
+        act = self.activation
+        return act if act is None or isinstance(act, tuple) else (act, act)
+
+    def activation_of(self, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
+        """What becomes of activations that meet the weight in these primitives, and a remark: what the method makes of `activation`."""
+        given = None if isinstance(self.activation, tuple) else self.activation  # a pair is for a product
+        return self.method.activation(given, ops) if isinstance(self.method, ChoosesActivation) else (given, "")
+
+    def matches(self, path: str) -> bool:
+        return fnmatch.fnmatchcase(path, self.pattern)
+
+    def __repr__(self) -> str:
+        if self.is_cache:
+            return f"Rule({self.pattern!r}, cache={self.cache})"
+        weight = "" if self.is_product else f", weight={self.weight}"
+        method = f", method={self.method!r}" if self.method is not None else ""
+        act = describe_pair(self.activation) if isinstance(self.activation, tuple) else self.activation
+        activation = f", activation={act}" if act is not None else ""
+        return f"Rule({self.pattern!r}{weight}{method}{activation})"
