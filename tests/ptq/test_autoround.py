@@ -14,6 +14,7 @@ from qjax.core import QTensor
 from qjax.program import trace
 from qjax.program.flatten import flatten
 from qjax.program.segments import Cutter
+from qjax.ptq import sequential
 from qjax.ptq.block_tuning import _blocked, _codes, pack_rounded
 from qjax.ptq.blocks import Flow, find_blocks, why_not_tuned
 from qjax.ptq.method import Problem
@@ -310,6 +311,25 @@ def test_work_goes_on_where_it_was(tmp_path):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     planned = qjax.plan(unrolled, params, qjax.Policy([rule]), x, rates=qjax.Rates(1e10, 1e8))
     assert planned.work.products > 10 * 3 * 2 * 24 * D * D  # steps, three products each, of 24 rows
+
+
+def test_a_block_is_tuned_once_whatever_reads_what(monkeypatch, tmp_path):
+    """Also where its weights read several values, and where another method's weight stands between them."""
+    tunings = []
+    tune = sequential.tune_joint
+    monkeypatch.setattr(sequential, "tune_joint", lambda *a: tunings.append([m.problem.name for m in a[2]]) or tune(*a))
+    rules = [
+        qjax.Rule("*/k", weight=qjax.int2(), method=qjax.gptq()),
+        qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=4, mse=False)),
+    ]  # fmt: skip
+    params, x = layers_params()[:1], data(1)
+    once, _ = quantized(unrolled, params, x, *rules)
+    names = [f"0/{k}" for k in SHAPES if k != "k"]
+    assert tunings == [names]
+    going_on, _ = quantized(unrolled, params, x, *rules, resume=tmp_path)
+    assert tunings == [names] * 2
+    for a, b in zip(jax.tree.leaves(once.params), jax.tree.leaves(going_on.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_what_cannot_be_tuned_with_a_block_is_tuned_alone_and_says_so():
