@@ -19,7 +19,7 @@ from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.rtn import rtn
-from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start
+from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start, stored
 from qjax.ptq.work import Work, matrix_sizes
 
 Unit = Literal["auto", "site"]
@@ -98,7 +98,7 @@ def autoround(
 
     w_hat = s (clip(round(w / s + V) + z, q_min, q_max) - z),  s and z of the range beta min(w) .. alpha max(w),
     |V| <= 1/2,  0 < alpha, beta <= 1:  V, alpha, beta <- V, alpha, beta - lr (1 - t / steps) sign(gradient)
-    of |block(x_hat; w_hat) - block(x; w)|^2: x_hat is what the quantized program before the block makes of a calibration batch, x what
+    (a floating zero point is added before rounding) of |block(x_hat; w_hat) - block(x; w)|^2: x_hat is what the quantized program before the block makes of a calibration batch, x what
     the float one does. Rounding counts as the identity in the gradient.
 
     Blocks are found by data flow: the program is cut where one value crosses that depends on data and parameters (between the
@@ -201,10 +201,7 @@ def _tune(w: jax.Array, h: jax.Array, spec: IntSpec, descent: Descent) -> Any:
             return _quadratic(canonical(decode(round_with(x, offsets, spec)))[:, :k] - w, h)
 
         best, least, _, rounding = descend(loss, loss, start(x, spec, False), start(x, spec, descent.mse), descent)
-        rounded = round_with(x, best, spec)
-        zero_point = None if rounded.zero_point is None else rounded.zero_point[..., 0].astype(jnp.int32)
-        codes = canonical(rounded.codes).astype(jnp.int32), rounded.scale[..., 0], zero_point
-        return codes, jnp.stack([least, rounding])
+        return tuple(stored(round_with(x, best, spec), spec, canonical)), jnp.stack([least, rounding])
 
     # One after another, not batched: a matrix of a stack gets the same bits as one that stands alone.
     return lax.map(one, (w, h))

@@ -19,7 +19,7 @@ from qjax.program.segments import Compiled, Cutter, Segment, execute
 from qjax.ptq.blocks import Block
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import Layout, Part, put
-from qjax.ptq.signed_descent import Descent, Offsets, Rounded, decode, descend, round_with, start
+from qjax.ptq.signed_descent import Descent, Offsets, Rounded, decode, descend, round_with, start, stored
 from qjax.ptq.streams import Batch, Weights, weight_of
 
 
@@ -286,9 +286,7 @@ def _run(shape: Shape, members: Sequence[Member], tuned: Sequence[jax.Array], sh
 
 
 def _codes(x: jax.Array, offsets: Offsets, spec: IntSpec, canonical: Callable[[jax.Array], jax.Array]) -> Rounded:
-    rounded = round_with(x, offsets, spec)
-    zero_point = None if rounded.zero_point is None else rounded.zero_point[..., 0].astype(jnp.int32)
-    return Rounded(canonical(rounded.codes).astype(jnp.int32), rounded.scale[..., 0], zero_point)
+    return stored(round_with(x, offsets, spec), spec, canonical)
 
 
 def _outcomes(members: Sequence[Member], losses: Sequence[np.ndarray], codes: Sequence[Rounded]) -> list[Outcome]:

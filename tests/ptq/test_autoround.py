@@ -121,6 +121,7 @@ def test_it_finds_the_best_of_a_problem_of_one_dimension():
 SPECS = [
     qjax.int2(group_size=4), qjax.int3(scale_rule="full"), qjax.uint3(group_size=8, pad=True, scale_dtype="bfloat16"),
     qjax.int4(per="tensor"), qjax.uint4(block=(2, 4)), qjax.integer(4, signed=False, symmetric=True),
+    qjax.uint2(group_size=4, zero_dtype="float32"), qjax.uint3(zero_dtype="float16"), qjax.ternary(group_size=4),
 ]  # fmt: skip
 
 
@@ -142,8 +143,29 @@ def test_what_is_tuned_is_what_is_packed(spec):
     fake, codes = both(w, jax.random.key(0))
     q = pack_rounded(problem, codes, None)
     np.testing.assert_array_equal(np.asarray(q.dequantize()), np.asarray(fake))
-    assert not np.asarray(q.dequantize()[3]).any()
+    assert spec.float_zero or not np.asarray(q.dequantize()[3]).any()
     assert float(jnp.linalg.norm((q.dequantize() - w).astype(jnp.float32))) > 0
+
+
+FLOAT_ZERO_AND_MEAN = [qjax.uint2(group_size=8, zero_dtype="float32"), qjax.ternary(group_size=8)]
+
+
+@pytest.mark.parametrize("spec", FLOAT_ZERO_AND_MEAN, ids=str)
+@pytest.mark.parametrize("block", ["auto", "site"])
+def test_it_begins_at_the_rounding_of_the_spec_and_gets_better(spec, block):
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    params, x = {"w": numbers(16, 6).at[0, 0].set(90.0 if spec.by_mean else 1.0)}, [numbers(40, 16, seed=1) + numbers(40, 1, seed=2)]
+    method = qjax.autoround(steps=40, lr=0.02, mse=False, block=block)
+    tuned, rounded = (quantized(fn, params, x, qjax.Rule("w", weight=spec, method=m))[0] for m in (method, qjax.rtn()))
+    assert tuned.params["w"].nbytes == rounded.params["w"].nbytes
+    error, plain = (float(jnp.sum(jnp.square(x[0] @ (r.params["w"].dequantize() - params["w"])))) for r in (tuned, rounded))
+    assert error < 0.99 * plain
+    row = tuned.report.rows[0]
+    if block == "site":
+        said, = re.findall(r"its output is (\S+) of that of rounding", " ".join(row.notes))
+        np.testing.assert_allclose(float(said), error / plain, rtol=6e-3)
+    else:
+        np.testing.assert_allclose(losses(row)[0], np.asarray([error, plain]) / float(jnp.sum(jnp.square(fn(params, x[0])))), rtol=6e-3)
 
 
 def mixer(x, mask, w):
@@ -264,13 +286,19 @@ def test_the_loss_that_is_reported_is_that_of_the_packed_weights():
 
     params = {str(i): numbers(16, 6, seed=i) for i in range(len(SPECS))}
     params["0"] = params["0"].at[jnp.arange(16), jnp.arange(16) % 6].set(0)
-    rules = [qjax.Rule(str(i), weight=s, method=qjax.autoround(steps=20, span=8)) for i, s in enumerate(SPECS)]
+    rules = [qjax.Rule(str(i), weight=s, method=qjax.autoround(steps=20, span=len(SPECS))) for i, s in enumerate(SPECS)]
     x = [numbers(12, 16, seed=20 + i) @ numbers(16, 16, seed=9) for i in range(2)]
     result, run = quantized(fn, params, x, *rules)
+    rounded, _ = quantized(fn, params, x, *[dataclasses.replace(rule, method=qjax.rtn()) for rule in rules])
+
+    def error(packed):
+        y, want = (np.concatenate([np.float64(f(p, b)) for b in x]) for f, p in ((run, packed), (fn, params)))
+        return np.square(y - want).sum() / np.square(want).sum()
+
     for row in result.report.rows:
         (best, plain), = losses(row)
-        y, want = (np.concatenate([np.float64(f(p, b)) for b in x]) for f, p in ((run, result.params), (fn, params)))
-        np.testing.assert_allclose(best, np.square(y - want).sum() / np.square(want).sum(), rtol=2e-2)
+        np.testing.assert_allclose(best, error(result.params), rtol=2e-2)
+        np.testing.assert_allclose(plain, error(rounded.params), rtol=6e-3)  # the note has three digits
         assert best < plain
     q = result.params["0"]
     assert not np.asarray(q.dequantize())[np.asarray(params["0"]) == 0].any()
