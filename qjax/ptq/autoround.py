@@ -14,6 +14,7 @@ from jax import lax
 
 from qjax.calibration import SecondMoment, hessian
 from qjax.core import IntSpec, PerBlock, PerTensor, QTensor, blocks, check_blocks
+from qjax.ptq.candidates import Rescaling
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
@@ -155,11 +156,22 @@ def autoround(
 
 
 def blockwise(method: Any) -> AutoRound | None:
-    """The method that tunes a weight with its block: itself, or what a method that rescales (`awq(then=...)`) hands on to; or None."""
+    """The method that tunes a weight with its block: itself, or what a method that rescales (`awq(then=...)`) hands on to; or None.
+
+    Raises:
+      ValueError: the method makes more of a weight than `then` rounds (a low-rank part, a rotation): in a block that would be left out.
+    """
     if isinstance(method, AutoRound):
         return method if method.block == "auto" else None
     then = getattr(method, "then", None)
-    return None if then is None else blockwise(then)
+    found = None if then is None else blockwise(then)
+    if found is not None and not isinstance(method, Rescaling):
+        alone = dataclasses.replace(found, block="site")
+        raise ValueError(
+            f"`then` of `method` {method.name} tunes a weight with its block, where only what it rounds to is known, not what else the "
+            f'method makes of it: tune it by itself, qjax.autoround(block="site"), here {alone.name}'
+        )
+    return found
 
 
 def check_tuned(problem: Problem) -> IntSpec:

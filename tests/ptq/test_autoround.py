@@ -424,6 +424,17 @@ def test_rescaled_inputs_are_tuned_with_their_scales():
     np.testing.assert_allclose(float(jnp.sum((run(result.params, x[0]) - want) ** 2) / jnp.sum(want**2)), best, rtol=3e-2)
 
 
+@pytest.mark.parametrize("wrap", [lambda m: qjax.low_rank(2, then=m), lambda m: qjax.awq(then=qjax.online_rotation(then=m))])
+def test_a_method_that_adds_to_a_weight_does_not_tune_blocks(wrap):
+    fn, params, x = lambda p, x: x @ p["w"], {"w": numbers(16, 8)}, [numbers(24, 16, seed=1)]
+    rule = lambda **how: qjax.Rule("*", weight=qjax.int3(), method=wrap(qjax.autoround(steps=4, **how)))  # noqa: E731
+    for ask in (lambda: quantized(fn, params, x, rule()), lambda: qjax.plan(fn, params, qjax.Policy([rule()]), x)):
+        with pytest.raises(ValueError, match=r"(low_rank|online_rotation)\(.*block=\"site\""):
+            ask()
+    q = quantized(fn, params, x, rule(block="site"))[0].params["w"]
+    assert q.adapter_left is not None or q.rotation is not None
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [({"steps": 0}, "`steps`"), ({"lr": 2.0}, "`lr`"), ({"block": "layer"}, "`block`"), ({"batch_size": 0}, "`batch_size`"),
