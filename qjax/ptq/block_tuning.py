@@ -88,7 +88,7 @@ class Tuner:
 
     def tune(
         self, members: Sequence[Member], blocks: Sequence[Block], streams: Sequence[Batch], weights: Weights, floats: Weights,
-        choice: Choice, blame: Callable[[int], ValueError],
+        choice: Choice, blame: Callable[[int, str], ValueError],
     ) -> list[Outcome]:  # fmt: skip
         """Chooses the codes of a block's weights.
 
@@ -99,7 +99,7 @@ class Tuner:
           weights: the parameters of the quantized program, so far.
           floats: those of the float one.
           choice: how.
-          blame: the error for a batch, by its number, that is not finite.
+          blame: the error for a batch, by its number, and what of it is not finite.
 
         Returns:
           An outcome for each member.
@@ -112,10 +112,10 @@ class Tuner:
         targets = [[self.target(shape, *pair, floats) for pair in zip(batches, values, strict=True)]
                    for shape, batches, values in zip(shapes, mine, known, strict=True)]  # fmt: skip
         numbers = [[i for i, b in enumerate(streams) if b.cutter is cutter] for cutter, _ in programs]
-        for which, inputs, wanted in zip(numbers, own, targets, strict=True):
+        for shape, (_, block), which, inputs, wanted in zip(shapes, programs, numbers, own, targets, strict=True):
             for number, *values in zip(which, inputs, wanted, strict=True):
-                if not _finite(values):
-                    raise blame(number)
+                if what := _not_finite(shape, block, *values):
+                    raise blame(number, what)
         data = [(same, _stack(inputs), _stack(wanted)) for same, inputs, wanted in zip(shared, own, targets, strict=True)]
         order = _order(choice, [(p, i) for p, which in enumerate(numbers) for i in range(len(which))])
         arrays = [(m.problem.w, m.scale) for m in members]
@@ -317,6 +317,19 @@ def _stack(rows: Sequence[Sequence[Any]]) -> list[jax.Array]:
     return [jnp.stack([jnp.asarray(x) for x in column]) for column in zip(*rows, strict=True)]
 
 
-def _finite(values: Any) -> bool:
-    arrays = [x for x in jax.tree.leaves(values) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return all(bool(jnp.all(jnp.isfinite(x))) for x in arrays)
+def _not_finite(shape: Shape, block: Block, inputs: Sequence[Any], targets: Sequence[Any]) -> str:
+    """What of a batch is not finite; "" if all is. What depends on no parameter may be infinite (a mask that is added), not NaN."""
+    own = [v for v, (kind, _) in zip(shape.segment.inputs, shape.sources, strict=True) if kind == "own"]
+    for v, x in zip(own, inputs, strict=True):
+        enters = f"a value {jnp.shape(x)} that enters it"
+        if v in block.from_parameters and not _all(jnp.isfinite, x):
+            return f"{enters} holds NaN or infinity"
+        if v not in block.from_parameters and not _all(lambda x: ~jnp.isnan(x), x):
+            return f"{enters} and depends on no parameter (a mask, a table, a batch itself) holds NaN"
+    bad = next((y for y in targets if not _all(jnp.isfinite, y)), None)
+    return "" if bad is None else f"what it makes {jnp.shape(bad)} in the float program holds NaN or infinity"
+
+
+def _all(holds: Callable[[Any], Any], x: Any) -> bool:
+    x = jnp.asarray(x)
+    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(jnp.all(holds(x)))

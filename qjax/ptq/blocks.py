@@ -25,6 +25,7 @@ class Block(NamedTuple):
       first: positions of its equations that depend on no parameter. What layers share (a mask, tables) stands in the block of the first
         layer only: computed apart, that block is the same program as the others.
       outputs: variables that it makes and that say how good it is: what is read behind it, else what the program returns.
+      from_parameters: the program's variables that depend on a parameter. The others (masks, tables, the data) may be infinite.
     """
 
     members: tuple[int, ...]
@@ -32,6 +33,7 @@ class Block(NamedTuple):
     stop: int
     first: tuple[int, ...]
     outputs: tuple[int, ...]
+    from_parameters: Collection[int]
 
 
 class Flow:
@@ -150,7 +152,7 @@ def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
         start = cuts[first - 1][1] if first else flow.cut(before, members[0])[1]
         stop = cuts[last][1] if last < len(cuts) else flow.cut(members[-1], behind)[1]
         mine = tuple(members[i] for i in piece)
-        blocks.append(Block(mine, start, stop, flow.free(start, stop), flow.outputs(mine, start, stop)))
+        blocks.append(Block(mine, start, stop, flow.free(start, stop), flow.outputs(mine, start, stop), flow.from_parameters))
     return blocks
 
 

@@ -374,6 +374,27 @@ def test_what_cannot_be_tuned_with_a_block_is_tuned_alone_and_says_so():
     assert "tuned with 1 weights" in notes["down"] and "tuned with 1 weights" in notes["other"]
 
 
+def masked(p, x, mask):
+    score = jax.nn.softmax((x @ p["q"]) @ (x @ p["k"]).T + mask)
+    return x + score @ (x @ p["v"]) @ p["o"]
+
+
+def test_masks_may_be_infinite_and_what_is_not_finite_is_named():
+    params = {k: w for k, w in layers_params()[0].items() if k in "qkvo"}
+    mask = jnp.where(jnp.tri(6) > 0, 0.0, -jnp.inf)
+    x = [(numbers(6, D, seed=i), mask) for i in range(2)]
+    rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False))
+    result, run = quantized(masked, params, x, rule)
+    (best, plain), = losses(result.report.rows[0])
+    assert best < plain and np.isfinite(run(result.params, *x[0])).all()
+    within = lambda p, x: masked(p, x, jnp.where(jnp.tri(6) > 0, 0.0, -jnp.inf))  # noqa: E731
+    assert losses(quantized(within, params, [x for x, _ in x], rule)[0].report.rows[0]) == losses(result.report.rows[0])
+    with pytest.raises(ValueError, match=r"batch 1 .*'q' and . more weights: a value \(6, 6\) that .* no parameter .* holds NaN"):
+        quantized(masked, params, [x[0], (x[1][0], mask.at[3, 3].set(jnp.nan))], rule)
+    with pytest.raises(ValueError, match=r"batch 1 .*what it makes \(6, .\) in the float program holds NaN"):
+        quantized(masked, params, [x[0], (x[1][0].at[0, 0].set(jnp.inf), mask)], rule)
+
+
 @pytest.mark.slow
 def test_batches_of_two_shapes_and_several_a_step():
     x = [*data(2), numbers(2, 5, D, seed=8)]
