@@ -17,9 +17,10 @@ from qjax.program import compat
 from qjax.program.flatten import Lit
 from qjax.program.segments import Compiled, Cutter, Segment, execute
 from qjax.ptq.blocks import Block
+from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import Layout, Part, put
-from qjax.ptq.signed_descent import Descent, Offsets, Rounded, decode, descend, round_with, start, stored
+from qjax.ptq.signed_descent import Descent, Found, Offsets, Rounded, decode, descend, round_with, start, stored
 from qjax.ptq.streams import Batch, Weights, weight_of
 
 
@@ -121,7 +122,7 @@ class Tuner:
         arrays = [(m.problem.w, m.scale) for m in members]
         begin = [_begin(m.problem.w, m.scale, m.problem._replace(w=None, name=""), choice.descent.mse) for m in members]  # pyright: ignore
         found = self.loop(members, shapes, choice)(arrays, begin, data, order)
-        return _outcomes(members, jax.device_get(found[1:]), found[0])
+        return _outcomes(members, choice.descent, jax.device_get(found[1]), found[0])
 
     def known(self, batch: Batch, block: Block) -> dict[int, Any]:
         """What of a block depends on no parameter, for one batch."""
@@ -236,8 +237,8 @@ def _begin(w: jax.Array, scale: Any, problem: Problem, mse: bool) -> Offsets:
 def _loop(
     members: Sequence[Member], shapes: Sequence[Shape], descent: Descent, arrays: list[Any], begin: list[Offsets],
     data: list[Any], order: Any,
-) -> tuple[list[Any], jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The whole tuning of a block: codes and grids, and the losses of the best, of the begin and of plain rounding."""
+) -> tuple[list[Any], Found]:  # fmt: skip
+    """The whole tuning of a block: codes and grids, and what was found beside them."""
     specs: list[IntSpec] = [m.problem.spec for m in members]  # pyright: ignore[reportAssignmentType]
     views = [_blocked(m.problem, w, s) for m, (w, s) in zip(members, arrays, strict=True)]
     energy = [[jnp.sum(jnp.square(t.astype(jnp.float32))) for t in wanted] for _, _, wanted in data]
@@ -269,10 +270,20 @@ def _loop(
         each = [lax.map(functools.partial(f, tuned), jnp.arange(d[2][0].shape[0])) for f, d in zip(branches, data, strict=True)]
         return sum(jnp.sum(x) for x in each)  # pyright: ignore[reportReturnType]
 
+    def reached(slopes: Sequence[Offsets]) -> list[jax.Array]:
+        """For each member which of its parts (experts) have a gradient."""
+        return [_parts_with(logical(slope.v), m.problem) for m, (_, _, logical), slope in zip(members, views, slopes, strict=True)]
+
     plain = [start(x, spec, False) for (x, *_), spec in zip(views, specs, strict=True)]
-    best, least, first, rounding = descend(loss, judge, plain, begin, descent)
-    codes = [_codes(x, o, spec, canonical) for (x, canonical, _), o, spec in zip(views, best, specs, strict=True)]
-    return codes, least, first, rounding
+    found = descend(loss, judge, plain, begin, descent, reached)
+    codes = [_codes(x, o, spec, canonical) for (x, canonical, _), o, spec in zip(views, found.best, specs, strict=True)]
+    return codes, found._replace(best=())
+
+
+def _parts_with(slope: jax.Array, problem: Problem) -> jax.Array:
+    """Which independent parts of a weight hold a number that is not zero."""
+    within = [a for a in range(slope.ndim) if a - slope.ndim not in problem.stacked]
+    return jnp.any(slope != 0, axis=within)
 
 
 def _run(shape: Shape, members: Sequence[Member], tuned: Sequence[jax.Array], shared: Sequence[Any], own: Sequence[Any]) -> list[Any]:
@@ -289,11 +300,17 @@ def _codes(x: jax.Array, offsets: Offsets, spec: IntSpec, canonical: Callable[[j
     return stored(round_with(x, offsets, spec), spec, canonical)
 
 
-def _outcomes(members: Sequence[Member], losses: Sequence[np.ndarray], codes: Sequence[Rounded]) -> list[Outcome]:
-    best, first, rounding = map(float, losses)
+def _outcomes(members: Sequence[Member], descent: Descent, found: Found, codes: Sequence[Rounded]) -> list[Outcome]:
+    first, rounding = float(found.first), float(found.rounding)
     began = "" if first == rounding else f", {first:.3g} where it began"
-    note = f"tuned with {len(members)} weights: {best:.3g} of its block's output is error, {rounding:.3g} when rounded{began}"
-    return [Outcome(pack_rounded(m.problem, found, m.scale), (note,)) for m, found in zip(members, codes, strict=True)]
+    note = f"tuned with {len(members)} weights: {found.least:.3g} of its block's output is error, {rounding:.3g} when rounded{began}"
+    checks, between = descent.turns
+    lost = [(found.skipped, "its block's error is not finite: left out"),
+            (found.holes, "some of its block's gradient is NaN or infinite: what has none stands still")]  # fmt: skip
+    notes = (note, *(f"in {count} of {checks * between} steps {what}" for count, what in lost if count))
+    unseen = [unseen_note(np.atleast_1d(seen), "rounded") for seen in found.reached]
+    return [Outcome(pack_rounded(m.problem, rounded, m.scale), (*notes, *([unreached] if unreached else [])))
+            for m, rounded, unreached in zip(members, codes, unseen, strict=True)]  # fmt: skip
 
 
 def pack_rounded(problem: Problem, found: Rounded, scale: Any) -> Any:

@@ -197,20 +197,40 @@ def project(offsets: Offsets) -> Offsets:
 
 
 class Found(NamedTuple):
-    """What a descent found: the best offsets; the losses over all of the data of the best, of its start and of plain rounding."""
+    """What a descent found.
+
+    Attributes:
+      best: offsets.
+      least: their loss over all of the data.
+      first: that of where it began.
+      rounding: that of plain rounding.
+      reached: what `reached` made of the gradients, true where it was in any step.
+      skipped: steps that were left out, for their loss was not finite.
+      holes: steps of which some numbers of the gradient were not finite.
+    """
 
     best: Any
     least: jax.Array
     first: jax.Array
     rounding: jax.Array
+    reached: Any
+    skipped: jax.Array
+    holes: jax.Array
 
 
 def descend(
-    loss: Callable[[Any, jax.Array], jax.Array], judge: Callable[[Any], jax.Array], plain: Any, begin: Any, descent: Descent
+    loss: Callable[[Any, jax.Array], jax.Array],
+    judge: Callable[[Any], jax.Array],
+    plain: Any,
+    begin: Any,
+    descent: Descent,
+    reached: Callable[[Any], Any] = lambda slope: (),
 ) -> Found:
     """Signed gradient descent with a linearly falling rate, after each step the nearest allowed offsets.
 
     `o <- project(o - lr (1 - t / steps) sign(d loss / d o)),  t = 0 .. steps - 1`
+
+    A number whose gradient is not finite has no sign and stands still; a step whose loss is not finite is left out. Both are counted.
 
     Args:
       loss: of offsets and the number of a step; a scalar, differentiable in the offsets.
@@ -218,6 +238,7 @@ def descend(
       plain: a tree of `Offsets`, those of plain rounding.
       begin: where the descent begins.
       descent: how it goes.
+      reached: of a gradient, a tree of arrays of bool.
 
     Returns:
       What was found.
@@ -225,24 +246,30 @@ def descend(
     checks, steps = descent.turns
     optimizer = optax.sign_sgd(optax.linear_schedule(descent.lr, 0.0, checks * steps))
 
-    def step(t: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        at, state = carry
-        moves, state = optimizer.update(jax.grad(loss)(at, t), state)
-        return _tuned(optax.apply_updates(at, moves), at, descent), state
+    def step(t: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        at, state, seen, lost = carry
+        value, slope = jax.value_and_grad(loss)(at, t)
+        usable = jnp.isfinite(value)
+        whole = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(slope)]))
+        seen = jax.tree.map(jnp.logical_or, seen, reached(slope))
+        slope = jax.tree.map(lambda g: jnp.where(usable & jnp.isfinite(g), g, 0.0), slope)
+        moves, state = optimizer.update(slope, state)
+        return _tuned(optax.apply_updates(at, moves), at, descent), state, seen, lost + jnp.stack([~usable, usable & ~whole])
 
     # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once.
-    def turn(carry: tuple[Any, Any, Any, jax.Array], number: jax.Array) -> tuple[tuple[Any, Any, Any, jax.Array], jax.Array]:
-        at, state, best, least = carry
+    def turn(carry: tuple[Any, ...], number: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
+        (at, *rest), best, least = carry
         at = _where(number == 1, begin, at)
         first, last = jnp.maximum(number - 2, 0) * steps, jnp.maximum(number - 1, 0) * steps
-        at, state = lax.fori_loop(first, last, step, (at, state))
-        now = judge(at)
+        moved = lax.fori_loop(first, last, step, (at, *rest))
+        now = judge(moved[0])
         better = now < least
-        return (at, state, _where(better, at, best), jnp.where(better, now, least)), now
+        return (moved, _where(better, moved[0], best), jnp.where(better, now, least)), now
 
-    carry = plain, optimizer.init(begin), plain, jnp.float32(jnp.inf)
-    (_, _, best, least), losses = lax.scan(turn, carry, jnp.arange(checks + 2))
-    return Found(best, least, losses[1], losses[0])
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), jax.eval_shape(reached, begin))
+    carry = (plain, optimizer.init(begin), nothing, jnp.zeros(2, jnp.int32)), plain, jnp.float32(jnp.inf)
+    ((_, _, seen, lost), best, least), losses = lax.scan(turn, carry, jnp.arange(checks + 2))
+    return Found(best, least, losses[1], losses[0], seen, *lost)
 
 
 def _where(condition: jax.Array, yes: Any, no: Any) -> Any:

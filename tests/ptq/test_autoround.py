@@ -395,6 +395,41 @@ def test_masks_may_be_infinite_and_what_is_not_finite_is_named():
         quantized(masked, params, [x[0], (x[1][0].at[0, 0].set(jnp.inf), mask)], rule)
 
 
+def test_what_has_no_gradient_stands_still_and_is_counted():
+    """The square root of a row of zeros has none."""
+    def fn(p, x):
+        h = x @ p["w"]
+        return (h / (jnp.sqrt(jnp.sum(h * h, -1, keepdims=True)) + 1.0)) @ p["v"]
+
+    params, x = {"w": numbers(D, F), "v": numbers(F, 4, seed=1)}, numbers(30, D, seed=2)
+    rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False))
+    result, _ = quantized(fn, params, [x.at[0].set(0.0)], rule)
+    for row in result.report.rows:
+        (best, plain), = losses(row)
+        assert best < plain
+        assert "in 20 of 20 steps some of its block's gradient is NaN" in " ".join(row.notes)
+    row = quantized(fn, params, [x], rule)[0].report.rows[0]
+    assert losses(row) and len(row.notes) == 1
+
+    def loss(o, t=-1):
+        return jnp.where(t % 2 == 0, jnp.inf, 1.0) * jnp.sum(decode(round_with(w, o, spec)))
+
+    w, spec = numbers(2, 8), qjax.int3()
+    begin = start(w, spec, False)
+    found = jax.jit(lambda o: descend(loss, loss, o, o, Descent(6, 0.01, False, False, 2)))(begin)
+    assert (int(found.skipped), int(found.holes)) == (3, 0)
+    assert np.isfinite(found.best.v).all() and np.asarray(found.best.v).any()
+
+
+def test_experts_that_no_data_reached_are_named():
+    fn = lambda p, x: jnp.einsum("ebk,ekn->ebn", x, p["e"])  # noqa: E731
+    x = [numbers(3, 20, 16, seed=i).at[2].set(0) for i in range(2)]
+    rule = lambda block: qjax.Rule("*", weight=qjax.int3(), method=qjax.autoround(steps=4, block=block))  # noqa: E731
+    for block in ("auto", "site"):
+        row = quantized(fn, {"e": numbers(3, 16, 12)}, x, rule(block))[0].report.rows[0]
+        assert "no calibration data but zeros reached it in parts 2: rounded" in row.notes
+
+
 @pytest.mark.slow
 def test_batches_of_two_shapes_and_several_a_step():
     x = [*data(2), numbers(2, 5, D, seed=8)]
