@@ -14,7 +14,7 @@ from jax import lax
 
 from qjax.core import IntSpec, assemble, canonicalize, divide, logical_blocks
 from qjax.program import compat
-from qjax.program.flatten import Lit
+from qjax.program.flatten import FlatEqn, Graph, Lit
 from qjax.program.segments import Compiled, Cutter, Segment, execute
 from qjax.ptq.blocks import Block
 from qjax.ptq.data import unseen_note
@@ -158,8 +158,7 @@ def _shape(
     graph = cutter.graph
     leaves = {v: i for i, v in enumerate(graph.inputs[: len(batches[0].program.leaves)])}
     tuned = {m.index for m in members}
-    eqns = [graph.eqns[p] for p in range(block.start, block.stop) if p not in set(block.first)]
-    segment = cutter.segment(block.start, block.stop, block.outputs, eqns)
+    segment = cutter.segment(block.start, block.stop, block.outputs, _equations(cutter.graph, block))
     sources: list[tuple[str, int]] = []
     shared: list[Any] = []
     own: list[list[Any]] = [[] for _ in batches]
@@ -187,6 +186,21 @@ def _shape(
             for values, batch, made in zip(own, batches, known, strict=True):
                 values.append(made[v] if v in made else batch.value(v))
     return Shape(segment, tuple(sources), cutter, tuple(roots.items())), shared, own
+
+
+def _equations(graph: Graph, block: Block) -> list[FlatEqn]:
+    """What is computed of a block for each batch. Behind the equations of a call with a derivative of its own stands the call, whole:
+    what reads its results reads these, and the equations that were only for them fall away when the loop is compiled."""
+    first, eqns = set(block.first), []
+    calls = {rule.stop: rule for rule in block.rules if block.start <= rule.start < rule.stop}
+    for position in range(block.start, block.stop):
+        if position not in first:
+            eqns.append(graph.eqns[position])
+        if (rule := calls.get(position + 1)) is not None:
+            made = {v for eqn in graph.eqns[rule.start : rule.stop] for v in eqn.outputs}
+            outputs = tuple(v if not isinstance(v, Lit) and v in made else -1 - i for i, v in enumerate(rule.outputs))  # < 0: read by none
+            eqns.append(FlatEqn(rule.eqn.primitive.name, rule.eqn, rule.inputs, outputs, (), ()))
+    return eqns
 
 
 def _roots(cutter: Cutter, var: int, leaves: dict[int, int]) -> dict[int, int]:

@@ -430,6 +430,47 @@ def test_experts_that_no_data_reached_are_named():
         assert "no calibration data but zeros reached it in parts 2: rounded" in row.notes
 
 
+@jax.custom_vjp
+def straight(x):
+    return jnp.round(x * 2) / 2
+
+
+straight.defvjp(lambda x: (straight(x), None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def product(x, w):
+    return x @ w
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+
+@jax.custom_vjp
+def halved(x):
+    return x
+
+
+halved.defvjp(lambda x: (x, None), lambda _, g: (g / 2,))
+
+
+def test_a_derivative_of_its_own_is_kept():
+    """The rounding behind the weight has none but that; where it would be lost, the weight is tuned by itself."""
+    rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False))
+    params, x = {"w": numbers(D, F), "v": numbers(F, 4, seed=1)}, data(2)
+    result, run = quantized(lambda p, x: straight(x @ p["w"]) @ p["v"], params, x, rule)
+    fn = lambda p, x: straight(x @ p["w"])  # noqa: E731
+    only, run = quantized(fn, {"w": params["w"]}, x, rule)
+    for row in (*result.report.rows, *only.report.rows):
+        (best, plain), = losses(row)
+        assert best < 0.95 * plain
+    wanted, made = (np.concatenate([f(p, b) for b in x]) for f, p in ((fn, params), (run, only.params)))
+    np.testing.assert_allclose(losses(only.report.rows[0])[0][0], np.square(made - wanted).sum() / np.square(wanted).sum(), rtol=6e-3)
+    for lost, why in ((lambda p, x: product(x, p["w"]), "it stands in a call"), (lambda p, x: jnp.tanh(halved(x @ p["w"])), "it hands on")):
+        row = quantized(lost, {"w": params["w"]}, x, rule)[0].report.rows[0]
+        assert "tuned alone" in row.notes[0] and why in row.notes[1]
+
+
 @pytest.mark.slow
 def test_batches_of_two_shapes_and_several_a_step():
     x = [*data(2), numbers(2, 5, D, seed=8)]
