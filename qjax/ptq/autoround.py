@@ -98,15 +98,18 @@ def autoround(
     """AutoRound (SignRound): tunes the rounding and the range of every weight of a block together, by signed gradient descent.
 
     w_hat = s (clip(round(w / s + V) + z, q_min, q_max) - z),  s and z of the range beta min(w) .. alpha max(w),
-    |V| <= 1/2,  0 < alpha, beta <= 1:  V, alpha, beta <- V, alpha, beta - lr (1 - t / steps) sign(gradient)
-    (a floating zero point is added before rounding) of |block(x_hat; w_hat) - block(x; w)|^2: x_hat is what the quantized program before the block makes of a calibration batch, x what
+    |V| <= 1/2,  0 < alpha, beta <= 1 (a floating z is added before rounding):
+    V, alpha, beta <- V, alpha, beta - lr (1 - t / steps) sign(gradient)
+    of |block(x_hat; w_hat) - block(x; w)|^2: x_hat is what the quantized program before the block makes of a calibration batch, x what
     the float one does. Rounding counts as the identity in the gradient.
 
     Blocks are found by data flow: the program is cut where one value crosses that depends on data and parameters (between the
     branches of a residual network), whatever the architecture. A function without such cuts is one block. Other methods may
     stand in the same block: what needs no data is rounded before the block is tuned, what needs data is quantized after it, on the
     activations of the tuned weights. A parameter that the block cannot tune (used by several sites or by the turns of a loop, or in
-    front of a `while`) is tuned by itself on |X w - X w_hat|^2 over all the data; the report says so, and what was gained.
+    front of a `while`, or within a call with a derivative of its own) is tuned by itself on |X w - X w_hat|^2 over all the data; the report says so, and what was gained.
+    While a block is tuned, what enters it and what it should make is held for all batches, in memory also with `spill=`; it counts in
+    `report.memory`.
 
     Args:
       steps: gradient steps; time grows with them. On the shipped model 1000 gained nothing over 200.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +82,11 @@ class Shape:
 
 
 class Tuner:
-    """Tunes blocks, and remembers what it compiled."""
+    """Tunes blocks, and remembers what it compiled.
+
+    While a block is tuned, what enters it and what it should make is in memory for all batches, for the loop takes them in any order:
+    beside the live values, counted with them, and not spilled.
+    """
 
     def __init__(self, compiled: Compiled):
         self.compiled = compiled
@@ -118,10 +123,16 @@ class Tuner:
                 if what := _not_finite(shape, block, *values):
                     raise blame(number, what)
         data = [(same, _stack(inputs), _stack(wanted)) for same, inputs, wanted in zip(shared, own, targets, strict=True)]
+        del known, own, targets
+        held, memory = [x for _, inputs, wanted in data for x in (*inputs, *wanted)], streams[0].memory
+        for x in held:
+            memory.take_up(x)
         order = _order(choice, [(p, i) for p, which in enumerate(numbers) for i in range(len(which))])
         arrays = [(m.problem.w, m.scale) for m in members]
         begin = [_begin(m.problem.w, m.scale, m.problem._replace(w=None, name=""), choice.descent.mse) for m in members]  # pyright: ignore
         found = self.loop(members, shapes, choice)(arrays, begin, data, order)
+        for x in held:
+            memory.drop(x)
         return _outcomes(members, choice.descent, jax.device_get(found[1]), found[0])
 
     def known(self, batch: Batch, block: Block) -> dict[int, Any]:
@@ -186,6 +197,14 @@ def _shape(
             for values, batch, made in zip(own, batches, known, strict=True):
                 values.append(made[v] if v in made else batch.value(v))
     return Shape(segment, tuple(sources), cutter, tuple(roots.items())), shared, own
+
+
+def held_bytes(cutter: Cutter, block: Block) -> int:
+    """Bytes of what `Tuner.tune` holds of a batch: what enters its block and what it should make, from shapes alone."""
+    segment = cutter.segment(block.start, block.stop, block.outputs, _equations(cutter.graph, block))
+    own = [v for v in segment.inputs if not cutter.is_parameter(v) and v not in cutter.graph.consts]
+    avals = [cutter.graph.avals[v] for v in (*own, *segment.outputs)]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
 
 
 def _equations(graph: Graph, block: Block) -> list[FlatEqn]:

@@ -218,8 +218,8 @@ def _why_not_whole(flow: Flow, block: Block, rule: Rule, touched: set[int]) -> s
         return "a weight stands in it"
     eqns = flow.graph.eqns
     made = {v for r in flow.rules for eqn in eqns[r.start : r.stop] for v in eqn.outputs}
-    outputs = [v for v in rule.outputs if not isinstance(v, Lit) and v in touched and jnp.issubdtype(flow.graph.avals[v].dtype, jnp.floating)]
-    if any(v not in made for v in outputs):
+    outputs = [v for v in rule.outputs if not isinstance(v, Lit) and v in touched]
+    if any(v not in made and jnp.issubdtype(flow.graph.avals[v].dtype, jnp.floating) for v in outputs):
         return "it hands on a value that others read, too"
     before = {v for eqn in eqns[: block.start] for v in eqn.outputs}
     if any(not isinstance(a, Lit) and a in before and flow.cutter.last_use.get(a, -1) < block.start for a in rule.inputs):

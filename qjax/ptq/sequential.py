@@ -84,8 +84,8 @@ def quantize_sequential(
       For each task the packed parameter and remarks; and bytes: the "live" values at their peak, those "spilled" in all.
 
     Raises:
-      ValueError: batches of different shapes that trace to programs with different sites; data that are not finite; a block tuned within a method
-        that makes more of a weight.
+      ValueError: batches of different shapes that trace to programs with different sites; data that are not finite; a block
+        tuned within a method that makes more of a weight.
     """
     for task in tasks.values():
         blockwise(task.method)  # refused before anything is computed

@@ -61,7 +61,7 @@ class Offsets(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """Codes (..., group) and their grid (..., 1), all float32; `zero_point` None for a symmetric spec, whole unless `zero_dtype` is floating."""
+    """Codes (..., group) and their grid (..., 1), all float32; `zero_point` None for a symmetric spec, whole unless of a floating dtype."""
 
     codes: jax.Array
     scale: jax.Array
@@ -129,10 +129,8 @@ def round_with(x: jax.Array, offsets: Offsets, spec: IntSpec) -> Rounded:
     lo, hi = _extremes(x, spec)
     grid = _grid(lo * (offsets.top if spec.symmetric else offsets.bottom), hi * offsets.top, spec)
     steps = divide(x, grid[0]) + offsets.v
-    if grid[1] is None:
-        codes = _round(steps)
-    else:
-        codes = _round(steps + grid[1]) if spec.float_zero else _round(steps) + grid[1]
+    zero = 0.0 if grid[1] is None else grid[1]
+    codes = _round(steps + zero) if spec.float_zero else _round(steps) + zero
     return Rounded(_clip(codes, spec), *grid)
 
 

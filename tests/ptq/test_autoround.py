@@ -471,6 +471,17 @@ def test_a_derivative_of_its_own_is_kept():
         assert "tuned alone" in row.notes[0] and why in row.notes[1]
 
 
+def test_what_a_block_holds_is_counted():
+    fn = lambda p, x: x + jax.nn.relu(x @ p["w"]) @ p["v"]  # noqa: E731
+    params, x = {"w": numbers(D, F), "v": numbers(F, D, seed=1)}, [numbers(50, D, seed=i) for i in range(6)]
+    rule = qjax.Rule("*", weight=qjax.int3(), method=qjax.autoround(steps=2, checks=1, mse=False))
+    result, _ = quantized(fn, params, x, rule, spill=qjax.Spill(limit=0))
+    held = 2 * sum(b.nbytes for b in x)  # what enters and what should come out
+    planned = qjax.plan(fn, params, qjax.Policy([rule]), x, rates=qjax.Rates(1e10, 1e8))
+    assert held <= result.report.memory["live"] <= held + x[0].nbytes * 4
+    assert held <= planned.live <= held + 4 * 6 * x[0].nbytes
+
+
 @pytest.mark.slow
 def test_batches_of_two_shapes_and_several_a_step():
     x = [*data(2), numbers(2, 5, D, seed=8)]
