@@ -107,7 +107,8 @@ def autoround(
     branches of a residual network), whatever the architecture. A function without such cuts is one block. Other methods may
     stand in the same block: what needs no data is rounded before the block is tuned, what needs data is quantized after it, on the
     activations of the tuned weights. A parameter that the block cannot tune (used by several sites or by the turns of a loop, or in
-    front of a `while`, or within a call with a derivative of its own) is tuned by itself on |X w - X w_hat|^2 over all the data; the report says so, and what was gained.
+    front of a `while`, or within a call with a derivative of its own) is tuned by itself on |X w - X w_hat|^2 over all the data; the
+    report says so, and what was gained.
     While a block is tuned, what enters it and what it should make is held for all batches, in memory also with `spill=`; it counts in
     `report.memory`.
 
