@@ -252,7 +252,8 @@ def descend(
         seen = jax.tree.map(jnp.logical_or, seen, reached(slope))
         slope = jax.tree.map(lambda g: jnp.where(usable & jnp.isfinite(g), g, 0.0), slope)
         moves, state = optimizer.update(slope, state)
-        return _tuned(optax.apply_updates(at, moves), at, descent), state, seen, lost + jnp.stack([~usable, usable & ~whole])
+        lost = lost + jnp.stack([~usable, usable & ~whole]).astype(jnp.int32)
+        return _tuned(optax.apply_updates(at, moves), at, descent), state, seen, lost
 
     # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once.
     def turn(carry: tuple[Any, ...], number: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
