@@ -372,14 +372,15 @@ def _not_finite(shape: Shape, block: Block, inputs: Sequence[Any], targets: Sequ
     own = [v for v, (kind, _) in zip(shape.segment.inputs, shape.sources, strict=True) if kind == "own"]
     for v, x in zip(own, inputs, strict=True):
         enters = f"a value {jnp.shape(x)} that enters it"
-        if v in block.from_parameters and not _all(jnp.isfinite, x):
+        if v in block.from_parameters and not all_hold(jnp.isfinite, x):
             return f"{enters} holds NaN or infinity"
-        if v not in block.from_parameters and not _all(lambda x: ~jnp.isnan(x), x):
+        if v not in block.from_parameters and not all_hold(lambda x: ~jnp.isnan(x), x):
             return f"{enters} and depends on no parameter (a mask, a table, a batch itself) holds NaN"
-    bad = next((y for y in targets if not _all(jnp.isfinite, y)), None)
+    bad = next((y for y in targets if not all_hold(jnp.isfinite, y)), None)
     return "" if bad is None else f"what it makes {jnp.shape(bad)} in the float program holds NaN or infinity"
 
 
-def _all(holds: Callable[[Any], Any], x: Any) -> bool:
+def all_hold(holds: Callable[[Any], Any], x: Any) -> bool:
+    """Whether something holds of every number of an array; of one that is not floating it does."""
     x = jnp.asarray(x)
     return not jnp.issubdtype(x.dtype, jnp.floating) or bool(jnp.all(holds(x)))

@@ -391,7 +391,10 @@ def test_masks_may_be_infinite_and_what_is_not_finite_is_named():
     assert losses(quantized(within, params, [x for x, _ in x], rule)[0].report.rows[0]) == losses(result.report.rows[0])
     with pytest.raises(ValueError, match=r"batch 1 .*'q' and . more weights: a value \(6, 6\) that .* no parameter .* holds NaN"):
         quantized(masked, params, [x[0], (x[1][0], mask.at[3, 3].set(jnp.nan))], rule)
-    with pytest.raises(ValueError, match=r"batch 1 .*what it makes \(6, .\) in the float program holds NaN"):
+    loud = lambda p, x: jnp.log(x @ p["q"])  # noqa: E731
+    with pytest.raises(ValueError, match=r"batch 0 .*what it makes \(6, 8\) in the float program holds NaN"):
+        quantized(loud, {"q": params["q"]}, [x[0][0]], rule)
+    with pytest.raises(ValueError, match=r"batch 1 gives the input of 'q' \(dot_general\) NaN or infinity"):
         quantized(masked, params, [x[0], (x[1][0].at[0, 0].set(jnp.inf), mask)], rule)
 
 
