@@ -80,6 +80,25 @@ class Loop:
     stacked: tuple[tuple[Any, int], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A call with a derivative of its own that was laid flat: where its equations are, and how to apply it whole.
+
+    Attributes:
+      eqn: the call.
+      inputs: what it reads, variable numbers or `Lit`s.
+      outputs: what it gives; one that it hands on, or that is computed elsewhere too, is not made by its equations.
+      start: position of its first equation.
+      stop: position after its last.
+    """
+
+    eqn: Any
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    start: int
+    stop: int
+
+
 @dataclasses.dataclass
 class Graph:
     """A flattened program. Built once by `flatten`, then only read.
@@ -95,6 +114,7 @@ class Graph:
       unrolled: keys of the scans that were laid out turn by turn.
       entries: variables that loops opened once start from; no equation reads them.
       loops: what is handed on inside the loops and branches that were opened once.
+      rules: calls with a derivative of their own, inner ones first.
     """
 
     eqns: list[FlatEqn]
@@ -107,6 +127,7 @@ class Graph:
     unrolled: set[Key]
     entries: set[int]
     loops: list[Loop]
+    rules: list[Rule] = dataclasses.field(default_factory=list)
 
 
 def flatten(program: Program, unroll: bool) -> Graph:
@@ -200,7 +221,11 @@ class _Builder:
     def equation(self, eqn: Any, inputs: list[Any], key: Key, steps: tuple[int, ...]) -> list[Any]:
         name = eqn.primitive.name
         if name in compat.INLINE or name in compat.REMAT or name in compat.CUSTOM_RULES:
-            return self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
+            start = len(self.graph.eqns)
+            outs = self.program(eqn.params[compat.CALLS[name]], inputs, (*key, 0), steps)
+            if name in compat.CUSTOM_RULES:
+                self.graph.rules.append(Rule(eqn, tuple(inputs), tuple(outs), start, len(self.graph.eqns)))
+            return outs
         if name == BARRIER:
             return inputs
         inside = [k for k in self.sites if k[: len(key)] == key and k != key]

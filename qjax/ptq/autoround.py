@@ -14,12 +14,13 @@ from jax import lax
 
 from qjax.calibration import SecondMoment, hessian
 from qjax.core import IntSpec, PerBlock, PerTensor, QTensor, blocks, check_blocks
+from qjax.ptq.candidates import Rescaling
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.rtn import rtn
-from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start
+from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start, stored
 from qjax.ptq.work import Work, matrix_sizes
 
 Unit = Literal["auto", "site"]
@@ -97,7 +98,8 @@ def autoround(
     """AutoRound (SignRound): tunes the rounding and the range of every weight of a block together, by signed gradient descent.
 
     w_hat = s (clip(round(w / s + V) + z, q_min, q_max) - z),  s and z of the range beta min(w) .. alpha max(w),
-    |V| <= 1/2,  0 < alpha, beta <= 1:  V, alpha, beta <- V, alpha, beta - lr (1 - t / steps) sign(gradient)
+    |V| <= 1/2,  0 < alpha, beta <= 1 (a floating z is added before rounding):
+    V, alpha, beta <- V, alpha, beta - lr (1 - t / steps) sign(gradient)
     of |block(x_hat; w_hat) - block(x; w)|^2: x_hat is what the quantized program before the block makes of a calibration batch, x what
     the float one does. Rounding counts as the identity in the gradient.
 
@@ -105,7 +107,10 @@ def autoround(
     branches of a residual network), whatever the architecture. A function without such cuts is one block. Other methods may
     stand in the same block: what needs no data is rounded before the block is tuned, what needs data is quantized after it, on the
     activations of the tuned weights. A parameter that the block cannot tune (used by several sites or by the turns of a loop, or in
-    front of a `while`) is tuned by itself on |X w - X w_hat|^2 over all the data; the report says so, and what was gained.
+    front of a `while`, or within a call with a derivative of its own) is tuned by itself on |X w - X w_hat|^2 over all the data; the
+    report says so, and what was gained.
+    While a block is tuned, what enters it and what it should make is held for all batches, in memory also with `spill=`; it counts in
+    `report.memory`.
 
     Args:
       steps: gradient steps; time grows with them. On the shipped model 1000 gained nothing over 200.
@@ -155,11 +160,22 @@ def autoround(
 
 
 def blockwise(method: Any) -> AutoRound | None:
-    """The method that tunes a weight with its block: itself, or what a method that rescales (`awq(then=...)`) hands on to; or None."""
+    """The method that tunes a weight with its block: itself, or what a method that rescales (`awq(then=...)`) hands on to; or None.
+
+    Raises:
+      ValueError: the method makes more of a weight than `then` rounds (a low-rank part, a rotation): in a block that would be left out.
+    """
     if isinstance(method, AutoRound):
         return method if method.block == "auto" else None
     then = getattr(method, "then", None)
-    return None if then is None else blockwise(then)
+    found = None if then is None else blockwise(then)
+    if found is not None and not isinstance(method, Rescaling):
+        alone = dataclasses.replace(found, block="site")
+        raise ValueError(
+            f"`then` of `method` {method.name} tunes a weight with its block, where only what it rounds to is known, not what else the "
+            f'method makes of it: tune it by itself, qjax.autoround(block="site"), here {alone.name}'
+        )
+    return found
 
 
 def check_tuned(problem: Problem) -> IntSpec:
@@ -200,11 +216,8 @@ def _tune(w: jax.Array, h: jax.Array, spec: IntSpec, descent: Descent) -> Any:
             del t
             return _quadratic(canonical(decode(round_with(x, offsets, spec)))[:, :k] - w, h)
 
-        best, least, _, rounding = descend(loss, loss, start(x, spec, False), start(x, spec, descent.mse), descent)
-        rounded = round_with(x, best, spec)
-        zero_point = None if rounded.zero_point is None else rounded.zero_point[..., 0].astype(jnp.int32)
-        codes = canonical(rounded.codes).astype(jnp.int32), rounded.scale[..., 0], zero_point
-        return codes, jnp.stack([least, rounding])
+        found = descend(loss, loss, start(x, spec, False), start(x, spec, descent.mse), descent)
+        return tuple(stored(round_with(x, found.best, spec), spec, canonical)), jnp.stack([found.least, found.rounding])
 
     # One after another, not batched: a matrix of a stack gets the same bits as one that stands alone.
     return lax.map(one, (w, h))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +15,13 @@ from jax import lax
 
 from qjax.core import IntSpec, assemble, canonicalize, divide, logical_blocks
 from qjax.program import compat
-from qjax.program.flatten import Lit
+from qjax.program.flatten import FlatEqn, Graph, Lit
 from qjax.program.segments import Compiled, Cutter, Segment, execute
 from qjax.ptq.blocks import Block
+from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import Layout, Part, put
-from qjax.ptq.signed_descent import Descent, Offsets, Rounded, decode, descend, round_with, start
+from qjax.ptq.signed_descent import Descent, Found, Offsets, Rounded, decode, descend, round_with, start, stored
 from qjax.ptq.streams import Batch, Weights, weight_of
 
 
@@ -80,7 +82,11 @@ class Shape:
 
 
 class Tuner:
-    """Tunes blocks, and remembers what it compiled."""
+    """Tunes blocks, and remembers what it compiled.
+
+    While a block is tuned, what enters it and what it should make is in memory for all batches, for the loop takes them in any order:
+    beside the live values, counted with them, and not spilled.
+    """
 
     def __init__(self, compiled: Compiled):
         self.compiled = compiled
@@ -88,7 +94,7 @@ class Tuner:
 
     def tune(
         self, members: Sequence[Member], blocks: Sequence[Block], streams: Sequence[Batch], weights: Weights, floats: Weights,
-        choice: Choice, blame: Callable[[int], ValueError],
+        choice: Choice, blame: Callable[[int, str], ValueError],
     ) -> list[Outcome]:  # fmt: skip
         """Chooses the codes of a block's weights.
 
@@ -99,7 +105,7 @@ class Tuner:
           weights: the parameters of the quantized program, so far.
           floats: those of the float one.
           choice: how.
-          blame: the error for a batch, by its number, that is not finite.
+          blame: the error for a batch, by its number, and what of it is not finite.
 
         Returns:
           An outcome for each member.
@@ -112,16 +118,22 @@ class Tuner:
         targets = [[self.target(shape, *pair, floats) for pair in zip(batches, values, strict=True)]
                    for shape, batches, values in zip(shapes, mine, known, strict=True)]  # fmt: skip
         numbers = [[i for i, b in enumerate(streams) if b.cutter is cutter] for cutter, _ in programs]
-        for which, inputs, wanted in zip(numbers, own, targets, strict=True):
+        for shape, (_, block), which, inputs, wanted in zip(shapes, programs, numbers, own, targets, strict=True):
             for number, *values in zip(which, inputs, wanted, strict=True):
-                if not _finite(values):
-                    raise blame(number)
+                if what := _not_finite(shape, block, *values):
+                    raise blame(number, what)
         data = [(same, _stack(inputs), _stack(wanted)) for same, inputs, wanted in zip(shared, own, targets, strict=True)]
+        del known, own, targets
+        held, memory = [x for _, inputs, wanted in data for x in (*inputs, *wanted)], streams[0].memory
+        for x in held:
+            memory.take_up(x)
         order = _order(choice, [(p, i) for p, which in enumerate(numbers) for i in range(len(which))])
         arrays = [(m.problem.w, m.scale) for m in members]
         begin = [_begin(m.problem.w, m.scale, m.problem._replace(w=None, name=""), choice.descent.mse) for m in members]  # pyright: ignore
         found = self.loop(members, shapes, choice)(arrays, begin, data, order)
-        return _outcomes(members, jax.device_get(found[1:]), found[0])
+        for x in held:
+            memory.drop(x)
+        return _outcomes(members, choice.descent, jax.device_get(found[1]), found[0])
 
     def known(self, batch: Batch, block: Block) -> dict[int, Any]:
         """What of a block depends on no parameter, for one batch."""
@@ -157,8 +169,7 @@ def _shape(
     graph = cutter.graph
     leaves = {v: i for i, v in enumerate(graph.inputs[: len(batches[0].program.leaves)])}
     tuned = {m.index for m in members}
-    eqns = [graph.eqns[p] for p in range(block.start, block.stop) if p not in set(block.first)]
-    segment = cutter.segment(block.start, block.stop, block.outputs, eqns)
+    segment = cutter.segment(block.start, block.stop, block.outputs, _equations(cutter.graph, block))
     sources: list[tuple[str, int]] = []
     shared: list[Any] = []
     own: list[list[Any]] = [[] for _ in batches]
@@ -186,6 +197,29 @@ def _shape(
             for values, batch, made in zip(own, batches, known, strict=True):
                 values.append(made[v] if v in made else batch.value(v))
     return Shape(segment, tuple(sources), cutter, tuple(roots.items())), shared, own
+
+
+def held_bytes(cutter: Cutter, block: Block) -> int:
+    """Bytes of what `Tuner.tune` holds of a batch: what enters its block and what it should make, from shapes alone."""
+    segment = cutter.segment(block.start, block.stop, block.outputs, _equations(cutter.graph, block))
+    own = [v for v in segment.inputs if not cutter.is_parameter(v) and v not in cutter.graph.consts]
+    avals = [cutter.graph.avals[v] for v in (*own, *segment.outputs)]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
+
+
+def _equations(graph: Graph, block: Block) -> list[FlatEqn]:
+    """What is computed of a block for each batch. Behind the equations of a call with a derivative of its own stands the call, whole:
+    what reads its results reads these, and the equations that were only for them fall away when the loop is compiled."""
+    first, eqns = set(block.first), []
+    calls = {rule.stop: rule for rule in block.rules if block.start <= rule.start < rule.stop}
+    for position in range(block.start, block.stop):
+        if position not in first:
+            eqns.append(graph.eqns[position])
+        if (rule := calls.get(position + 1)) is not None:
+            made = {v for eqn in graph.eqns[rule.start : rule.stop] for v in eqn.outputs}
+            outputs = tuple(v if not isinstance(v, Lit) and v in made else -1 - i for i, v in enumerate(rule.outputs))  # < 0: read by none
+            eqns.append(FlatEqn(rule.eqn.primitive.name, rule.eqn, rule.inputs, outputs, (), ()))
+    return eqns
 
 
 def _roots(cutter: Cutter, var: int, leaves: dict[int, int]) -> dict[int, int]:
@@ -236,8 +270,8 @@ def _begin(w: jax.Array, scale: Any, problem: Problem, mse: bool) -> Offsets:
 def _loop(
     members: Sequence[Member], shapes: Sequence[Shape], descent: Descent, arrays: list[Any], begin: list[Offsets],
     data: list[Any], order: Any,
-) -> tuple[list[Any], jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The whole tuning of a block: codes and grids, and the losses of the best, of the begin and of plain rounding."""
+) -> tuple[list[Any], Found]:  # fmt: skip
+    """The whole tuning of a block: codes and grids, and what was found beside them."""
     specs: list[IntSpec] = [m.problem.spec for m in members]  # pyright: ignore[reportAssignmentType]
     views = [_blocked(m.problem, w, s) for m, (w, s) in zip(members, arrays, strict=True)]
     energy = [[jnp.sum(jnp.square(t.astype(jnp.float32))) for t in wanted] for _, _, wanted in data]
@@ -269,10 +303,20 @@ def _loop(
         each = [lax.map(functools.partial(f, tuned), jnp.arange(d[2][0].shape[0])) for f, d in zip(branches, data, strict=True)]
         return sum(jnp.sum(x) for x in each)  # pyright: ignore[reportReturnType]
 
+    def reached(slopes: Sequence[Offsets]) -> list[jax.Array]:
+        """For each member which of its parts (experts) have a gradient."""
+        return [_parts_with(logical(slope.v), m.problem) for m, (_, _, logical), slope in zip(members, views, slopes, strict=True)]
+
     plain = [start(x, spec, False) for (x, *_), spec in zip(views, specs, strict=True)]
-    best, least, first, rounding = descend(loss, judge, plain, begin, descent)
-    codes = [_codes(x, o, spec, canonical) for (x, canonical, _), o, spec in zip(views, best, specs, strict=True)]
-    return codes, least, first, rounding
+    found = descend(loss, judge, plain, begin, descent, reached)
+    codes = [_codes(x, o, spec, canonical) for (x, canonical, _), o, spec in zip(views, found.best, specs, strict=True)]
+    return codes, found._replace(best=())
+
+
+def _parts_with(slope: jax.Array, problem: Problem) -> jax.Array:
+    """Which independent parts of a weight hold a number that is not zero."""
+    within = [a for a in range(slope.ndim) if a - slope.ndim not in problem.stacked]
+    return jnp.any(slope != 0, axis=within)
 
 
 def _run(shape: Shape, members: Sequence[Member], tuned: Sequence[jax.Array], shared: Sequence[Any], own: Sequence[Any]) -> list[Any]:
@@ -286,16 +330,20 @@ def _run(shape: Shape, members: Sequence[Member], tuned: Sequence[jax.Array], sh
 
 
 def _codes(x: jax.Array, offsets: Offsets, spec: IntSpec, canonical: Callable[[jax.Array], jax.Array]) -> Rounded:
-    rounded = round_with(x, offsets, spec)
-    zero_point = None if rounded.zero_point is None else rounded.zero_point[..., 0].astype(jnp.int32)
-    return Rounded(canonical(rounded.codes).astype(jnp.int32), rounded.scale[..., 0], zero_point)
+    return stored(round_with(x, offsets, spec), spec, canonical)
 
 
-def _outcomes(members: Sequence[Member], losses: Sequence[np.ndarray], codes: Sequence[Rounded]) -> list[Outcome]:
-    best, first, rounding = map(float, losses)
+def _outcomes(members: Sequence[Member], descent: Descent, found: Found, codes: Sequence[Rounded]) -> list[Outcome]:
+    first, rounding = float(found.first), float(found.rounding)
     began = "" if first == rounding else f", {first:.3g} where it began"
-    note = f"tuned with {len(members)} weights: {best:.3g} of its block's output is error, {rounding:.3g} when rounded{began}"
-    return [Outcome(pack_rounded(m.problem, found, m.scale), (note,)) for m, found in zip(members, codes, strict=True)]
+    note = f"tuned with {len(members)} weights: {found.least:.3g} of its block's output is error, {rounding:.3g} when rounded{began}"
+    checks, between = descent.turns
+    lost = [(found.skipped, "its block's error is not finite: left out"),
+            (found.holes, "some of its block's gradient is NaN or infinite: what has none stands still")]  # fmt: skip
+    notes = (note, *(f"in {count} of {checks * between} steps {what}" for count, what in lost if count))
+    unseen = [unseen_note(np.atleast_1d(seen), "rounded") for seen in found.reached]
+    return [Outcome(pack_rounded(m.problem, rounded, m.scale), (*notes, *([unreached] if unreached else [])))
+            for m, rounded, unreached in zip(members, codes, unseen, strict=True)]  # fmt: skip
 
 
 def pack_rounded(problem: Problem, found: Rounded, scale: Any) -> Any:
@@ -319,6 +367,20 @@ def _stack(rows: Sequence[Sequence[Any]]) -> list[jax.Array]:
     return [jnp.stack([jnp.asarray(x) for x in column]) for column in zip(*rows, strict=True)]
 
 
-def _finite(values: Any) -> bool:
-    arrays = [x for x in jax.tree.leaves(values) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return all(bool(jnp.all(jnp.isfinite(x))) for x in arrays)
+def _not_finite(shape: Shape, block: Block, inputs: Sequence[Any], targets: Sequence[Any]) -> str:
+    """What of a batch is not finite; "" if all is. What depends on no parameter may be infinite (a mask that is added), not NaN."""
+    own = [v for v, (kind, _) in zip(shape.segment.inputs, shape.sources, strict=True) if kind == "own"]
+    for v, x in zip(own, inputs, strict=True):
+        enters = f"a value {jnp.shape(x)} that enters it"
+        if v in block.from_parameters and not all_hold(jnp.isfinite, x):
+            return f"{enters} holds NaN or infinity"
+        if v not in block.from_parameters and not all_hold(lambda x: ~jnp.isnan(x), x):
+            return f"{enters} and depends on no parameter (a mask, a table, a batch itself) holds NaN"
+    bad = next((y for y in targets if not all_hold(jnp.isfinite, y)), None)
+    return "" if bad is None else f"what it makes {jnp.shape(bad)} in the float program holds NaN or infinity"
+
+
+def all_hold(holds: Callable[[Any], Any], x: Any) -> bool:
+    """Whether something holds of every number of an array; of one that is not floating it does."""
+    x = jnp.asarray(x)
+    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(jnp.all(holds(x)))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from qjax.program import Key, compat
-from qjax.program.flatten import STACK, FlatEqn, Lit
+from qjax.program.flatten import STACK, FlatEqn, Lit, Rule
 from qjax.program.segments import Cutter
 
 MOST = 16  # weights of a block: where more lie between two cuts, there are more cuts, where the fewest values cross
@@ -25,6 +25,8 @@ class Block(NamedTuple):
       first: positions of its equations that depend on no parameter. What layers share (a mask, tables) stands in the block of the first
         layer only: computed apart, that block is the same program as the others.
       outputs: variables that it makes and that say how good it is: what is read behind it, else what the program returns.
+      from_parameters: the program's variables that depend on a parameter. The others (masks, tables, the data) may be infinite.
+      rules: calls within it that have a derivative of their own, through which a gradient passes: applied whole.
     """
 
     members: tuple[int, ...]
@@ -32,6 +34,8 @@ class Block(NamedTuple):
     stop: int
     first: tuple[int, ...]
     outputs: tuple[int, ...]
+    from_parameters: Collection[int]
+    rules: tuple[Rule, ...]
 
 
 class Flow:
@@ -44,6 +48,13 @@ class Flow:
         self.reach = self._reach(set(self.sites))
         self.from_parameters = self.dependent(self.graph.inputs[: len(cutter.params)])
         self.crossing = self._crossing()
+        # Outer calls stand behind those within them. What holds no weight is never cut.
+        rules = self.graph.rules
+        self.rules = [r for i, r in enumerate(rules) if not any(o.start <= r.start and r.stop <= o.stop for o in rules[i + 1 :])]
+        self.uncut = {p for rule in self.rules if not self.sites_in(rule) for p in range(rule.start + 1, rule.stop)}
+
+    def sites_in(self, rule: Rule) -> list[int]:
+        return [p for p in self.sites if rule.start <= p < rule.stop]
 
     def _reach(self, sites: set[int]) -> dict[int, int]:
         """For each variable the last equation that reads it on the way to a site or a result; what only collects turns reads nothing."""
@@ -100,7 +111,8 @@ class Flow:
 
     def cut(self, after: int, upto: int) -> tuple[int, int]:
         """(values that cross, position) of the last best cut behind the equation `after` and not behind `upto`; none is as good as one."""
-        return min(((max(self.crossing[p], 1), p) for p in range(after + 1, upto + 1)), key=lambda cut: (cut[0], -cut[1]))
+        places = (p for p in range(after + 1, upto + 1) if p not in self.uncut)
+        return min(((max(self.crossing[p], 1), p) for p in places), key=lambda cut: (cut[0], -cut[1]))
 
     def free(self, start: int, stop: int) -> tuple[int, ...]:
         """The equations of a stretch that depend on no parameter."""
@@ -110,10 +122,21 @@ class Flow:
     def outputs(self, members: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
         """What a stretch makes of its members that is read behind it; if there is nothing, what of it the program returns."""
         eqns = self.graph.eqns[start:stop]
-        touched = self.dependent([v for p in members for v in self.graph.eqns[p].outputs])
+        touched = self.touched(members)
         made = [v for eqn in eqns for v in eqn.outputs if v in touched and jnp.issubdtype(self.graph.avals[v].dtype, jnp.floating)]
         later = tuple(v for v in made if self.reach.get(v, -1) >= stop)
         return later or tuple(v for v in made if self.cutter.last_use.get(v, -1) >= stop)
+
+
+    def touched(self, members: Sequence[int]) -> set[int]:
+        """The variables that depend on what some equations make."""
+        return self.dependent([v for p in members for v in self.graph.eqns[p].outputs])
+
+    def rules_within(self, members: Sequence[int], start: int, stop: int) -> tuple[Rule, ...]:
+        """The calls of a stretch that have a derivative of their own and read what depends on some equations."""
+        touched = self.touched(members)
+        near = (r for r in self.rules if start <= r.start < stop or r.start < start < r.stop)
+        return tuple(r for r in near if any(not isinstance(a, Lit) and a in touched for a in r.inputs))
 
 
 def _is_site(eqn: FlatEqn, sites: Collection[Key]) -> bool:
@@ -150,7 +173,8 @@ def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
         start = cuts[first - 1][1] if first else flow.cut(before, members[0])[1]
         stop = cuts[last][1] if last < len(cuts) else flow.cut(members[-1], behind)[1]
         mine = tuple(members[i] for i in piece)
-        blocks.append(Block(mine, start, stop, flow.free(start, stop), flow.outputs(mine, start, stop)))
+        outputs, rules = flow.outputs(mine, start, stop), flow.rules_within(mine, start, stop)
+        blocks.append(Block(mine, start, stop, flow.free(start, stop), outputs, flow.from_parameters, rules))
     return blocks
 
 
@@ -172,13 +196,34 @@ def why_not_tuned(flow: Flow, block: Block) -> str:
     """Says why no gradient passes through a block; "" if one does."""
     if not block.outputs:
         return "nothing that the program returns depends on it"
-    touched = flow.dependent([v for p in block.members for v in flow.graph.eqns[p].outputs])
-    for eqn in flow.graph.eqns[block.start : block.stop]:
-        if eqn.eqn is None or not any(not isinstance(a, Lit) and a in touched for a in eqn.inputs):
+    touched = flow.touched(block.members)
+    if any(set(flow.sites_in(rule)) & set(block.members) for rule in flow.rules):
+        return "it stands in a call with a derivative of its own (custom_vjp), which would be lost"
+    for rule in block.rules:
+        if why := _why_not_whole(flow, block, rule, touched):
+            return f"its block holds a call with a derivative of its own (custom_vjp) that would be lost: {why}"
+    whole = {p for rule in block.rules for p in range(rule.start, rule.stop)}
+    for position, eqn in enumerate(flow.graph.eqns[block.start : block.stop], block.start):
+        if position in whole or eqn.eqn is None or not any(not isinstance(a, Lit) and a in touched for a in eqn.inputs):
             continue
         name = _no_gradient(eqn.eqn)
         if name:
             return f"its block holds a `{name}`, through which no gradient passes"
+    return ""
+
+
+def _why_not_whole(flow: Flow, block: Block, rule: Rule, touched: set[int]) -> str:
+    """Says why a call that was laid flat cannot be applied whole within a block; "" if it can."""
+    if flow.sites_in(rule):
+        return "a weight stands in it"
+    eqns = flow.graph.eqns
+    made = {v for r in flow.rules for eqn in eqns[r.start : r.stop] for v in eqn.outputs}
+    outputs = [v for v in rule.outputs if not isinstance(v, Lit) and v in touched]
+    if any(v not in made and jnp.issubdtype(flow.graph.avals[v].dtype, jnp.floating) for v in outputs):
+        return "it hands on a value that others read, too"
+    before = {v for eqn in eqns[: block.start] for v in eqn.outputs}
+    if any(not isinstance(a, Lit) and a in before and flow.cutter.last_use.get(a, -1) < block.start for a in rule.inputs):
+        return "it reads a value that its result does not depend on"
     return ""
 
 

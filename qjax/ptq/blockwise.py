@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
+from qjax.program.flatten import Lit
 from qjax.ptq.autoround import AutoRound, blockwise, check_tuned
-from qjax.ptq.block_tuning import Choice, Member, Tuner
+from qjax.ptq.block_tuning import Choice, Member, Tuner, all_hold
 from qjax.ptq.blocks import Block, Flow, find_blocks, why_not_tuned
 from qjax.ptq.data import not_finite
 from qjax.ptq.input_scale import part_scale
@@ -94,6 +97,14 @@ def tune_joint(
 ) -> list[Outcome]:  # fmt: skip
     """Tunes the weights of a block; the streams stand at `positions`, its start or behind it."""
     blocks = [block._replace(start=max(block.start, at)) for block, at in zip(joint.blocks, positions, strict=True)]
-    blame: Callable[[int], ValueError] = lambda number: not_finite(first.site, number)  # noqa: E731
+
+    def blame(number: int, what: str) -> ValueError:
+        batch = streams[number]
+        known = [a for a in first.sources if not isinstance(a, Lit) and (a in batch.live or a in batch.given)]
+        if batch.cutter is streams[0].cutter and not all(all_hold(jnp.isfinite, batch.value(a)) for a in known):
+            return not_finite(first.site, number)  # the words of every method for what a site reads
+        where = f"the block of {first.site.path!r} and {len(members) - 1} more weights"
+        return ValueError(f"`calibration` batch {number} cannot be used in {where}: {what}; look at that batch")
+
     choice = Choice(joint.method.descent, joint.method.batch_size, joint.method.seed)
     return tuner.tune(members, blocks, streams, weights, floats, choice, blame)

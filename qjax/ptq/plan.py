@@ -29,6 +29,8 @@ from qjax.calibration import (
 from qjax.core import IntSpec
 from qjax.policy import Choice, Policy, ProductChoice, check_policy
 from qjax.program import Program, ProgramCache, Site, split_arguments
+from qjax.ptq.block_tuning import held_bytes
+from qjax.ptq.blockwise import Joint, find_joints
 from qjax.ptq.data import check_same_sites
 from qjax.ptq.groups import undivided
 from qjax.ptq.parts import layout_of
@@ -38,7 +40,7 @@ from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.rescale import plan_rescaling
 from qjax.ptq.sequential import visit_work
 from qjax.ptq.spill import Live
-from qjax.ptq.streams import Task, flat_leaves, grouped, streams_of, visits_of
+from qjax.ptq.streams import Batch, Task, flat_leaves, grouped, streams_of, visits_of
 from qjax.ptq.work import Work, forward, rows_seen, work_of
 from qjax.report import Report, format_bytes
 from qjax.runtime.overflow import counted
@@ -66,7 +68,7 @@ class SequentialPlan(NamedTuple):
       programs: how many programs would be compiled for stretches between sites.
       reruns: runs of the whole program, over all batches, for parameters that loops or several sites share.
       statistics: bytes of the observers' states of one group, the largest.
-      live: bytes of the live values of all batches between two sites, at their peak.
+      live: bytes of the live values of all batches between two sites, and of what is held while a block is tuned, at their peak.
       largest: bytes of the largest matrix of statistics and of the float weight that it goes with.
     """
 
@@ -84,7 +86,8 @@ def plan_sequential(tasks: dict[int, Task], batches: Sequence[tuple[Program, Seq
     visits = {id(stream.cutter): visits_of(stream, tasks) for stream in streams}
     first = visits[id(streams[0].cutter)]
     flat = flat_leaves(first, tasks)
-    groups = grouped(first, flat)
+    joints = find_joints(streams, [visits[id(stream.cutter)] for stream in streams], tasks, flat).joints
+    groups = grouped(first, flat, joints)
     pooled = {first[n].site.leaf: n for group in reversed(groups) for n in group if first[n].site.leaf not in flat}
     once = [n for group in groups for n in group if first[n].site.leaf in flat or pooled[first[n].site.leaf] == n]
     work = functools.reduce(Work.plus, (visit_work(first[n], streams, tasks, flat) for n in once), Work())
@@ -97,9 +100,15 @@ def plan_sequential(tasks: dict[int, Task], batches: Sequence[tuple[Program, Seq
     live = [sum(bytes_at[id(s.cutter)][i] for s in streams) for i in range(len(cuts))]
     compared = max([i for i, n in enumerate(cuts) if tasks[first[n].site.leaf].needs_float], default=-1)
     live = [n * 2 if i <= compared else n for i, n in enumerate(live)]  # the float program's stand beside them
+    live = [nbytes + _held(streams, joints.get(n)) for nbytes, n in zip(live, cuts, strict=True)]
     sizes = [math.prod(task.leaf.shape) * 4 // max(math.prod(layout_of(task.leaf).count), 1) for i, task in tasks.items() if i in flat]
     largest = max([*states, 0]) + max([*sizes, *(math.prod(tasks[i].leaf.shape) * 4 for i in pooled), 0])
     return SequentialPlan(work, len(keys), len(pooled), max([*states, 0]), max([*live, 0]), largest)
+
+
+def _held(streams: Sequence[Batch], joint: Joint | None) -> int:
+    """Bytes that are held while a block is tuned."""
+    return 0 if joint is None else sum(held_bytes(s.cutter, block) for s, block in zip(streams, joint.blocks, strict=True))
 
 
 def _state_bytes(sites: Sequence[Site], tasks: dict[int, Task]) -> int:
@@ -122,7 +131,8 @@ class Plan:
       passes: runs of the whole program over all batches: to rescale, for sequential methods (in pieces), for static ranges, for the
         outlier columns of `llm_int8`, and for static products.
       statistics: bytes that observers remember at a time, at most. Independent of the number of batches.
-      live: bytes of the values between two sites that sequential methods keep, of all batches; `spill=` moves them to disk.
+      live: bytes of the values between two sites that sequential methods keep, of all batches; `spill=` moves them to disk. What
+        is held while a block is tuned is among them, and stays in memory.
       working: bytes of the largest weight and its statistics in the forms in which a method holds them, about.
       work: operations in matrix products, and candidates of searches.
       programs: programs to be compiled for sequential methods.

@@ -42,7 +42,8 @@ class Run:
         self.compiled = Compiled()
         self.updates: dict[Any, Any] = {}
         self.tuner = Tuner(self.compiled)
-        self.tuned: dict[tuple[int, Part], Outcome] = {}
+        self.tuned: dict[tuple[int, Part], Outcome] = {}  # what a block's tuning found and no site has taken yet
+        self.joined: set[tuple[int, ...]] = set()  # blocks that were tuned, by the numbers of their visits
 
     def advance(self, streams: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
         """Runs every batch from one cut to the next, and its twin in the float program, where there is one."""
@@ -83,8 +84,11 @@ def quantize_sequential(
       For each task the packed parameter and remarks; and bytes: the "live" values at their peak, those "spilled" in all.
 
     Raises:
-      ValueError: batches of different shapes that trace to programs with different sites; data that are not finite.
+      ValueError: batches of different shapes that trace to programs with different sites; data that are not finite; a block
+        tuned within a method that makes more of a weight.
     """
+    for task in tasks.values():
+        blockwise(task.method)  # refused before anything is computed
     run = Run(params, floats, tasks, kept)
     comparing = {index for index, task in tasks.items() if task.needs_float}
     with opened(spill) as memory:
@@ -141,9 +145,10 @@ def observing(site: Site, leaf: Leaf, batches: int) -> Work:
 
 def _tune(run: Run, streams: list[Batch], positions: list[int], visits: list[list[Visit]], joint: Joint | None) -> list[int]:
     """Tunes the weights of a block when its first one is reached: `_solve_flat` finds their outcomes. Returns where the streams stand."""
-    mine = [] if joint is None else [visits[0][n] for n in joint.numbers]
-    if joint is None or (mine[0].site.leaf, mine[0].part or ()) in run.tuned:
+    if joint is None or joint.numbers in run.joined:
         return positions
+    run.joined.add(joint.numbers)
+    mine = [visits[0][n] for n in joint.numbers]
     members = [member_of(visit, run.tasks[visit.site.leaf], run.weights) for visit in mine]
     kept = [_kept(run, run.tasks[m.index], m.part, m.problem, m.scale) for m in members]
     outcomes = [outcome for outcome in kept if outcome is not None]

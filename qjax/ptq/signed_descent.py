@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from qjax.core import IntSpec, affine_decode, divide, params_from_range
+from qjax.core import IntSpec, affine_decode, block_params, divide, params_from_range
 from qjax.ptq.range_search import search_range
 
 LEAST = 1 / 16  # of a factor: a range of zero would be a grid without steps
@@ -61,7 +61,7 @@ class Offsets(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """Codes (..., group) and their grid (..., 1), all float32; `zero_point` None for a symmetric spec."""
+    """Codes (..., group) and their grid (..., 1), all float32; `zero_point` None for a symmetric spec, whole unless of a floating dtype."""
 
     codes: jax.Array
     scale: jax.Array
@@ -69,7 +69,7 @@ class Rounded(NamedTuple):
 
 
 def start(x: jax.Array, spec: IntSpec, mse: bool) -> Offsets:
-    """Offsets of zero, with the range of the extreme values, or the searched one.
+    """Offsets of zero, with the range that rounding to nearest takes (`block_params`), or the searched one.
 
     Args:
       x: float32 blocks.
@@ -81,12 +81,11 @@ def start(x: jax.Array, spec: IntSpec, mse: bool) -> Offsets:
     """
     lo, hi = _extremes(x, spec)
     ones = jnp.ones_like(hi)
-    if not mse:
+    if not mse and not spec.by_mean:
         return Offsets(jnp.zeros_like(x), ones, ones)
-    scale, zero_point = search_range(x, spec)
+    scale, zero_point = search_range(x, spec) if mse else block_params(x, spec)
     if zero_point is None:
-        whole, _ = params_from_range(lo, hi, spec)
-        return Offsets(jnp.zeros_like(x), _factor(scale, whole), ones)
+        return Offsets(jnp.zeros_like(x), _factor(scale, divide(hi, _steps(spec))), ones)
     zero_point = zero_point.astype(jnp.float32)
     top, bottom = (spec.qmax - zero_point) * scale, (spec.qmin - zero_point) * scale
     return Offsets(jnp.zeros_like(x), _factor(top, jnp.maximum(hi, 0)), _factor(bottom, jnp.minimum(lo, 0)))
@@ -97,9 +96,16 @@ def _factor(part: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.where(nothing, 1.0, jnp.clip(part / jnp.where(nothing, 1.0, whole), LEAST, 1.0))
 
 
+def _steps(spec: IntSpec) -> float:
+    """Steps from zero to the upper end of a symmetric range."""
+    return spec.qmax + (0.5 if spec.scale_rule == "half" else 0.0)
+
+
 def _extremes(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
     if spec.symmetric and spec.signed:
         hi = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        if spec.by_mean:  # the scale of rounding is among those that a factor can give, however large an outlier
+            hi = jnp.minimum(hi, block_params(x, spec)[0] * (_steps(spec) / LEAST))
         return -hi, hi
     return jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
 
@@ -107,8 +113,10 @@ def _extremes(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
 def round_with(x: jax.Array, offsets: Offsets, spec: IntSpec) -> Rounded:
     """Rounds with offsets: `clip(round(x / s + V) + z, qmin, qmax)`, s and z of the range `bottom * min(x) .. top * max(x)`.
 
+    With a floating zero point `clip(round(x / s + V + z), qmin, qmax)`, as `affine_encode` has it.
     Differentiable in the offsets: rounding counts as the identity, so d codes / d V = 1 where nothing is clipped. The scale is
-    rounded to `spec.scale_dtype` before it is used, so what is computed here is what is stored, to the bit.
+    rounded to `spec.scale_dtype` before it is used, the zero point to `spec.zero_dtype`, so what is computed here is what is stored,
+    to the bit.
 
     Args:
       x: float32 blocks.
@@ -120,20 +128,38 @@ def round_with(x: jax.Array, offsets: Offsets, spec: IntSpec) -> Rounded:
     """
     lo, hi = _extremes(x, spec)
     grid = _grid(lo * (offsets.top if spec.symmetric else offsets.bottom), hi * offsets.top, spec)
-    codes = _round(divide(x, grid[0]) + offsets.v)
-    if grid[1] is not None:
-        codes = codes + grid[1]
+    steps = divide(x, grid[0]) + offsets.v
+    zero = 0.0 if grid[1] is None else grid[1]
+    codes = _round(steps + zero) if spec.float_zero else _round(steps) + zero
     return Rounded(_clip(codes, spec), *grid)
+
+
+def stored(rounded: Rounded, spec: IntSpec, canonical: Callable[[jax.Array], jax.Array]) -> Rounded:
+    """Codes and their grid as `qjax.core.assemble` takes them.
+
+    Args:
+      rounded: of blocks.
+      spec: an `IntSpec`.
+      canonical: from blocks to the canonical layout.
+
+    Returns:
+      Codes int32, scale, zero point int32 or, with a floating `spec.zero_dtype`, float32.
+    """
+    zero_point = None if rounded.zero_point is None else rounded.zero_point[..., 0]
+    if zero_point is not None and not spec.float_zero:
+        zero_point = zero_point.astype(jnp.int32)
+    return Rounded(canonical(rounded.codes).astype(jnp.int32), rounded.scale[..., 0], zero_point)
 
 
 def _grid(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | None]:
     """`params_from_range`, with the gradients of the formulas without their roundings."""
     scale, zero_point = params_from_range(lax.stop_gradient(lo), lax.stop_gradient(hi), spec)
     if spec.symmetric:
-        return _instead(scale, hi / (spec.qmax + (0.5 if spec.scale_rule == "half" else 0.0))), None
+        return _instead(scale, hi / _steps(spec)), None
     lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
     scale = _instead(scale, (hi - lo) / (spec.qmax - spec.qmin))
-    return scale, _instead(jnp.asarray(zero_point, jnp.float32), _clip(spec.qmin - lo / scale, spec))
+    zero = spec.qmin - lo / scale
+    return scale, _instead(jnp.asarray(zero_point, jnp.float32), zero if spec.float_zero else _clip(zero, spec))
 
 
 @jax.custom_jvp
@@ -169,20 +195,40 @@ def project(offsets: Offsets) -> Offsets:
 
 
 class Found(NamedTuple):
-    """What a descent found: the best offsets; the losses over all of the data of the best, of its start and of plain rounding."""
+    """What a descent found.
+
+    Attributes:
+      best: offsets.
+      least: their loss over all of the data.
+      first: that of where it began.
+      rounding: that of plain rounding.
+      reached: what `reached` made of the gradients, true where it was in any step.
+      skipped: steps that were left out, for their loss was not finite.
+      holes: steps of which some numbers of the gradient were not finite.
+    """
 
     best: Any
     least: jax.Array
     first: jax.Array
     rounding: jax.Array
+    reached: Any
+    skipped: jax.Array
+    holes: jax.Array
 
 
 def descend(
-    loss: Callable[[Any, jax.Array], jax.Array], judge: Callable[[Any], jax.Array], plain: Any, begin: Any, descent: Descent
+    loss: Callable[[Any, jax.Array], jax.Array],
+    judge: Callable[[Any], jax.Array],
+    plain: Any,
+    begin: Any,
+    descent: Descent,
+    reached: Callable[[Any], Any] = lambda slope: (),
 ) -> Found:
     """Signed gradient descent with a linearly falling rate, after each step the nearest allowed offsets.
 
     `o <- project(o - lr (1 - t / steps) sign(d loss / d o)),  t = 0 .. steps - 1`
+
+    A number whose gradient is not finite has no sign and stands still; a step whose loss is not finite is left out. Both are counted.
 
     Args:
       loss: of offsets and the number of a step; a scalar, differentiable in the offsets.
@@ -190,6 +236,7 @@ def descend(
       plain: a tree of `Offsets`, those of plain rounding.
       begin: where the descent begins.
       descent: how it goes.
+      reached: of a gradient, a tree of arrays of bool.
 
     Returns:
       What was found.
@@ -197,24 +244,31 @@ def descend(
     checks, steps = descent.turns
     optimizer = optax.sign_sgd(optax.linear_schedule(descent.lr, 0.0, checks * steps))
 
-    def step(t: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        at, state = carry
-        moves, state = optimizer.update(jax.grad(loss)(at, t), state)
-        return _tuned(optax.apply_updates(at, moves), at, descent), state
+    def step(t: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        at, state, seen, lost = carry
+        value, slope = jax.value_and_grad(loss)(at, t)
+        usable = jnp.isfinite(value)
+        whole = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(slope)]))
+        seen = jax.tree.map(jnp.logical_or, seen, reached(slope))
+        slope = jax.tree.map(lambda g: jnp.where(usable & jnp.isfinite(g), g, 0.0), slope)
+        moves, state = optimizer.update(slope, state)
+        lost = lost + jnp.stack([~usable, usable & ~whole]).astype(jnp.int32)
+        return _tuned(optax.apply_updates(at, moves), at, descent), state, seen, lost
 
     # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once.
-    def turn(carry: tuple[Any, Any, Any, jax.Array], number: jax.Array) -> tuple[tuple[Any, Any, Any, jax.Array], jax.Array]:
-        at, state, best, least = carry
+    def turn(carry: tuple[Any, ...], number: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
+        (at, *rest), best, least = carry
         at = _where(number == 1, begin, at)
         first, last = jnp.maximum(number - 2, 0) * steps, jnp.maximum(number - 1, 0) * steps
-        at, state = lax.fori_loop(first, last, step, (at, state))
-        now = judge(at)
+        moved = lax.fori_loop(first, last, step, (at, *rest))
+        now = judge(moved[0])
         better = now < least
-        return (at, state, _where(better, at, best), jnp.where(better, now, least)), now
+        return (moved, _where(better, moved[0], best), jnp.where(better, now, least)), now
 
-    carry = plain, optimizer.init(begin), plain, jnp.float32(jnp.inf)
-    (_, _, best, least), losses = lax.scan(turn, carry, jnp.arange(checks + 2))
-    return Found(best, least, losses[1], losses[0])
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), jax.eval_shape(reached, begin))
+    carry = (plain, optimizer.init(begin), nothing, jnp.zeros(2, jnp.int32)), plain, jnp.float32(jnp.inf)
+    ((_, _, seen, lost), best, least), losses = lax.scan(turn, carry, jnp.arange(checks + 2))
+    return Found(best, least, losses[1], losses[0], seen, *lost)
 
 
 def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
