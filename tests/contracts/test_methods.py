@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibration import Rows, divide_columns, hessian
+from qjax.calibration import CrossMoments, Rows, divide_columns, hessian
 from qjax.core import IntSpec, LearnedSpec, QTensor
 from qjax.ptq.hqq import HQQ
 from qjax.ptq.input_scale import quantize_scaled
 from qjax.ptq.kmeans import KMeans
 from qjax.ptq.low_rank import LowRank
-from qjax.ptq.method import Problem, needs_float
+from qjax.ptq.method import Problem, fills_zeros, needs_float
 from qjax.ptq.online_rotation import Online
 
 K, N = 48, 10
@@ -211,11 +211,28 @@ def test_what_was_pruned_stays_pruned(method):
     w = weight(K, N)
     smallest = jnp.argsort(jnp.argsort(jnp.abs(w).reshape(K // 4, 4, N), axis=1), axis=1) < 2
     w = jnp.where(smallest.reshape(K, N), 0, w)
-    outcome = method.quantize(problem(w, qjax.uint4(group_size=16)), state_of(method))
-    if any("it has no zeros any more: 50% of it were" in note for note in outcome.notes):
-        return  # in a rotated basis there is nothing to keep
-    back = np.asarray(outcome.q.dequantize())
+    pruned = problem(w, accepted(method, qjax.uint4(group_size=16)))
+    if fills_zeros(method):
+        with pytest.raises(ValueError, match=r"`method` .* keeps no exact zeros, and 50 % of 'layers/w' is: .* take .*qjax\."):
+            method.quantize(pruned, state_of(method))
+        return
+    back = np.asarray(method.quantize(pruned, state_of(method)).q.dequantize())
     assert not back[np.asarray(w) == 0].any() and back[np.asarray(w) != 0].any()
+
+
+def wrappers():
+    """Every method of the suite that hands the rounding over to another, with that other in its place."""
+    seen = {type(m): m for m in METHODS if hasattr(m, "then")}
+    return [lambda then, m=m: dataclasses.replace(m, then=then) for m in seen.values()]
+
+
+def test_whatever_wraps_a_method_does_what_it_needs():
+    assert len(wrappers()) == 4
+    for wrap in wrappers():
+        assert needs_float(wrap(qjax.gptaq())) and not needs_float(wrap(qjax.gptq()))
+        assert needs_float(wrap(qjax.online_rotation(qjax.gptaq()))) and fills_zeros(wrap(qjax.online_rotation()))
+        compared = wrap(qjax.gptaq()).observer.init(1, 4)
+        assert sum(isinstance(part, CrossMoments) for part in jax.tree.leaves(compared, is_leaf=lambda x: isinstance(x, CrossMoments))) == 1
 
 
 @every_method
