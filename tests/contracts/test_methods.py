@@ -103,16 +103,16 @@ def solved(method, w, spec, state, **how) -> QTensor:
     return method.quantize(problem(jnp.asarray(w), spec, **how), state).q
 
 
-def with_zeros(seed=0):
-    """A weight with an output of zeros, so that one program serves all tests of a method and a spec: compiling is what takes time."""
-    w = np.array(weight(K, N, seed=seed))
-    w[:, 3] = 0
+def stack():
+    """Three weights, each with an output of zeros: one program serves all tests of a method and a spec, for compiling takes the time."""
+    w = np.array(weight(3, K, N))
+    w[..., 3] = 0
     return w
 
 
 @functools.cache
 def once(method, spec) -> QTensor:
-    return solved(method, with_zeros(), spec, state_of(method))
+    return solved(method, stack(), spec, state_of(method, stack=3), stacked=(-3,))
 
 
 decoded = jax.jit(QTensor.dequantize)
@@ -148,19 +148,22 @@ def test_it_is_a_value_with_a_name(method):
 @every_method
 @every_spec
 def test_the_result_stands_for_the_weight(method, spec):
-    w, spec = with_zeros(), accepted(method, spec)
+    w, spec = stack(), accepted(method, spec)
     for dtype in (jnp.float32, jnp.bfloat16):
-        q = once(method, spec) if dtype == jnp.float32 else solved(method, w.astype(dtype), spec, state_of(method))
+        q = once(method, spec)
+        if dtype == jnp.bfloat16:
+            q = solved(method, w.astype(dtype), spec, state_of(method, stack=3), stacked=(-3,))
         assert (q.shape, q.dtype, q.spec) == (w.shape, dtype, spec)
         back = decoded(q)
         assert back.dtype == dtype
         error = np.sum(np.square(w - np.float32(back))) / np.sum(np.square(w))
         # Random codes would have an error of 1 or more; what moves codes for the sake of the output pays with weight error.
         assert 0 < error < 0.2
-        assert not np.asarray(back[:, 3]).any() and np.asarray(back[:, 4]).any()  # zeros stay zeros
-        planned = method.shapes(problem(jax.ShapeDtypeStruct(w.shape, dtype), spec))
-        chex.assert_trees_all_equal_shapes_and_dtypes(planned, q)
-        assert planned.nbytes == q.nbytes
+        back = np.asarray(back)
+        assert not back[..., 3].any() and back[..., 4].any()  # zeros stay zeros
+    planned = method.shapes(problem(jax.ShapeDtypeStruct(w.shape, jnp.bfloat16), spec, stacked=(-3,)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(planned, q)
+    assert planned.nbytes == q.nbytes
     if method == qjax.rtn():
         assert_same_bits(once(method, spec).dequantize(), decoded(once(method, spec)))
 
@@ -168,29 +171,30 @@ def test_the_result_stands_for_the_weight(method, spec):
 @every_method
 @every_spec
 def test_on_its_data_it_is_no_worse_than_rounding(method, spec):
-    w, spec, h = with_zeros(), accepted(method, spec), np.asarray(hessian(state_of(qjax.gptq()))[0])
+    w, spec, h = stack(), accepted(method, spec), np.asarray(hessian(state_of(qjax.gptq(), stack=3)))
 
     def loss(q):
-        delta = (np.asarray(decoded(q)) - w).T
+        delta = np.asarray(decoded(q)) - w
         if isinstance(method, KMeans):  # knows of the data only the power of columns
-            return np.sum(np.square(delta) * (np.diagonal(h)[None, :] if method.weighted else 1.0))
+            power = np.diagonal(h, axis1=1, axis2=2)[:, :, None] if method.weighted else 1.0
+            return np.sum(np.square(delta) * power, axis=(1, 2))
         if method.observer is None:  # knows the weight only
-            return np.sum(np.abs(delta) ** (1.0 if isinstance(method, HQQ) else 2.4))
-        return np.einsum("nk,kj,nj->", delta, h, delta)
+            return np.sum(np.abs(delta) ** (1.0 if isinstance(method, HQQ) else 2.4), axis=(1, 2))
+        return np.einsum("skn,skj,sjn->s", delta, h, delta)
 
-    assert loss(once(method, spec)) <= 1.0001 * loss(once(qjax.rtn(), spec))
+    assert np.all(loss(once(method, spec)) <= 1.0001 * loss(once(qjax.rtn(), spec)))
 
 
 @every_method
 @every_spec
 def test_without_data_it_rounds(method, spec):
-    w, spec = with_zeros(), accepted(method, spec)
+    spec = accepted(method, spec)
     if isinstance(method, LowRank):
         pytest.skip("without data its low-rank part is that of the weight's error")
     if isinstance(method, HQQ) or method == qjax.kmeans(weighted=False):
         pytest.skip("its data is the weight")
-    state = None if method.observer is None else method.observer.init(1, K)
-    outcome = method.quantize(problem(jnp.asarray(w), spec), state)
+    state = None if method.observer is None else method.observer.init(3, K)
+    outcome = method.quantize(problem(jnp.asarray(stack()), spec, stacked=(-3,)), state)
     assert_same_bits(decoded(outcome.q), decoded(once(plain(method), spec)))
     assert method.observer is None or any("no calibration data" in note for note in outcome.notes)
 
@@ -198,21 +202,31 @@ def test_without_data_it_rounds(method, spec):
 @every_method
 @every_spec
 def test_stacked_parts_are_independent(method, spec):
-    w, state = np.stack([with_zeros(seed) for seed in range(3)]), state_of(method, stack=3)
-    whole = np.asarray(decoded(solved(method, w, spec, state, stacked=(-3,))))
+    w, state, spec = stack(), state_of(method, stack=3), accepted(method, spec)
+    w[1] = w[2]
+    if state is not None:
+        state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[[0, 2, 2]]), state)
+    found, want = np.asarray(decoded(solved(method, w, spec, state, stacked=(-3,)))), np.asarray(decoded(once(method, spec)))
+    assert_same_bits(found, want[[0, 2, 2]])
+
+
+@every_method
+@pytest.mark.parametrize("spec", SPECS[:2], ids=str)
+def test_a_stack_is_what_its_parts_are(method, spec):
+    state, whole = state_of(method, stack=3), np.asarray(decoded(once(method, accepted(method, spec))))
     for i in range(3):
         mine = None if state is None else jax.tree.map(lambda leaf, i=i: jnp.asarray(np.asarray(leaf)[i : i + 1]), state)
         # One program over a stack sums in another order than one over a matrix.
-        np.testing.assert_allclose(whole[i], decoded(solved(method, w[i], spec, mine)), atol=1e-5)
+        np.testing.assert_allclose(whole[i], decoded(solved(method, stack()[i], spec, mine)), atol=1e-5)
 
 
 @every_method
 @every_spec
 def test_how_the_weight_is_stored_does_not_matter(method, spec):
-    """Contracted axes behind the kept ones, several of both, and one kind between the other."""
-    w, spec = with_zeros().reshape(6, 8, 5, 2).transpose(2, 0, 3, 1), accepted(method, spec)
-    back = np.asarray(decoded(solved(method, w, spec, state_of(method), axes=(-3, -1))))
-    assert_same_bits(back.transpose(1, 3, 0, 2).reshape(K, N), decoded(once(method, spec)))
+    """Contracted axes behind the kept ones, several of both, and the stack between them."""
+    w, spec = stack().reshape(3, 6, 8, 5, 2).transpose(3, 1, 0, 4, 2), accepted(method, spec)
+    back = np.asarray(decoded(solved(method, w, spec, state_of(method, stack=3), axes=(-4, -1), stacked=(-3,))))
+    assert_same_bits(back.transpose(2, 1, 4, 0, 3).reshape(3, K, N), decoded(once(method, spec)))
 
 
 @every_method
@@ -316,22 +330,35 @@ WHOLE = [*METHODS, qjax.smoothquant(then=qjax.llm_int8()), qjax.awq(then=qjax.ll
 QUICK = ("smoothquant", "llm_int8")
 
 
-def rules_of(method, other):
-    """Policies of a method and of another with the same specs; codes of weights are judged by themselves."""
+def rule_of(method):
+    """A rule with what a method needs."""
     rounds = any(name in method.name for name in ("smoothquant", "llm_int8", "online_rotation"))
     activation = qjax.dynamic(qjax.int8()) if rounds else None
-    spec = qjax.int4() if activation is None else qjax.int8()
-    spec = accepted(method, spec)
-    return [qjax.Policy([qjax.Rule("*", weight=spec, method=m, activation=activation)]) for m in (method, other)]
+    spec = accepted(method, qjax.int4() if activation is None else qjax.int8())
+    return qjax.Rule("*", weight=spec, method=method, activation=activation)
+
+
+@functools.cache
+def case():
+    """Parameters, inputs and what the float program makes of them."""
+    params, x = model_params(), weight(3, 32, K, seed=5)
+    return params, x, model(params, x)
+
+
+@functools.cache
+def error_of_rounding(spec, activation):
+    params, x, want = case()
+    plain = qjax.quantize(model, params, qjax.Policy([qjax.Rule("*", weight=spec, activation=activation)]), [x])
+    return float(jnp.linalg.norm(jax.jit(qjax.quantized(model))(plain.params, x) - want))
 
 
 @pytest.mark.parametrize("method", [m if m.name in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in WHOLE], ids=lambda m: m.name)
 def test_a_whole_program_is_no_worse_than_rounded_and_the_same_in_every_form(method):
-    params, x = model_params(), weight(3, 32, K, seed=5)
-    want, (policy, rounding) = model(params, x), rules_of(method, qjax.rtn())
-    result, plain = (qjax.quantize(model, params, p, [x]) for p in (policy, rounding))
-    got, rounded = (jax.jit(qjax.quantized(model))(r.params, x) for r in (result, plain))
-    error, most = (float(jnp.linalg.norm(y - want)) for y in (got, rounded))
+    (params, x, want), rule = case(), rule_of(method)
+    policy, most = qjax.Policy([rule]), error_of_rounding(rule.weight, rule.activation)
+    result = qjax.quantize(model, params, policy, [x])
+    got = jax.jit(qjax.quantized(model))(result.params, x)
+    error = float(jnp.linalg.norm(got - want))
     assert 0 < error <= 1.0001 * most
     rows = [row for row in result.report.rows if row.spec]
     assert {row.method for row in rows} == {method.name}
