@@ -52,7 +52,7 @@ def accepted(method, spec):
     if isinstance(method, HQQ) and not (isinstance(spec, IntSpec) and not spec.symmetric):
         return IntSpec(spec.bits, False, False, spec.granularity, pad=spec.pad, zero_dtype="float32")
     if isinstance(method, KMeans):
-        return LearnedSpec(spec.bits, spec.granularity, pad=spec.pad)
+        return LearnedSpec(min(spec.bits, 4), spec.granularity, pad=spec.pad)
     return spec
 
 
