@@ -20,7 +20,8 @@ from qjax.core.specs import LearnedSpec
 _BINS = 256  # of the dynamic program: exact for tables of up to so many values
 _ROWS = 16  # tables at a time: each takes _BINS^2 numbers while it is begun
 ITERATIONS = 20  # of Lloyd's; the dynamic program leaves it little to do
-_SPARSE = 0.01  # from this share of exact zeros on a level is 0
+# From this share of exact zeros on a level is 0. One of four that is costs a tensor's table 16 % of squared error on a normal weight.
+PINNED_FROM = 0.01
 _FLOOR = 1e-6  # of the mean importance: what a value without importance has
 
 
@@ -91,7 +92,7 @@ def learn(w: jax.Array, importance: jax.Array | None, spec: LearnedSpec, iterati
     mean = jnp.mean(importance, axis=-1, keepdims=True)
     importance = jnp.broadcast_to(jnp.where(mean > 0, importance + _FLOOR * mean, 1.0), w.shape)
     padding = padded_size(k, spec) - k
-    sparse = jnp.broadcast_to(jnp.mean(w == 0, axis=(1, 2), keepdims=True) > _SPARSE, w.shape)
+    sparse = jnp.broadcast_to(jnp.mean(w == 0, axis=(1, 2), keepdims=True) > PINNED_FROM, w.shape)
     real = jnp.ones(w.shape, bool)
     w, importance, sparse, real = (jnp.pad(a, ((0, 0), (0, 0), (0, padding))) for a in (w, importance, sparse, real))
     scale, x, alike = None, w, jnp.ones(w.shape, jnp.float32)

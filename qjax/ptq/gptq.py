@@ -16,9 +16,13 @@ from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
+from qjax.ptq.sparsity import MOST_ZEROS, pruned_share
 from qjax.ptq.work import Work, matrix_sizes
 
 ALPHA = 0.25  # gptqmodel's and the authors' share of GPTAQ's correction
+# A sweep counts on every later column, masked ones too. So many passes of refinement leave to the weights that remain what it counted
+# on: on layers pruned 2:4 they take a fifth of the error off that the sweep leaves.
+MASKED_PASSES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +64,10 @@ class GPTQ:
         _check(problem, self.options)
         w = matrices(problem)
         lack = deviation(state) if isinstance(state, CrossMoments) and bool(jnp.any(state.compared)) else None
-        solution = _solve(w, hessian(state), lack, problem, self.options, masked=bool(jnp.any(w == 0)))
+        options, refined = _refined(self.options, problem)
+        solution = _solve(w, hessian(state), lack, problem, options, masked=bool(jnp.any(w == 0)))
         check_solved(solution, problem.name)
-        notes = (*_few_rows(np.asarray(state.count), w.shape[2]), *_notes(solution, w.shape[2], w.shape[0] > 1))
+        notes = (*refined, *_few_rows(np.asarray(state.count), w.shape[2]), *_notes(solution, w.shape[2], w.shape[0] > 1))
         if self.needs_float and lack is None and bool(jnp.any(state.count)):
             notes = (*notes, "nothing of the float program was seen beside its inputs: rounded like gptq")
         return Outcome(packed(problem, *_arrays(solution)), notes)
@@ -71,7 +76,8 @@ class GPTQ:
         stack, n, k = matrix_sizes(problem)
         # Cholesky, the updates of the columns still to come, and the groups' ranges.
         sweep = k**3 / 3 + 2.0 * n * k * k
-        sweep += self.options.refine * 2.0 * n * k * k
+        options = self.options if isinstance(problem.w, jax.ShapeDtypeStruct) else _refined(self.options, problem)[0]
+        sweep += options.refine * 2.0 * n * k * k
         return Work(sweep + self.needs_float * (k**3 + 2.0 * n * k * k), n * k * (len(SHRINK) if self.options.mse else 1)).times(stack)
 
 
@@ -102,7 +108,8 @@ def gptq(
       refine: passes of coordinate descent after the sweep: each column is rounded anew from where all the others stand, on the same
         grid. The output error on the data never rises; a pass takes about the time of the sweep.
 
-    A weight's exact zeros stay zeros, and the other weights make up for what they cannot take: a pruned weight stays pruned.
+    A weight's exact zeros stay zeros, and the other weights make up for what they cannot take: a pruned weight stays pruned. One
+    of which more than a tenth is zero gets at least two passes of refinement, and the report says so.
 
     Returns:
       A method for `qjax.Rule`. Needs calibration data.
@@ -119,6 +126,15 @@ def gptq(
     in place of a half (`experiments/gptq_model`), so here it is on.
     """
     return GPTQ(GPTQOptions(damping, act_order, static_groups, block_size, mse, group_aware=group_aware, refine=refine))
+
+
+def _refined(options: GPTQOptions, problem: Problem) -> tuple[GPTQOptions, tuple[str, ...]]:
+    """The options for a weight of numbers, and a remark where they have more passes because it was pruned."""
+    share = pruned_share(problem)
+    if share <= MOST_ZEROS or options.refine >= MASKED_PASSES:
+        return options, ()
+    note = f"{100 * share:.3g} % of it is pruned: {MASKED_PASSES} passes of refinement"
+    return dataclasses.replace(options, refine=MASKED_PASSES), (note,)
 
 
 def _solve(

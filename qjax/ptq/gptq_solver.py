@@ -22,10 +22,6 @@ from qjax.core import (
 from qjax.ptq.factorize import Factor, factorize
 from qjax.ptq.gptq_sweep import Grid, Plan, Problem, descend, fit, free_moves, plan, sweep
 
-# A sweep counts on every later column, masked ones too. These passes leave to the weights that remain what it counted on: on layers
-# pruned 2:4 they take a fifth of the error off that the sweep leaves.
-MASKED_PASSES = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class GPTQOptions:
@@ -44,7 +40,7 @@ class GPTQOptions:
       mse: search for the range with the least rounding error (see `search_range`).
       damping_increment: added to `damping` at the first retry, three times that at the second, seven at the third ...
       max_damping_retries: retries before giving up.
-      refine: passes of coordinate descent after the sweep, see `gptq_sweep.descend`; at least `MASKED_PASSES` for a masked weight.
+      refine: passes of coordinate descent after the sweep, see `gptq_sweep.descend`.
       alpha: share of GPTAQ's correction for inputs that differ from the float program's; 0: none.
 
     Raises:
@@ -183,10 +179,10 @@ def solve(
     problem, factor, ordered = _problem(w, zeros, hessian, deviation, columns, known, group, order, layout, options)
     problem = problem._replace(of_tensor=of_tensor)
     swept = sweep(problem, spec, options.mse, layout)
-    loss, passes = jnp.sum(swept.loss), max(options.refine, MASKED_PASSES if masked else 0)
-    if passes:
+    loss = jnp.sum(swept.loss)
+    if options.refine:
         damped = jnp.where(jnp.eye(k, dtype=bool), ordered + factor.damping * columns.mean, ordered)
-        swept = descend(problem, damped, swept, passes, spec, layout)
+        swept = descend(problem, damped, swept, options.refine, spec, layout)
         loss = _loss(layout.collect(swept.difference), ordered, columns.seen if order is None else columns.seen[order])
     codes = layout.collect(swept.codes)
     if known is None:

@@ -64,7 +64,7 @@ def kmeans(iterations: int = ITERATIONS, weighted: bool = True) -> KMeans:
     argmin over levels t of  sum_k h_k (w_k - t[c_k])^2,  c_k the nearest level,  h_k = E[x_k^2],
 
     over the weights of each table. h is the diagonal of GPTQ's Hessian up to a factor: the error of the output, if inputs were
-    not correlated. Where more than one in a hundred weights is exactly zero, a level is 0.
+    not correlated. Where more than one in a hundred weights is exactly zero, a level is 0; fewer are rounded, and the report says so.
 
     Args:
       iterations: Lloyd's steps after the dynamic program that the tables begin with.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration import ColumnPower, Moments, Power, SecondMoment
+from qjax.calibration import ColumnPower, CrossMoment, CrossMoments, Moments, Power, SecondMoment
 from qjax.calibration.observers import Observer, Together
 from qjax.core import ActSpec, Adapter, QTensor, check_finite
 from qjax.ptq.candidates import activation_of, checked_then
@@ -19,11 +19,11 @@ from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import axes_order, for_each_matrix, matrices
 from qjax.ptq.rtn import rtn
+from qjax.ptq.sparsity import check_filled
 from qjax.ptq.work import Work, matrix_sizes, work_of
 
 Kind = Literal["eora", "lqer", "svd"]
 AdapterDtype = Literal["float16", "bfloat16", "float32"]
-_SPARSE = 0.01  # from this share of exact zeros on the report says that they are none any more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,14 @@ class LowRank:
         return f"low_rank({', '.join([str(self.rank), *how, f'then={self.then.name}'])})"
 
     @property
+    def fills_zeros(self) -> bool:
+        return True
+
+    @property
     def observer(self) -> Observer[Any] | None:
         first = self.then.observer
-        if self.measure == "svd" or isinstance(first, SecondMoment) or (self.measure == "lqer" and isinstance(first, ColumnPower)):
+        enough = (SecondMoment, CrossMoment, *([ColumnPower] if self.measure == "lqer" else []))
+        if self.measure == "svd" or isinstance(first, enough):
             return first
         own = SecondMoment() if self.measure == "eora" else ColumnPower()
         return own if first is None else Together((first, own))
@@ -65,6 +70,7 @@ class LowRank:
 
     def quantize(self, problem: Problem, state: Any = None) -> Outcome:
         self._check(problem)
+        filled = check_filled(problem, self.name)
         both = isinstance(self.observer, Together)
         outcome = self.then.quantize(problem, state[0] if both else None if self.then.observer is None else state)
         statistic, notes = self._statistic(problem, state[1] if both else state)
@@ -73,10 +79,7 @@ class LowRank:
         left, right = _correct(matrices(problem._replace(w=error)), statistic, self.rank, self.dtype)
         for part in (left, right):
             check_finite(part, f"the {self.dtype} adapter of {problem.name}")
-        zeros = float(jnp.mean(problem.w == 0))
-        if zeros > _SPARSE:
-            notes = (*notes, f"{zeros:.0%} of its weights were zero, and are small numbers with the low-rank part")
-        return Outcome(q.with_adapter(_placed(problem, left, right)), (*outcome.notes, *notes))
+        return Outcome(q.with_adapter(_placed(problem, left, right)), (*outcome.notes, *notes, *filled))
 
     def work(self, problem: Problem) -> Work:
         stack, n, k = matrix_sizes(problem)
@@ -88,7 +91,7 @@ class LowRank:
         """What the error is weighed by, (stack, K, K) or (stack, K), and a remark where there is nothing."""
         if self.measure == "svd" or state is None:
             return None, ()
-        if self.measure == "eora" and isinstance(state, Moments):
+        if self.measure == "eora" and isinstance(state, Moments | CrossMoments):
             found = state.total / jnp.maximum(state.count, 1).astype(jnp.float32)[:, None, None]
         elif isinstance(state, Power):
             found = state.mean_square
@@ -132,10 +135,12 @@ def low_rank(rank: int = 32, then: Method | None = None, kind: Kind = "eora", dt
 
     Returns:
       A method for `qjax.Rule`. Needs calibration data, except for "svd" behind a method that needs none. `q.adapter` is the pair L, R
-      of a packed weight, and `q.with_adapter(...)` puts another in its place. Weights that were zero are zero no more.
+      of a packed weight, and `q.with_adapter(...)` puts another in its place. Weights that were zero are zero no more,
+      except where a whole output is.
 
     Raises:
-      ValueError: naming the argument; when it runs: a rank larger than the weight has, a grouped convolution.
+      ValueError: naming the argument; when it runs: a rank larger than the weight has, a grouped convolution, a weight
+        of which more than a tenth was pruned.
       TypeError: `then` is no method.
 
     Example:

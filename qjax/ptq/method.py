@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -94,9 +95,37 @@ class ComparesWithFloat(Protocol):
         ...
 
 
+def methods_of(method: Any) -> Iterator[Any]:
+    """A method and, one after the other, those that it hands the rounding over to: what any of them does, the packed weight has.
+
+    Example:
+      >>> import qjax
+      >>> [each.name for each in methods_of(qjax.low_rank(2, then=qjax.online_rotation(qjax.gptq())))]
+      ['low_rank(2, then=online_rotation(gptq))', 'online_rotation(gptq)', 'gptq']
+    """
+    while method is not None:
+        yield method
+        method = getattr(method, "then", None)
+
+
 def needs_float(method: Any) -> bool:
-    """Whether a method compares with the float program."""
-    return isinstance(method, ComparesWithFloat) and method.needs_float
+    """Whether a method, or one that follows it, compares with the float program."""
+    return any(isinstance(each, ComparesWithFloat) and each.needs_float for each in methods_of(method))
+
+
+@runtime_checkable
+class FillsZeros(Protocol):
+    """A method that cannot keep exact zeros beside other weights of the same output."""
+
+    @property
+    def fills_zeros(self) -> bool:
+        """Whether it cannot."""
+        ...
+
+
+def fills_zeros(method: Any) -> bool:
+    """Whether a method, or one that follows it, turns exact zeros into other numbers."""
+    return any(isinstance(each, FillsZeros) and each.fills_zeros for each in methods_of(method))
 
 
 @runtime_checkable
@@ -110,6 +139,5 @@ class Refuses(Protocol):
 
 def refusal(method: Any, leaf: Leaf) -> str:
     """Why a method, or one that follows it, cannot quantize a parameter; "" if it can."""
-    mine = method.refusal(leaf) if isinstance(method, Refuses) else ""
-    then = getattr(method, "then", None)
-    return mine or ("" if then is None else refusal(then, leaf))
+    reasons = (each.refusal(leaf) for each in methods_of(method) if isinstance(each, Refuses))
+    return next(filter(None, reasons), "")

@@ -15,11 +15,10 @@ from qjax.calibration import CrossMoment, CrossMoments, Moments, Observer, Sampl
 from qjax.core import ActSpec, CastSpec, OnlineRotation, QTensor, Spec, canonicalize, transform_factors, uncanonicalize
 from qjax.program import Leaf, Site
 from qjax.ptq.candidates import Rescaling, activation_of
-from qjax.ptq.method import Method, Outcome, Problem, needs_float
+from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.rtn import rtn
+from qjax.ptq.sparsity import check_filled
 from qjax.ptq.work import Work, work_of
-
-SPARSE = 0.25  # share of zeros from which on a weight counts as pruned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Online:
         return f"online_rotation({', '.join(inside)})" if inside else "online_rotation"
 
     @property
-    def needs_float(self) -> bool:
-        return needs_float(self.then)
+    def fills_zeros(self) -> bool:
+        return True
 
     @property
     def observer(self) -> Observer[Any] | None:
@@ -63,10 +62,11 @@ class Online:
         return self._with_rotation(self.then.shapes(wide), dtype, problem.spec, problem.name)
 
     def quantize(self, problem: Problem, state: Any) -> Outcome:
+        filled = check_filled(problem, self.name)
         rotated = problem._replace(w=_rotated(problem.w, problem.axes, self.rotation))
         outcome = self.then.quantize(rotated, None if state is None else rotate_statistics(state, self.rotation))
         q = self._with_rotation(outcome.q, problem.w.dtype, problem.spec, problem.name)
-        return Outcome(q, (*outcome.notes, *_zeros_lost(problem), *_without_hadamard(math.prod(q.sizes))))
+        return Outcome(q, (*outcome.notes, *filled, *_without_hadamard(math.prod(q.sizes))))
 
     def work(self, problem: Problem) -> Work:
         return work_of(self.then, problem)
@@ -118,7 +118,7 @@ def online_rotation(then: Method | None = None, seed: int = 0) -> Online:
     Source: QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), section 4, stages 1b and 1d, and R3 and R4 of SpinQuant (Liu et al. 2024,
     arXiv 2405.16406). Differences: sizes without a Hadamard matrix take a Kronecker product with a Hartley matrix (both need a list
     of matrices); random signs on line, too, so that no input is one that H gathers in one channel; any weight may have it.
-    A pruned weight is not sparse in the rotated basis: its zeros are lost, and the report says so.
+    A pruned weight is not sparse in the rotated basis: its zeros would be lost, so `qjax.quantize` refuses it.
     """
     method = rtn() if then is None else then
     if not isinstance(method, Method) or isinstance(method, type):
@@ -172,11 +172,6 @@ def _rotated(w: jax.Array, axes: tuple[int, ...], rotation: OnlineRotation) -> j
     """R^T w along the contracted axes, float32 of the shape of `w`."""
     rows = _apply(canonicalize(jnp.asarray(w).astype(jnp.float32), axes), rotation)
     return uncanonicalize(rows, axes, tuple(w.shape[a] for a in axes))
-
-
-def _zeros_lost(problem: Problem) -> tuple[str, ...]:
-    zeros = float(jnp.mean(problem.w == 0))
-    return (f"rotated, it has no zeros any more: {zeros:.0%} of it were",) if zeros >= SPARSE and jnp.any(problem.w != 0) else ()
 
 
 def _without_hadamard(size: int) -> tuple[str, ...]:

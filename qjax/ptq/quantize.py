@@ -25,7 +25,7 @@ from qjax.ptq.data import Batches, check_numbers, check_same_sites
 from qjax.ptq.groups import check_groups, padding_note
 from qjax.ptq.input_scale import part_scale, quantize_scaled, scaled_shapes
 from qjax.ptq.llm_int8 import with_capacities
-from qjax.ptq.method import Method, Outcome, Problem, refusal
+from qjax.ptq.method import Method, Outcome, Problem, fills_zeros, refusal
 from qjax.ptq.parts import Layout, join, layout_of, part_axes, problem_of, take
 from qjax.ptq.products import product_row, quantize_products
 from qjax.ptq.progress import Listener, Monitor
@@ -33,7 +33,7 @@ from qjax.ptq.rescale import rescale, rescaled_by
 from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
 from qjax.ptq.sequential import quantize_sequential
-from qjax.ptq.sparsity import check_zeros
+from qjax.ptq.sparsity import check_filled, check_zeros
 from qjax.ptq.spill import Spill
 from qjax.ptq.streams import Task
 from qjax.ptq.work import work_of
@@ -235,7 +235,10 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> dict[int, t
         if not isinstance(w, (jax.Array, np.ndarray)):
             raise TypeError(f"`params` leaf {choice.leaf.path!r} is a {type(w).__name__}: quantize needs numbers")
         check_finite(w, choice.leaf.path)
-        remarks[choice.leaf.index] = check_zeros(jnp.asarray(w), choice.spec, choice.leaf.path)
+        problem = whole_problem(choice)._replace(w=jnp.asarray(w))
+        remarks[choice.leaf.index] = check_zeros(problem)
+        if choice.rule is not None and choice.rule.method is not None and fills_zeros(choice.rule.method):
+            check_filled(problem, choice.rule.method.name)
     return remarks
 
 

@@ -1,17 +1,19 @@
-"""Pruned weights: an exact zero stays one wherever the grid has a zero, and a grid without one is refused."""
+"""Pruned weights: an exact zero stays one wherever the grid has a zero, and a grid or a method that cannot keep it is refused."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
-from qjax.core import CodebookSpec, IntSpec, Spec
+from qjax.core import CodebookSpec, IntSpec, LearnedSpec, Spec
+from qjax.core.learned import PINNED_FROM
+from qjax.ptq.method import Problem
+from qjax.ptq.parts import matrices
 
 MOST_ZEROS = 0.1  # the share of exact zeros above which a weight counts as pruned
 
 
 def has_zero(spec: Spec) -> bool:
-    """Whether a spec's grids have a level that is exactly zero, whatever their scale.
+    """Whether a spec's grids have a level that is exactly zero, whatever their scale; of learned tables: once enough of the weight is.
 
     Example:
       >>> import qjax
@@ -23,13 +25,11 @@ def has_zero(spec: Spec) -> bool:
     return not (isinstance(spec, IntSpec) and spec.float_zero)
 
 
-def check_zeros(w: jax.Array, spec: Spec, path: str) -> tuple[str, ...]:
+def check_zeros(problem: Problem) -> tuple[str, ...]:
     """Looks whether a grid without a zero would fill in what was pruned.
 
     Args:
-      w: the float weight.
-      spec: what it is to become.
-      path: its name.
+      problem: a weight of numbers, and what it is to become.
 
     Returns:
       A remark for the report, where a few zeros become something else.
@@ -39,10 +39,15 @@ def check_zeros(w: jax.Array, spec: Spec, path: str) -> tuple[str, ...]:
 
     Example:
       >>> import qjax
-      >>> check_zeros(jnp.eye(4), qjax.codebook((-1.0, 1.0)), "up")
+      >>> check_zeros(Problem(jnp.eye(4), qjax.codebook((-1.0, 1.0)), (-2,), (), 1, "up"))
       Traceback (most recent call last):
       ValueError: `weight`=codebook(group_size=64) has no level that is exactly zero, and 75 % of 'up' is: ...
     """
+    w, spec, path = problem.w, problem.spec, problem.name
+    if isinstance(spec, LearnedSpec):
+        zeros = jnp.mean(matrices(problem) == 0, axis=(1, 2))
+        lost = float(jnp.max(jnp.where(zeros > PINNED_FROM, 0.0, zeros)))
+        return (f"{100 * lost:.2g} % of it is exactly zero, too little for {spec} to keep a level for",) if lost else ()
     if has_zero(spec):
         return ()
     share = float(jnp.mean(w == 0))
@@ -52,3 +57,52 @@ def check_zeros(w: jax.Array, spec: Spec, path: str) -> tuple[str, ...]:
             'take a grid with a zero, such as qjax.int4(...), qjax.uint4(...) with zero_dtype="int", or qjax.nf4(...)'
         )
     return (f"{100 * share:.2g} % of it is exactly zero, which {spec} has no level for",) if share else ()
+
+
+def pruned_share(problem: Problem) -> float:
+    """The share of exact zeros beside other weights of the same output, of the independent part that has most of them.
+
+    Outputs of nothing but zeros do not count: whatever is made of them by sums is zero again.
+
+    Args:
+      problem: a weight of numbers.
+
+    Returns:
+      A number from 0 to 1.
+
+    Example:
+      >>> pruned_share(Problem(jnp.eye(4).at[:, 3].set(0.0), IntSpec(4), (-2,), (), 1, "up"))
+      0.5625
+    """
+    zero = problem.w == 0
+    among = zero & ~jnp.all(zero, axis=problem.axes, keepdims=True)
+    rest = tuple(a for a in range(-zero.ndim, 0) if a not in problem.stacked)
+    return float(jnp.max(jnp.mean(among, axis=rest)))
+
+
+def check_filled(problem: Problem, method: str) -> tuple[str, ...]:
+    """Looks how many exact zeros a method that cannot keep them (`FillsZeros`) would fill in.
+
+    Args:
+      problem: a weight of numbers.
+      method: the method's name.
+
+    Returns:
+      A remark for the report, where there are a few.
+
+    Raises:
+      ValueError: more than `MOST_ZEROS` of the weight, or of one of its independent parts.
+
+    Example:
+      >>> import qjax
+      >>> check_filled(Problem(jnp.eye(4), IntSpec(4), (-2,), (), 1, "up"), "low_rank(2, then=rtn)")
+      Traceback (most recent call last):
+      ValueError: `method` low_rank(2, then=rtn) keeps no exact zeros, and 75 % of 'up' is: ...
+    """
+    share = pruned_share(problem)
+    if share > MOST_ZEROS:
+        raise ValueError(
+            f"`method` {method} keeps no exact zeros, and {100 * share:.3g} % of {problem.name!r} is: what was pruned would come back; "
+            "take a method that keeps them, such as qjax.gptq(), qjax.awq() or qjax.rtn()"
+        )
+    return (f"{100 * share:.2g} % of it was exactly zero, which {method} does not keep",) if share else ()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qjax.core import ActSpec, OnlineRotation, Spec
 from qjax.policy import Choice, Policy, ProductChoice, RotatesInputs, check_policy
 from qjax.program import Interpreter, Product, Program, ProgramCache, Site, compat, split_arguments
+from qjax.ptq.method import methods_of
 from qjax.runtime.products import rotated_pair
 from qjax.runtime.products import shared_axes as product_axes
 from qjax.runtime.rotation import rotate_axes
@@ -95,7 +96,7 @@ class FakeQuant:
 def rotation_of(choice: Choice) -> OnlineRotation | None:
     """By what the packed weight's products will rotate their input."""
     method = None if choice.rule is None or choice.spec is None else choice.rule.method
-    return method.rotation if isinstance(method, RotatesInputs) else None
+    return next((each.rotation for each in methods_of(method) if isinstance(each, RotatesInputs)), None)
 
 
 def _rounded(w: Any, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...], path: str, rotation: OnlineRotation | None) -> Any:

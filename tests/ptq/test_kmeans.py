@@ -86,6 +86,15 @@ def test_zeros_stay_zeros_where_there_are_many():
     assert np.all(np.asarray(solved(w, qjax.learned(2)).q.levels))  # none is spent on a zero that is not there
 
 
+def test_a_few_zeros_that_no_level_is_spent_on_are_told():
+    for few, notes in ((w := weight(64, 6)).at[0, 0].set(0.0), True), (w.at[:8, 0].set(0.0), False), (w, False):
+        policy = qjax.Policy([qjax.Rule("*", weight=qjax.learned(2))])
+        result = qjax.quantize(lambda p, x: x @ p["w"], {"w": few}, policy, [jnp.ones((1, 64))])
+        lost = np.asarray(result.params["w"].dequantize())[np.asarray(few) == 0].any()
+        told = any("0.26 % of it is exactly zero, too little for learned(2" in note for note in result.report.rows[0].notes)
+        assert lost == told == notes
+
+
 @pytest.mark.slow
 def test_few_values_and_huge_and_tiny_ones():
     w = jnp.stack([jnp.full(32, 0.7), jnp.tile(jnp.float32([1.0, -2.0]), 16), jnp.linspace(-3e4, 3e4, 32), jnp.full(32, 1e-3)], 1)

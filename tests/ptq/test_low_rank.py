@@ -180,10 +180,23 @@ def test_behind_other_methods_saved_and_loaded(kind, tmp_path):
         assert np.array_equal(loaded.params["w"].dequantize(), one.params["w"].dequantize())
 
 
+def test_what_it_wraps_sees_the_float_program():
+    params = {"a": normal(32, 24) / 6, "b": normal(24, 16, seed=7)}
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    gptaq = qjax.gptaq(mse=False)
+    inside, alone = (packed(fn, params, (correlated(96, 32),), m) for m in (qjax.low_rank(2, then=gptaq), gptaq))
+    for row, other in zip(inside.report.rows, alone.report.rows, strict=True):
+        assert row.notes == other.notes == ()
+    np.testing.assert_array_equal(inside.params["a"].codes, alone.params["a"].codes)
+
+
 def test_zeros_that_are_none_any_more_are_told():
-    params = {"w": jnp.where(jnp.arange(32)[:, None] % 2 == 0, 0.0, normal(32, 20))}
+    params = {"w": jnp.where(jnp.arange(32)[:, None] < 2, 0.0, normal(32, 20))}
     assert packed(matmul, params, (normal(4, 32),), qjax.low_rank(2, kind="svd")).report.rows[0].notes == (
-        "50% of its weights were zero, and are small numbers with the low-rank part",
+        "6.2 % of it was exactly zero, which low_rank(2, svd, then=rtn) does not keep",
     )
 
 

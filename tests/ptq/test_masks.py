@@ -1,5 +1,7 @@
 """Pruned weights: exact zeros stay, in every method, and what compensates errors uses the weights that remain."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,16 +10,17 @@ import qjax
 from qjax.core import QTensor, int3, int8, uint4
 from qjax.ptq.gptq_solver import GPTQOptions, solve
 from qjax.ptq.method import Problem
+from qjax.ptq.sparsity import check_filled
 from tests.ptq.test_gptq_golden import decoded
 
 N, K, ROWS = 24, 96, 400
 OPTIONS = {
-    "plain": GPTQOptions(),
-    "small blocks": GPTQOptions(block_size=16),
-    "act-order": GPTQOptions(act_order=True),
-    "static": GPTQOptions(act_order=True, static_groups=True),
-    "group-aware": GPTQOptions(group_aware=True, mse=True),
-    "gptaq": GPTQOptions(alpha=1.0),
+    "plain": GPTQOptions(refine=2),
+    "small blocks": GPTQOptions(block_size=16, refine=2),
+    "act-order": GPTQOptions(act_order=True, refine=2),
+    "static": GPTQOptions(act_order=True, static_groups=True, refine=2),
+    "group-aware": GPTQOptions(group_aware=True, mse=True, refine=2),
+    "gptaq": GPTQOptions(alpha=1.0, refine=2),
 }
 
 
@@ -53,7 +56,7 @@ def test_zeros_stay_and_the_rest_makes_up_for_them(name):
     assert not back[w == 0].any()
     if OPTIONS[name].alpha:
         return
-    masked_later = np.where(w == 0, 0, decoded(solve(jnp.asarray(w), h, spec, OPTIONS[name])))
+    masked_later = np.where(w == 0, 0, decoded(solve(jnp.asarray(w), h, spec, dataclasses.replace(OPTIONS[name], refine=0))))
     rounded = qjax.core.quantize(jnp.asarray(w), spec, (-1,)).dequantize()
     assert error(back, w, h) < 0.95 * min(error(masked_later, w, h), error(rounded, w, h))
 
@@ -72,7 +75,7 @@ def test_codes_are_those_of_sparse_gptq_column_by_column():
     for j in [*range(K), *range(K)]:
         target = w[:, j] + np.delete(w - back, j, 1) @ np.delete(damped[:, j], j) / damped[j, j]
         back[:, j] = np.where(w[:, j] == 0, 0, np.clip(np.round(target / scale), -4, 3) * scale)
-    found = decoded(solve(jnp.asarray(w), h, int3(), masked=True))
+    found = decoded(solve(jnp.asarray(w), h, int3(), GPTQOptions(refine=2), masked=True))
     assert np.mean(np.isclose(found, back, atol=1e-4)) >= 0.999
 
 
@@ -86,6 +89,37 @@ def test_a_dense_weight_runs_the_program_that_knows_no_mask():
     assert solve._cache_size() == before + 1
     q: QTensor = method.quantize(masked, state).q
     assert solve._cache_size() == before + 2 and not np.asarray(q.dequantize())[w == 0].any()
+
+
+def test_only_a_pruned_weight_is_refined_unasked_and_that_is_said_and_priced():
+    w, (x,) = pruned("half"), (inputs(),)
+    full = np.where(w == 0, 1e-3, w)
+    one, method = full.copy(), qjax.gptq(mse=False)
+    one[3, 5] = 0
+    state = method.observer.update(method.observer.init(1, K), qjax.calibration.Rows(jnp.float32(x)[None]))
+    problems = [Problem(jnp.asarray(a), int3(), (-1,), (), 1, "w") for a in (full, one, w)]
+    dense, single, many = (method.quantize(problem, state) for problem in problems)
+    assert dense.notes == single.notes == () and many.notes == ("50 % of it is pruned: 2 passes of refinement",)
+    others = np.arange(N) != 3  # the outputs that have no zero are what they were
+    before, after = (np.asarray(outcome.q.dequantize()) for outcome in (dense, single))
+    np.testing.assert_array_equal(before[others], after[others])
+    assert after[3, 5] == 0
+    asked = qjax.gptq(mse=False, refine=2)
+    assert asked.quantize(problems[2], state).notes == ()
+    assert method.work(problems[0]) == method.work(problems[1]) < method.work(problems[2]) == asked.work(problems[2])
+
+
+def test_what_fills_zeros_in_refuses_a_pruned_weight():
+    w = jnp.asarray(pruned("half").T)
+    for method in (qjax.low_rank(2), qjax.awq(then=qjax.online_rotation())):
+        policy = qjax.Policy([qjax.Rule("*", weight=int3(), method=method)])
+        with pytest.raises(ValueError, match=r"`method` .* keeps no exact zeros, and 50 % of 'w' is: .*qjax\.gptq\(\)"):
+            qjax.quantize(lambda p, x: x @ p["w"], {"w": w}, policy, [jnp.full((2, K), jnp.nan)])  # before it looks at data
+    # An output of nothing but zeros stays one; a part that is pruned counts by itself.
+    kept = qjax.low_rank(2, kind="svd").quantize(Problem(w.at[:].set(1.3).at[:, :9].set(0.0), int3(), (-2,), (), 1, "w"))
+    assert kept.notes == () and not np.asarray(kept.q.dequantize())[:, :9].any()
+    with pytest.raises(ValueError, match="50 % of 'w'"):
+        check_filled(Problem(jnp.stack([w, *[jnp.ones_like(w)] * 9]), int3(), (-2,), (-3,), 1, "w"), "low_rank")
 
 
 def test_a_grid_without_a_zero_is_refused_for_a_pruned_weight_and_said_of_a_few_zeros():

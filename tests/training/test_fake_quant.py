@@ -194,6 +194,17 @@ def test_a_weight_with_an_on_line_rotation_is_rounded_where_it_is_rotated(activa
     assert float(jnp.linalg.norm(gradient - want)) < 0.5 * float(jnp.linalg.norm(want))
 
 
+def test_a_rotation_counts_wherever_it_stands_among_the_methods():
+    w, x = normal(48, 10), jnp.sign(normal(16, 48, seed=1))  # inputs of one size: there is nothing to rescale
+    for method in (qjax.awq(then=qjax.online_rotation()), qjax.low_rank(2, kind="svd", then=qjax.online_rotation(seed=3))):
+        policy = Policy([Rule("*", weight=qjax.int4(), method=method)])
+        packed = qjax.quantize(lambda p, x: x @ p["w"], {"w": w}, policy, calibration=[x]).params["w"]
+        assert packed.rotation is not None
+        want = packed.with_adapter(None).dequantize() if packed.adapter is not None else packed.dequantize()
+        fake = qjax.fake_quant(lambda p, x: x @ p["w"], policy).leaves({"w": w}, x)({"w": w})["w"]
+        np.testing.assert_array_equal(fake, want)
+
+
 def test_a_product_with_a_rotation_trains_as_it_runs():
     x = normal(2, 5, 16)
 
