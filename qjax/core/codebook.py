@@ -13,12 +13,13 @@ _RECIPROCAL_IS_SUBNORMAL = 2.0**126  # above it 1 / absmax would be flushed to z
 _MOST_COMPARISONS = 32
 
 
-def codebook_params(x: jax.Array, spec: CodebookSpec) -> jax.Array:
+def codebook_params(x: jax.Array, spec: CodebookSpec, real: jax.Array | np.ndarray | None = None) -> jax.Array:
     """The largest or the mean magnitude of each block, rounded to `spec.scale_dtype`. A block of zeros keeps 0.
 
     Args:
       x: (..., group), floating.
       spec: a `CodebookSpec`.
+      real: which values are no padding, for means: see `mean_magnitude`; None: all.
 
     Returns:
       The scale, float32 (..., 1).
@@ -28,7 +29,7 @@ def codebook_params(x: jax.Array, spec: CodebookSpec) -> jax.Array:
     [[3.0]]
     """
     if spec.by_mean:
-        return round_scale(mean_magnitude(x), spec.scale_dtype)
+        return round_scale(mean_magnitude(x, real=real), spec.scale_dtype)
     absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return round_scale(absmax, spec.scale_dtype)
 

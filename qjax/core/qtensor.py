@@ -29,7 +29,7 @@ from qjax.core.layout import (
 from qjax.core.learned import Learned, learn_canonical, learned_values
 from qjax.core.packing import pack, unpack
 from qjax.core.reductions import divide
-from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, round_cast, tensor_scale
+from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, check_finite, checked, padding, round_cast, tensor_scale
 from qjax.core.scales import NESTED_BLOCK, is_nested, read_scale, store_scale, stored_scale_dtype
 from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, LearnedSpec, Spec, has_global_scale, signed_codes
 
@@ -226,7 +226,8 @@ def quantize(
       stacked: kept axes that hold independent arrays (layers of a scan, experts); per tensor they keep their own scale.
       name: what an error calls the array.
       ranges: another way to choose scales and zero points: a pure function of (blocks (..., group), spec), and where the spec has
-        a scale of the whole tensor of that, too.
+        a scale of the whole tensor of that, too; where it has scales from means and the last block is padded, `real=` says which values
+        of a block count, bool (G, group).
 
     Returns:
       A `QTensor` with the shape and dtype of `w`.
@@ -270,7 +271,7 @@ def _quantize(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[in
     blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
     positions = stacked_positions(axes, stacked, w.ndim)
     of_tensor = tensor_scale(blocked, spec, positions)
-    scale, zero_point = ranges(blocked, spec, *of_tensor)
+    scale, zero_point = ranges(blocked, spec, *of_tensor, **padding(math.prod(sizes), spec))
     codes = block_encode(blocked, scale, zero_point, spec)
     scale, nested_scale, nested_offset = store_scale(scale[..., 0], spec, positions, *(g[..., 0] for g in of_tensor))
     if zero_point is not None:
