@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from qjax.core.affine import round_scale
 from qjax.core.reductions import mean_magnitude
@@ -89,4 +90,10 @@ def codebook_decode(codes: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> 
     [-2.0, 0.0, 2.0]
     """
     levels = jnp.asarray(spec.levels, jnp.float32)
-    return jnp.take(levels, codes.astype(jnp.int32), mode="clip") * absmax.astype(jnp.float32)
+    # On a mesh with explicit axes a lookup in a table that every device has must be told that its result lies where the codes do.
+    sharding = jax.typeof(codes).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        values = levels.at[codes.astype(jnp.int32)].get(mode="clip", out_sharding=sharding)
+    else:
+        values = jnp.take(levels, codes.astype(jnp.int32), mode="clip")
+    return values * absmax.astype(jnp.float32)

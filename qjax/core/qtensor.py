@@ -315,12 +315,17 @@ def _unpack(q: QTensor) -> jax.Array:
 
 def _decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec) -> jax.Array:
     """Codes (kept..., Kpad) and scales (kept-like..., G) to float32 (kept..., Kpad)."""
-    split, spread = [], []
-    for n, count in zip(codes.shape, scale.shape, strict=True):
-        split += [n] if count in (1, n) else [count, n // count]
-        spread += [count] if count in (1, n) else [count, 1]
-    zero_point = None if zero_point is None else zero_point.reshape(spread)
-    return block_decode(codes.reshape(split), scale.reshape(spread), zero_point, spec).reshape(codes.shape)
+    blocked = [i for i, (n, count) in enumerate(zip(codes.shape, scale.shape, strict=True)) if count not in (1, n)]
+    # One axis at a time, the last first: so an axis that is cut over explicit axes of a mesh stays cut.
+    split = codes
+    for i in reversed(blocked):
+        split = split.reshape(*split.shape[:i], scale.shape[i], -1, *split.shape[i + 1 :])
+    behind = [i + 1 + turn for turn, i in enumerate(blocked)]
+    scale, zero_point = jax.tree.map(lambda a: jnp.expand_dims(a, behind), (scale, zero_point))
+    out = block_decode(split, scale, zero_point, spec)
+    for i in blocked:
+        out = out.reshape(*out.shape[:i], codes.shape[i], *out.shape[i + 2 :])
+    return out
 
 
 @functools.partial(jax.jit, inline=True)

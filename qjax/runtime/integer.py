@@ -53,7 +53,9 @@ def weight_codes(q: QTensor) -> Codes:
     if isinstance(q.spec, FloatSpec):
         scale = q.scales()
         if isinstance(q.spec.granularity, PerBlock):
-            scale = jnp.repeat(scale, q.codes.shape[-2] // scale.shape[-2], axis=-2)
+            rows, count = q.codes.shape[-2], scale.shape[-2]
+            scale = jnp.broadcast_to(scale[..., None, :], (*scale.shape[:-1], rows // count, scale.shape[-1]))
+            scale = scale.reshape(*scale.shape[:-3], rows, scale.shape[-1])
         return Codes(lax.bitcast_convert_type(q.codes, FLOAT8[q.spec.element]), scale, None)
     kind = jnp.float32 if isinstance(q.spec, IntSpec) and q.spec.float_zero else jnp.int32
     codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(kind)
