@@ -94,6 +94,7 @@ from qjax.core.rounding import block_encode as block_encode
 from qjax.core.rounding import block_params as block_params
 from qjax.core.rounding import check_finite as check_finite
 from qjax.core.rounding import in_range as in_range
+from qjax.core.rounding import padding as padding
 from qjax.core.rounding import range_params as range_params
 from qjax.core.rounding import round_trip as round_trip
 from qjax.core.rounding import tensor_scale as tensor_scale

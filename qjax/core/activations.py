@@ -10,7 +10,7 @@ from qjax.core.affine import affine_decode, affine_encode, affine_params
 from qjax.core.floating import float_decode, float_encode
 from qjax.core.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qjax.core.layout import padded_size
-from qjax.core.rounding import block_params
+from qjax.core.rounding import block_params, tensor_scale
 from qjax.core.specs import FloatSpec, IntSpec
 
 FLOAT8 = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}  # whose bits our codes are
@@ -95,7 +95,7 @@ def dynamic(spec: IntSpec | FloatSpec, per: Literal["token", "tensor"] = "token"
     Args:
       spec: integers of 2 to 8 bits without a granularity of their own, such as `qjax.int8()`; or floats, such as `qjax.fp8_e4m3()`,
         which may have groups along the contracted axes: `qjax.fp8_e4m3(group_size=128)`, `qjax.mxfp4()`, `qjax.nvfp4()`. The last
-        group of a row is padded with zeros.
+        group of a row is padded with zeros. NVFP4's scale of the whole tensor is one for every row here.
       per: "token": a scale for every row that meets the weight (for a convolution every example); "tensor": one for all.
 
     Returns:
@@ -165,7 +165,7 @@ def encode_activation(
       x: floating, any shape.
       act: what it becomes.
       axes: the axes that share a scale: the contracted ones per token, all of them per tensor. Not read where `scale` is given.
-      scale: the static scale, float32, broadcasts against `x`; None finds it.
+      scale: float32, broadcasts against `x`: a static scale, or that of more values than these; None finds it.
       zero_point: the static zero point, or None.
 
     Returns:
@@ -181,7 +181,7 @@ def encode_activation(
     """
     x = x.astype(jnp.float32)
     if isinstance(act.spec, FloatSpec):
-        return _encode_float8(x, act.spec, axes)
+        return _encode_float8(x, act.spec, axes, scale)
     if scale is None:
         moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
         scale, zero_point = affine_params(moved.reshape(*moved.shape[: x.ndim - len(axes)], -1), act.spec)
@@ -207,25 +207,30 @@ def round_activation(
       [[0.0, -2.0]]
     """
     if isinstance(act.spec, FloatSpec):
-        return _round_float(x.astype(jnp.float32), act.spec, axes).astype(x.dtype)
+        return _round_float(x.astype(jnp.float32), act.spec, axes, scale).astype(x.dtype)
     return affine_decode(*encode_activation(x, act, axes, scale, zero_point)).astype(x.dtype)
 
 
-def _encode_float8(x: jax.Array, spec: FloatSpec, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, None]:
+def _encode_float8(
+    x: jax.Array, spec: FloatSpec, axes: tuple[int, ...], scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array, None]:
     if isinstance(spec.granularity, PerGroup):
         blocked = x.reshape(*x.shape[:-1], -1, spec.granularity.size)
-        scale, _ = block_params(blocked, spec)
+        scale = _row_scale(blocked, spec) if scale is None else scale[..., None]
         codes, scale = float_encode(blocked, scale, spec).reshape(x.shape), scale[..., 0]
     else:
-        moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
-        scale, _ = block_params(moved.reshape(*moved.shape[: x.ndim - len(axes)], -1), spec)
-        scale = scale.reshape([1 if i in axes else n for i, n in enumerate(x.shape)])
+        if scale is None:
+            moved = jnp.moveaxis(x, axes, range(-len(axes), 0))
+            scale = _row_scale(moved.reshape(*moved.shape[: x.ndim - len(axes)], 1, -1), spec)
+            scale = scale.reshape([1 if i in axes else n for i, n in enumerate(x.shape)])
         codes = float_encode(x, scale, spec)
     return jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), FLOAT8[spec.element]), scale, None
 
 
-def _round_float(x: jax.Array, spec: FloatSpec, axes: tuple[int, ...]) -> jax.Array:
+def _round_float(x: jax.Array, spec: FloatSpec, axes: tuple[int, ...], scale: jax.Array | None) -> jax.Array:
     """Decoded at once: there is a float product behind it."""
+    if scale is not None:
+        return float_decode(float_encode(x, scale, spec), scale, spec)
     last = range(-len(axes), 0)
     moved = jnp.moveaxis(x, axes, last)
     rows = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
@@ -233,9 +238,14 @@ def _round_float(x: jax.Array, spec: FloatSpec, axes: tuple[int, ...]) -> jax.Ar
     size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else k
     padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, padded_size(k, spec) - k)])
     blocked = padded.reshape(*rows.shape[:-1], -1, size)
-    scale, _ = block_params(blocked, spec)
+    scale = _row_scale(blocked, spec)
     rounded = float_decode(float_encode(blocked, scale, spec), scale, spec).reshape(padded.shape)[..., :k]
     return jnp.moveaxis(rounded.reshape(moved.shape), last, axes)
+
+
+def _row_scale(blocked: jax.Array, spec: FloatSpec) -> jax.Array:
+    """The scales (rows..., G, 1) of blocks (rows..., G, group): a row is a tensor of its own, and knows nothing of its neighbours."""
+    return block_params(blocked, spec, *tensor_scale(blocked, spec, range(blocked.ndim - 2)))[0]
 
 
 def round_inliers(x: jax.Array, act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...]) -> jax.Array:

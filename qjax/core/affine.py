@@ -66,7 +66,7 @@ def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.
     return scale, jnp.clip(jnp.round(spec.qmin - divide(lo, scale)), spec.qmin, spec.qmax).astype(jnp.int32)
 
 
-def affine_params(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | None]:
+def affine_params(x: jax.Array, spec: IntSpec, real: jax.Array | np.ndarray | None = None) -> tuple[jax.Array, jax.Array | None]:
     """Scale and zero point of each block from its extreme values, see `params_from_range`, or from the mean of its magnitudes.
 
     "absmean": `scale = mean(|x|)`. "twn": the mean of those |x| that exceed .7 mean(|x|). A scale below float32's smallest normal
@@ -75,6 +75,7 @@ def affine_params(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | N
     Args:
       x: (..., group), floating.
       spec: an `IntSpec`.
+      real: which values are no padding, for means: see `mean_magnitude`; None: all.
 
     Returns:
       (scale float32 (..., 1), zero_point int32, float32 or None (..., 1)).
@@ -85,7 +86,7 @@ def affine_params(x: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | N
     """
     x = x.astype(jnp.float32)
     if spec.by_mean:
-        scale = round_scale(mean_magnitude(x, spec.scale_rule == "twn"), spec.scale_dtype)
+        scale = round_scale(mean_magnitude(x, spec.scale_rule == "twn", real), spec.scale_dtype)
         return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale), None
     if spec.symmetric and spec.signed:
         hi = jnp.max(jnp.abs(x), axis=-1, keepdims=True)

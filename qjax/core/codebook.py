@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from qjax.core.affine import round_scale
 from qjax.core.reductions import mean_magnitude
@@ -13,12 +14,13 @@ _RECIPROCAL_IS_SUBNORMAL = 2.0**126  # above it 1 / absmax would be flushed to z
 _MOST_COMPARISONS = 32
 
 
-def codebook_params(x: jax.Array, spec: CodebookSpec) -> jax.Array:
+def codebook_params(x: jax.Array, spec: CodebookSpec, real: jax.Array | np.ndarray | None = None) -> jax.Array:
     """The largest or the mean magnitude of each block, rounded to `spec.scale_dtype`. A block of zeros keeps 0.
 
     Args:
       x: (..., group), floating.
       spec: a `CodebookSpec`.
+      real: which values are no padding, for means: see `mean_magnitude`; None: all.
 
     Returns:
       The scale, float32 (..., 1).
@@ -28,7 +30,7 @@ def codebook_params(x: jax.Array, spec: CodebookSpec) -> jax.Array:
     [[3.0]]
     """
     if spec.by_mean:
-        return round_scale(mean_magnitude(x), spec.scale_dtype)
+        return round_scale(mean_magnitude(x, real=real), spec.scale_dtype)
     absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return round_scale(absmax, spec.scale_dtype)
 
@@ -88,4 +90,10 @@ def codebook_decode(codes: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> 
     [-2.0, 0.0, 2.0]
     """
     levels = jnp.asarray(spec.levels, jnp.float32)
-    return jnp.take(levels, codes.astype(jnp.int32), mode="clip") * absmax.astype(jnp.float32)
+    # On a mesh with explicit axes a lookup in a table that every device has must be told that its result lies where the codes do.
+    sharding = jax.typeof(codes).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        values = levels.at[codes.astype(jnp.int32)].get(mode="clip", out_sharding=sharding)
+    else:
+        values = jnp.take(levels, codes.astype(jnp.int32), mode="clip")
+    return values * absmax.astype(jnp.float32)

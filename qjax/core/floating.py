@@ -45,6 +45,7 @@ def float_scale(absmax: jax.Array, spec: FloatSpec, of_tensor: jax.Array | None 
     "e8m0": `2^(floor(log2(absmax)) - emax)` with emax the exponent of the largest number; under the rule "round" one more where the
     mantissa of absmax is at least 2 - 2^-(M + 1), with M bits of mantissa in an element (1.75 for E2M1). From 2^-126 to 2^(127 - emax).
     "e4m3": `e4m3(absmax / largest * g) / g`, at least 2^-9 / g.
+    NaN, for which E8M0 and E4M3 have a byte, where absmax is NaN or infinite: then the whole block stands for NaN.
 
     Args:
       absmax: any shape, floating.
@@ -63,7 +64,7 @@ def float_scale(absmax: jax.Array, spec: FloatSpec, of_tensor: jax.Array | None 
         return neighbour_scale(absmax, 0, spec, of_tensor)
     scale = divide(absmax.astype(jnp.float32), spec.largest)
     scale = round_scale(jnp.minimum(scale, _largest_scale(spec)), spec.scale_dtype)
-    return jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale)
+    return _or_nan(jnp.where(scale < _SMALLEST_NORMAL, 1.0, scale), absmax)
 
 
 def neighbour_scale(absmax: jax.Array, steps: jax.Array | int, spec: FloatSpec, of_tensor: jax.Array | None = None) -> jax.Array:
@@ -83,12 +84,16 @@ def neighbour_scale(absmax: jax.Array, steps: jax.Array | int, spec: FloatSpec, 
     """
     absmax = absmax.astype(jnp.float32)
     if spec.scale_dtype == "e8m0":
-        return power_of_two(jnp.clip(_exponent(absmax, spec) + steps, -126, 127 - _largest_exponent(spec)))
+        return _or_nan(power_of_two(jnp.clip(_exponent(absmax, spec) + steps, -126, 127 - _largest_exponent(spec))), absmax)
     if of_tensor is None:
         raise ValueError(f"`of_tensor` must be given for {spec}: see `global_scale`")
     codes = encode_minifloat(divide(absmax, spec.largest) * of_tensor, E4M3)
     codes = jnp.clip(jnp.maximum(codes, 1) + steps, 1, E4M3.largest_code)
-    return divide(decode_minifloat(codes, E4M3), of_tensor)
+    return _or_nan(divide(decode_minifloat(codes, E4M3), of_tensor), absmax)
+
+
+def _or_nan(scale: jax.Array, absmax: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(absmax), scale, jnp.nan)
 
 
 def _exponent(absmax: jax.Array, spec: FloatSpec) -> jax.Array:
@@ -111,7 +116,7 @@ def _largest_scale(spec: FloatSpec) -> float:
 
 
 def float_encode(x: jax.Array, scale: jax.Array, spec: FloatSpec) -> jax.Array:
-    """The code of the number nearest to `x / scale`, a tie to the even code, saturating.
+    """The code of the number nearest to `x / scale`, a tie to the even code, saturating; that of zero where this is NaN.
 
     Args:
       x: (..., group), floating.
@@ -125,6 +130,7 @@ def float_encode(x: jax.Array, scale: jax.Array, spec: FloatSpec) -> jax.Array:
     [1, 15]
     """
     x = divide(x.astype(jnp.float32), scale.astype(jnp.float32))
+    x = jnp.where(jnp.isnan(x), 0.0, x)  # the scale is NaN there, and not every element has a code for it
     if spec.element == "int8":
         return jnp.clip(jnp.round(x * 64), -127, 127).astype(jnp.int32)
     return encode_minifloat(x, MINIFLOATS[spec.element])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from qjax.core.specs import BlockSpec, CastSpec, IntSpec, LearnedSpec, Spec  # noqa: F401  # IntSpec is for the examples
@@ -190,6 +191,26 @@ def blocks(
         case PerGroup() | PerChannel() | PerToken():
             size = group_length(k, spec)
             return w.reshape(*kept, padded // size, size), lambda b: b.reshape(*kept, padded)
+
+
+def real_values(k: int, spec: BlockSpec | LearnedSpec) -> np.ndarray | None:
+    """Which values of `blocks` are no padding.
+
+    Args:
+      k: how many flattened contracted values there are.
+      spec: says what a block is.
+
+    Returns:
+      bool (G, group), the same for all kept values; None if all are.
+
+    >>> real_values(6, IntSpec(4, granularity=PerGroup(4), pad=True)).tolist()
+    [[True, True, True, True], [True, True, False, False]]
+    """
+    padded, size = padded_size(k, spec), group_length(k, spec)
+    if padded == k:
+        return None
+    rows = spec.granularity.kept if isinstance(spec.granularity, PerBlock) else 1
+    return np.tile((np.arange(padded) < k).reshape(-1, size), (1, rows))
 
 
 def logical_blocks(

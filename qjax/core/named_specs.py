@@ -96,7 +96,7 @@ def ternary(
       group_size: as for `integer`.
       block: as for `integer`.
       scale_dtype: as for `integer`.
-      pad: as for `integer`; the zeros that fill the last group count in its mean.
+      pad: as for `integer`; the zeros that fill the last group do not count in its mean.
 
     Returns:
       An `IntSpec` of 2 bits. With `qjax.dynamic(qjax.int8())` activations its products run on integers.

@@ -18,7 +18,7 @@ from qjax.core.layout import canonicalize, logical_blocks, padded_size, stacked_
 from qjax.core.learned import Learned, learn_canonical, learned_values
 from qjax.core.packing import pack, unpack
 from qjax.core.reductions import divide
-from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, round_cast, tensor_scale
+from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, padding, round_cast, tensor_scale
 from qjax.core.scales import read_scale, store_scale
 from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, LearnedSpec, Spec, signed_codes
 
@@ -217,7 +217,8 @@ def quantize(
       stacked: kept axes that hold independent arrays (layers of a scan, experts); per tensor they keep their own scale.
       name: what an error calls the array.
       ranges: another way to choose scales and zero points: a pure function of (blocks (..., group), spec), and where the spec has
-        a scale of the whole tensor of that, too.
+        a scale of the whole tensor of that, too; where it has scales from means and the last block is padded, `real=` says which values
+        of a block count, bool (G, group).
 
     Returns:
       A `QTensor` with the shape and dtype of `w`.
@@ -269,7 +270,7 @@ def quantize_unchecked(
     blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
     positions = stacked_positions(axes, stacked, w.ndim)
     of_tensor = tensor_scale(blocked, spec, positions)
-    scale, zero_point = ranges(blocked, spec, *of_tensor)
+    scale, zero_point = ranges(blocked, spec, *of_tensor, **padding(math.prod(sizes), spec))
     codes = block_encode(blocked, scale, zero_point, spec)
     scale, nested_scale, nested_offset = store_scale(scale[..., 0], spec, positions, *(g[..., 0] for g in of_tensor))
     if zero_point is not None:
@@ -315,12 +316,17 @@ def _unpack(q: QTensor) -> jax.Array:
 
 def _decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec) -> jax.Array:
     """Codes (kept..., Kpad) and scales (kept-like..., G) to float32 (kept..., Kpad)."""
-    split, spread = [], []
-    for n, count in zip(codes.shape, scale.shape, strict=True):
-        split += [n] if count in (1, n) else [count, n // count]
-        spread += [count] if count in (1, n) else [count, 1]
-    zero_point = None if zero_point is None else zero_point.reshape(spread)
-    return block_decode(codes.reshape(split), scale.reshape(spread), zero_point, spec).reshape(codes.shape)
+    blocked = [i for i, (n, count) in enumerate(zip(codes.shape, scale.shape, strict=True)) if count not in (1, n)]
+    # One axis at a time, the last first: so an axis that is cut over explicit axes of a mesh stays cut.
+    split = codes
+    for i in reversed(blocked):
+        split = split.reshape(*split.shape[:i], scale.shape[i], -1, *split.shape[i + 1 :])
+    behind = [i + 1 + turn for turn, i in enumerate(blocked)]
+    scale, zero_point = jax.tree.map(lambda a: jnp.expand_dims(a, behind), (scale, zero_point))
+    out = block_decode(split, scale, zero_point, spec)
+    for i in blocked:
+        out = out.reshape(*out.shape[:i], codes.shape[i], *out.shape[i + 2 :])
+    return out
 
 
 @functools.partial(jax.jit, inline=True)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np  # noqa: F401  # for the examples
+import numpy as np
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -54,17 +54,21 @@ def tree_mean(x: jax.Array) -> jax.Array:
     return divide(tree_sum(x), x.shape[-1])
 
 
-def mean_magnitude(x: jax.Array, of_large: bool = False) -> jax.Array:
+def mean_magnitude(x: jax.Array, of_large: bool = False, real: jax.Array | np.ndarray | None = None) -> jax.Array:
     """mean(|x|) over the last axis, or the mean of those |x| that exceed .7 mean(|x|), float32 (..., 1).
+
+    Only over `real` values, if that is given: a mask that broadcasts against x, with a last axis as long; the others are zeros.
 
     >>> mean_magnitude(jnp.float32([[-1.0, 2.0, 6.0]])).tolist(), mean_magnitude(jnp.float32([[-1.0, 2.0, 6.0]]), True).tolist()
     ([[3.0]], [[6.0]])
+    >>> mean_magnitude(jnp.float32([[2.0, 4.0, 0.0]]), real=np.array([True, True, False])).tolist()
+    [[3.0]]
     """
     size = jnp.abs(x.astype(jnp.float32))
     # The sum of many numbers near the largest float32 would overflow.
     shrink = jnp.where(jnp.max(size, axis=-1, keepdims=True) > 2.0**64, 2.0**-40, 1.0)
     size = size * shrink
-    mean = tree_mean(size)
+    mean = tree_mean(size) if real is None else divide(tree_sum(size), jnp.sum(real, axis=-1, keepdims=True).astype(jnp.float32))
     if not of_large:
         return divide(mean, shrink)
     large = size > 0.7 * mean

@@ -7,18 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from qjax.core.affine import affine_decode, affine_encode, affine_params, divide, params_from_range, round_scale
 from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
 from qjax.core.floating import float_decode, float_encode, float_scale, global_scale
-from qjax.core.layout import canonicalize, check_blocks, logical_blocks, negative_axes, stacked_positions, uncanonicalize
+from qjax.core.layout import (
+    canonicalize,
+    check_blocks,
+    logical_blocks,
+    negative_axes,
+    real_values,
+    stacked_positions,
+    uncanonicalize,
+)
 from qjax.core.learned import learn_canonical, learned_values
 from qjax.core.scales import is_nested, nest, unnest
 from qjax.core.specs import BlockSpec, CastSpec, CodebookSpec, FloatSpec, IntSpec, LearnedSpec, Spec, has_global_scale
 
 # How scales and zero points of blocks (..., group) are chosen: both (..., 1), the second None where the spec has none. Where blocks
-# have scales over one of the whole tensor, that one is a third argument.
+# have scales over one of the whole tensor, that one is a third argument; where scales come from a mean and blocks are padded, `real` is
+# given, by name.
 Ranges = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
@@ -90,13 +100,34 @@ def tensor_scale(blocked: jax.Array, spec: BlockSpec, stacked: Sequence[int] = (
     return (global_scale(jnp.max(jnp.abs(blocked.astype(jnp.float32)), axis=axes, keepdims=True), spec),)
 
 
-def block_params(x: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+def padding(k: int, spec: BlockSpec) -> dict[str, np.ndarray]:
+    """What `block_params` needs to know of padded blocks: nothing, or which of their values count in a mean.
+
+    Args:
+      k: how many flattened contracted values there are.
+      spec: what is rounded to.
+
+    Returns:
+      {}, or {"real": bool (G, group)}, see `layout.real_values`.
+
+    >>> from qjax.core.named_specs import ternary
+    >>> padding(6, IntSpec(4)), padding(3, ternary(group_size=2, pad=True))["real"].tolist()
+    ({}, [[True, True], [True, False]])
+    """
+    real = real_values(k, spec) if spec.by_mean else None
+    return {} if real is None else {"real": real}
+
+
+def block_params(
+    x: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None = None, real: jax.Array | np.ndarray | None = None
+) -> tuple[jax.Array, jax.Array | None]:
     """Scale and zero point of each block: `affine_params`, `codebook_params` or `float_scale`.
 
     Args:
       x: (..., group), floating.
       spec: what is rounded to.
       of_tensor: see `tensor_scale`; None takes `x` for the whole tensor.
+      real: see `padding`; None: all values are.
 
     Returns:
       (scale float32 (..., 1), zero_point int32 (..., 1) or None).
@@ -105,11 +136,11 @@ def block_params(x: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None = No
     [[2.0]]
     """
     if isinstance(spec, CodebookSpec):
-        return codebook_params(x, spec), None
+        return codebook_params(x, spec, real), None
     if isinstance(spec, FloatSpec):
         hi = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
         return range_params(-hi, hi, spec, *(tensor_scale(x, spec) if of_tensor is None else (of_tensor,)))
-    return affine_params(x, spec)
+    return affine_params(x, spec, real)
 
 
 def range_params(
@@ -205,7 +236,9 @@ def _round_trip(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[
         return uncanonicalize(values[..., : math.prod(sizes)], axes, sizes).astype(w.dtype)
     blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
     positions = stacked_positions(axes, stacked, w.ndim)
-    scale, zero_point = block_params(blocked, spec, *tensor_scale(blocked, spec, positions))
+    scale, zero_point = block_params(
+        blocked, spec, *tensor_scale(blocked, spec, positions), **padding(math.prod(w.shape[a] for a in axes), spec)
+    )
     codes = block_encode(blocked, scale, zero_point, spec)
     if is_nested(spec):
         scale = unnest(*nest(scale[..., 0], positions))[..., None]

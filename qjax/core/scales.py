@@ -129,11 +129,16 @@ def store_scale(
     if is_nested(spec):
         return nest(scale, stacked)
     if isinstance(spec, FloatSpec) and spec.scale_dtype == "e8m0":
-        return (jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.int32) >> 23).astype(jnp.uint8), None, None
+        exponent = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.int32) >> 23
+        return _or_nan_byte(exponent, scale, "e8m0"), None, None
     if of_tensor is not None:
         # scale is e4m3 / g, rounded once: its product with g is nearer to that number than to any other.
-        return encode_minifloat(scale * of_tensor, E4M3).astype(jnp.uint8), of_tensor, None
+        return _or_nan_byte(encode_minifloat(scale * of_tensor, E4M3), scale, "e4m3"), of_tensor, None
     return scale.astype(spec.scale_dtype), None, None
+
+
+def _or_nan_byte(codes: jax.Array, scale: jax.Array, scale_dtype: str) -> jax.Array:
+    return jnp.where(jnp.isnan(scale), NAN_BYTES[scale_dtype], codes).astype(jnp.uint8)
 
 
 def read_scale(scale: jax.Array, nested_scale: Any, nested_offset: Any, spec: BlockSpec) -> jax.Array:

@@ -17,6 +17,7 @@ from qjax.core import (
     blocks,
     check_blocks,
     group_length,
+    padding,
     tensor_scale,
 )
 from qjax.ptq.factorize import Factor, factorize
@@ -235,7 +236,7 @@ def _columns(hessian: jax.Array) -> _Columns:
 def _known_grids(w: jax.Array, spec: BlockSpec, options: GPTQOptions, of_tensor: jax.Array | None) -> Grid:
     """Grids of the original weights: (G, N), or (1, 1) per tensor."""
     kept = spec.granularity.kept if isinstance(spec.granularity, PerBlock) else 1
-    grid = fit(blocks(w, spec)[0], spec, options.mse, of_tensor)
+    grid = fit(blocks(w, spec)[0], spec, options.mse, of_tensor, **padding(w.shape[1], spec))
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=0).T, grid)
 
 

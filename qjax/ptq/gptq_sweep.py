@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qjax.core import BlockSpec, IntSpec, PerBlock, block_decode, block_encode, block_params, signed_codes
@@ -106,9 +107,11 @@ class Grid(NamedTuple):
     zero_point: jax.Array | None
 
 
-def fit(blocks: jax.Array, spec: BlockSpec, mse: bool, of_tensor: jax.Array | None = None) -> Grid:
+def fit(
+    blocks: jax.Array, spec: BlockSpec, mse: bool, of_tensor: jax.Array | None = None, real: jax.Array | np.ndarray | None = None
+) -> Grid:
     """The grid (..., 1) of each block (..., group): of its whole range, or of the best one (see `search_range`)."""
-    return Grid(*(search_range if mse else block_params)(blocks, spec, of_tensor))
+    return Grid(*(search_range if mse else block_params)(blocks, spec, of_tensor, real))
 
 
 class Problem(NamedTuple):
@@ -176,7 +179,7 @@ def sweep(problem: Problem, spec: BlockSpec, mse: bool, plan: Plan) -> Swept:
     if problem.known is not None or plan.block < plan.sizes[0]:
         return _chunks(problem, static, 0, problem.weight, 0, None)
     # One block holds every group: nothing is updated before it.
-    grids = _fit_groups(_zeroed(problem, problem.weight, 0), static, problem.of_tensor)
+    grids = _fit_groups(_zeroed(problem, problem.weight, 0), static, problem.of_tensor, 0)
     return _chunks(problem, static, 0, problem.weight, 0, (0, grids))._replace(grids=grids)
 
 
@@ -216,18 +219,21 @@ def descend(problem: Problem, hessian: jax.Array, swept: Swept, passes: int, spe
     return swept._replace(difference=difference, codes=codes)
 
 
-def _fit_groups(rows: jax.Array, static: _Static, of_tensor: jax.Array | None) -> Grid:
-    """The grids (groups, N) of whole groups of rows."""
+def _fit_groups(rows: jax.Array, static: _Static, of_tensor: jax.Array | None, start: Any) -> Grid:
+    """The grids (groups, N) of whole groups of rows, `start ..` of the plan's."""
     granularity, n, size = static.spec.granularity, rows.shape[1], static.plan.padded_group
     kept = granularity.kept if isinstance(granularity, PerBlock) else 1
-    rows = rows.reshape(-1, size, n)
+    rows, real = rows.reshape(-1, size, n), None
     if static.spec.by_mean:
-        rows = rows[:, : static.plan.group]  # the zeros of a padded group are not its own
+        group = static.plan.group or size
+        rows = rows[:, :group]  # the zeros of a padded group are not its own
+        left = static.plan.k - (start // size + jnp.arange(rows.shape[0])) * group  # nor are those behind the last row
+        real = jnp.tile(jnp.arange(group), kept) < jnp.maximum(left, 1)[:, None, None]
     elif not static.mse:
         # Only the extreme values count: a reduction here spares transposing the group.
         rows = jnp.stack([jnp.min(rows, axis=1), jnp.max(rows, axis=1)], axis=1)
     blocks = rows.swapaxes(1, 2).reshape(rows.shape[0], n // kept, kept * rows.shape[1])
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=1), fit(blocks, static.spec, static.mse, of_tensor))
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[..., 0], kept, axis=1), fit(blocks, static.spec, static.mse, of_tensor, real))
 
 
 def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: Any, block: tuple[Any, Grid] | None) -> Swept:
@@ -244,7 +250,8 @@ def _chunks(p: Problem, static: _Static, level: int, target: jax.Array, start: A
         rows = lax.dynamic_slice_in_dim(target, first, chunk) + _earlier(p, done.difference, start, i, chunk)
         inner = block
         if fits_here:
-            inner = start + first, _fit_groups(_zeroed(p, _updated(p, rows, start + first), start + first), static, p.of_tensor)
+            at = start + first
+            inner = at, _fit_groups(_zeroed(p, _updated(p, rows, at), at), static, p.of_tensor, at)
         part = _chunks(p, static, level + 1, rows, start + first, inner)
         grids = done.grids
         if fits_here_or_below:

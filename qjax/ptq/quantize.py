@@ -339,7 +339,7 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
     act, note = choice.activation, (choice.activation_note,) if choice.activation_note else ()
     if act is not None and act.outliers is not None and q.act is not None:
         act = q.act  # which knows the capacity
-    kernels = dict.fromkeys(kernel_of(site, spec, act) for site in leaf.sites)
+    kernels = dict.fromkeys(kernel_of(site, spec, act, q.adapter_left is not None) for site in leaf.sites)
     reasons = tuple(reason for _, reason in kernels if reason)
     if q.adapter_left is not None:
         whole = (f"its low-rank part is multiplied out in front of the product: {why}" for s in leaf.sites if (why := why_no_adapter(s)))

@@ -1,6 +1,7 @@
 """Search for the range that rounds a block best: clipping a few large values can pay for a finer grid."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ _STEPS = {"e8m0": (0, -1, 1), "e4m3": (0, *(sign * i for i in range(1, 9) for si
 Params = tuple[jax.Array, jax.Array | None]
 
 
-def search_range(blocks: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None = None) -> Params:
+def search_range(
+    blocks: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None = None, real: jax.Array | np.ndarray | None = None
+) -> Params:
     """The scale and zero point, among shrunken ranges, with the least rounding error of each block.
 
     `argmin over p in {1, .99, ..., .21} of sum_i |decode(encode(x_i; p * range)) - x_i|^2.4`; the largest wins a tie.
@@ -42,6 +45,7 @@ def search_range(blocks: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None
       blocks: (..., group), floating, finite; each block shares one scale.
       spec: what is rounded to. For a table the range is its absmax.
       of_tensor: see `tensor_scale`.
+      real: which values are no padding, broadcasts against `blocks`; None: all, or padding does not matter.
 
     Returns:
       (scale float32 (..., 1), rounded to `spec.scale_dtype`; zero_point int32 (..., 1) or None).
@@ -59,14 +63,14 @@ def search_range(blocks: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None
     x = blocks.astype(jnp.float32)
     lo, hi = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
     shrink = jnp.asarray(SHRINK)
-    count, candidate = candidates(x, spec, SHRINK, of_tensor)
+    count, candidate = candidates(x, spec, SHRINK, of_tensor, real)
     # |error|^2.4 of very small and very large blocks leaves float32: errors are counted in units of the block's reach.
     reach = jnp.log(jnp.maximum(jnp.maximum(-lo, hi), jnp.finfo(jnp.float32).tiny))
 
     def step(i, best):
         tried = candidate(i)
         for params in (tried, *_other_zero_point(lo * shrink[i], tried, spec)):
-            best = _keep_better(best, _error(x, reach, *params, spec), params)
+            best = _keep_better(best, _error(x, reach, *params, spec, real), params)
         return best
 
     worst = jnp.full(lo.shape, jnp.inf, jnp.float32)
@@ -75,7 +79,7 @@ def search_range(blocks: jax.Array, spec: BlockSpec, of_tensor: jax.Array | None
 
 
 def candidates(
-    x: jax.Array, spec: BlockSpec, shares: np.ndarray, of_tensor: jax.Array | None = None
+    x: jax.Array, spec: BlockSpec, shares: np.ndarray, of_tensor: jax.Array | None = None, real: jax.Array | np.ndarray | None = None
 ) -> tuple[int, Callable[[jax.Array], Params]]:
     """The scales and zero points that a search tries, the usual ones first.
 
@@ -84,6 +88,7 @@ def candidates(
       spec: what is rounded to.
       shares: of the range of a block, where ranges are shrunk; the first is 1.
       of_tensor: see `tensor_scale`.
+      real: as for `search_range`.
 
     Returns:
       How many there are, and a function from the index of one, int32, to it: both (..., 1), the second None where the spec has none.
@@ -101,7 +106,7 @@ def candidates(
     by_share = jnp.asarray(shares, jnp.float32)
     if not spec.by_mean:
         return len(shares), lambda i: range_params(lo * by_share[i], hi * by_share[i], spec)
-    usual = block_params(x, spec)[0]
+    usual = block_params(x, spec, real=real)[0]
 
     def after_usual(i: jax.Array) -> Params:
         share = by_share[jnp.maximum(i - 1, 0)]
@@ -120,10 +125,13 @@ def _other_zero_point(lo: jax.Array, tried: Params, spec: BlockSpec) -> list[Par
     return [(scale, jnp.where(zero_point == below, above, below))]
 
 
-def _error(x: jax.Array, reach: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec) -> jax.Array:
+def _error(
+    x: jax.Array, reach: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec, real: Any = None
+) -> jax.Array:
     rounded = block_decode(block_encode(x, scale, zero_point, spec), scale, zero_point, spec)
     # exp and log, not a power, for which XLA's CPU backend calls a scalar function (4 times slower). exp(log(0)) is 0.
-    return jnp.sum(jnp.exp(_NORM * (jnp.log(jnp.abs(rounded - x)) - reach)), axis=-1, keepdims=True)
+    error = jnp.exp(_NORM * (jnp.log(jnp.abs(rounded - x)) - reach))
+    return jnp.sum(error if real is None else jnp.where(real, error, 0.0), axis=-1, keepdims=True)
 
 
 def _keep_better(best, error: jax.Array, params):

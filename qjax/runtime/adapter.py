@@ -1,4 +1,7 @@
-"""The low-rank part of a weight at run time: y = x W^T + (x R^T) L^T, two thin products in place of one with L R."""
+"""The low-rank part of a weight at run time: y = x W^T + (x R^T) L^T, two thin products in place of one with L R.
+
+Where the product divides its input by s, L R stands for a part of s w: R / s, which is thin, is what meets x then.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import QTensor, divide
+from qjax.core import Adapter, QTensor, divide
 from qjax.program import Site, materialize
 from qjax.program.labels import axes_of
 
@@ -50,15 +53,15 @@ def _dot(eqn: Any, x: jax.Array, q: QTensor, operand: int) -> jax.Array | None:
     kept = [i for i in range(q.ndim) if i not in flat]
     places = [kept.index(b) for b in batch[operand]]
     rest = [i for i in range(len(kept)) if i not in places]
-    own = [i for i, n in enumerate(adapter.right.shape[:-2]) if n != 1]
+    right = _right(q, adapter)
+    own = [i for i, n in enumerate(right.shape[:-2]) if n != 1]
     if set(own) - set(places):  # experts that all see the same rows: each has a right part of its own
-        return _many(eqn, x, q, operand)
+        return _many(eqn, x, right, adapter.left, operand)
     pair = dict(zip(contract[operand], contract[1 - operand], strict=True))
     free = [i for i in range(x.ndim) if i not in batch[1 - operand] and i not in contract[1 - operand]]
     lead = [x.shape[i] for i in batch[1 - operand]]
     x = x.transpose(*batch[1 - operand], *free, *(pair[a] for a in flat)).reshape(*lead, *(x.shape[i] for i in free), -1)
-    x = _scaled(x, q, [*places, *rest], len(lead), len(free))
-    right = adapter.right.transpose(*places, *rest, len(kept), len(kept) + 1)
+    right = right.transpose(*places, *rest, len(kept), len(kept) + 1)
     right = jnp.broadcast_to(right.reshape(*right.shape[: len(lead)], *right.shape[-2:]), (*lead, *right.shape[-2:]))
     left = adapter.left.transpose(*places, *rest, len(kept))
     each = tuple(range(len(lead)))
@@ -69,18 +72,18 @@ def _dot(eqn: Any, x: jax.Array, q: QTensor, operand: int) -> jax.Array | None:
     return _product(left, thin, (numbers[0][::-1], numbers[1]))
 
 
-def _many(eqn: Any, x: jax.Array, q: QTensor, operand: int) -> jax.Array | None:
-    """A stacked weight whose parts all meet the same x: one kept stacked axis, no batch."""
-    adapter, (contract, batch) = q.adapter, eqn.params["dimension_numbers"]
-    if adapter is None or batch[operand] or len(contract[operand]) != 1 or q.input_scale is not None:
+def _many(eqn: Any, x: jax.Array, right: jax.Array, left: jax.Array, operand: int) -> jax.Array | None:
+    """A stacked weight whose parts all meet the same x: no batch."""
+    contract, batch = eqn.params["dimension_numbers"]
+    if batch[operand] or len(contract[operand]) != 1:
         return None
-    right = jnp.squeeze(adapter.right, tuple(i for i, n in enumerate(adapter.right.shape[:-2]) if n == 1))
-    own = [i for i, n in enumerate(adapter.right.shape[:-2]) if n != 1]
+    own = [i for i, n in enumerate(right.shape[:-2]) if n != 1]
+    right = jnp.squeeze(right, tuple(i for i, n in enumerate(right.shape[:-2]) if n == 1))
     free = [i for i in range(x.ndim) if i not in contract[1 - operand]]
     thin = _product(x, right, (((contract[1 - operand][0],), (right.ndim - 1,)), ((), ())))  # (free..., own..., r)
     thin = thin.transpose(*range(len(free), len(free) + len(own)), *range(len(free)), thin.ndim - 1)  # (own..., free..., r)
-    rest = [i for i in range(adapter.left.ndim - 1) if i not in own]
-    left = adapter.left.transpose(*own, *rest, adapter.left.ndim - 1)
+    rest = [i for i in range(left.ndim - 1) if i not in own]
+    left = left.transpose(*own, *rest, left.ndim - 1)
     each = tuple(range(len(own)))
     out = _product(thin, left, (((thin.ndim - 1,), (left.ndim - 1,)), (each, each)))  # (own..., free..., rest...)
     kept = [*own, *rest]
@@ -94,23 +97,22 @@ def _ragged(eqn: Any, x: jax.Array, q: QTensor, sizes: jax.Array) -> jax.Array |
     dims, adapter = eqn.params["ragged_dot_dimension_numbers"], q.adapter
     contract, batch = dims.dot_dimension_numbers
     plain = tuple(contract[0]) == (1,) and not batch[0] and tuple(dims.lhs_ragged_dimensions) == (0,) and x.ndim == 2
-    if not plain or adapter is None or q.ndim != 3 or tuple(dims.rhs_group_dimensions) != (0,) or q.input_scale is not None:
+    if not plain or adapter is None or q.ndim != 3 or tuple(dims.rhs_group_dimensions) != (0,):
         return None
     if tuple(a + 3 for a in q.axes) != tuple(contract[1]):
         return None
-    experts = q.shape[0]
-    right = jnp.broadcast_to(adapter.right[:, 0], (experts, *adapter.right.shape[-2:]))
+    right = _right(q, adapter)[:, 0]
+    right = jnp.broadcast_to(right, (q.shape[0], *right.shape[-2:]))
     right, left = (a.astype(jnp.float32).swapaxes(1, 2) for a in (right, adapter.left))  # (experts, K, r), (experts, r, N)
     thin = lax.ragged_dot(x.astype(jnp.float32), right, sizes)
     return lax.ragged_dot(thin, left, sizes)
 
 
-def _scaled(x: jax.Array, q: QTensor, order: Sequence[int], n_batch: int, n_free: int) -> jax.Array:
-    """x (batch..., free..., K) divided as it is for the codes: L R stands for a part of s w."""
+def _right(q: QTensor, adapter: Adapter) -> jax.Array:
+    """R / s (kept-like..., r, K), or R as it is."""
     if q.input_scale is None:
-        return x
-    s = q.input_scale.transpose(*order, q.input_scale.ndim - 1)
-    return divide(x.astype(jnp.float32), s.reshape(*s.shape[:n_batch], *[1] * n_free, s.shape[-1]))
+        return adapter.right
+    return divide(adapter.right.astype(jnp.float32), q.input_scale[..., None, :])
 
 
 def _product(a: jax.Array, b: jax.Array, numbers: Any) -> jax.Array:

@@ -53,7 +53,9 @@ def weight_codes(q: QTensor) -> Codes:
     if isinstance(q.spec, FloatSpec):
         scale = q.scales()
         if isinstance(q.spec.granularity, PerBlock):
-            scale = jnp.repeat(scale, q.codes.shape[-2] // scale.shape[-2], axis=-2)
+            rows, count = q.codes.shape[-2], scale.shape[-2]
+            scale = jnp.broadcast_to(scale[..., None, :], (*scale.shape[:-1], rows // count, scale.shape[-1]))
+            scale = scale.reshape(*scale.shape[:-3], rows, scale.shape[-1])
         return Codes(lax.bitcast_convert_type(q.codes, FLOAT8[q.spec.element]), scale, None)
     kind = jnp.float32 if isinstance(q.spec, IntSpec) and q.spec.float_zero else jnp.int32
     codes, zero_point = q.codes_padded(), None if q.zero_point is None else q.zero_point.astype(kind)
@@ -99,7 +101,11 @@ def why_not(site: Site, spec: Any) -> str:
 
 
 def dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, operand: int) -> jax.Array | None:
-    """The `dot_general` of an equation on integers; None if the weight's flattened axes are not those that it contracts."""
+    """The `dot_general` of an equation on integers.
+
+    None if the weight's flattened axes are not those that it contracts, or parts of it that meet the same rows want them in another form
+    each: divided, in order, on a grid.
+    """
     contract, batch = eqn.params["dimension_numbers"]
     flat = [a + q.ndim for a in q.axes]
     if sorted(flat) != sorted(contract[operand]):
@@ -110,6 +116,9 @@ def dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, operand: int) -> jax.A
     x = x.transpose(*batch[1 - operand], *free, *(pair[a] for a in flat)).reshape(*lead, -1)
     kept = [i for i in range(q.ndim) if i not in flat]
     places = [kept.index(b) for b in batch[operand]]
+    of_rows = [a for a in (q.input_scale, q.perm, q.act_scale) if a is not None]
+    if any(n != 1 for a in of_rows for i, n in enumerate(a.shape[:-1]) if i not in places):
+        return None
     return _matmul(x, q, act, places, x_first=operand == 1)
 
 
@@ -290,9 +299,14 @@ def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Arra
 
 
 def product(site: Site, eqn: Any, operands: Sequence[Any]) -> jax.Array | None:
-    """The product of a site on integers or FP8, in the dtype that the equation gives; None if there is none for its form."""
+    """The product of a site on integers or FP8, in the dtype that the equation gives; None if there is none for its form.
+
+    It is that of the codes: a weight with a low-rank part that was not taken off has none.
+    """
     q, x = operands[site.operand].q, operands[1 - site.operand]
     act = q.act
+    if q.adapter_left is not None:
+        return None
     if act is None or (why_not_float8(site, q.spec, act) if act.is_float else not isinstance(q.spec, IntSpec)):
         return None
     if not act.is_float and isinstance(q.spec.granularity, PerBlock):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
 from qjax.runtime.adapter import adapter_product
+from qjax.runtime.adapter import why_not as why_no_adapter
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.lookup import gather_rows
 from qjax.runtime.rotation import input_axes, rotate_axes, rotated_operands
@@ -49,13 +50,15 @@ def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[
     return compat.bind(eqn, [materialize(v) for v in operands]), state
 
 
-def kernel_of(site: Site, spec: Spec, act: ActSpec | None) -> tuple[str, str]:
-    """Returns which kernel a site gets, and why not a faster one."""
+def kernel_of(site: Site, spec: Spec, act: ActSpec | None, adapter: bool = False) -> tuple[str, str]:
+    """Returns which kernel a site gets, whose weight may have a low-rank part, and why not a faster one."""
     if act is None or site.op == "gather":
         return FLOAT, ""
     if site.custom_rule:
         return FLOAT, "its activations stay float inside a custom derivative rule"
     reason = why_not_float8(site, spec, act) if act.is_float else why_not(site, spec)
+    if not reason and adapter and why_no_adapter(site):
+        reason = "so is the low-rank part, which that product has no place for"
     if reason:
         return FLOAT, f"its activations are rounded in front of a float product: {reason}"
     return FP8 if act.is_float else INTEGER if act.outliers is None else MIXED, ""

@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.core import bf16, in_range, int4, int8, integer, nf4, quantize, round_trip, uint4
+from qjax.core import bf16, binary, in_range, int4, int8, integer, nf4, quantize, round_trip, ternary, uint4
 
 SPECS = [int4(group_size=5), uint4(group_size=8, pad=True), int8(per="tensor"), int4(block=(2, 5)), nf4(5), bf16(),
          int4(group_size=5, scale_dtype="float16"), int4(scale_dtype="bfloat16")]  # fmt: skip
@@ -17,6 +19,18 @@ def test_round_trip_equals_quantize_and_dequantize_to_the_bit(spec, dtype):
     for got in (round_trip(w, spec, (-2,), stacked=(0,)), jax.jit(lambda w: round_trip(w, spec, (-2,), (0,)))(w)):
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [{"group_size": 32}, {"block": (2, 32)}], ids=str)
+@pytest.mark.parametrize("kind", [functools.partial(ternary, scale_rule=rule) for rule in ("absmean", "twn")] + [binary], ids=str)
+def test_padding_does_not_count_in_a_mean(kind, shape):
+    """A group that is cut short by the end has the scale that it has alone."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((42, 4)), jnp.float32)
+    q, rows = quantize(w, kind(pad=True, **shape), (0,)), shape.get("block", (1,))[0]
+    alone = [quantize(w[32:, i : i + rows], kind(per="tensor"), (0,)) for i in range(0, 4, rows)]
+    np.testing.assert_allclose(q.scale[:, 1], np.concatenate([a.scale[:, 0] for a in alone]), rtol=1e-6)
+    np.testing.assert_allclose(q.dequantize()[32:], np.concatenate([a.dequantize() for a in alone], 1), rtol=1e-6)
+    np.testing.assert_array_equal(round_trip(w, q.spec, (0,)), q.dequantize())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -164,3 +164,20 @@ def test_what_is_no_sharding_is_refused(tmp_path):
         qjax.load(tmp_path, sharding=lambda path, shape: "x")
     with pytest.raises(ValueError, match=r"cannot place `00001\.f` of float64"):
         qjax.load(tmp_path, sharding=SingleDeviceSharding(jax.devices()[0]))
+
+
+EXPLICIT = [qjax.nf4(16), qjax.nf4(16, double_quant=True), qjax.binary(group_size=8, double_quant=True), qjax.int8(block=(8, 16)),
+            qjax.fp8_e4m3(block=(8, 16))]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", EXPLICIT, ids=str)
+def test_a_mesh_with_explicit_axes_runs_every_form_of_scales(spec):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    q, x, run = quantize(weight(64, 32), spec, (0,)), weight(8, 64), jax.jit(qjax.quantized(lambda p, x: x @ p["w"]))
+    for cut in (P(None, "d"), P("d")):
+        shardings = place_packed(q, NamedSharding(mesh, cut), "w")
+        placed = dataclasses.replace(q, **{k: jax.device_put(getattr(q, k), s) for k, s in shardings.items()})
+        got = placed.dequantize()
+        np.testing.assert_array_equal(got, q.dequantize())
+        assert got.sharding.is_equivalent_to(NamedSharding(mesh, cut), 2)
+        np.testing.assert_allclose(run({"w": placed}, x), run({"w": q}, x), atol=1e-4)

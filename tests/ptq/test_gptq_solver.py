@@ -1,5 +1,6 @@
 """GPTQ's numbers against a plain NumPy GPTQ, and at the edges. Golden data is in test_gptq_golden.py."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from qjax.core import (
     PerTensor,
     assemble,
     bf16,
+    binary,
     fp4,
     int2,
     int3,
@@ -326,6 +328,14 @@ def test_padding(options):
     w_hat = dequantized(s, spec, 100)
     rounded = quantize(w, spec, (-1,)).dequantize()
     assert output_mse(w, w_hat, hessian) < output_mse(w, rounded, hessian)
+
+
+@pytest.mark.parametrize(("mse", "kept"), [(False, 1), (True, 2)])
+def test_padding_does_not_count_in_the_mean_of_a_group(mse, kept):
+    spec = dataclasses.replace(binary(group_size=16, pad=True), granularity=PerBlock(kept, 16) if kept > 1 else PerGroup(16))
+    w = jnp.repeat(jnp.float32([[2.0, 1.0, 3.0]]), 16, axis=1)[:, :33].repeat(2, axis=0)
+    for options in (GPTQOptions(mse=mse), GPTQOptions(mse=mse, static_groups=True)):
+        np.testing.assert_allclose(dequantized(solve(w, jnp.eye(33), spec, options), spec, 33), w, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

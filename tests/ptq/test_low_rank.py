@@ -1,5 +1,7 @@
 """Low-rank corrections: the optimum in float64, thin products in the program, every form of weight, files, refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,38 @@ def test_a_convolution_gets_the_sum_and_the_report_says_so():
     result = packed(fn, {"w": normal(3, 3, 4, 6)}, (x,), qjax.low_rank(3), qjax.int2())
     np.testing.assert_allclose(jax.jit(qjax.quantized(fn))(result.params, x), fn({"w": result.params["w"].dequantize()}, x), atol=1e-4)
     assert "its low-rank part is multiplied out in front of the product: a convolution" in result.report.rows[0].notes
+
+
+def test_a_convolution_of_integers_keeps_it():
+    def fn(p, x):
+        return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x, act = normal(2, 5, 5, 4), qjax.dynamic(qjax.int8())
+    result = packed(fn, {"w": normal(3, 3, 4, 6)}, (x,), qjax.low_rank(3, kind="svd"), qjax.int2(), act)
+    want = fn({"w": result.params["w"].dequantize()}, round_activation(x, act, (1, 2, 3)))
+    np.testing.assert_allclose(jax.jit(qjax.quantized(fn))(result.params, x), want, atol=1e-4)
+    (row,) = result.report.rows
+    assert row.kernel == "xla" and any("in front of a float product: so is the low-rank part" in note for note in row.notes)
+
+
+@pytest.mark.parametrize("act", [qjax.int8(), qjax.fp8_e4m3()], ids=str)
+def test_experts_that_divide_their_input_keep_it(act):
+    sizes = jnp.int32([3, 0, 9])
+    x, weight = correlated(12, 16) * jnp.exp(normal(16, seed=4)), qjax.int3() if act == qjax.int8() else act
+    method = qjax.awq(unfoldable="scale", then=qjax.low_rank(4, kind="svd"))
+    fn = lambda p, x: lax.ragged_dot(x, p["w"], sizes)  # noqa: E731
+    result = packed(fn, {"w": normal(3, 16, 20)}, (x,), method, weight, qjax.dynamic(act))
+    q = result.params["w"]
+    assert q.input_scale is not None and q.input_scale.shape == (3, 1, 16)
+    s = jnp.repeat(q.input_scale[:, 0], sizes, axis=0, total_repeat_length=12)
+    codes = dataclasses.replace(q.with_adapter(None), input_scale=None)
+    want = fn({"w": codes.dequantize()}, round_activation(x / s, q.act, (1,))) + fn({"w": q.dequantize()}, x)
+    want = want - fn({"w": q.with_adapter(None).dequantize()}, x)
+    run = jax.jit(qjax.quantized(fn))
+    np.testing.assert_allclose(run(result.params, x), want, rtol=1e-4, atol=1e-3)
+    text = run.lower(result.params, x).as_text()
+    assert "xi8>" in text if act == qjax.int8() else "xf8E4M3FN>" in text
+    assert result.report.rows[0].kernel == ("xla int8" if act == qjax.int8() else "xla float8")
 
 
 def test_views_carry_it_or_say_no():

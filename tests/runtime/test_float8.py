@@ -59,19 +59,21 @@ def test_the_product_runs_on_fp8_operands_and_float32_sums(weight, activation, s
     assert [row.kernel for row in result.report.rows] == ["xla float8"]
 
 
-def test_one_scale_for_all_rows():
-    x = normal(3, K, seed=1) * jnp.float32([[1.0], [10.0], [100.0]])
-    fn, result = quantized(linear, {"w": normal(K, N)}, E4M3(), qjax.dynamic(E4M3(), per="tensor"), x)
-    want = rounded(x.reshape(1, -1), "e4m3", 3 * K).reshape(3, K) @ np.float64(result.params["w"].dequantize())
-    np.testing.assert_allclose(fn(result.params, x), want, rtol=1e-5, atol=1e-3)
-
-
 def einsum(p, x):
     return jnp.einsum("bshd,hde->bse", x, p["w"])
 
 
 def experts(p, x):
     return jax.lax.ragged_dot(x, p["w"], jnp.array([3, 0, 4], jnp.int32))
+
+
+@pytest.mark.parametrize(("form", "shape"), [(linear, (K, N)), (experts, (3, K, N))], ids=["matmul", "experts"])
+def test_one_scale_for_all_rows(form, shape):
+    x = normal(7, K, seed=1) * jnp.float32([[1.0], [10.0], [100.0], [1.0], [1e-6], [1.0], [0.0]])
+    fn, result = quantized(form, {"w": normal(*shape)}, E4M3(), qjax.dynamic(E4M3(), per="tensor"), x)
+    want = jnp.float32(rounded(x.reshape(1, -1), "e4m3", 7 * K).reshape(7, K))
+    assert not want[4].any() and [row.kernel for row in result.report.rows] == ["xla float8"]
+    np.testing.assert_allclose(fn(result.params, x), form({"w": result.params["w"].dequantize()}, want), rtol=1e-5, atol=1e-3)
 
 
 def scanned(p, x):
@@ -103,16 +105,58 @@ def test_elsewhere_activations_are_rounded_and_the_report_says_so(weight):
 
 
 def test_activations_of_every_format():
-    """The last group is padded; a row knows nothing of the others but under NVFP4's scale of the tensor."""
+    """The last group is padded; a row knows nothing of the others, and is a tensor of its own for NVFP4."""
     x = normal(4, 40, seed=2)
     for spec in (qjax.mxfp4(), qjax.mxfp8(), qjax.mxint8(), qjax.floating("e2m1", group_size=16)):
         got = round_activation(x, qjax.dynamic(spec), (1,))
         padded = jnp.pad(x, ((0, 0), (0, -40 % spec.granularity.size)))
         np.testing.assert_array_equal(got, qjax.core.round_trip(padded, spec, (1,))[:, :40])
     nvfp4 = round_activation(x, qjax.dynamic(qjax.nvfp4()), (1,))
-    np.testing.assert_array_equal(nvfp4, qjax.core.round_trip(jnp.pad(x, ((0, 0), (0, 8))), qjax.nvfp4(), (1,))[:, :40])
+    want = qjax.core.round_trip(jnp.pad(x, ((0, 0), (0, 8))), qjax.nvfp4(), (1,), stacked=(0,))[:, :40]
+    np.testing.assert_array_equal(nvfp4, want)
     halves = round_activation(x.reshape(4, 2, 20).transpose(1, 0, 2), qjax.dynamic(qjax.nvfp4()), (0, 2))
     np.testing.assert_array_equal(halves.transpose(1, 0, 2).reshape(4, 40), nvfp4)
+
+
+EVERY = [
+    qjax.int8(), qjax.uint8(), E4M3(), E5M2(), E4M3(group_size=16), E4M3(group_size=16, scale_dtype="bfloat16"), qjax.mxfp4(),
+    qjax.mxfp4(exponent_rule="round"), qjax.mxfp6(), qjax.mxfp8(), qjax.mxint8(), qjax.nvfp4(), qjax.floating("e2m1", group_size=16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", EVERY, ids=str)
+def test_a_row_is_the_same_beside_any_other_and_none_that_is_not_finite_becomes_numbers(spec):
+    x, act = normal(4, 40, seed=2), qjax.dynamic(spec)
+    want = round_activation(x, act, (1,))
+    rows = jnp.concatenate([round_activation(row[None], act, (1,)) for row in x])
+    np.testing.assert_array_equal(rows, want)
+    for bad in (jnp.nan, -jnp.nan, jnp.inf, -jnp.inf, 1e30):
+        got = round_activation(x.at[1, 3].set(bad), act, (1,))
+        assert bool(jnp.all(jnp.isfinite(got[1]))) == (bad == 1e30)
+        if spec not in (qjax.int8(), qjax.uint8()) and bad != 1e30:
+            assert bool(jnp.all(jnp.isnan(got[1, :16])))  # the whole block, as OCP has it
+        np.testing.assert_array_equal(got[np.array([0, 2, 3])], want[np.array([0, 2, 3])])
+
+
+@pytest.mark.parametrize("spec", [qjax.int8(), E4M3(), E4M3(group_size=16), qjax.mxfp4(), qjax.nvfp4()], ids=str)
+def test_a_product_keeps_what_is_not_finite_to_its_row(spec):
+    x, weight = normal(4, K, seed=2), qjax.int8() if spec == qjax.int8() else E4M3(block=(4, 16))
+    fn, result = quantized(linear, {"w": normal(K, N)}, weight, qjax.dynamic(spec), x)
+    want = fn(result.params, x)
+    for bad in (jnp.nan, jnp.inf):
+        got = fn(result.params, x.at[1, 3].set(bad))
+        assert not bool(jnp.any(jnp.isfinite(got[1])))
+        np.testing.assert_array_equal(np.delete(got, 1, 0), np.delete(want, 1, 0))
+
+
+@pytest.mark.parametrize("spec", [qjax.mxfp4(), qjax.mxint8(), qjax.nvfp4()], ids=str)
+def test_a_packed_block_that_is_not_finite_stands_for_nan(spec):
+    x = normal(2, 64, seed=2)
+    pack = jax.jit(lambda x: qjax.core.quantize(x, spec, (1,), stacked=(0,)))  # inside jit there is no one to refuse it
+    want, q = pack(x).dequantize(), pack(x.at[0, 3].set(jnp.inf))
+    assert q.scale[0, 0] == {"e8m0": 255, "e4m3": 127}[spec.scale_dtype]
+    assert bool(jnp.all(jnp.isnan(q.dequantize()[0, :16])))
+    np.testing.assert_array_equal(q.dequantize()[1], want[1])
 
 
 def test_training_rounds_like_the_packed_model_and_passes_gradients():

@@ -1,5 +1,6 @@
 """Integer products: exact against float64, integers in the program, gradients, and every form of program."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax import lax
 
 import qjax
-from qjax.core import round_activation
+from qjax.core import quantize, round_activation
 from tests.program.cases import CASES, normal
 
 WEIGHTS = [qjax.int8(), qjax.uint8(), qjax.int4(), qjax.uint3(group_size=4, pad=True), qjax.int8(per="tensor")]
@@ -116,6 +117,23 @@ def test_every_program_multiplies_integers(case):
         assert got.dtype == want.dtype
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         assert np.linalg.norm(got - want) <= 0.05 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("field", ["input_scale", "perm", "act_scale"])
+def test_parts_that_want_the_same_rows_in_another_form_each(field):
+    def fn(p, x):
+        return jnp.einsum("bk,lkn->lbn", x, p["w"])
+
+    x, act = normal(5, 8), qjax.static(qjax.int8()) if field == "act_scale" else qjax.dynamic(qjax.int8())
+    own = {
+        "input_scale": jnp.abs(normal(2, 1, 8, seed=3)) + 0.5,
+        "perm": jnp.int32([[[*range(8)]], [[*range(7, -1, -1)]]]),
+        "act_scale": jnp.float32([[[0.02]], [[0.03]]]),
+    }
+    q = quantize(normal(2, 8, 6, seed=1), qjax.int8(), (1,), (0,))
+    q = dataclasses.replace(q, act=act, **{field: own[field]})
+    got = jax.jit(qjax.quantized(fn))({"w": q}, x)
+    np.testing.assert_allclose(got, fn({"w": q.dequantize()}, x), rtol=0.05, atol=0.1)
 
 
 def test_the_compiled_program_keeps_integers():
