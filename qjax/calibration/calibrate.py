@@ -86,7 +86,7 @@ def calibrate(
     """
     check_where(where)
     _check_observer(observer)
-    spec = None if spec is None else static(spec).spec
+    spec = None if spec is None else static(spec).spec  # pyright: ignore[reportAssignmentType]  # static takes and gives integers
     batches, number = counted(calibration)
     programs, plans = ProgramCache(fn), {}
     halves: list[Seen | None] = [None, None]

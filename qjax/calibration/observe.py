@@ -164,7 +164,8 @@ def _policy_of(where: str, program: Program) -> Policy:
 
 def _of_rule(act: ActSpec | None) -> tuple[Observer[Any], IntSpec]:
     observer: Any = minmax() if act is None or act.observer is None else act.observer
-    return observer, static(int8() if act is None or act.is_float else act.spec).spec
+    spec: Any = int8() if act is None or act.is_float else act.spec
+    return observer, static(spec).spec  # pyright: ignore[reportReturnType]  # static takes and gives integers
 
 
 @jax.tree_util.register_dataclass

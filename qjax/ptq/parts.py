@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import CastSpec, QTensor, Spec, assemble, logical_blocks, tensor_scale
+from qjax.core import CastSpec, LearnedSpec, QTensor, Spec, assemble, logical_blocks, tensor_scale
 from qjax.core.layout import stacked_positions
 from qjax.program import Leaf, Site
 from qjax.ptq.method import Problem
@@ -203,7 +203,7 @@ def packed(
 
 def _tensor_scale(problem: Problem) -> jax.Array | None:
     """What the scales of blocks are over, or None: a matter of the weight alone, so every method finds the same."""
-    if isinstance(problem.spec, CastSpec):
+    if isinstance(problem.spec, CastSpec | LearnedSpec):
         return None
     blocked = logical_blocks(problem.w, problem.spec, problem.axes, problem.stacked)[0]
     found = tensor_scale(blocked, problem.spec, stacked_positions(problem.axes, problem.stacked, problem.w.ndim))

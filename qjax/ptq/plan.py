@@ -300,7 +300,7 @@ def _operands(named: Sequence[ProductChoice]) -> int | None:
         observers: list[Any] = [(act.observer or minmax()) if act.static else None for act in acts]
         found = [None if observer is None else Together((observer, AllFinite())) for observer in observers]
         if not why_not_observed(product):
-            total += _nbytes(functools.partial(OperandObservers(*found).init, product))
+            total += _nbytes(functools.partial(OperandObservers(found[0], found[1]).init, product))
     return total if pairs else None
 
 

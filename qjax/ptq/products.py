@@ -66,7 +66,7 @@ def quantize_products(
             else:
                 (lhs, lhs_notes), (rhs, rhs_notes) = parts  # pyright: ignore[reportGeneralTypeIssues]
                 specs = [dataclasses.replace(act, observer=None) for act in pair]
-                made[choice.product.name] = QProduct(*lhs, *rhs, *specs, choice.rotation)
+                made[choice.product.name] = QProduct(*lhs, *rhs, *specs, rotation=choice.rotation)
                 notes = (*lhs_notes, *rhs_notes)
         rows.append(dataclasses.replace(product_row(choice), notes=notes))
     return made, tuple(rows)
@@ -109,7 +109,8 @@ def _observe(
     """Runs the data through; gives the range of each static operand, (turns...) each end."""
     observers = {
         name: OperandObservers(  # pyright: ignore[reportArgumentType]
-            *((act.observer or minmax()) if act.static else None for act in pair), rotation=rotations[name]
+            *((act.observer or minmax()) if act.static else None for act in pair),  # pyright: ignore[reportArgumentType]
+            rotation=rotations[name],
         )
         for name, pair in static.items()
     }

@@ -252,7 +252,9 @@ def whole_problem(choice: Choice) -> Problem:
 def refusal_of(choice: Choice) -> str:
     """What is said of a parameter that its rule's method cannot quantize, whatever the spec; "" if it can."""
     method: Any = None if choice.rule is None or choice.spec is None else choice.rule.method
-    reason = "" if method is None else refusal(method, choice.leaf)
+    if method is None:
+        return ""
+    reason = refusal(method, choice.leaf)
     return f"`method` {method.name} cannot quantize {choice.leaf.path!r}: {reason}" if reason else ""
 
 
