@@ -43,9 +43,14 @@ def marker(record):
     return next((m for size, m, _ in GROUPS if size == group_of(record)), "o")
 
 
+def shown(record):
+    """Whether a record is of weights alone, and no error."""
+    return "error" not in record and record.get("size") != "activations"
+
+
 def read(path):
     """Returns (records with a `perplexity`, that of the float model by model)."""
-    records = [r | {"perplexity": perplexity_of(r)} for r in json.loads(pathlib.Path(path).read_text()) if "error" not in r]
+    records = [r | {"perplexity": perplexity_of(r)} for r in json.loads(pathlib.Path(path).read_text()) if shown(r)]
     floats = {r["model"]: r["perplexity"] for r in records if FLOAT in (r.get("method"), r.get("key"))}
     rows = [r for r in records if FLOAT not in (r.get("method"), r.get("key")) and r.get("bits_per_weight") is not None]
     missing = sorted({r["model"] for r in rows} - set(floats))
