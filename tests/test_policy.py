@@ -100,6 +100,7 @@ def test_rules_for_caches_stand_beside_the_others(tmp_path):
     policy = Policy([Rule("*/key", cache=spec), Rule("*", weight=qjax.int8()), Rule("head/*", cache=qjax.kv_cache(None))])
     result = qjax.quantize(fn, PARAMS, policy, calibration=[TOKENS])
     assert {row.spec for row in result.report.rows if row.spec} == {str(qjax.int8())}  # a cache rule matches no parameter
+    assert any("'*/key', 'head/*'" in note and "quantized_cache" in note for note in result.report.notes)
     qjax.save(tmp_path / "it", result)
     assert qjax.load(tmp_path / "it").policy == policy
     rules = json.loads((tmp_path / "it" / DOCUMENT).read_text())["policy"]["rules"]

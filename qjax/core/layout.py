@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from qjax.core.specs import BlockSpec, CastSpec, IntSpec, LearnedSpec, Spec  # noqa: F401  # IntSpec is for the examples
+from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, LearnedSpec, Spec  # noqa: F401  # IntSpec is for the examples
 
 
 def negative_axes(axes: Sequence[int], ndim: int, argument: str) -> tuple[int, ...]:
@@ -132,6 +132,9 @@ that does, or pad=True, which pads them to 128
     size, padded = group_length(k, spec), padded_size(k, spec)
     argument = "`block[1]`" if isinstance(spec.granularity, PerBlock) else "`group_size`"
     if padded != k and not spec.pad:
+        if fixed_blocks(spec):
+            raise ValueError(f"the blocks of {spec}, {size} values, do not divide the {k} contracted values of `{name}`: give pad=True, "
+                             f"which pads them to {padded}, or take another spec")  # fmt: skip
         raise ValueError(f"{argument}={size} does not divide the {k} contracted values of `{name}`: take "
                          f"{_nearest_divisor(k, size)}, the nearest size that does, or pad=True, which pads them to "
                          f"{padded}")  # fmt: skip
@@ -142,6 +145,15 @@ that does, or pad=True, which pads them to 128
         if kept[-1] % rows:
             raise ValueError(f"`block[0]`={rows} does not divide the last kept axis of `{name}`, which has {kept[-1]}: "
                              f"take {_nearest_divisor(kept[-1], rows)}, the nearest size that does")  # fmt: skip
+
+
+def fixed_blocks(spec: Spec) -> bool:
+    """Whether the size of a spec's blocks is part of its format, so that no other can be taken: MX and NVFP4.
+
+    >>> fixed_blocks(IntSpec(4))
+    False
+    """
+    return isinstance(spec, FloatSpec) and spec.scale_dtype in ("e8m0", "e4m3")
 
 
 def _nearest_divisor(n: int, size: int) -> int:

@@ -14,13 +14,16 @@ Batches = Sequence[tuple[Program, Sequence[Any]]]
 
 
 def check_numbers(batches: Batches, what: str) -> None:
-    """Refuses shapes in place of data; `what` needs it.
+    """Refuses shapes and empty batches in place of data; `what` needs it.
 
     Raises:
       ValueError: naming it.
     """
     if any(isinstance(x, jax.ShapeDtypeStruct) for _, inputs in batches for x in inputs):
         raise ValueError(f"`calibration` holds shapes, but {what} needs data: give batches of numbers")
+    for number, (_, inputs) in enumerate(batches):
+        if inputs and all(np.size(x) == 0 for x in inputs):
+            raise ValueError(f"`calibration` batch {number} holds no number, but {what} needs data: leave the batch out")
 
 
 def check_same_sites(batches: Batches) -> None:

@@ -50,6 +50,6 @@ def gptaq(
     Source: Li et al., GPTAQ (arXiv 2504.02692), and the authors' code (GPTQv2), whose default alpha this is. See
     `gptq_solver.corrected` for where we differ.
     """
-    if not alpha > 0:
-        raise ValueError(f"`alpha` must be greater than 0, got {alpha!r}: without the correction it is qjax.gptq()")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
+        raise ValueError(f"`alpha` must be a number greater than 0, got {alpha!r}: without the correction it is qjax.gptq()")
     return GPTQ(GPTQOptions(damping, act_order, static_groups, block_size, mse, group_aware=group_aware, refine=refine, alpha=alpha))

@@ -66,7 +66,7 @@ class GPTQOptions:
     def __post_init__(self):
         if self.group_aware and self.act_order:
             raise ValueError("`act_order` and `group_aware` are two orders of the columns: choose one")
-        if not (0 <= self.alpha < float("inf")):
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not (0 <= self.alpha < float("inf")):
             raise ValueError(f"`alpha` must be a finite number >= 0, got {self.alpha!r}")
         if not (0 <= self.damping < float("inf")):
             raise ValueError(f"`damping` must be a finite number >= 0, got {self.damping!r}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qjax.calibration import columns
 from qjax.core import CastSpec, PerBlock, PerGroup, Spec
-from qjax.core.layout import group_length, padded_size
+from qjax.core.layout import fixed_blocks, group_length, padded_size
 from qjax.policy import Choice, Rule
 from qjax.program import Leaf
 
@@ -48,6 +48,9 @@ def undivided(rule: Rule, choices: Sequence[Choice]) -> str:
     argument = "`block[1]`" if isinstance(spec.granularity, PerBlock) else "`group_size`"
     (path, k), *others = bad.items()
     also = f", nor those of {len(others)} more of {', '.join(map(str, sorted({n for _, n in others})))}" if others else ""
+    if fixed_blocks(spec):
+        return (f"the blocks of {spec}, {size} values, do not divide the {k} contracted values of `{path}`{also}: give pad=True, which pads "
+                "them to whole blocks, or take another spec")  # fmt: skip
     whole = math.gcd(*lengths.values())
     fits = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: (abs(d - size), -d))
     what = "the nearest size that divides those of all parameters of the rule" if len(lengths) > 1 else "the nearest size that does"

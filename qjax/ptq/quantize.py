@@ -152,7 +152,8 @@ def quantize(
     seconds = {"trace": round(traced - started, 3), "quantize": round(finished - traced, 3)}
     remarks = {i: (*rescaled.get(i, ()), *pruned.get(i, ())) for i in rescaled.keys() | pruned.keys()}
     report = describe(program, choices, flat, done, seconds, remarks)
-    report = dataclasses.replace(report, rows=(*report.rows, *product_rows), memory=memory)
+    notes = (*report.notes, *cache_notes(policy))
+    report = dataclasses.replace(report, rows=(*report.rows, *product_rows), notes=notes, memory=memory)
     new_params, _, _ = arguments[0].rebuild(packed, arguments[0].inputs)
     return Result(new_params, report, policy, sites=products, folds=folds)
 
@@ -371,6 +372,12 @@ def program_notes(program: Program) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def cache_notes(policy: Policy) -> tuple[str, ...]:
+    """Says which rules of a policy are not for parameters."""
+    caches = [repr(rule.pattern) for rule in policy.rules if rule.cache is not None]
+    return (f"rules {', '.join(caches)} name caches: pack them with qjax.quantized_cache(fn, policy)",) if caches else ()
+
+
 def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
     """Transforms `fn(params, *args)` into a function that says what a policy would quantize, and touches no number.
 
@@ -398,6 +405,6 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:
         program = programs(split_arguments(params, args, kwargs))
         rows = (*map(planned_row, policy.resolve(program)), *map(product_row, policy.resolve_products(program)))
-        return Report(rows, program_notes(program))
+        return Report(rows, (*program_notes(program), *cache_notes(policy)))
 
     return call

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.core import blocks, canonicalize, check_blocks, int4, nf4, padded_size, uncanonicalize
+from qjax.core import blocks, canonicalize, check_blocks, int4, mxfp4, nf4, padded_size, uncanonicalize
 
 W = jnp.asarray(np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5), jnp.float32)
 
@@ -69,6 +69,7 @@ def test_blocks_and_back(spec, stacked, shape):
         ),
         (int4(group_size=32), (8, 100), "take 25, the nearest size that does, or pad=True, which pads them to 128"),
         (nf4(), (8, 96), "`group_size`=64 does not divide the 96 contracted values of `a/b`: take 48,"),
+        (mxfp4(), (8, 72), r"the blocks of mxfp4\(\), 32 values, do not divide the 72 contracted values of `a/b`: give pad=True, .* 96"),
         (int4(block=(4, 7)), (8, 100), r"`block\[1\]`=7 does not divide the 100 contracted values"),
         (
             int4(block=(3, 10)),

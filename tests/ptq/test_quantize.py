@@ -227,6 +227,7 @@ INT8 = Policy([Rule("*", weight=qjax.int8())])
             ValueError,
             "`group_size`=8 does not divide",
         ),
+        (PARAMS2, Policy([Rule("*", weight=qjax.mxfp4())]), [normal(2, 12)], ValueError, r"the blocks of mxfp4\(\), 32 .* give pad=True"),
         (PARAMS2, Policy([Rule("*", weight=qjax.bf16(), method=qjax.gptq())]), [normal(2, 12)], ValueError, "cast"),
     ],
 )
