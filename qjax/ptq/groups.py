@@ -49,8 +49,8 @@ def undivided(rule: Rule, choices: Sequence[Choice]) -> str:
     (path, k), *others = bad.items()
     also = f", nor those of {len(others)} more of {', '.join(map(str, sorted({n for _, n in others})))}" if others else ""
     if fixed_blocks(spec):
-        return (f"the blocks of {spec}, {size} values, do not divide the {k} contracted values of `{path}`{also}: give pad=True, which pads "
-                "them to whole blocks, or take another spec")  # fmt: skip
+        return (f"the blocks of {spec}, {size} values, do not divide the {k} contracted values of `{path}`{also}: give pad=True, which "
+                "pads them to whole blocks, or take another spec")  # fmt: skip
     whole = math.gcd(*lengths.values())
     fits = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: (abs(d - size), -d))
     what = "the nearest size that divides those of all parameters of the rule" if len(lengths) > 1 else "the nearest size that does"

@@ -48,7 +48,7 @@ def test_no_data(how):
         run(how, None)
     with pytest.raises(ValueError, match=r"`calibration` holds shapes, but .* needs data: give batches of numbers"):
         run(how, [jax.ShapeDtypeStruct((4, D), jnp.float32)])
-    with pytest.raises(ValueError, match="`calibration` batch 1 holds no number, but .* needs data: leave the batch out"):
+    with pytest.raises(ValueError, match=r"`calibration` batch 1 holds no number, but .* needs data: leave the batch out"):
         run(how, [normal(4, D), jnp.zeros((0, D))])
 
 
