@@ -29,8 +29,18 @@ def test_public_names_are_documented_with_an_example(name):
         assert ">>>" in text, f"{name} has no example"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_what_the_page_on_choosing_names_is_there():
+    scope: dict = {}
+    for block in blocks("python", "docs/choosing.md"):
+        exec(compile(block, "choosing.md", "exec"), scope)
+    assert isinstance(scope["policy"], qjax.Policy) and len(scope["cache"]) == 2
+    text = (ROOT / "docs/choosing.md").read_text()
+    calls = {name for line in re.findall(r"`([^`\n]+)`", text) for name in re.findall(r"([a-z_0-9]+)\(", line)}
+    assert "autoround" in calls and not {name for name in calls if not hasattr(qjax, name)}
 
 
 @pytest.mark.slow
