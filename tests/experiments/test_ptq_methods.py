@@ -30,6 +30,7 @@ def figure(monkeypatch):
     return figure
 
 
+@pytest.mark.slow
 def test_the_second_model_trains_and_is_loaded_as_a_function_of_its_parameters(second_model, tmp_path):
     config = second_model.Config(vocabulary=32, width=24, layers=2, heads=3, kv_heads=1, hidden=40, context=8)
     ids = np.arange(400, dtype=np.int32) % 32

@@ -98,6 +98,7 @@ def tied_params():
     return p | {name: jnp.exp(normal(D, seed=i)) for i, name in enumerate(("norm", "final"), 7)}
 
 
+@pytest.mark.slow
 def test_a_tied_head_behind_a_scale_needs_a_copy_and_gets_it():
     p, tokens = tied_params(), jnp.arange(6)
     step = qjax.rotation(key=jax.random.key(0))

@@ -280,6 +280,7 @@ def test_scanned_and_unrolled_layers_are_tuned_alike_and_better_than_rounded():
     assert float(jnp.linalg.norm(out[0] - out[1])) < 0.2 * error
 
 
+@pytest.mark.slow
 def test_the_loss_that_is_reported_is_that_of_the_packed_weights():
     def fn(p, x):
         return sum(x @ w for w in p.values())

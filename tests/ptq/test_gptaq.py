@@ -114,6 +114,7 @@ def parameters():
     return jax.tree.map(lambda n: jnp.float32(rng.standard_normal(n)) / 4, shapes, is_leaf=lambda n: isinstance(n, tuple))
 
 
+@pytest.mark.slow
 def test_a_program_of_stacked_layers_comes_nearer_to_the_float_one():
     rng = np.random.default_rng(1)
     data = [jnp.float32(rng.standard_normal((64, 16))) for _ in range(4)]

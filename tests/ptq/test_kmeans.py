@@ -76,6 +76,7 @@ def test_lloyds_steps_never_lose():
     assert solved(w, spec).q.levels.shape == (1, 4)
 
 
+@pytest.mark.slow
 def test_zeros_stay_zeros_where_there_are_many():
     w = weight(64, 6)
     mask = jnp.asarray(np.random.default_rng(5).random((64, 6)) < 0.5).at[:, 4].set(False)
@@ -142,6 +143,7 @@ def model(p, x):
     return jnp.einsum("btd,dhe->bthe", h, p["out"])
 
 
+@pytest.mark.slow
 def test_in_a_program_mixed_saved_and_loaded(tmp_path):
     params = {"embed": weight(11, 16, scale=1.0), "w": weight(2, 16, 16, seed=1), "out": weight(16, 2, 3, seed=2)}
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (4, 6)))

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import qjax
 from qjax.calibration import Rows
@@ -182,6 +183,7 @@ def test_the_float_program_goes_to_the_experts_that_the_quantized_one_chooses():
     chex.assert_trees_all_close(state, np.asarray(both[0].T @ both[1]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_experts_inside_scanned_layers_are_seen_layer_by_layer_where_they_stand():
     """Both forms of experts; each layer behind the quantized ones before it, none pooled over the turns of the loop."""
 

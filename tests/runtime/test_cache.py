@@ -108,6 +108,7 @@ def packed_cache(model, variables, batch, length, policy=POLICY, dtype=jnp.float
     return qjax.quantized_cache(model.apply, policy)(variables, jnp.zeros((batch, 1), jnp.int32), empty, jnp.int32(0))
 
 
+@pytest.mark.slow
 def test_generation_of_a_language_model():
     model, variables = llama(scan=True)
     prompt = jax.random.randint(jax.random.key(1), (2, 19), 0, 64)

@@ -48,6 +48,7 @@ def test_a_cayley_step_is_orthogonal_and_goes_downhill():
     np.testing.assert_allclose(ones, -ones.T, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_better_than_the_random_one_it_starts_from():
     p, batches = stream_params(), [jnp.arange(V), jnp.arange(V)[::-1]]
     learned = qjax.learn_rotation(fn, p, W4A4, batches, key=jax.random.key(0), steps=40, learning_rate=0.002)
