@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="Processes at a time.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Start no new cell after this.")
     parser.add_argument("--json", default=str(HERE / "results.json"), help="Where records go; cells that are there are not run again.")
-    parser.add_argument("--cache", default="/tmp/qjax_ptq_methods_cache", help="Folder of compiled programs.")
+    parser.add_argument("--cache", default=str(HERE / "weights" / "compiled"), help="Folder of compiled programs.")
     parser.add_argument("--cell", help="Run one cell in this process and print its record.")
     options = parser.parse_args()
     if options.cell:
