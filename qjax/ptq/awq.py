@@ -30,7 +30,7 @@ from qjax.core import (
 )
 from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.data import unseen_note
-from qjax.ptq.method import Method, Outcome, Problem, needs_float
+from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.parts import for_each_matrix, matrices, packed
 from qjax.ptq.range_search import candidates
 from qjax.ptq.rtn import rtn
@@ -60,10 +60,6 @@ class AWQ:
         if self.then is not None:
             return self.then.observer
         return sample_rows(self.rows) if self.clip else None
-
-    @property
-    def needs_float(self) -> bool:
-        return needs_float(self.then)
 
     def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
         return activation_of(self.then, given, ops)

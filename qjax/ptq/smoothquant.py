@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qjax.calibration import Observer
 from qjax.core import ActSpec, QTensor, Spec
 from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, peaks
-from qjax.ptq.method import Method, Outcome, Problem, needs_float
+from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, work_of
 
@@ -39,10 +39,6 @@ class SmoothQuant:
     @property
     def observer(self) -> Observer[Any] | None:
         return self.then.observer
-
-    @property
-    def needs_float(self) -> bool:
-        return needs_float(self.then)
 
     def activation(self, given: ActSpec | None, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
         return activation_of(self.then, given, ops)
