@@ -13,11 +13,11 @@ import numpy as np
 from jax import lax
 
 from qjax.calibration import SecondMoment, hessian
-from qjax.core import IntSpec, PerBlock, PerTensor, QTensor, blocks, check_blocks
+from qjax.core import IntSpec, QTensor, blocks
 from qjax.ptq.candidates import Rescaling
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_matrix_blocks, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.rtn import rtn
 from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start, stored
@@ -190,16 +190,7 @@ def check_tuned(problem: Problem) -> IntSpec:
             f"`method` autoround tunes the rounding on a uniform grid, but {problem.name!r} becomes {spec}: take an integer spec, e.g. "
             "qjax.int4(group_size=128), or another method (qjax.gptq, qjax.awq, qjax.rtn) for this one"
         )
-    _, rows, columns = axes_order(problem)
-    shape = problem.w.shape
-    check_blocks((math.prod(shape[a] for a in rows) // problem.groups, math.prod(shape[a] for a in columns)), spec, problem.name)
-    if isinstance(spec.granularity, PerBlock) and (len(rows) > 1 or problem.groups > 1):
-        raise ValueError(
-            f"`block` granularity with autoround needs a weight with one kept axis, {problem.name!r} has {len(rows)} "
-            f"(and {problem.groups} groups); use group_size= instead"
-        )
-    if isinstance(spec.granularity, PerTensor) and problem.groups > 1:
-        raise ValueError(f"autoround of the grouped convolution {problem.name!r} needs a scale per channel or group, not per tensor")
+    check_matrix_blocks(problem, "autoround")
     return spec
 
 

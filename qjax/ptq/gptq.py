@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import CrossMoment, CrossMoments, Observer, SecondMoment, deviation, hessian
-from qjax.core import CastSpec, LearnedSpec, PerBlock, PerTensor, QTensor, check_blocks, has_global_scale
+from qjax.core import CastSpec, LearnedSpec, QTensor, has_global_scale
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import axes_order, for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_matrix_blocks, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.sparsity import MOST_ZEROS, pruned_share
 from qjax.ptq.work import Work, matrix_sizes
@@ -162,17 +161,7 @@ def _check(problem: Problem, options: GPTQOptions) -> None:
             f"`method` gptq rounds to a grid that is known before, and the table of {spec}, the spec of {problem.name!r}, is learned: "
             "take qjax.kmeans(), or a table such as qjax.nf4()"
         )
-    _, rows, columns = axes_order(problem)
-    shape = problem.w.shape
-    check_blocks((math.prod(shape[a] for a in rows) // problem.groups, math.prod(shape[a] for a in columns)), spec, problem.name)
-    kept = len(rows)
-    if isinstance(spec.granularity, PerBlock) and (kept > 1 or problem.groups > 1):
-        raise ValueError(
-            f"`block` granularity with gptq needs a weight with one kept axis, {problem.name!r} has {kept} "
-            f"(and {problem.groups} groups); use group_size= instead"
-        )
-    if isinstance(spec.granularity, PerTensor) and problem.groups > 1:
-        raise ValueError(f"gptq of the grouped convolution {problem.name!r} needs a scale per channel or group, not per tensor")
+    check_matrix_blocks(problem, "gptq")
     if has_global_scale(spec) and problem.groups > 1:
         instead = "take a spec whose scales stand alone, such as qjax.mxfp4(), or another method"
         raise ValueError(f"gptq cannot round the grouped convolution {problem.name!r} to {spec}: {instead}")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import CastSpec, LearnedSpec, QTensor, Spec, assemble, logical_blocks, tensor_scale
+from qjax.core import CastSpec, LearnedSpec, PerBlock, PerTensor, QTensor, Spec, assemble, check_blocks, logical_blocks, tensor_scale
 from qjax.core.layout import stacked_positions
 from qjax.program import Leaf, Site
 from qjax.ptq.method import Problem
@@ -127,6 +127,29 @@ def matrices(problem: Problem) -> jax.Array:
     w = problem.w.transpose(*stacked, *kept, *contracted).astype(jnp.float32)
     stack = math.prod(problem.w.shape[a] for a in stacked) * problem.groups
     return w.reshape(stack, -1, math.prod(problem.w.shape[a] for a in contracted))
+
+
+def check_matrix_blocks(problem: Problem, method: str) -> None:
+    """Refuses blocks that the matrices of a weight cannot be cut into, for a method that works on `matrices(problem)`.
+
+    Args:
+      problem: the weight; its spec has blocks.
+      method: what the error calls the method.
+
+    Raises:
+      ValueError: naming the weight and the remedy.
+    """
+    spec, name, shape = problem.spec, problem.name, problem.w.shape
+    _, rows, columns = axes_order(problem)
+    check_blocks((math.prod(shape[a] for a in rows) // problem.groups, math.prod(shape[a] for a in columns)), spec, name)
+    granularity = getattr(spec, "granularity", None)
+    if isinstance(granularity, PerBlock) and (len(rows) > 1 or problem.groups > 1):
+        raise ValueError(
+            f"`block` granularity with {method} needs a weight with one kept axis, {name!r} has {len(rows)} "
+            f"(and {problem.groups} groups); use group_size= instead"
+        )
+    if isinstance(granularity, PerTensor) and problem.groups > 1:
+        raise ValueError(f"{method} of the grouped convolution {name!r} needs a scale per channel or group, not per tensor")
 
 
 def for_each_matrix(problem: Problem, statistic: jax.Array) -> jax.Array:
