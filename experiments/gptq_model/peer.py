@@ -9,14 +9,14 @@ from qjax.models import books_llama_folder
 
 
 class CompileClock:
-    """Sums the seconds that jax spends tracing, lowering and compiling."""
+    """Sums the seconds that jax spends tracing, lowering and compiling, or on the events whose name begins with `events`."""
 
-    def __init__(self):
-        self.seconds = 0.0
+    def __init__(self, events="/jax/core/compile/"):
+        self.seconds, self.events = 0.0, events
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event, duration, **_):
-        if event.startswith("/jax/core/compile/"):
+        if event.startswith(self.events):
             self.seconds += duration
 
     def read(self):

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 
+from qjax.evaluation import paired_bootstrap
+
 RESAMPLES = 10_000
 
 
@@ -33,9 +35,8 @@ def gap_closed(base, rounded, other):
 
 def ratio(a, b):
     """exp of the mean difference of losses and 95 % of its paired bootstrap: above 1, b is worse than a."""
-    rows = np.random.default_rng(0).integers(0, len(a), size=(RESAMPLES, len(a)))
-    low, high = np.quantile((b - a)[rows].mean(axis=1), [0.025, 0.975])
-    return float(np.exp((b - a).mean())), float(np.exp(low)), float(np.exp(high))
+    found = paired_bootstrap(a, b)
+    return tuple(float(np.exp(x)) for x in (found.difference, found.low, found.high))
 
 
 def cells(records, model):
@@ -88,9 +89,8 @@ HEAD = ("| | first half | perplexity | ratio to rounding | of its gap closed | K
 
 def significant(a, b):
     """-1 where the windows' means of `a` are below those of `b` beyond doubt (95 % of a paired bootstrap), 1 where above, else 0."""
-    rows = np.random.default_rng(0).integers(0, len(a), size=(RESAMPLES, len(a)))
-    low, high = np.quantile((a - b)[rows].mean(axis=1), [0.025, 0.975])
-    return int(low > 0) - int(high < 0)
+    found = paired_bootstrap(b, a)
+    return int(found.low > 0) - int(found.high < 0)
 
 
 def print_reversals(records, first, second):
