@@ -42,7 +42,8 @@ class Run:
         self.compiled = Compiled()
         self.updates: dict[Any, Any] = {}
         self.tuner = Tuner(self.compiled)
-        self.tuned: dict[tuple[int, Part], Outcome] = {}  # what a block's tuning found and no site has taken yet
+        # What a block's tuning found and no site has taken yet; and whether an earlier run did.
+        self.tuned: dict[tuple[int, Part], tuple[Outcome, bool]] = {}
         self.joined: set[tuple[int, ...]] = set()  # blocks that were tuned, by the numbers of their visits
 
     def advance(self, streams: Sequence[Batch], starts: Sequence[int], stops: Sequence[int]) -> None:
@@ -152,14 +153,15 @@ def _tune(run: Run, streams: list[Batch], positions: list[int], visits: list[lis
     members = [member_of(visit, run.tasks[visit.site.leaf], run.weights) for visit in mine]
     kept = [_kept(run, run.tasks[m.index], m.part, m.problem, m.scale) for m in members]
     outcomes = [outcome for outcome in kept if outcome is not None]
-    if len(outcomes) < len(members):
+    earlier = len(outcomes) == len(members)
+    if not earlier:
         starts = [max(at, block.start) for at, block in zip(positions, joint.blocks, strict=True)]
         run.advance(streams, positions, starts)
         positions = starts
         outcomes = tune_joint(run.tuner, joint, members, mine[0], streams, positions, run.weights, run.floats)
         for member, outcome in zip(members, outcomes, strict=True):
             run.kept.keep_outcome(member.index, member.part, outcome)
-    run.tuned |= {(m.index, m.part): outcome for m, outcome in zip(members, outcomes, strict=True)}
+    run.tuned |= {(m.index, m.part): (outcome, earlier) for m, outcome in zip(members, outcomes, strict=True)}
     return positions
 
 
@@ -182,10 +184,11 @@ def _solve_flat(run: Run, streams: list[Batch], visits: list[list[Visit]], group
         w = take(run.weights.params[site.leaf], layout, part)
         problem = problem_of(task.leaf, site, task.spec, w, layout.axes)
         scale = part_scale(task.scale, layout, part)
-        outcome = _kept(run, task, part, problem, scale)
+        outcome, earlier = run.tuned.pop((site.leaf, part), (None, False))
         if outcome is None:
-            all_found = False
-            outcome = run.tuned.pop((site.leaf, part), None)
+            outcome = _kept(run, task, part, problem, scale)
+            earlier = outcome is not None
+        all_found &= earlier
         if outcome is None:
             outcome = run.solve(task, part, problem, scale, _statistics(run, streams, visits, number, shared))
         why = (joints.reasons[number],) if number in joints.reasons else ()
