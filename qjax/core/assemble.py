@@ -125,25 +125,31 @@ def allowed_shapes(kept: Sequence[int], k: int, spec: Spec) -> dict[str, list[se
     return shapes | {"scale": scale}
 
 
-def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int, name: str):
-    """The packed codes, scale and levels of `assemble`, or an error that names the one that does not fit."""
+def _packed_codes(codes: jax.Array, spec: BlockSpec | LearnedSpec, k: int, lo: int, hi: int, name: str) -> jax.Array:
+    """Codes (kept..., K) or (kept..., Kpad) from `lo` to `hi`, padded and packed, or an error that says what does not fit."""
     check_blocks((*codes.shape[:-1], k), spec, name)
     kept, padded = codes.shape[:-1], padded_size(k, spec)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
     _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
-    _check_codes("codes", codes, 0, 2**spec.bits - 1, name)
+    _check_codes("codes", codes, lo, hi, name)
+    if codes.shape[-1] < padded:
+        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
+    return pack_codes(codes, spec)
+
+
+def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int, name: str):
+    """The packed codes, scale and levels of `assemble`, or an error that names the one that does not fit."""
+    packed = _packed_codes(codes, spec, k, 0, 2**spec.bits - 1, name)
     if zero_point is not None or levels is None or (scale is None) == spec.grouped:
         raise ValueError(f"`levels` must be given, `zero_point` None and `scale` {'given' if spec.grouped else 'None'} for {spec}, "
                          f"the spec of `{name}`")  # fmt: skip
-    levels, shapes = jnp.asarray(levels, spec.level_dtype), allowed_shapes(kept, k, spec)
+    levels, shapes = jnp.asarray(levels, spec.level_dtype), allowed_shapes(codes.shape[:-1], k, spec)
     _check_shape("levels", levels, shapes["levels"], name)
     if scale is not None:
         scale = jnp.asarray(scale, spec.scale_dtype)
         _check_shape("scale", scale, shapes["scale"], name)
-    if codes.shape[-1] < padded:
-        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
-    return pack_codes(codes, spec), scale, levels
+    return packed, scale, levels
 
 
 def _nested(scale: jax.Array, nested_scale: Any, nested_offset: Any, spec: BlockSpec, stacked: list[int], name: str):
@@ -182,19 +188,14 @@ def _check_scale_is(stored: jax.Array, given: jax.Array, spec: BlockSpec, name: 
 
 def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
     """The packed codes, scale and zero point of `assemble`, or an error that names the one that does not fit."""
-    check_blocks((*codes.shape[:-1], k), spec, name)
-    kept, padded = codes.shape[:-1], padded_size(k, spec)
-    if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise TypeError(f"`codes` of `{name}` must hold integers, got {codes.dtype}")
-    _check_shape("codes", codes, [{n} for n in kept] + [{k, padded}], name)
     lo, hi = (spec.qmin, spec.qmax) if isinstance(spec, IntSpec) else (-127, 127) if signed_codes(spec) else (0, 2**spec.bits - 1)
-    _check_codes("codes", codes, lo, hi, name)
+    packed = _packed_codes(codes, spec, k, lo, hi, name)
     _check_no_nan(codes, spec, name)
     scale = jnp.asarray(scale)
     as_bytes = stored_scale_dtype(spec) == "uint8"
     if not (as_bytes and scale.dtype == jnp.uint8):
         scale = scale.astype(jnp.float32 if as_bytes else spec.scale_dtype)
-    _check_shape("scale", scale, allowed_shapes(kept, k, spec)["scale"], name)
+    _check_shape("scale", scale, allowed_shapes(codes.shape[:-1], k, spec)["scale"], name)
     if (zero_point is None) == (isinstance(spec, IntSpec) and not spec.symmetric):
         wanted = "given" if zero_point is None else "None"
         raise ValueError(f"`zero_point` must be {wanted} for {spec}, the spec of `{name}`")
@@ -206,9 +207,7 @@ def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
         else:
             _check_codes("zero_point", zero_point, lo, hi, name)
         zero_point = zero_point.astype(zero_dtype(spec))
-    if codes.shape[-1] < padded:
-        codes = jnp.pad(codes, [(0, 0)] * len(kept) + [(0, padded - codes.shape[-1])])
-    return pack_codes(codes, spec), scale, zero_point
+    return packed, scale, zero_point
 
 
 def _check_shape(argument: str, array: jax.Array, allowed: list[set[int]], name: str) -> None:
