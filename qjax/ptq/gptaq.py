@@ -51,5 +51,5 @@ def gptaq(
     `gptq_solver.corrected` for where we differ.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-        raise ValueError(f"`alpha` must be a number greater than 0, got {alpha!r}: without the correction it is qjax.gptq()")
+        raise ValueError(f"`alpha` must be greater than 0, got {alpha!r}: without the correction it is qjax.gptq()")
     return GPTQ(GPTQOptions(damping, act_order, static_groups, block_size, mse, group_aware=group_aware, refine=refine, alpha=alpha))
