@@ -28,16 +28,20 @@ from peer import CompileClock  # noqa: E402
 COMPILING = "/jax/core/compile/backend_compile_duration"  # or reading what was compiled before; traces of calls within calls overlap
 
 
-def shipped():
-    """Of the model that comes with qjax: the function, float parameters, calibration batches, held-out windows, rules for what stays float.
+def texts():
+    """Of both models: 16 calibration batches of 8 windows, and the held-out windows."""
+    tokenizer = books_llama().tokenizer
+    data = [jnp.asarray(b) for b in batches(calibration_windows(tokenizer, calibration_lines()), 8)]
+    return data, windows(encode(tokenizer, heldout_text()))
 
-    The last two are patterns: of the layers that get an on-line rotation, and the scope of attention.
+
+def shipped():
+    """Of the model that comes with qjax: the function, float parameters, rules for what stays float, and two patterns.
+
+    The patterns are of the layers that get an on-line rotation, and of the scope of attention.
     """
     checkpoint = books_llama()
-    data = [jnp.asarray(b) for b in batches(calibration_windows(checkpoint.tokenizer, calibration_lines()), 8)]
-    text = windows(encode(checkpoint.tokenizer, heldout_text()))
-    keep = (qjax.Rule("*embed*", weight=None),)
-    return Llama(checkpoint.config).apply, {"params": checkpoint.params}, data, text, keep, "*down_proj*", "*"
+    return Llama(checkpoint.config).apply, {"params": checkpoint.params}, (qjax.Rule("*embed*", weight=None),), "*down_proj*", "*"
 
 
 def second():
@@ -56,7 +60,7 @@ def peak_bytes():
 
 def run_cell(model, key):
     """Quantizes and measures one cell, or the float model for the key "float"."""
-    apply, params, data, text, keep, online, scope = MODELS[model]()
+    (apply, params, keep, online, scope), (data, text) = MODELS[model](), texts()
     record = {"model": model, "key": key, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if key == "float":
         losses = token_losses(apply, params, text)

@@ -1,7 +1,8 @@
 """Trains the second model of the comparison, and loads it: an NNX decoder unlike the shipped Llama. See README.md.
 
 Layers scanned over a stack, layer norms with biases, learned positions, GELU without a gate, biases on every linear layer, six heads on
-two key/value heads, an untied head, and width 384 = 3 * 128.
+two key/value heads, an untied head, and width 384 = 3 * 128. It learns the shipped model's distribution from text that the shipped model
+makes, every window seen once: so it cannot overfit, and it never saw a word of the text that is calibrated and measured on.
 
     python second_model.py                     # trains and writes weights/second.safetensors
     python second_model.py --evaluate          # loads it and prints its perplexities
@@ -22,14 +23,15 @@ from flax import nnx
 from safetensors.flax import load_file, save_file
 
 import qjax
-from qjax.evaluation import batches, encode, perplexity, perplexity_of, token_losses, windows
-from qjax.models import books_llama
+from qjax.evaluation import batches, calibration_windows, divergence, encode, perplexity, windows
+from qjax.models import Llama, books_llama, calibration_lines, heldout_text
+from qjax.models.generate import generate
+from qjax.models.llama import init_cache
 
 HERE = pathlib.Path(__file__).parent
 WEIGHTS = HERE / "weights" / "second.safetensors"
-BOOKS = ("pride", "greatexp", "wells")
-TRAIN, STOP = 0.84, 0.88  # shares of each book that end the training part and the part that stops it; the rest is held out
-STEPS = 1200
+STEPS = 4000
+START = 1  # the token every window begins with
 KEEP = (qjax.Rule("*embedding", weight=None), qjax.Rule("head*", weight=None))  # as of the shipped model: only the layers
 
 
@@ -59,10 +61,9 @@ class Layer(nnx.Module):
         self.key, self.value = (linear(config.width, config.kv_heads * size) for _ in range(2))
         self.up, self.down = linear(config.width, config.hidden), linear(config.hidden, config.width, kernel_init=deep)
 
-    def __call__(self, x, drop):
-        first, second = jax.random.split(drop.key) if drop.rate else (None, None)
-        x = x + dropout(self.out(self.attention(self.attention_norm(x))), drop.rate, first)
-        return x + dropout(self.down(nnx.gelu(self.up(self.mlp_norm(x)))), drop.rate, second)
+    def __call__(self, x):
+        x = x + self.out(self.attention(self.attention_norm(x)))
+        return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
     def attention(self, x):
         (batch, length, _), groups = x.shape, self.config.kv_heads
@@ -72,18 +73,6 @@ class Layer(nnx.Module):
         scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, jnp.finfo(jnp.float32).min)
         mixed = jnp.einsum("bghts,bsgd->btghd", jax.nn.softmax(scores).astype(x.dtype), v)
         return mixed.reshape(batch, length, -1)
-
-
-class Drop(NamedTuple):
-    """How much of what every layer adds is dropped, and the key to draw by; nothing in evaluation."""
-
-    rate: float = 0.0
-    key: Any = None
-
-
-def dropout(x, rate, key):
-    """Zeros a share of `x` and scales the rest up."""
-    return x if not rate else jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 class Decoder(nnx.Module):
@@ -98,86 +87,59 @@ class Decoder(nnx.Module):
         unembed = partial(nnx.Linear, use_bias=False, kernel_init=nnx.initializers.normal(0.02), dtype=dtype, rngs=rngs)
         self.head = unembed(config.width, config.vocabulary)
 
-    def __call__(self, tokens, drop=Drop()):  # noqa: B008 (frozen)
+    def __call__(self, tokens):
         x = self.embed(tokens) + self.positions(jnp.arange(tokens.shape[1]))[None]
-        keys = None
-        if drop.rate:
-            first, *rest = jax.random.split(drop.key, self.config.layers + 1)
-            x, keys = dropout(x, drop.rate, first), jnp.stack(rest)
-        step = nnx.scan(lambda x, layer, key: layer(x, Drop(drop.rate, key)), in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)
-        return self.head(self.norm(step(x, self.layers, keys)))
+        step = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.head(self.norm(step(x, self.layers)))
 
 
-class Texts(NamedTuple):
-    """Token ids: of training a list by book, of the others windows of the context's length."""
+class Teacher(NamedTuple):
+    """The shipped model: `logits` of (params, tokens), and `windows` of (key, count): (count, context) tokens of text that it makes."""
 
-    train: list[np.ndarray]
-    stop: np.ndarray
-    heldout: np.ndarray
-
-
-def read_texts(length):
-    """Cuts each book into its three parts and encodes them with the tokenizer that comes with qjax.
-
-    The first halves of the books' held-out windows come before all second halves: so each half of the whole is of all books.
-    """
-    tokenizer, train, stop, first, second = books_llama().tokenizer, [], [], [], []
-    for book in BOOKS:
-        text = (HERE / "text" / f"{book}.txt").read_text(encoding="utf-8")
-        ends = [text.index("\n", int(share * len(text))) + 1 for share in (TRAIN, STOP)]
-        train.append(np.concatenate([[1], encode(tokenizer, text[: ends[0]])]).astype(np.int32))
-        stop.append(windows(encode(tokenizer, text[ends[0] : ends[1]]), length))
-        held = windows(encode(tokenizer, text[ends[1] :]), length)
-        first.append(held[: len(held) // 2])
-        second.append(held[len(held) // 2 :])
-    return Texts(train, np.concatenate(stop), np.concatenate([*first, *second]))
+    logits: Any
+    params: Any
+    windows: Any
 
 
-def calibration(train, length, count=128):
-    """Windows of training text, evenly spaced over all books."""
-    rows = np.concatenate([windows(ids, length, start_id=None) for ids in train])
-    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+def teacher(context):
+    """The shipped model as the source of text and of distributions."""
+    checkpoint = books_llama()
+    model, params = Llama(checkpoint.config), {"params": checkpoint.params}
+
+    def made(key, count):
+        prompts, cache = np.full((count, 1), START, np.int32), partial(init_cache, checkpoint.config)
+        how = {"init_cache": cache, "context_length": context, "temperature": 1.0, "key": key}
+        return generate(model.apply, params, prompts, context - 1, **how).tokens
+
+    return Teacher(model.apply, params, made)
 
 
-def unigram_perplexity(train, heldout, vocabulary):
-    """Perplexity of the token counts of the training text, plus one each."""
-    counts = np.bincount(np.concatenate(train), minlength=vocabulary) + 1
-    return perplexity_of(-np.log(counts / counts.sum())[heldout[:, 1:]])
-
-
-def fit(config, texts, steps, batch, seed, rate, every=50):
-    """Trains; returns the parameters that were best on the part that stops, and a line for each look at it."""
+def fit(config, source, steps, batch, seed, chunk=32):
+    """Trains on distributions of the next token: chunks of so many steps, each on text of its own."""
     model = Decoder(config, nnx.Rngs(seed))
     graph, params = nnx.split(model)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, max(steps // 15, 1), steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, max(steps // 15, 1), steps, 3e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
-    apply = qjax.nnx.function(model)
-    ids, rng = jnp.asarray(np.concatenate(texts.train)), np.random.default_rng(seed)
 
     @jax.jit
-    def step(params, state, starts, key):
-        tokens = ids[starts[:, None] + jnp.arange(config.context + 1)]
+    def step(params, state, tokens):
+        target = jax.nn.softmax(source.logits(source.params, tokens))
 
         def loss(params):
-            logits = nnx.merge(graph, params)(tokens[:, :-1], Drop(rate, key))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            return optax.softmax_cross_entropy(nnx.merge(graph, params)(tokens), target).mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state, best, log, keys = optimizer.init(params), (np.inf, params), [], jax.random.split(jax.random.key(seed), steps)
-    started = time.perf_counter()
-    for number in range(1, steps + 1):
-        starts = rng.integers(0, len(ids) - config.context, batch)
-        params, state, value = step(params, state, jnp.asarray(starts), keys[number - 1])
-        if number % every and number != steps:
-            continue
-        score = perplexity(apply, params, texts.stop)
-        best = min(best, (score, params), key=lambda pair: pair[0])
-        log.append(f"step {number:5d}  loss {float(value):.3f}  stopping part {score:.2f}  {time.perf_counter() - started:.0f} s")
-        print(log[-1], flush=True)
-    return best[1], log
+    state, started, value = optimizer.init(params), time.perf_counter(), np.nan
+    for number in range(0, steps, chunk):
+        text = source.windows(jax.random.fold_in(jax.random.key(seed), number), batch * min(chunk, steps - number))
+        for rows in np.split(text, len(text) // batch):
+            params, state, value = step(params, state, jnp.asarray(rows))
+        if number // chunk % 10 == 0:
+            print(f"step {number + len(text) // batch:5d}  loss {float(value):.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+    return params
 
 
 def save(params, path):
@@ -186,24 +148,20 @@ def save(params, path):
     save_file({".".join(map(str, key)): leaf[...].astype(jnp.bfloat16) for key, leaf in nnx.to_flat_state(params)}, str(path))
 
 
-class Second(NamedTuple):
-    """What `load_second` gives, in the order of `qjax.quantize`.
+def load_second(path=WEIGHTS, dtype=jnp.float32, config=Config()):
+    """Loads the trained model.
 
-    Attributes:
-      apply: pure function of (params, tokens (B, 256)) to logits (B, 256, 4096).
-      params: the module's state, float32 of the stored bfloat16.
-      batches: 16 calibration batches of 8 windows of training text.
-      heldout: (N, 256) windows that training and stopping never saw; each half is of all books.
+    Args:
+      path: what training wrote.
+      dtype: float32 or bfloat16, of parameters and products.
+      config: the sizes it was trained with.
+
+    Returns:
+      The pure function of (params, tokens (B, 256)) to logits (B, 256, 4096), and the module's state: the stored bfloat16 as `dtype`.
+
+    Raises:
+      FileNotFoundError: it was not trained yet.
     """
-
-    apply: Any
-    params: Any
-    batches: list[jax.Array]
-    heldout: np.ndarray
-
-
-def load(path, dtype, config):
-    """(apply, params) of stored weights; the module is made of shapes alone."""
     if not pathlib.Path(path).exists():
         raise FileNotFoundError(f"`path` {path} is not there: run `python second_model.py` first, on a GPU if there is one")
     stored = load_file(str(path))
@@ -213,54 +171,38 @@ def load(path, dtype, config):
     return qjax.nnx.function(nnx.merge(graph, params)), params
 
 
-def load_second(path=WEIGHTS, dtype=jnp.float32, config=Config()):
-    """Loads the trained model and its texts.
-
-    Args:
-      path: what training wrote.
-      dtype: float32 or bfloat16, of parameters and products.
-      config: the sizes it was trained with.
-
-    Returns:
-      See `Second`.
-
-    Raises:
-      FileNotFoundError: it was not trained yet.
-    """
-    apply, params = load(path, dtype, config)
-    texts = read_texts(config.context)
-    data = [jnp.asarray(rows) for rows in batches(calibration(texts.train, config.context), 8)]
-    return Second(apply, params, data, texts.heldout)
+def print_quality(count, path):
+    """Perplexities of the stored weights and of their teacher, on the text that is measured on and on the one calibrated on."""
+    checkpoint, source, (apply, params) = books_llama(), teacher(Config().context), load_second(path)
+    texts = {
+        "held out": windows(encode(checkpoint.tokenizer, heldout_text()))[:count],
+        "calibration": calibration_windows(checkpoint.tokenizer, calibration_lines())[:count],
+        "made by the teacher, new": source.windows(jax.random.key(12345), 128),
+    }
+    print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    print("| text | windows | perplexity | its teacher's | divergence from it |\n|---|---|---|---|---|")
+    for name, text in texts.items():
+        moved = divergence(source.logits, source.params, apply, params, text).mean_kl
+        ours, theirs = perplexity(apply, params, text), perplexity(source.logits, source.params, text)
+        print(f"| {name} | {len(text)} | {ours:.2f} | {theirs:.2f} | {moved:.3f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--batch", type=int, default=32, help="windows a step")
-    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--batch", type=int, default=64, help="windows a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=pathlib.Path, default=WEIGHTS)
     parser.add_argument("--evaluate", action="store_true", help="do not train")
-    parser.add_argument("--windows", type=int, help="held-out windows to measure on; all by default")
+    parser.add_argument("--windows", type=int, help="windows to measure on; all by default")
     options = parser.parse_args()
-    if options.weights == WEIGHTS and options.steps < STEPS:
+    if options.weights == WEIGHTS and options.steps < STEPS and not options.evaluate:
         parser.error(
             f"`--steps` {options.steps} is a trial: name another file by `--weights`, so that it does not replace what is compared"
         )
-    config = Config()
-    texts = read_texts(config.context)
     if not options.evaluate:
-        params, _ = fit(config, texts, options.steps, options.batch, options.seed, options.dropout)
-        save(params, options.weights)
-    second = load_second(options.weights)
-    heldout = second.heldout[: options.windows]
-    seen = token_losses(second.apply, second.params, np.concatenate([np.asarray(b) for b in second.batches])[: options.windows])
-    size, tokens = sum(x.size for x in jax.tree.leaves(second.params)), sum(map(len, texts.train))
-    print(f"{size:,} parameters, {tokens:,} tokens of training text, jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    print("| text | windows | perplexity |\n|---|---|---|")
-    print(f"| training (calibration windows) | {len(seen)} | {perplexity_of(seen):.2f} |")
-    print(f"| held out | {len(heldout)} | {perplexity(second.apply, second.params, heldout):.2f} |")
-    print(f"| held out, by unigram counts | {len(heldout)} | {unigram_perplexity(texts.train, heldout, config.vocabulary):.2f} |")
+        save(fit(Config(), teacher(Config().context), options.steps, options.batch, options.seed), options.weights)
+    print_quality(options.windows, options.weights)
 
 
 if __name__ == "__main__":

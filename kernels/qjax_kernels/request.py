@@ -1,0 +1,62 @@
+"""What a product asks of a kernel: facts alone, known when a program is traced."""
+
+import dataclasses
+from typing import Literal
+
+Platform = Literal["cpu", "cuda", "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Where a program will run.
+
+    Attributes:
+      platform: as jax calls it.
+      chip: the generation that kernels are written for: "v5e", "v5p", "v6e", "tpu7x"; "sm_80", "sm_90a", "sm_100a"; on CPUs the best
+        instruction set that is there: "avx512_vnni", "avx2", "neon", "plain".
+      cores: multiprocessors of a GPU, cores of a TPU chip, threads of a CPU; never asked of a device while compiling without one.
+    """
+
+    platform: Platform
+    chip: str
+    cores: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """How a weight is stored, its codes (N, K).
+
+    Attributes:
+      kind: "int" for signed codes, "uint" for unsigned ones with a zero point, "codebook" for indices of a table, "fp8" for e4m3 codes.
+      bits: of a code.
+      group_size: consecutive k that share a scale; None where a row does (per channel).
+    """
+
+    kind: Literal["int", "uint", "codebook", "fp8"]
+    bits: int
+    group_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A product y (M, N) = x (M, K) w (N, K)^T.
+
+    Attributes:
+      device: where.
+      m: rows of x, all axes that are not contracted taken together.
+      n: rows of w.
+      k: the contracted length.
+      weight: how w is stored.
+      dtype: of x and y: "float32" or "bfloat16".
+      activation: "int8" or "fp8" where x is rounded per row at run time, None where it stays float.
+      parts: products of this kind side by side: experts, stacked weights; 1 for a plain product.
+    """
+
+    device: Device
+    m: int
+    n: int
+    k: int
+    weight: Weight
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    activation: Literal["int8", "fp8"] | None = None
+    parts: int = 1
