@@ -23,7 +23,7 @@ from flax import nnx
 from safetensors.flax import load_file, save_file
 
 import qjax
-from qjax.evaluation import batches, calibration_windows, divergence, encode, perplexity, windows
+from qjax.evaluation import calibration_windows, divergence, encode, perplexity, windows
 from qjax.models import Llama, books_llama, calibration_lines, heldout_text
 from qjax.models.generate import generate
 from qjax.models.llama import init_cache
