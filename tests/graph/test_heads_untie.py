@@ -98,12 +98,17 @@ def tied_params():
     return p | {name: jnp.exp(normal(D, seed=i)) for i, name in enumerate(("norm", "final"), 7)}
 
 
+def test_a_tied_head_behind_a_scale_is_refused_with_the_remedy():
+    kept = qjax.rewrite(tied, tied_params(), [jnp.arange(6)], [qjax.rotation(key=jax.random.key(0))])
+    assert not any(change.done for change in kept.changes) and kept.fn is tied
+    (text,) = (change.text for change in kept.refused if change.path == "embed")
+    assert "final scales it and" in text and "untie=True of qjax.rewrite gives the products of embed, which is looked up" in text
+
+
 @pytest.mark.slow
 def test_a_tied_head_behind_a_scale_needs_a_copy_and_gets_it():
     p, tokens = tied_params(), jnp.arange(6)
     step = qjax.rotation(key=jax.random.key(0))
-    kept = qjax.rewrite(tied, p, [tokens], [step])
-    assert not any(change.done for change in kept.changes) and kept.fn is tied
     result = qjax.rewrite(tied, p, [tokens], [step], untie=True)
     assert [c.text for c in result.changes if c.step == "untie"] == ["its products read a copy of it, untied/embed"]
     assert {c.path for c in result.changes if "rotated by" in c.text} == {"embed", "in", "out", "untied/embed"}
