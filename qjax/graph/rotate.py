@@ -37,7 +37,7 @@ class Rotation:
       error: relative change of the results, see `verify`.
       runs: whether a parameter's axes are flattened together and cut into runs of `size`, each of which is rotated: the heads of a flat
         axis. Else every one of its axes is rotated whole.
-      zeros: (path of a parameter, share of it that was exactly zero and is not any more), where there is any.
+      zeros: (path of a weight, share of it that was exactly zero and is not any more), where there is any.
     """
 
     size: int
@@ -92,7 +92,7 @@ def rotate(
     data flow (see `rotatable`): sums, root mean squares, means (R then keeps the vector of ones), products with what does
     not vary along the axis. A norm's scale moves into its readers before (a fold, see `find_fold`) and is one afterwards. The tree keeps
     its leaves and the program stays as it is. New parameters are computed in float64 and rounded once to their dtype. What was pruned is
-    not sparse in another basis: a class with a parameter that would lose exact zeros of more than `MOST_ZEROS` of it is refused.
+    not sparse in another basis: a class with a weight that would lose exact zeros of more than `MOST_ZEROS` of it is refused.
 
     Args:
       program: from `trace`.
@@ -219,8 +219,9 @@ def _one(
 def _lost_zeros(
     program: Program, old: Sequence[Any], new: Sequence[Any], rotated: Iterable[tuple[int, Any]]
 ) -> tuple[tuple[str, float], ...]:
-    """(path, share of exact zeros that a rotation filled in) of the parameters that have any."""
-    each = {leaf: (np.asarray(old[leaf]) == 0) & (np.asarray(new[leaf]) != 0) for leaf, _ in rotated}
+    """(path, share of exact zeros that a rotation filled in) of the weights that have any; a bias is not pruned."""
+    weights = {leaf for leaf, _ in rotated if program.leaves[leaf].sites}
+    each = {leaf: (np.asarray(old[leaf]) == 0) & (np.asarray(new[leaf]) != 0) for leaf in sorted(weights)}
     return tuple((program.leaves[leaf].path, float(lost.mean())) for leaf, lost in each.items() if lost.any())
 
 

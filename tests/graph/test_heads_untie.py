@@ -54,6 +54,15 @@ def test_grouped_heads_of_values_are_rotated_by_one_matrix():
     np.testing.assert_allclose(r.T @ p["o"].reshape(-1, HEAD, D), new["o"].reshape(-1, HEAD, D), atol=1e-5)
 
 
+def test_heads_that_read_a_pruned_weight_stay():
+    p, x = attention_params(), normal(2, T, D, seed=9)
+    p = p | {"v": p["v"].at[::2, ::2].set(0), "bias": p["bias"].at[::2].set(0)}
+    result = rotated(attend, p, x)
+    assert not result.rotations and "25 % of v is exactly zero" in dict(result.refused)["o"]
+    p["v"] = p["v"].at[::2].set(0)  # zeros of a bias are no pruning, and an input that nothing reads stays one
+    assert dict(rotated(attend, p, x).rotations[0].zeros) == {}
+
+
 def test_layers_of_a_scan_share_their_matrix():
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(attention_params(10 * i) for i in range(3)))
     fn = lambda p, x: jax.lax.scan(lambda x, w: (x + jnp.tanh(attend(w, x)), None), x, p)[0]  # noqa: E731
