@@ -51,7 +51,7 @@ def command(
         raise click.UsageError(f"--prompt {prompt!r} holds no token: give some text")
     _check_length(opened, len(ids), max_new_tokens)
     length = cache_length(opened, len(ids) + max_new_tokens)
-    memory = tree_bytes(jax.eval_shape(lambda: cache_of(opened, length, policy)))
+    memory, unpacked = (tree_bytes(jax.eval_shape(lambda p=p: cache_of(opened, length, p))) for p in (policy, None))
     stream = Stream(opened.tokenizer, ids)
     if not as_json:
         click.echo(prompt, nl=False)
@@ -78,6 +78,7 @@ def command(
         "kv_cache": values,
         "kv_keys": keys,
         "kv_cache_bytes": memory,
+        "kv_cache_float_bytes": unpacked,
         "platform": platform(),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -113,7 +114,10 @@ def _speed(document: dict[str, Any]) -> None:
     speed = "" if rate is None else f", {rate:.0f} a second once compiled"
     from qjax.report import format_bytes
 
-    cache = "" if document["kv_cache"] is None else f", cache of {format_bytes(document['kv_cache_bytes'])}"
+    memory, unpacked = document["kv_cache_bytes"], document["kv_cache_float_bytes"]
+    cache = "" if document["kv_cache"] is None else f", cache of {format_bytes(memory)} ({format_bytes(unpacked)} in float)"
+    if memory > unpacked:
+        cache += ", larger than in float: a smaller --kv-window leaves fewer tokens float"
     click.echo(f"{len(document['tokens'])} tokens{speed}{cache} ({document['platform']})", err=True)
 
 
