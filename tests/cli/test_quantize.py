@@ -303,12 +303,12 @@ def test_ctrl_c_leaves_nothing(tiny, tmp_path):
 
     It listens to ^C even where the tests run in the background, whose processes do not.
     """
-    listening = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('qjax.cli', alter_sys=True)"
+    listen = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('qjax.cli')"
     pipe, folder = tmp_path / "pipe", tmp_path / "new" / "out"
     os.mkfifo(pipe)
     command = ["quantize", tiny, folder, "--method", "gptq", "--calibration", pipe]
     with subprocess.Popen(
-        [sys.executable, "-c", listening, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        [sys.executable, "-c", listen, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     ) as process, open(pipe, "w"):  # waits until the command reads
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
