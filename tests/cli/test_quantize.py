@@ -130,6 +130,7 @@ def test_gptaq_and_autoround(tiny, passages, tmp_path):
         assert {row["method"] for row in document["rows"] if row["spec"]} == {name}
 
 
+@pytest.mark.slow
 def test_awq_and_integer_activations(tiny, passages, tmp_path):
     given = ["--calibration", passages, "--samples", 12, *ONE_SHAPE]
     document = json_of("quantize", tiny, tmp_path / "awq", "--method", "awq", "--group-size", 16, *given)

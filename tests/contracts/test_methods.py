@@ -223,8 +223,10 @@ def test_stacked_parts_are_independent(method, spec):
     assert_same_bits(found, want[[0, 2, 2]])
 
 
-@every_method
-@pytest.mark.parametrize("spec", SPECS[:2], ids=str)
+@pytest.mark.parametrize(
+    ("method", "spec"),
+    [pytest.param(m, s, id=f"{s}-{m.name}", marks=() if paired(m, s) else pytest.mark.slow) for m in METHODS for s in SPECS[:2]],
+)
 def test_a_stack_is_what_its_parts_are(method, spec):
     state, whole = state_of(method, stack=3), np.asarray(decoded(once(method, accepted(method, spec))))
     for i in range(3):
