@@ -234,9 +234,14 @@ def _check_codes(argument: str, codes: jax.Array, lo: int, hi: int, name: str) -
     if isinstance(codes, Tracer) or codes.size == 0:
         return
     with jax.ensure_compile_time_eval():
-        least, most = int(jnp.min(codes)), int(jnp.max(codes))
+        least, most = map(int, _ends(codes))
     if least < lo or most > hi:
         raise ValueError(f"`{argument}` of `{name}` must lie in {lo} .. {hi}, got {least} .. {most}; clamp them")
+
+
+@jax.jit
+def _ends(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.min(codes), jnp.max(codes)
 
 
 def _check_no_nan(codes: jax.Array, spec: BlockSpec, name: str) -> None:

@@ -50,11 +50,17 @@ def check_finite(w: Any, name: str) -> None:
         return
     with jax.ensure_compile_time_eval():
         w = jnp.asarray(w)
-        if bool(jnp.all(jnp.isfinite(w))):
+        if bool(_all_finite(w)):
             return
         nans, infinities = int(jnp.sum(jnp.isnan(w))), int(jnp.sum(jnp.isinf(w)))
     raise ValueError(f"`{name}` holds {nans} NaN and {infinities} infinite values of {w.size}; "
                      "repair or exclude it before quantizing")  # fmt: skip
+
+
+@jax.jit
+def _all_finite(w: jax.Array) -> jax.Array:
+    """One program for a shape instead of two."""
+    return jnp.all(jnp.isfinite(w))
 
 
 def checked(
