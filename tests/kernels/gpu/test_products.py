@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles
 from qjax_kernels.request import Device, Request, Weight
