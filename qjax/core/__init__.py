@@ -87,6 +87,7 @@ from qjax.core.products import QProduct as QProduct
 from qjax.core.qtensor import ARRAYS as ARRAYS
 from qjax.core.qtensor import QTensor as QTensor
 from qjax.core.qtensor import quantize as quantize
+from qjax.core.qtensor import quantized_shapes as quantized_shapes
 from qjax.core.qtensor import with_plain_scales as with_plain_scales
 from qjax.core.reductions import divide as divide
 from qjax.core.rounding import block_decode as block_decode

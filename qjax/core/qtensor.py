@@ -18,7 +18,17 @@ from qjax.core.layout import canonicalize, logical_blocks, padded_size, stacked_
 from qjax.core.learned import Learned, learn_canonical, learned_values
 from qjax.core.packing import pack, unpack
 from qjax.core.reductions import divide
-from qjax.core.rounding import Ranges, block_decode, block_encode, block_params, checked, padding, round_cast, tensor_scale
+from qjax.core.rounding import (
+    Ranges,
+    block_decode,
+    block_encode,
+    block_params,
+    check_shape,
+    checked,
+    padding,
+    round_cast,
+    tensor_scale,
+)
 from qjax.core.scales import read_scale, store_scale
 from qjax.core.specs import BlockSpec, CastSpec, FloatSpec, IntSpec, LearnedSpec, Spec, signed_codes
 
@@ -236,6 +246,19 @@ def quantize(
     q = quantize_unchecked(w, spec, axes, stacked, ranges)
     check_overflow(q, name)
     return q
+
+
+def quantized_shapes(
+    w: jax.ShapeDtypeStruct, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (), *, name: str = "w", ranges: Ranges = block_params
+) -> QTensor:
+    """What `quantize` gives, from a shape alone; weights of one shape are traced once.
+
+    >>> from qjax.core.factories import int8
+    >>> quantized_shapes(jax.ShapeDtypeStruct((16, 4), jnp.float32), int8(), (0,)).codes
+    ShapeDtypeStruct(shape=(4, 16), dtype=int8)
+    """
+    axes, stacked = check_shape(w, spec, axes, stacked, name)
+    return quantize_unchecked.eval_shape(w, spec, axes, stacked, ranges)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def check_overflow(q: QTensor, name: str) -> None:

@@ -72,6 +72,19 @@ def checked(
     ((-2,), (-1,))
     """
     given, w = w, jnp.asarray(w)
+    axes, stacked = check_shape(w, spec, axes, stacked, name)
+    check_finite(given, name)
+    return w, axes, stacked
+
+
+def check_shape(
+    w: jax.Array | jax.ShapeDtypeStruct, spec: Spec, axes: Sequence[int], stacked: Sequence[int], name: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The negative axes, or the errors that `quantize` documents of shapes and dtypes.
+
+    >>> check_shape(jax.ShapeDtypeStruct((3, 2, 4), jnp.float32), IntSpec(4), (1,), (0,), "w")
+    ((-2,), (-3,))
+    """
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"`{name}` must be floating to be quantized, got {w.dtype}")
     if w.size == 0:
@@ -80,9 +93,9 @@ def checked(
     stacked = negative_axes(stacked, w.ndim, "stacked")
     if not axes or set(axes) & set(stacked):
         raise ValueError(f"`axes` must name at least one axis and none of `stacked`, got {axes=}, {stacked=}")
-    check_finite(given, name)
-    check_blocks(jax.eval_shape(lambda w: canonicalize(w, axes), w).shape, spec, name)
-    return w, axes, stacked
+    kept = [n for i, n in enumerate(w.shape, -w.ndim) if i not in axes]
+    check_blocks((*kept, math.prod(w.shape[a] for a in axes)), spec, name)
+    return axes, stacked
 
 
 def tensor_scale(blocked: jax.Array, spec: BlockSpec, stacked: Sequence[int] = ()) -> tuple[jax.Array, ...]:

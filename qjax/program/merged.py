@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,5 +52,5 @@ def _merge(x: jax.Array, kept: Sequence[int], contract: Axes, batch: Axes) -> tu
     def moved(axes: Axes) -> Axes:
         return tuple(a if a < first else a - gone for a in axes)
 
-    size = x.size if gone + 1 == x.ndim else -1
+    size = math.prod(x.shape[first : first + gone + 1])
     return x.reshape(*x.shape[:first], size, *x.shape[first + gone + 1 :]), moved(contract), moved(batch)

@@ -193,6 +193,8 @@ def _shape(
             sources.append(("same", share(weight_of(weights, batches[0], v))))
         elif v in graph.consts:
             sources.append(("same", share(graph.consts[v])))
+        elif v not in block.from_data:
+            sources.append(("same", share(known[0][v] if v in known[0] else batches[0].value(v))))
         else:
             sources.append(("own", len(own[0])))
             for values, batch, made in zip(own, batches, known, strict=True):
@@ -203,7 +205,7 @@ def _shape(
 def held_bytes(cutter: Cutter, block: Block) -> int:
     """Bytes of what `Tuner.tune` holds of a batch: what enters its block and what it should make, from shapes alone."""
     segment = cutter.segment(block.start, block.stop, block.outputs, _equations(cutter.graph, block))
-    own = [v for v in segment.inputs if not cutter.is_parameter(v) and v not in cutter.graph.consts]
+    own = [v for v in segment.inputs if not cutter.is_parameter(v) and v in block.from_data]
     avals = [cutter.graph.avals[v] for v in (*own, *segment.outputs)]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
 

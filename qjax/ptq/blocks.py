@@ -26,6 +26,7 @@ class Block(NamedTuple):
         layer only: computed apart, that block is the same program as the others.
       outputs: variables that it makes and that say how good it is: what is read behind it, else what the program returns.
       from_parameters: the program's variables that depend on a parameter. The others (masks, tables, the data) may be infinite.
+      from_data: those that depend on the data. The others (masks, tables) are the same for all batches of one shape.
       rules: calls within it that have a derivative of their own, through which a gradient passes: applied whole.
     """
 
@@ -35,6 +36,7 @@ class Block(NamedTuple):
     first: tuple[int, ...]
     outputs: tuple[int, ...]
     from_parameters: Collection[int]
+    from_data: Collection[int]
     rules: tuple[Rule, ...]
 
 
@@ -47,6 +49,7 @@ class Flow:
         self.sites = [p for p, eqn in enumerate(eqns) if _is_site(eqn, sites)]
         self.reach = self._reach(set(self.sites))
         self.from_parameters = self.dependent(self.graph.inputs[: len(cutter.params)])
+        self.from_data = self.dependent(self.graph.inputs[len(cutter.params) :])
         self.crossing = self._crossing()
         # Outer calls stand behind those within them. What holds no weight is never cut.
         rules = self.graph.rules
@@ -96,7 +99,7 @@ class Flow:
         Masks and tables of positions depend on no parameter, and what depends on parameters alone is the same for every batch: they cross
         freely.
         """
-        counted = self.from_parameters & self.dependent(self.graph.inputs[len(self.cutter.params) :])
+        counted = self.from_parameters & self.from_data
         steps = [0] * (len(self.graph.eqns) + 2)
         for position, eqn in enumerate(self.graph.eqns):
             for v in eqn.outputs:
@@ -174,7 +177,7 @@ def find_blocks(flow: Flow, members: Sequence[int], span: int) -> list[Block]:
         stop = cuts[last][1] if last < len(cuts) else flow.cut(members[-1], behind)[1]
         mine = tuple(members[i] for i in piece)
         outputs, rules = flow.outputs(mine, start, stop), flow.rules_within(mine, start, stop)
-        blocks.append(Block(mine, start, stop, flow.free(start, stop), outputs, flow.from_parameters, rules))
+        blocks.append(Block(mine, start, stop, flow.free(start, stop), outputs, flow.from_parameters, flow.from_data, rules))
     return blocks
 
 

@@ -286,7 +286,8 @@ def _check_work(choices: Sequence[Choice], batches: Batches) -> None:
     check_groups(chosen)
     for choice in chosen:
         shapes_of(choice)
-    needs = [(c, method_of(c)[0]) for c in chosen if method_of(c)[0].observer is not None or c.leaf.index in rescaled_by(chosen)]
+    rescaled = rescaled_by(chosen)
+    needs = [(c, method_of(c)[0]) for c in chosen if method_of(c)[0].observer is not None or c.leaf.index in rescaled]
     if needs:
         choice, method = needs[0]
         check_numbers(batches, f"{method.name} of {choice.leaf.path!r}")
@@ -304,6 +305,8 @@ def describe(
 ) -> Report:
     """Writes the report of a run: measures the error each parameter took."""
     rows = []
+    # Of all, before the first is read.
+    errors = jax.device_get({i: relative_error(jnp.asarray(flat[i]), q) for i, (q, _) in done.items()})
     for choice in choices:
         q, notes = done.get(choice.leaf.index, (None, ()))
         notes = (*rescaled.get(choice.leaf.index, ()), *notes)
@@ -311,8 +314,7 @@ def describe(
             rows.append(dataclasses.replace(planned_row(choice), notes=notes))
             continue
         w = jnp.asarray(flat[choice.leaf.index])
-        error = float(relative_error(w, q))
-        row = planned_row(choice, q)
+        row, error = planned_row(choice, q), float(errors[choice.leaf.index])
         notes = dict.fromkeys((*notes, *small_scales(w, q, choice.leaf.sites[0].stacked), *row.notes))
         rows.append(dataclasses.replace(row, error=error, notes=tuple(notes)))
     return Report(tuple(rows), program_notes(program), seconds)

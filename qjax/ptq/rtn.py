@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from qjax.core import QTensor, block_params, quantize
+from qjax.core import QTensor, block_params, quantize, quantized_shapes
+from qjax.core.rounding import Ranges
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.work import Work
@@ -26,13 +27,17 @@ class RoundToNearest:
         return "rtn(mse)" if self.mse else "rtn"
 
     def shapes(self, problem: Problem) -> QTensor:
-        return jax.eval_shape(lambda w: self.quantize(problem._replace(w=w)).q, problem.w)
+        w, spec, axes, stacked = jax.ShapeDtypeStruct(problem.w.shape, problem.w.dtype), problem.spec, problem.axes, problem.stacked
+        return quantized_shapes(w, spec, axes, stacked, name=problem.name, ranges=self.ranges)
+
+    @property
+    def ranges(self) -> Ranges:
+        return search_range if self.mse else block_params
 
     def quantize(self, problem: Problem, state: Any = None) -> Outcome:
         del state
-        ranges = search_range if self.mse else block_params
         w, spec, axes, stacked = problem.w, problem.spec, problem.axes, problem.stacked
-        return Outcome(quantize(w, spec, axes, stacked, name=problem.name, ranges=ranges))
+        return Outcome(quantize(w, spec, axes, stacked, name=problem.name, ranges=self.ranges))
 
     def work(self, problem: Problem) -> Work:
         return Work(steps=math.prod(problem.w.shape) * (len(SHRINK) if self.mse else 1))

@@ -255,7 +255,8 @@ def descend(
         lost = lost + jnp.stack([~usable, usable & ~whole]).astype(jnp.int32)
         return _tuned(optax.apply_updates(at, moves), at, descent), state, seen, lost
 
-    # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once. Turn 0 falls away if both are one.
+    # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once. Turn 0 falls away if both are
+    # one.
     def turn(carry: tuple[Any, ...], number: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
         (at, *rest), best, least = carry
         at = _where(number == 1, begin, at)

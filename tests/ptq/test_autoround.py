@@ -11,10 +11,10 @@ import pytest
 
 import qjax
 from qjax.core import QTensor
-from qjax.program import trace
+from qjax.program import compat, trace
 from qjax.program.flatten import flatten
 from qjax.program.segments import Cutter
-from qjax.ptq import sequential
+from qjax.ptq import block_tuning, sequential
 from qjax.ptq.block_tuning import _blocked, _codes, pack_rounded
 from qjax.ptq.blocks import Flow, find_blocks, why_not_tuned
 from qjax.ptq.method import Problem
@@ -569,3 +569,28 @@ def test_it_is_saved_with_the_policy(tmp_path):
     loaded = qjax.load(tmp_path / "ckpt")
     assert loaded.policy == result.policy
     np.testing.assert_array_equal(loaded.params["w"].dequantize(), result.params["w"].dequantize())
+
+
+def test_a_step_multiplies_with_merged_axes_and_holds_what_batches_share_once(monkeypatch):
+    """Of x (B, T, K) @ w a gradient sums over two axes, for which XLA on CPUs first writes out a transposed operand: slow."""
+    seen = []
+    loop = block_tuning._loop
+    monkeypatch.setattr(block_tuning, "_loop", lambda *args: seen.append((jax.make_jaxpr(lambda: loop(*args))(), args[5])) or loop(*args))
+    fn = lambda p, x: jnp.tanh(x @ p["w"] * jnp.cos(jnp.arange(8.0)))
+    tuned = qjax.Rule("*", weight=qjax.int4(), method=qjax.autoround(steps=2, mse=False))
+    quantized(fn, {"w": numbers(16, 8)}, [numbers(2, 3, 16, seed=i) for i in range(2)], tuned)
+    ((jaxpr, data),) = seen
+
+    def products(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn
+            for _, inner in compat.subprograms(eqn):
+                yield from products(compat.parts(inner)[0])
+
+    found = list(products(jaxpr.jaxpr))
+    assert len(found) == 3  # the step's product and its gradient, and the product that is judged
+    assert all(v.aval.ndim == 2 for eqn in found for v in eqn.invars)
+    ((shared, own, wanted),) = data
+    assert [x.shape for x in own] == [(2, 2, 3, 16)] and [x.shape for x in wanted] == [(2, 2, 3, 8)]
+    assert [x.size for x in shared] == [8]  # the table of cosines
