@@ -197,6 +197,21 @@ def check_weights_only(policy: Policy) -> None:
             )
 
 
+def check_not_learned(policy: Policy) -> None:
+    """Refuses a policy with ranges that only training finds, where weights are rounded after training.
+
+    Raises:
+      ValueError: naming the rule and the remedy.
+    """
+    for rule in policy.rules:
+        reason = "" if rule.train is None else rule.train.only_trains
+        if reason:
+            raise ValueError(
+                f"rule {rule.pattern!r} has `train` {rule.train!r}, and {reason}: train with qjax.fake_quant and pack with qjax.convert, "
+                "or leave `train` out to round"
+            )
+
+
 def _choose(leaf: Leaf, rules: tuple[Rule, ...]) -> Choice:
     if not is_candidate(leaf):
         return Choice(leaf, None, no_site_reason(leaf))
