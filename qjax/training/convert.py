@@ -67,7 +67,7 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     done = {i: (_packed(flat[i], trained, state), trained.notes) for i, trained in plan.weights.items()}
     products = {choice.product.name: _product(choice, state) for choice in plan.products}
     report = describe(plan.program, plan.choices, flat, done, {"convert": round(time.perf_counter() - started, 3)}, {})
-    methods = {t.leaf.path: repr(t.train.weight) for t in plan.weights.values()}
+    methods = {t.leaf.path: t.train.weight.name for t in plan.weights.values()}
     rows = tuple(dataclasses.replace(row, method=methods.get(row.path, row.method)) for row in report.rows)
     more = tuple(map(product_row, fq.policy.resolve_products(plan.program)))
     report = dataclasses.replace(report, rows=(*rows, *more), notes=(*report.notes, *cache_notes(fq.policy)))

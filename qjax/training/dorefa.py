@@ -26,6 +26,10 @@ class DoReFa:
         check_estimators(self, StraightThrough(), weight, activations)
 
     @property
+    def name(self) -> str:
+        return "dorefa"
+
+    @property
     def only_trains(self) -> str:
         return "its weights are those behind a tangent"
 

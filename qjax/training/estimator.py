@@ -34,6 +34,11 @@ class WeightEstimator(Protocol):
     """How weights train through their rounding. Frozen and hashable; what it learns is in `Learned`, a dict of float32 arrays."""
 
     @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
     def only_trains(self) -> str:
         """Why rounding after training cannot stand for it; "" if it can."""
         ...
@@ -63,6 +68,9 @@ class WeightEstimator(Protocol):
 @runtime_checkable
 class ActivationEstimator(Protocol):
     """How static activations train through their rounding: one range a site, scalars inside of `Learned`."""
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def only_trains(self) -> str: ...

@@ -176,6 +176,10 @@ class LearnedStep:
         check_estimators(self, self, weight, activations)
 
     @property
+    def name(self) -> str:
+        return "lsq"
+
+    @property
     def only_trains(self) -> str:
         return "its scales are learned"
 

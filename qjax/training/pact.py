@@ -72,6 +72,10 @@ class Clipped:
         check_estimators(StraightThrough(), self, weight, activations)
 
     @property
+    def name(self) -> str:
+        return "pact"
+
+    @property
     def only_trains(self) -> str:
         return "the level at which it clips is learned" if self.learns else "it clips at a level that is set"
 

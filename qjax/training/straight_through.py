@@ -143,6 +143,12 @@ class StraightThrough:
         check_estimators(self, self, weight, activations)
 
     @property
+    def name(self) -> str:
+        parts = [self.gradient] * (self.gradient != "clipped") + [f"slope={self.slope:g}"] * (self.slope > 0)
+        parts += [self.rounding] * self.random
+        return f"ste({', '.join(parts)})" if parts else "ste"
+
+    @property
     def only_trains(self) -> str:
         return ""
 
