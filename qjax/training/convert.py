@@ -92,10 +92,7 @@ def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
 def _packed(w: jax.Array, trained: Trained, quant: Quant) -> QTensor:
     estimator = trained.train.weight
     learned = quant.get("weights", {}).get(trained.leaf.path, {})
-    if trained.rotation is None:
-        q = estimator.pack(trained.problem(w), learned)
-    else:
-        q = _rotated(w, trained, trained.rotation, learned)
+    q = estimator.pack(trained.problem(w), learned) if trained.rotation is None else _rotated(w, trained, trained.rotation, learned)
     if trained.act is None:
         return q
     q = dataclasses.replace(q, act=dataclasses.replace(trained.act, observer=None))

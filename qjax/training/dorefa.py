@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +37,8 @@ class DoReFa:
         return False
 
     def refusal(self, spec: Spec) -> str:
-        fits = isinstance(spec, IntSpec) and not spec.signed and spec.float_zero and spec.zero_dtype == spec.scale_dtype == "float32"
-        if not fits or not isinstance(spec.granularity, PerTensor | PerChannel):
+        fits = isinstance(spec, IntSpec) and not spec.signed and spec.zero_dtype == spec.scale_dtype == "float32"
+        if not (fits and isinstance(spec, IntSpec) and isinstance(spec.granularity, PerTensor | PerChannel)):
             return (f'dorefa has an even number of levels and one range, got {spec}: take qjax.uint2(zero_dtype="float32"); '
                     "one bit is qjax.binary() with qjax.ste()")  # fmt: skip
         return ""

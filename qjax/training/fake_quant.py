@@ -109,11 +109,11 @@ class FakeQuant:
         """Returns "learned" or "fixed" for every array of the state, for `optax.multi_transform`."""
         return labels(quant)
 
-    def leaves(self, params: Any, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-        """Finds the sites, and returns the function that fake-quantizes a tree of parameters, of a policy without state."""
+    def leaves(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Callable[[Any], Any]:
+        """Finds the sites, and returns the function that fake-quantizes a tree of parameters."""
         plan = self.plan(params, *args, **kwargs)
-        check(None, plan)
-        return lambda params: _weights(plan, params, {})
+        check(quant, plan)
+        return lambda params: _weights(plan, params, quant or {})
 
 
 def _weights(plan: Planned, params: Any, quant: Quant) -> Any:

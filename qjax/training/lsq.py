@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -23,9 +22,9 @@ from qjax.core import (
     assemble,
     divide,
     logical_blocks,
-    padding,
 )
 from qjax.core.affine import mean_magnitude, round_scale
+from qjax.core.layout import real_values
 from qjax.core.rounding import checked
 from qjax.core.specs import check_choice
 from qjax.ptq.method import Problem
@@ -96,7 +95,7 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
     @jax.custom_jvp
     def run(x: jax.Array, scale: jax.Array, offset: Any, used: jax.Array, zero: Any, limits: Any) -> jax.Array:
         del scale, offset
-        return affine_decode(affine_encode(x, used, zero, _Limits(spec, *limits)), used, zero)
+        return affine_decode(affine_encode(x, used, zero, with_limits(spec, *limits)), used, zero)
 
     @run.defjvp
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -116,9 +115,12 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
     return run(x, scale, offset, used, zero, limits)
 
 
-class _Limits:
+def with_limits(spec: Any, qmin: jax.Array, qmax: jax.Array) -> Any:
     """A spec with the given limits."""
+    return _Limits(spec, qmin, qmax)
 
+
+class _Limits:
     def __init__(self, spec: Any, qmin: jax.Array, qmax: jax.Array):
         self.spec, self.qmin, self.qmax = spec, qmin, qmax
 
@@ -198,11 +200,10 @@ class LearnedStep:
     def init(self, problem: Problem) -> Learned:
         spec: Any = problem.spec
         blocked = logical_blocks(problem.w.astype(jnp.float32), spec, problem.axes, problem.stacked)[0]
-        real = padding(math.prod(problem.w.shape[a] for a in problem.axes), spec)
         if self.start == "mean" and spec.symmetric:
-            real_values = _real(problem)
-            return {"scale": 2 * mean_magnitude(blocked, real=real_values)[..., 0] / math.sqrt(spec.qmax)}
-        scale, zero_point = search_range(blocked, spec, **real) if self.start == "mse" else affine_params(blocked, spec)
+            real = real_values(math.prod(problem.w.shape[a] for a in problem.axes), spec)
+            return {"scale": 2 * mean_magnitude(blocked, real=real)[..., 0] / math.sqrt(spec.qmax)}
+        scale, zero_point = search_range(blocked, spec) if self.start == "mse" else affine_params(blocked, spec)
         if zero_point is None:
             return {"scale": scale[..., 0]}
         return {"scale": scale[..., 0], "offset": (-zero_point.astype(jnp.float32) * scale)[..., 0]}
@@ -255,12 +256,6 @@ def _at(x: jax.Array, learned: Learned, spec: Any, moment: Moment, count: int, p
         scale = scale * (spec.qmax - spec.qmin) / (now.qmax - now.qmin)
     factor = 1 / math.sqrt(count * spec.qmax)
     return learned_round(x, place(scale), None if offset is None else place(offset), factor, now)
-
-
-def _real(problem: Problem) -> np.ndarray | None:
-    from qjax.core.layout import real_values
-
-    return real_values(math.prod(problem.w.shape[a] for a in problem.axes), problem.spec)  # pyright: ignore[reportArgumentType]
 
 
 def lsq(start: Literal["mean", "extremes", "mse"] = "mean") -> LearnedStep:

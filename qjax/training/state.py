@@ -142,7 +142,8 @@ def ranges(plan: Planned, batches: Sequence[tuple[Program, Sequence[Any]]], weig
         return {}
     observers: Any = {key: Together((t.train.activation.observer(_act(t)), AllFinite())) for key, t in static.items()}
     watched = {key: _operands(choice) for key, choice in pairs.items()}
-    states, runs = None, {}
+    states: Any = None
+    runs = {}
     for program, inputs in batches:
         if id(program) not in runs:
             runs[id(program)] = jax.jit(observe_program(program, observers, watched))
@@ -188,10 +189,10 @@ def _refuse(state: Any, what: str) -> None:
 def _of_parameter(trained: Trained, states: Mapping[Key, Any], lengths: Mapping[Key, int]) -> Learned:
     act, estimator = _act(trained), trained.train.activation
     turns = [tuple(lengths[scan] for scan in site.scans) for site in trained.sites]
-    found = [_by_turn(lambda s: estimator.from_data(s, act), states[site.key][0], len(n)) for site, n in zip(trained.sites, turns, strict=True)]
-    return {
-        name: _known(of_leaf([each[name] for each in found], trained.leaf, trained.sites, turns, name in _LEAST), name) for name in found[0]
-    }
+    seen = [states[site.key][0] for site in trained.sites]
+    found = [_by_turn(lambda s: estimator.from_data(s, act), state, len(n)) for state, n in zip(seen, turns, strict=True)]
+    parts = {name: [each[name] for each in found] for name in found[0]}
+    return {name: _known(of_leaf(each, trained.leaf, trained.sites, turns, name in _LEAST), name) for name, each in parts.items()}
 
 
 def _of_product(choice: ProductChoice, states: Any) -> dict[str, Learned]:

@@ -192,7 +192,7 @@ class StraightThrough:
         fixed = jax.lax.stop_gradient(x)
         steps = divide(fixed, scale)
         if self.random:
-            draw = jax.random.uniform(moment.key, x.shape)
+            draw = jax.random.uniform(moment.key, x.shape)  # pyright: ignore[reportArgumentType]  # `random` says that there is one
             zero = 0.0 if zero_point is None else zero_point.astype(jnp.float32)
             # A floating zero point moves the levels, and so what lies half-way between them.
             codes = jnp.floor(steps + zero + draw) if spec.float_zero else jnp.floor(steps + draw) + zero
