@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class Schedule:
         if not isinstance(self.bits, tuple) or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in self.bits):
             raise TypeError(f"`bits` must be a tuple of pairs (step, bits) such as ((0, 8), (500, 4)), got {self.bits!r}")
         steps = [step for step, _ in self.bits]
-        if self.bits and (steps[0] != 0 or any(b <= a for a, b in zip(steps, steps[1:], strict=False))):
+        if self.bits and (steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps))):
             raise ValueError(f"`bits` must begin at step 0 and name later steps after it, got {self.bits!r}")
         if any(not 2 <= bits <= 8 for _, bits in self.bits):
             raise ValueError(f"`bits` must name 2 to 8 bits, got {self.bits!r}")

@@ -3,8 +3,8 @@
     {"weights": {path: {name: array}}, "activations": {path: {name: array}}, "products": {name: {"left": .., "right": ..}},
      "step": float32, "seed": float32 (2,)}
 
-Entries without anything in them are left out. All is float32, so that `jax.grad` takes the whole tree: what does not train has the gradient 0.
-The seed is two whole numbers below 2^24, which float32 holds, as it holds steps.
+Entries without anything in them are left out. All is float32, so that `jax.grad` takes the whole tree: what does not train has the
+gradient 0. The seed is two whole numbers below 2^24, which float32 holds, as it holds steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from qjax.calibration import AllFinite, OperandObservers, Together, init_states, observe_program
@@ -86,8 +87,8 @@ def check(quant: Any, plan: Planned) -> None:
     other = [name for name in flat.keys() | wanted.keys() if getattr(flat.get(name), "shape", 0) != getattr(wanted.get(name), "shape", 1)]
     if other or jax.tree.structure(given) != jax.tree.structure(want):
         what = ", ".join(sorted(other)[:3]) or "its structure"
-        raise ValueError(f"`quant` must be what `init` gave for this policy and these parameters, it differs in {what}: a policy cannot change "
-                         "between steps; call init again")  # fmt: skip
+        raise ValueError(f"`quant` must be what `init` gave for this policy and these parameters, it differs in {what}: "
+                         "a policy cannot change between steps; call init again")  # fmt: skip
     for name, leaf in flat.items():
         if leaf.dtype != jnp.float32:
             raise TypeError(f"`quant`{name} must be float32, got {leaf.dtype}: keep the state in the dtype that `init` gives")
@@ -98,7 +99,7 @@ def check_calibrated(quant: Quant) -> None:
     """Refuses ranges that no data has set. Looks at concrete arrays only."""
     for kind in ("activations", "products"):
         for path, leaf in jax.tree_util.tree_leaves_with_path(quant.get(kind, {})):
-            if not isinstance(leaf, Tracer) and bool(jnp.isnan(leaf).any()):
+            if not isinstance(leaf, Tracer) and bool(np.isnan(np.asarray(leaf)).any()):
                 raise ValueError(
                     f"`quant` has no range of the {kind} {path[0].key!r} yet: give `init` arrays and not shapes, or call "  # pyright: ignore[reportAttributeAccessIssue]
                     "quant = fq.calibrate(quant, params, batches)"
@@ -182,7 +183,7 @@ def _check_finite(plan: Planned, states: Any) -> None:
 
 def _refuse(state: Any, what: str) -> None:
     for leaf in jax.tree.leaves(state):
-        if not isinstance(leaf, Tracer) and bool(jnp.isnan(leaf).any()):
+        if not isinstance(leaf, Tracer) and bool(np.isnan(np.asarray(leaf)).any()):
             raise ValueError(f"the data gives {what} NaN or infinity; look at the batches and the parameters")
 
 

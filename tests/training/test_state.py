@@ -232,6 +232,7 @@ def test_refusals():
         with pytest.raises(ValueError, match=r"no range of the activations 'a' yet: .* fq\.calibrate"):
             call()
     quant = fq.init(jax.random.key(0), DENSE, X)
+    np.testing.assert_allclose(jax.jit(lambda x: fq(DENSE, x, quant=quant))(X), fq(DENSE, X, quant=quant), rtol=1e-4, atol=1e-4)
     other = qjax.fake_quant(dense, Policy([Rule("*", weight=qjax.int4(group_size=2), train=qjax.lsq())]))
     with pytest.raises(ValueError, match=r"`quant` must be what `init` gave .* differs in .*cannot change between steps"):
         other(DENSE, X, quant=quant)
