@@ -74,9 +74,10 @@ def main():
         weight, act = SPECS[name]
         train = qjax.lsq() if "learned" in name else None
         rules = [qjax.Rule("*embed*", weight=None), qjax.Rule("*", weight=weight, activation=act, train=train)]
-        fq = qjax.fake_quant(model.apply, qjax.Policy(rules))
-        quant = fq.init(jax.random.key(0), params, tokens) if train else None
-        steps[name] = step_of(fq, params, tokens, quant)
+        for forward in ("float", "integer") if act is not None and "g32" not in name else ("float",):
+            fq = qjax.fake_quant(model.apply, qjax.Policy(rules), forward)
+            quant = fq.init(jax.random.key(0), params, tokens) if train else None
+            steps[name + f", {forward} forward" * (act is not None)] = step_of(fq, params, tokens, quant)
     if options.peer:
         steps |= peers(model, params, tokens, options.rows)
     seconds = {name: [] for name in steps}

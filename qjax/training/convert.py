@@ -19,6 +19,7 @@ from qjax.runtime.rotation import rotate_axes
 from qjax.training.fake_quant import FakeQuant
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import training_of
+from qjax.training.side_state import whole_ranges
 from qjax.training.state import Quant, check
 
 
@@ -99,7 +100,7 @@ def _packed(w: jax.Array, trained: Trained, quant: Quant) -> QTensor:
     if not trained.act.static or not trained.sites:
         return q
     scale, zero_point = trained.train.activation.params(quant["activations"][trained.leaf.path], trained.act)
-    return dataclasses.replace(q, act_scale=_whole(scale, trained), act_zero_point=_whole(zero_point, trained))
+    return dataclasses.replace(q, act_scale=whole_ranges(scale, trained.leaf), act_zero_point=whole_ranges(zero_point, trained.leaf))
 
 
 def _rotated(w: jax.Array, trained: Trained, rotation: OnlineRotation, learned: Any) -> QTensor:
@@ -107,16 +108,6 @@ def _rotated(w: jax.Array, trained: Trained, rotation: OnlineRotation, learned: 
     turned = jax.jit(lambda w: rotate_axes(w.astype(jnp.float32), at, rotation))(w)
     q = trained.train.weight.pack(trained.problem(turned), learned)
     return dataclasses.replace(q, rotation=rotation, dtype=w.dtype)
-
-
-def _whole(ranges: Any, trained: Trained) -> Any:
-    """Ranges with all stacked axes full, as `QTensor` has them."""
-    if ranges is None:
-        return None
-    leaf = trained.leaf
-    stacked = {axis for site in leaf.sites for axis in site.stacked}
-    kept = [i for i in range(len(leaf.shape)) if i not in leaf.sites[0].contracted]
-    return jnp.broadcast_to(ranges, (*(leaf.shape[i] if i in stacked else 1 for i in kept), 1))
 
 
 def _product(choice: ProductChoice, quant: Quant) -> QProduct:

@@ -15,6 +15,14 @@ from qjax.ptq.method import Problem
 Learned = dict[str, jax.Array]
 
 
+class Codes(NamedTuple):
+    """What a weight is rounded to: integers (kept..., Kpad); scale and zero point (kept-like..., G), the second None without one."""
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
 class Moment(NamedTuple):
     """What the step decides, all of it traced.
 
@@ -58,6 +66,10 @@ class WeightEstimator(Protocol):
 
     def fake(self, problem: Problem, learned: Learned, moment: Moment) -> jax.Array:
         """The rounded weight, of the shape and dtype of `problem.w`, with the estimator's gradient."""
+        ...
+
+    def codes(self, problem: Problem, learned: Learned) -> Codes | None:
+        """What `fake` rounds to once schedules are over, without a gradient; None if that is no integers, or left to chance."""
         ...
 
     def pack(self, problem: Problem, learned: Learned) -> QTensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from qjax.calibration import as_batches
+from qjax.core.specs import check_choice
 from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.training.planned import Planned, planned
-from qjax.training.rounding import rounded_weight, rounding
+from qjax.training.rounding import integer_weight, rounded_weight, rounding
 from qjax.training.state import Quant, begin, check, labels, ranges
+
+Forward = Literal["float", "integer"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,10 +28,12 @@ class FakeQuant:
     Attributes:
       fn: the float function.
       policy: which parameters are fake-quantized.
+      forward: on what forward products are computed.
     """
 
     fn: Callable[..., Any]
     policy: Policy
+    forward: Forward = "float"
 
     @functools.cached_property
     def programs(self) -> ProgramCache:
@@ -43,7 +48,9 @@ class FakeQuant:
         check(quant, plan)
         state = quant or {}
         weights = _weights(plan, params, state)
-        run = rounding(plan, state)
+        flat = split_arguments(params, (), {}).params
+        exact = {i: integer_weight(flat[i], t, state) for i, t in plan.weights.items()} if self.forward == "integer" else {}
+        run = rounding(plan, state, {i: q for i, q in exact.items() if q is not None})
         if run is None:
             return self.fn(weights, *args, **kwargs)
         flat = split_arguments(weights, args, kwargs)
@@ -123,7 +130,7 @@ def _weights(plan: Planned, params: Any, quant: Quant) -> Any:
     return arguments.rebuild(new, [])[0]
 
 
-def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
+def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward = "float") -> FakeQuant:
     """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
 
     Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
@@ -136,6 +143,9 @@ def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
     Args:
       fn: any JAX function whose first argument is the tree of float parameters.
       policy: which parameters are fake-quantized, to what, and how they train.
+      forward: "float", or "integer": products of rounded weights and rounded activations run on their codes, int8 x int8 -> int32, as
+        the packed model's do, where whole rows share a scale and no schedule or random rounding is in the way (others stay float). The
+        result differs by float rounding only, gradients are those of the float product.
 
     Returns:
       A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`. Policies with
@@ -167,4 +177,5 @@ def fake_quant(fn: Callable[..., Any], policy: Policy) -> FakeQuant:
     Source: Bengio et al., arXiv 1308.3432; Jacob et al., arXiv 1712.05877; see also the estimators.
     """
     check_policy(policy)
-    return FakeQuant(fn, policy)
+    check_choice("forward", forward, ("float", "integer"))
+    return FakeQuant(fn, policy, forward)

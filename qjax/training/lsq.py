@@ -29,7 +29,7 @@ from qjax.core.rounding import checked
 from qjax.core.specs import check_choice
 from qjax.ptq.method import Problem
 from qjax.ptq.range_search import search_range
-from qjax.training.estimator import Learned, Moment, at_bits, check_estimators, frozen_if
+from qjax.training.estimator import Codes, Learned, Moment, at_bits, check_estimators, frozen_if
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -216,14 +216,17 @@ class LearnedStep:
         value = _at(blocked.astype(jnp.float32), learned, spec, moment, count, lambda a: a[..., None])
         return to_logical(value).astype(w.dtype)
 
-    def pack(self, problem: Problem, learned: Learned) -> QTensor:
+    def codes(self, problem: Problem, learned: Learned) -> Codes:
         spec: Any = problem.spec
-        w, axes, stacked = checked(problem.w, spec, problem.axes, problem.stacked, problem.name)
-        blocked, to_canonical, _ = logical_blocks(w, spec, axes, stacked)
+        blocked, to_canonical, _ = logical_blocks(problem.w, spec, problem.axes, problem.stacked)
         scale, zero_point = grid_of(learned["scale"], learned.get("offset"), spec)
         codes = affine_encode(blocked, scale[..., None], None if zero_point is None else zero_point[..., None], spec)
-        sizes = [w.shape[a] for a in axes]
-        return assemble(to_canonical(codes), scale, zero_point, spec, axes, sizes, w.dtype, stacked=stacked, name=problem.name)
+        return Codes(to_canonical(codes), scale, zero_point)
+
+    def pack(self, problem: Problem, learned: Learned) -> QTensor:
+        w, axes, stacked = checked(problem.w, problem.spec, problem.axes, problem.stacked, problem.name)
+        found, sizes = self.codes(problem, learned), [w.shape[a] for a in axes]
+        return assemble(*found, problem.spec, axes, sizes, w.dtype, stacked=stacked, name=problem.name)
 
     def observer(self, act: ActSpec) -> Any:
         by_mean = self.start == "mean" and act.observer is None and act.spec.symmetric

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qjax.calibration.observe import scan_lengths
-from qjax.core import ActSpec
+from qjax.core import ActSpec, IntSpec, PerChannel, PerTensor, QTensor
 from qjax.policy import ProductChoice
-from qjax.program import Interpreter, Key, Product, Site, compat
-from qjax.runtime.integer import conv_axes
+from qjax.program import Interpreter, Key, Packed, Product, Site, compat, materialize
+from qjax.runtime.integer import conv_axes, product, why_not
 from qjax.runtime.products import rotated_pair
 from qjax.runtime.products import shared_axes as product_axes
 from qjax.runtime.rotation import rotate_axes
@@ -22,7 +24,7 @@ from qjax.training.estimator import Learned, Moment
 from qjax.training.gradients import rounded_gradient
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
-from qjax.training.side_state import keys_for, of_site
+from qjax.training.side_state import keys_for, of_site, whole_ranges
 from qjax.training.state import Quant, moment_of
 from qjax.training.straight_through import straight_through_activation
 
@@ -43,17 +45,53 @@ def rounded_weight(w: Any, trained: Trained, quant: Quant) -> jax.Array:
     return _from(train.schedule.weights, quant, new, w)
 
 
+def integer_weight(w: Any, trained: Trained, quant: Quant) -> QTensor | None:
+    """A weight's codes in 8 bits each, for the integer product of training; None if its forward products are of floats.
+
+    They are integers where the packed model's are and one product does it: whole rows share a scale, and nothing is left to a
+    schedule or to chance.
+    """
+    act, train, spec = trained.act, trained.train, trained.spec
+    if act is None or act.is_float or act.outliers is not None or trained.rotation is not None or not isinstance(spec, IntSpec):
+        return None
+    whole = isinstance(spec.granularity, PerChannel | PerTensor) and not any(why_not(site, spec) for site in trained.sites)
+    settled = not (train.schedule.weights or train.schedule.activations or train.schedule.bits)
+    if not whole or not settled or (act.static and train.activation.random):
+        return None
+    learned = jax.lax.stop_gradient(quant.get("weights", {}).get(trained.leaf.path, {}))
+    found = train.weight.codes(trained.problem(jax.lax.stop_gradient(jnp.asarray(w))), learned)
+    if found is None:
+        return None
+    signed = spec.signed or spec.bits < 8
+    wide = dataclasses.replace(spec, bits=8, signed=signed, symmetric=spec.symmetric and spec.signed == signed, scale_dtype="float32",
+                               scale_rule="half")  # fmt: skip
+    code, zero_point = jnp.int8 if signed else jnp.uint8, found.zero_point
+    if not wide.symmetric and zero_point is None:
+        zero_point = jnp.zeros(found.scale.shape, jnp.int32)
+    if zero_point is not None:
+        zero_point = zero_point.astype(jnp.float32 if spec.float_zero else code)
+    wide = dataclasses.replace(wide, zero_dtype="float32") if spec.float_zero else wide
+    sizes = tuple(w.shape[a] for a in trained.axes)
+    q = QTensor(found.codes.astype(code), found.scale, zero_point, None, wide, trained.axes, sizes, w.dtype,
+                act=dataclasses.replace(act, observer=None))  # fmt: skip
+    if not act.static:
+        return q
+    scale, zero_point = train.activation.params(jax.lax.stop_gradient(quant["activations"][trained.leaf.path]), act)
+    return dataclasses.replace(q, act_scale=whole_ranges(scale, trained.leaf), act_zero_point=whole_ranges(zero_point, trained.leaf))
+
+
 def _from(first: int, quant: Quant, new: jax.Array, old: jax.Array) -> jax.Array:
     """The rounded value from a step on, the float one before it."""
     return new if first == 0 else jnp.where(quant["step"] >= first, new, old)
 
 
-def rounding(plan: Planned, quant: Quant) -> Callable[[list[Any]], list[Any]] | None:
+def rounding(plan: Planned, quant: Quant, exact: Mapping[int, QTensor]) -> Callable[[list[Any]], list[Any]] | None:
     """The program with rounded activations and gradients; None if it has none of them.
 
     Args:
       plan: what is rounded where.
       quant: the state.
+      exact: of `integer_weight`, by the parameter's index.
 
     Returns:
       A function of flat arguments.
@@ -73,7 +111,12 @@ def rounding(plan: Planned, quant: Quant) -> Callable[[list[Any]], list[Any]] | 
     products = {key: choice.product for key, choice in pairs.items()}
     interpreter = Interpreter(sites, rule, watched=frozenset(sites), products=products, product_rule=product_rule)
     state = _side_state(plan, quant)
-    return lambda values: interpreter(program.jaxpr, values, state)[0]
+
+    def run(values: list[Any]) -> list[Any]:
+        packed = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
+        return interpreter(program.jaxpr, packed, state)[0]
+
+    return run
 
 
 def _side_state(plan: Planned, quant: Quant) -> dict[Key, Any]:
@@ -112,11 +155,33 @@ def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state:
         x = operands[other]
         rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0)._replace(key=keys[0]))
         rounded = _from(max(train.schedule.activations, 0), quant, rounded, x)
-        operands = [rounded if i == other else v for i, v in enumerate(operands)]
-    outs = compat.bind(eqn, operands)
+        outs = _product(site, eqn, operands, rounded)
+    else:
+        outs = compat.bind(eqn, [materialize(v) for v in operands])
     if train.gradient is None:
         return outs
     return [rounded_gradient(outs[0], keys[1], train.gradient, _gradient_axes(site, eqn, outs[0].ndim, train.gradient))]
+
+
+def _product(site: Site, eqn: Any, operands: list[Any], rounded: jax.Array) -> list[Any]:
+    """The product of a rounded activation, on integers where the weight is packed; its gradient is that of the float product."""
+    other = 1 - site.operand
+    values = [rounded if i == other else materialize(v) for i, v in enumerate(operands)]
+    exact = product(site, eqn, jax.lax.stop_gradient(operands)) if isinstance(operands[site.operand], Packed) else None
+    return compat.bind(eqn, values) if exact is None else [_float_gradient(eqn, tuple(values), exact)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _float_gradient(eqn: Any, operands: tuple[Any, ...], exact: jax.Array) -> jax.Array:
+    del eqn, operands
+    return exact
+
+
+@_float_gradient.defjvp
+def _float_gradient_jvp(eqn: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    operands, exact = primals
+    _, t = jax.jvp(lambda *values: compat.bind(eqn, list(values))[0], operands, tangents[0])
+    return exact, t
 
 
 def _rounded(

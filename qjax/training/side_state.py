@@ -95,6 +95,15 @@ def of_leaf(parts: Sequence[jax.Array], leaf: Leaf, sites: Sequence[Site], turns
     return jnp.where(jnp.isfinite(whole), whole, 0.0)[..., None]
 
 
+def whole_ranges(ranges: jax.Array | None, leaf: Leaf) -> jax.Array | None:
+    """Ranges with all stacked axes full, as `QTensor` has them."""
+    if ranges is None:
+        return None
+    stacked = {axis for site in leaf.sites for axis in site.stacked}
+    kept = [i for i in range(len(leaf.shape)) if i not in leaf.sites[0].contracted]
+    return jnp.broadcast_to(ranges, (*(leaf.shape[i] if i in stacked else 1 for i in kept), 1))
+
+
 def keys_for(key: jax.Array, turns: Sequence[int]) -> jax.Array:
     """A random key for every turn of the scans around a site: (turns...)."""
     return jax.random.split(key, math.prod(turns)).reshape(tuple(turns)) if turns else key

@@ -32,7 +32,7 @@ from qjax.core import (
 from qjax.core.rounding import checked
 from qjax.core.specs import check_choice
 from qjax.ptq.method import Problem
-from qjax.training.estimator import Learned, Moment, at_bits, check_estimators, with_gradient
+from qjax.training.estimator import Codes, Learned, Moment, at_bits, check_estimators, with_gradient
 
 Gradient = Literal["clipped", "passed"]
 
@@ -203,6 +203,16 @@ class StraightThrough:
         if not self.slope:
             return with_gradient(x, value, mask)
         return scaled_gradient(x, value, mask, self.slope * (steps - divide(value, scale)))
+
+    def codes(self, problem: Problem, learned: Learned) -> Codes | None:
+        del learned
+        if self.random or not isinstance(problem.spec, IntSpec):
+            return None
+        blocked, to_canonical, _ = logical_blocks(problem.w, problem.spec, problem.axes, problem.stacked)
+        real = padding(math.prod(problem.w.shape[a] for a in problem.axes), problem.spec)
+        scale, zero_point = affine_params(blocked, problem.spec, **real)
+        codes = to_canonical(affine_encode(blocked, scale, zero_point, problem.spec))
+        return Codes(codes, scale[..., 0], None if zero_point is None else zero_point[..., 0])
 
     def pack(self, problem: Problem, learned: Learned) -> QTensor:
         del learned
