@@ -92,7 +92,7 @@ def can_scan(packed: Packed) -> bool:
 def scannable(packed: Packed) -> Any:
     """Returns what a `scan` may slice: the packed arrays where that is right, else the dequantized value."""
     if packed.q.nested_scale is not None and not can_scan(packed):
-        packed = Packed(with_plain_scales(packed.q), packed.pending, packed.trained)  # what is scanned over is no stack of independent tensors
+        packed = Packed(with_plain_scales(packed.q), packed.pending, packed.trained)  # it is no stack of independent tensors
     return Packed(packed.q, _anywhere(packed.pending), packed.trained) if can_scan(packed) else packed.value()
 
 

@@ -14,11 +14,13 @@ from qjax.calibration import minmax
 from qjax.core import (
     ActSpec,
     IntSpec,
+    PerChannel,
     QTensor,
     Spec,
     affine_decode,
     affine_encode,
     affine_params,
+    canonicalize,
     divide,
     in_range,
     logical_blocks,
@@ -29,7 +31,7 @@ from qjax.core import (
     round_inliers,
     round_trip,
 )
-from qjax.core.rounding import checked
+from qjax.core.rounding import checked, never_clips, row_params
 from qjax.core.specs import check_choice
 from qjax.ptq.method import Problem
 from qjax.training.estimator import Codes, Learned, Moment, at_bits, check_estimators, with_gradient
@@ -68,6 +70,8 @@ def _straight_through_jvp(
     spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...], name: str, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
     (w,), (t,) = primals, tangents
+    if never_clips(spec):
+        return straight_through(w, spec, axes, stacked, name), t
     inside = in_range(w, spec, axes, stacked, name=name)
     return straight_through(w, spec, axes, stacked, name), jnp.where(inside, t, jnp.zeros_like(t))
 
@@ -208,6 +212,8 @@ class StraightThrough:
         del learned
         if self.random or not isinstance(problem.spec, IntSpec):
             return None
+        if isinstance(problem.spec.granularity, PerChannel) and not problem.spec.by_mean:
+            return _codes_of_rows(problem.w.astype(jnp.float32), problem.spec, problem.axes)
         blocked, to_canonical, _ = logical_blocks(problem.w, problem.spec, problem.axes, problem.stacked)
         real = padding(math.prod(problem.w.shape[a] for a in problem.axes), problem.spec)
         scale, zero_point = affine_params(blocked, problem.spec, **real)
@@ -236,6 +242,14 @@ class StraightThrough:
 
     def params(self, learned: Learned, act: ActSpec) -> tuple[jax.Array, jax.Array | None]:
         return range_params(learned["lo"], learned["hi"], act.spec)
+
+
+def _codes_of_rows(w: jax.Array, spec: IntSpec, axes: tuple[int, ...]) -> Codes:
+    """Of rows with a scale each: rounded where they lie, so that bytes are moved and not floats."""
+    scale, zero_point = row_params(w, spec, axes)
+    codes = affine_encode(w, scale, zero_point, spec).astype(jnp.int8 if spec.signed or spec.bits < 8 else jnp.uint8)
+    codes = canonicalize(jax.lax.optimization_barrier(codes), axes)
+    return Codes(codes, *(None if a is None else canonicalize(a, axes) for a in (scale, zero_point)))
 
 
 def _inside(steps: jax.Array, zero_point: jax.Array | None, spec: Any) -> jax.Array:
