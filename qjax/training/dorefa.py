@@ -97,7 +97,7 @@ def dorefa() -> DoReFa:
       >>> import jax, jax.numpy as jnp, qjax
       >>> rule = qjax.Rule("*", weight=qjax.uint2(zero_dtype="float32"), train=dorefa())
       >>> fq = qjax.fake_quant(lambda p, x: x @ p["w"], qjax.Policy([rule]))
-      >>> fq({"w": jnp.array([[3.0], [0.1], [-0.5]])}, jnp.eye(3)).round(3).ravel().tolist()
+      >>> [round(v, 3) for v in fq({"w": jnp.array([[3.0], [0.1], [-0.5]])}, jnp.eye(3)).ravel().tolist()]
       [1.0, 0.333, -0.333]
 
     Source: DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160), eq. 9, and the authors' `get_dorefa`, through whose maximum the gradient flows.

@@ -28,16 +28,20 @@ class FakeQuant:
     Attributes:
       fn: the float function.
       policy: which parameters are fake-quantized.
-      forward: on what forward products are computed.
+      forward: on what forward products are computed; None: on what is faster.
     """
 
     fn: Callable[..., Any]
     policy: Policy
-    forward: Forward = "float"
+    forward: Forward | None = None
 
     @functools.cached_property
     def programs(self) -> ProgramCache:
         return ProgramCache(self.fn)
+
+    @property
+    def _on_integers(self) -> bool:
+        return self.forward == "integer" or (self.forward is None and jax.default_backend() == "cpu")
 
     def plan(self, params: Any, *args: Any, **kwargs: Any) -> Planned:
         """What is rounded in the program of these arguments."""
@@ -49,7 +53,7 @@ class FakeQuant:
         state = quant or {}
         weights = _weights(plan, params, state)
         flat = split_arguments(params, (), {}).params
-        exact = {i: integer_weight(flat[i], t, state) for i, t in plan.weights.items()} if self.forward == "integer" else {}
+        exact = {i: integer_weight(flat[i], t, state) for i, t in plan.weights.items()} if self._on_integers else {}
         run = rounding(plan, state, {i: q for i, q in exact.items() if q is not None})
         if run is None:
             return self.fn(weights, *args, **kwargs)
@@ -130,7 +134,7 @@ def _weights(plan: Planned, params: Any, quant: Quant) -> Any:
     return arguments.rebuild(new, [])[0]
 
 
-def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward = "float") -> FakeQuant:
+def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None = None) -> FakeQuant:
     """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
 
     Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
@@ -143,9 +147,10 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward = "float
     Args:
       fn: any JAX function whose first argument is the tree of float parameters.
       policy: which parameters are fake-quantized, to what, and how they train.
-      forward: "float", or "integer": products of rounded weights and rounded activations run on their codes, int8 x int8 -> int32, as
+      forward: "float"; "integer": products of rounded weights and rounded activations run on their codes, int8 x int8 -> int32, as
         the packed model's do, where whole rows share a scale and no schedule or random rounding is in the way (others stay float). The
-        result differs by float rounding only, gradients are those of the float product.
+        result differs by float rounding only, gradients are those of the float product. None: "integer" on a CPU, where it was measured
+        to be faster, else "float".
 
     Returns:
       A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`. Policies with
@@ -177,5 +182,5 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward = "float
     Source: Bengio et al., arXiv 1308.3432; Jacob et al., arXiv 1712.05877; see also the estimators.
     """
     check_policy(policy)
-    check_choice("forward", forward, ("float", "integer"))
+    check_choice("forward", forward, ("float", "integer", None))
     return FakeQuant(fn, policy, forward)

@@ -83,8 +83,9 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
 
     Example:
       >>> import qjax
-      >>> jax.grad(lambda s: learned_round(jnp.float32([0.6, 9.0]), s, None, 1.0, qjax.int4())[0])(jnp.float32(1.0)).round(2).item()
-      0.4
+      >>> by_scale = jax.jacfwd(lambda s: learned_round(jnp.float32([0.6, 9.0]), s, None, 1.0, qjax.int4()))(jnp.float32(1.0))
+      >>> [round(v, 2) for v in by_scale.tolist()]
+      [0.4, 7.0]
 
     Source: LSQ (Esser et al. 2020, arXiv 1902.08153), eq. 1 to 3 and section 2.2; LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576), eq. 5
     to 7, where the offset is not rounded to a multiple of the scale; integer products need that it is.

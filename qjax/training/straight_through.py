@@ -249,7 +249,7 @@ def _codes_of_rows(w: jax.Array, spec: IntSpec, axes: tuple[int, ...]) -> Codes:
     scale, zero_point = row_params(w, spec, axes)
     codes = affine_encode(w, scale, zero_point, spec).astype(jnp.int8 if spec.signed or spec.bits < 8 else jnp.uint8)
     codes = canonicalize(jax.lax.optimization_barrier(codes), axes)
-    return Codes(codes, *(None if a is None else canonicalize(a, axes) for a in (scale, zero_point)))
+    return Codes(codes, canonicalize(scale, axes), None if zero_point is None else canonicalize(zero_point, axes))
 
 
 def _inside(steps: jax.Array, zero_point: jax.Array | None, spec: Any) -> jax.Array:

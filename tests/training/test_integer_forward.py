@@ -66,5 +66,5 @@ def test_what_has_no_integers_stays_float_and_forward_mode_works():
     fq = qjax.fake_quant(lambda p, x: x @ p["w"], Policy([Rule("*", weight=qjax.int4(), activation=DYNAMIC)]), "integer")
     _, tangent = jax.jvp(lambda p: fq(p, x), ({"w": w},), ({"w": jnp.ones((8, 5))},))
     np.testing.assert_allclose(tangent, qjax.core.round_activation(x, DYNAMIC, (1,)) @ jnp.ones((8, 5)), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="`forward` must be one of 'float', 'integer'"):
+    with pytest.raises(ValueError, match="`forward` must be one of 'float', 'integer', None"):
         qjax.fake_quant(lambda p, x: x, Policy([rule]), "int8")
