@@ -189,6 +189,11 @@ def check_weights_only(policy: Policy) -> None:
     """
     check_policy(policy)
     for rule in policy.rules:
+        if rule.train is not None:
+            raise ValueError(
+                f"rule {rule.pattern!r} has `train` {rule.train!r}, and a module has no place for the state of quantizers so far: "
+                "apply qjax.fake_quant to its function (model.apply, or qjax.nnx.function(model))"
+            )
         activation = rule.activation_of()[0]
         if activation is not None:
             raise ValueError(

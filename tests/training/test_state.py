@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,6 +242,8 @@ def test_refusals():
         fq(DENSE, X, quant=whole)
     with pytest.raises(ValueError, match=r"its scales are learned: train with qjax\.fake_quant and pack with qjax\.convert"):
         qjax.quantize(dense, DENSE, fq.policy, [X])
+    with pytest.raises(ValueError, match=r"a module has no place for the state .* qjax\.nnx\.function"):
+        qjax.linen.fake_quant(nn.Dense(3), fq.policy)
     with pytest.raises(TypeError, match=r"`fq` must be what qjax\.fake_quant gave"):
         qjax.convert(dense, DENSE, X)
     with pytest.raises(ValueError, match="the data gives the input of 'a' NaN"):
