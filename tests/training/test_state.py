@@ -160,6 +160,7 @@ def test_schedules_move_without_compiling_again():
     np.testing.assert_allclose(jnp.sum(got**2), values[-1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loop_trains_learned_scales_beside_the_weights_for_all_seeds_at_once():
     rule = Rule("*", weight=qjax.int2(), activation=qjax.static(qjax.int4()), train=qjax.lsq())
     fq, teacher = qjax.fake_quant(dense, Policy([rule])), dense(DENSE, X)
@@ -196,6 +197,7 @@ def test_a_loop_trains_learned_scales_beside_the_weights_for_all_seeds_at_once()
     )
 
 
+@pytest.mark.slow
 def test_experts_and_convolutions_have_static_ranges():
     def fn(p, x):
         h = jax.lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2)
