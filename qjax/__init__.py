@@ -89,7 +89,14 @@ from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import LearnedRotation as LearnedRotation
+from qjax.training import convert as convert
+from qjax.training import dorefa as dorefa
 from qjax.training import fake_quant as fake_quant
 from qjax.training import learn_rotation as learn_rotation
+from qjax.training import lsq as lsq
+from qjax.training import pact as pact
+from qjax.training import qat as qat
+from qjax.training import schedule as schedule
+from qjax.training import ste as ste
 
 __version__ = "0.1.0"

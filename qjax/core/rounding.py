@@ -13,6 +13,7 @@ from jax.core import Tracer
 from qjax.core.affine import affine_decode, affine_encode, affine_params, divide, params_from_range
 from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params, table_scale
 from qjax.core.floating import float_decode, float_encode, float_scale, global_scale
+from qjax.core.granularity import PerChannel
 from qjax.core.layout import (
     canonicalize,
     check_blocks,
@@ -249,6 +250,8 @@ def round_trip(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] =
 def _round_trip(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
     if isinstance(spec, CastSpec):
         return round_cast(w, spec).astype(jnp.float32).astype(w.dtype)
+    if isinstance(spec, IntSpec) and isinstance(spec.granularity, PerChannel) and not spec.by_mean:
+        return _round_rows(w.astype(jnp.float32), spec, axes).astype(w.dtype)
     if isinstance(spec, LearnedSpec):
         values = learned_values(learn_canonical(canonicalize(w, axes), spec, stacked_positions(axes, stacked, w.ndim)))
         sizes = [w.shape[a] for a in axes]
@@ -262,6 +265,41 @@ def _round_trip(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[
     if is_nested(spec):
         scale = unnest(*nest(scale[..., 0], positions))[..., None]
     return to_logical(block_decode(codes, scale, zero_point, spec)).astype(w.dtype)
+
+
+def row_params(x: jax.Array, spec: IntSpec, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+    """`affine_params` of the rows that run along some axes, where they lie: no axis is moved.
+
+    Args:
+      x: float32, any shape.
+      spec: integers whose scales come from extreme values.
+      axes: the axes of a row.
+
+    Returns:
+      (scale float32, zero_point int32, float32 or None), the shape of `x` with 1 in place of `axes`.
+
+    >>> row_params(jnp.float32([[-15.0], [3.0]]), IntSpec(4), (0,))[0].tolist()
+    [[2.0]]
+    """
+    if spec.symmetric and spec.signed:
+        hi = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+        return params_from_range(-hi, hi, spec)
+    return params_from_range(jnp.min(x, axis=axes, keepdims=True), jnp.max(x, axis=axes, keepdims=True), spec)
+
+
+def _round_rows(x: jax.Array, spec: IntSpec, axes: tuple[int, ...]) -> jax.Array:
+    """What `_round_trip` does for rows with a scale each: an array that is not moved is read and written once."""
+    scale, zero_point = row_params(x, spec, axes)
+    return affine_decode(affine_encode(x, scale, zero_point, spec), scale, zero_point)
+
+
+def never_clips(spec: Spec) -> bool:
+    """Whether ranges from the data hold every value, so that `in_range` is true everywhere.
+
+    >>> never_clips(IntSpec(4)), never_clips(IntSpec(4, signed=False, symmetric=False))
+    (True, False)
+    """
+    return not isinstance(spec, IntSpec) or spec.by_mean or (spec.symmetric and spec.signed)
 
 
 def in_range(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (), *, name: str = "w") -> jax.Array:
@@ -295,7 +333,7 @@ def in_range(w: Any, spec: Spec, axes: Sequence[int], stacked: Sequence[int] = (
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked"), inline=True)
 def _in_range(w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...]) -> jax.Array:
-    if not isinstance(spec, IntSpec) or spec.by_mean:
+    if not isinstance(spec, IntSpec) or never_clips(spec):
         return jnp.ones(w.shape, bool)
     blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
     scale, zero_point = affine_params(blocked, spec)

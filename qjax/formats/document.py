@@ -184,6 +184,7 @@ _LATER = {
     "levels": None,
     "adapter_left": None,
     "adapter_right": None,
+    "train": None,
 }
 
 

@@ -29,7 +29,7 @@ from qjax.core import (
     PerToken,
     RangeFinder,
 )
-from qjax.policy import Method
+from qjax.policy import Method, Trains
 from qjax.ptq.autoround import AutoRound
 from qjax.ptq.awq import AWQ
 from qjax.ptq.gptq import GPTQ
@@ -40,6 +40,8 @@ from qjax.ptq.low_rank import LowRank
 from qjax.ptq.online_rotation import Online
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
+from qjax.training import QAT, Clipped, DoReFa, LearnedStep, StraightThrough
+from qjax.training.estimator import ActivationEstimator, WeightEstimator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +87,17 @@ KINDS: dict[str, type] = {
     "percentile": Percentile,
     "entropy": Entropy,
     "mse": Mse,
+    "qat": QAT,
+    "straight_through": StraightThrough,
+    "lsq": LearnedStep,
+    "pact": Clipped,
+    "dorefa": DoReFa,
 }
 METHODS = (RoundToNearest, GPTQ, HQQ, KMeans, LowRank, SmoothQuant, AWQ, LLMInt8, Online, AutoRound, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
-_PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS}
+ESTIMATORS = (StraightThrough, LearnedStep, Clipped, DoReFa)
+_PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS, Trains: (QAT, *ESTIMATORS),
+              WeightEstimator: ESTIMATORS, ActivationEstimator: ESTIMATORS}  # fmt: skip
 _NAMES = {cls: name for name, cls in KINDS.items()}
 
 

@@ -189,11 +189,31 @@ def check_weights_only(policy: Policy) -> None:
     """
     check_policy(policy)
     for rule in policy.rules:
+        if rule.train is not None:
+            raise ValueError(
+                f"rule {rule.pattern!r} has `train` {rule.train!r}, and a module has no place for the state of quantizers so far: "
+                "apply qjax.fake_quant to its function (model.apply, or qjax.nnx.function(model))"
+            )
         activation = rule.activation_of()[0]
         if activation is not None:
             raise ValueError(
                 f"rule {rule.pattern!r} has `activation` {activation}, and a module trains with rounded weights only so far: "
                 "apply qjax.fake_quant to its function"
+            )
+
+
+def check_not_learned(policy: Policy) -> None:
+    """Refuses a policy with ranges that only training finds, where weights are rounded after training.
+
+    Raises:
+      ValueError: naming the rule and the remedy.
+    """
+    for rule in policy.rules:
+        reason = "" if rule.train is None else rule.train.only_trains
+        if reason:
+            raise ValueError(
+                f"rule {rule.pattern!r} has `train` {rule.train!r}, and {reason}: train with qjax.fake_quant and pack with qjax.convert, "
+                "or leave `train` out to round"
             )
 
 

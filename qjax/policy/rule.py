@@ -48,6 +48,24 @@ class RotatesInputs(Protocol):
     def then(self) -> Any: ...
 
 
+@runtime_checkable
+class Trains(Protocol):
+    """How a rule's numbers train: an estimator such as `qjax.lsq()`, or `qjax.qat(...)`; see `qjax.training`."""
+
+    @property
+    def only_trains(self) -> str:
+        """Why rounding after training cannot stand for it ("its scales are learned"); "" if it can."""
+        ...
+
+    def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
+        """Refuses specs that it cannot train.
+
+        Raises:
+          ValueError: naming the spec and what to write.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
@@ -67,6 +85,8 @@ class Rule:
         later and moves what comes before by rounding steps. A static one does not.
       cache: what the caches whose path matches become, `qjax.kv_cache(...)`. Such a rule never matches a parameter or a product, and
         the others never match a cache. It counts where the cache is packed, in `qjax.quantized_cache`, which says what a path is.
+      train: how weights and activations train in `qjax.fake_quant`: an estimator such as `qjax.lsq()`, or `qjax.qat(...)` for one of
+        each and a schedule. None is the straight-through estimator. `qjax.quantize` refuses a rule whose ranges are learned.
 
     Raises:
       TypeError: an argument of the wrong kind.
@@ -87,6 +107,7 @@ class Rule:
     method: Method | None = None
     activation: ActSpec | tuple[ActSpec, ActSpec] | None = None
     cache: CacheSpec | None = None
+    train: Trains | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
@@ -96,6 +117,7 @@ class Rule:
             return
         if self.is_product:
             self._check_product()
+            self._check_train(self.operands or ())
             return
         if self.weight is not None and not isinstance(self.weight, Spec):
             raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
@@ -111,11 +133,21 @@ class Rule:
         if activation is not None and not isinstance(self.weight, IntSpec) and not (activation.is_float and self.weight is not None):
             what = f"`activation` {activation} of rule {self.pattern!r}"
             raise TypeError(f"{what} needs a `weight` spec of integers such as qjax.int8(), got {self.weight}")
+        self._check_train(() if activation is None else (activation,))
+
+    def _check_train(self, activations: tuple[ActSpec, ...]) -> None:
+        if self.train is None:
+            return
+        if not isinstance(self.train, Trains) or isinstance(self.train, type):
+            raise TypeError(f"`train` must be an estimator such as qjax.lsq(), or qjax.qat(...), got {self.train!r}")
+        if self.weight is None and not activations:
+            raise TypeError(f"`train` {self.train!r} has nothing to do in rule {self.pattern!r}: it leaves everything float")
+        self.train.check(self.weight, activations)
 
     def _check_cache(self) -> None:
         if not isinstance(self.cache, CacheSpec):
             raise TypeError(f"`cache` must be qjax.kv_cache(...) or None, got {self.cache!r}")
-        for name in ("weight", "method", "activation"):
+        for name in ("weight", "method", "activation", "train"):
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` must be None in rule {self.pattern!r}, which names caches, got {getattr(self, name)!r}: "
                                  "write a rule for each")  # fmt: skip
@@ -166,4 +198,5 @@ class Rule:
         method = f", method={self.method!r}" if self.method is not None else ""
         act = describe_pair(self.activation) if isinstance(self.activation, tuple) else self.activation
         activation = f", activation={act}" if act is not None else ""
-        return f"Rule({self.pattern!r}{weight}{method}{activation})"
+        train = f", train={self.train!r}" if self.train is not None else ""
+        return f"Rule({self.pattern!r}{weight}{method}{activation}{train})"

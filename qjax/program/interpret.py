@@ -79,7 +79,7 @@ class Interpreter:
         values = [Packed(a) if isinstance(a, QTensor) else a for a in args]
         outs = self.program(jaxpr, values, (), state)
         # A parameter that is handed back as it came (NNX state, mutable collections) stays packed.
-        given = {id(v) for v in values if isinstance(v, Packed)}
+        given = {id(v) for v in values if isinstance(v, Packed) and v.trained is None}
         return [v.q if id(v) in given else _kept(v) for v in outs], state
 
     def program(self, jaxpr: Any, args: Sequence[Any], prefix: Key, state: State) -> list[Any]:

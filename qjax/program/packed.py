@@ -22,10 +22,13 @@ class Packed:
     Attributes:
       q: the packed numbers, already rearranged by the views met so far.
       pending: elementwise equations (casts) to apply to its dequantized value, oldest first.
+      trained: the same numbers as an array that gradients flow through, already as the views met so far have it; None where there is
+        nothing to train.
     """
 
     q: QTensor
     pending: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+    trained: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,6 +36,8 @@ class Packed:
 
     def value(self) -> jax.Array:
         """Dequantizes and applies what is pending."""
+        if self.trained is not None:
+            return self.trained
         x = self.q.dequantize()
         for eqn in self.pending:
             (x,) = compat.bind(eqn, [x])
@@ -42,11 +47,12 @@ class Packed:
 def after_view(packed: Packed, eqn: Any, rest: list[Any]) -> list[Packed] | None:
     """Applies a view primitive to the packed arrays; None if only the dequantized value can take it."""
     name, q = eqn.primitive.name, packed.q
+    trained = [None] * len(eqn.outvars) if packed.trained is None else compat.bind(eqn, [packed.trained, *rest])
     if name in ELEMENTWISE_VIEWS or name in PLACEMENTS:
-        return [Packed(q, (*packed.pending, eqn))]
+        return [Packed(q, (*packed.pending, eqn), trained[0])]
     pieces = _split(q, eqn) if name == "split" else [_view(q, eqn, rest)]
     pending = _anywhere(packed.pending)
-    whole = [Packed(piece, pending) for piece in pieces if piece is not None]
+    whole = [Packed(piece, pending, part) for piece, part in zip(pieces, trained, strict=True) if piece is not None]
     return whole if len(whole) == len(pieces) else None
 
 
@@ -86,8 +92,8 @@ def can_scan(packed: Packed) -> bool:
 def scannable(packed: Packed) -> Any:
     """Returns what a `scan` may slice: the packed arrays where that is right, else the dequantized value."""
     if packed.q.nested_scale is not None and not can_scan(packed):
-        packed = Packed(with_plain_scales(packed.q), packed.pending)  # what is scanned over is no stack of independent tensors
-    return Packed(packed.q, _anywhere(packed.pending)) if can_scan(packed) else packed.value()
+        packed = Packed(with_plain_scales(packed.q), packed.pending, packed.trained)  # it is no stack of independent tensors
+    return Packed(packed.q, _anywhere(packed.pending), packed.trained) if can_scan(packed) else packed.value()
 
 
 def scannable_cache(cache: QCache) -> Any:

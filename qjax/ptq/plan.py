@@ -27,7 +27,7 @@ from qjax.calibration import (
     why_not_observed,
 )
 from qjax.core import IntSpec
-from qjax.policy import Choice, Policy, ProductChoice, check_policy
+from qjax.policy import Choice, Policy, ProductChoice, check_not_learned, check_policy
 from qjax.program import Program, ProgramCache, Site, split_arguments
 from qjax.ptq.block_tuning import held_bytes
 from qjax.ptq.blockwise import Joint, find_joints
@@ -226,6 +226,7 @@ def plan(
       (3, 6, 1032, 48)
     """
     check_policy(policy)
+    check_not_learned(policy)
     programs = ProgramCache(fn)
     arguments = [split_arguments(params, batch, {}) for batch in as_batches(calibration)]
     batches = [(programs(a), a.inputs) for a in arguments]

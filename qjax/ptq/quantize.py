@@ -17,7 +17,7 @@ from jax.core import Tracer
 from qjax.calibration import as_batches, why_no_rows
 from qjax.core import QProduct, QTensor, Spec, check_finite
 from qjax.graph import Fold
-from qjax.policy import Choice, Policy, check_policy
+from qjax.policy import Choice, Policy, check_not_learned, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
 from qjax.program.packed import can_scan
 from qjax.ptq.activations import with_activations
@@ -121,6 +121,7 @@ def quantize(
       QTensor(int8(per="channel"), float32[16,4], 80 bytes, 10 bits/weight)
     """
     check_policy(policy)
+    check_not_learned(policy)
     started = time.perf_counter()
     batches = as_batches(calibration)
     programs = ProgramCache(fn)

@@ -13,12 +13,16 @@ ALONE = [
     ("gptq_model", ["--repeats", "1"], r'"without": [\d.]+'),
     ("w8a8", ["--windows", "8", "--tables", "w8a8", "--rows", "float", "static min-max"], r"static min-max \| [\d.]+ \|"),
     ("ptq_methods", ["--model", "shipped", "--only", "4 g16 NVFP4", "--json", "TMP/r.json", "--cache", "TMP/cache"], r"NVFP4: 47.[\d]+ in"),
+    ("qat_step_time", ["--batch", "1", "--length", "32", "--turns", "1", "--rows", "W8"], r"\| W8 \| [\d.]+ \|"),
+    ("qat_digits", ["--seeds", "1", "--folds", "2", "--images", "200", "--epochs", "1", "--rows", "W2A2"], r"W2A2, QAT \| [\d.]+ %"),
+    ("qat_language_model", ["--steps", "1", "--batch", "1", "--windows", "8", "--rows", "W2", "--methods", "rounding", "--trains",
+                            "learned steps"], r"QAT learned steps \| [\d.]+ \|"),
     ("trace_cost", ["1"], r'"interpreted / by hand": [\d.]+'),
 ]
 
 
 def test_every_experiment_is_here_and_has_a_record():
-    assert sorted(name for name, *_ in ALONE) == sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+    assert sorted(name for name, *_ in ALONE) == sorted(path.parent.name for path in FOLDER.glob("*/bench.py"))
     for name, *_ in ALONE:
         text = (FOLDER / name / "README.md").read_text()
         assert "**Question.**" in text and "**Command.**" in text and "\n|" in text, name

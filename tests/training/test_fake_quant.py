@@ -135,7 +135,7 @@ def test_init_checks_the_policy_and_holds_nothing_for_rounding():
     quant = fq.init(jax.random.key(0), params, x)
     assert jax.tree.leaves(quant) == []
     np.testing.assert_array_equal(fq(params, x, quant=quant), fq(params, x))
-    with pytest.raises(ValueError, match="`quant` must be what `init` gave"):
+    with pytest.raises(ValueError, match="`quant` must be what `init` gave for this policy"):
         fq(params, x, quant={"scale": 1})
     with pytest.raises(TypeError, match=r"`policy` must be a qjax\.Policy"):
         qjax.fake_quant(lambda p, x: x, "int8")
@@ -172,10 +172,10 @@ def test_gradients_pass_rounded_activations_straight_through():
     np.testing.assert_allclose(by_w, jnp.broadcast_to(rounded.sum(0)[:, None], (8, 3)), rtol=1e-6, atol=1e-6)
 
 
-def test_activations_that_training_cannot_round_are_refused():
+def test_a_policy_with_state_asks_for_it():
     fn, x = lambda p, x: x @ p["w"], jnp.ones((2, 8))
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), activation=qjax.static(qjax.int8()))])
-    with pytest.raises(ValueError, match=r"`activation` static.* of 'w' needs ranges"):
+    with pytest.raises(ValueError, match=r"`quant` is missing: .* quant=fq\.init\(key"):
         qjax.fake_quant(fn, policy)({"w": jnp.ones((8, 3))}, x)
 
 

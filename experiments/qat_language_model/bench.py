@@ -1,0 +1,171 @@
+"""Quantization-aware training of the shipped language model against the best rounding after training. See README.md."""
+
+import argparse
+import json
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import qjax
+from qjax.evaluation import encode, paired_bootstrap, token_losses, windows
+from qjax.models import Llama, books_llama
+
+TEXTS = pathlib.Path(__file__).parent.parent / "text"
+HELD_OUT = 0.12
+KEEP = (qjax.Rule("*embed*", weight=None),)
+INT8 = qjax.dynamic(qjax.int8())
+SPECS = {"W4A8 g32": (qjax.int4(group_size=32), INT8), "W3": (qjax.int3(group_size=64), None), "W2": (qjax.int2(group_size=64), None)}
+METHODS = {"rounding": None, "rounding, range search": qjax.rtn(mse=True), "GPTQ": qjax.gptq(), "AutoRound": qjax.autoround()}
+TRAINS = {"straight-through": qjax.ste(), "learned steps": qjax.lsq("mse")}
+
+
+def policy(name, method=None, train=None):
+    """The rules of a row: all linear layers but the tied embedding."""
+    weight, activation = SPECS[name]
+    return qjax.Policy([*KEEP, qjax.Rule("*", weight=weight, activation=activation, method=method, train=train)])
+
+
+def texts(tokenizer):
+    """Windows to train on and windows to measure on, of three authors."""
+    seen, held = [], []
+    for file in sorted(TEXTS.glob("*.txt")):
+        text = file.read_text(encoding="utf-8")
+        cut = text.index("\n", int(len(text) * (1 - HELD_OUT)))
+        seen.append(windows(encode(tokenizer, text[:cut])))
+        held.append(windows(encode(tokenizer, text[cut:])))
+    return np.concatenate(seen), np.concatenate(held)
+
+
+def batches_of(seen, steps, batch, seed=0):
+    """(steps, batch, 256): the same for every model; each window once an epoch."""
+    draw, order = np.random.default_rng(seed), []
+    while len(order) < steps * batch:
+        order += list(draw.permutation(len(seen)))
+    return jnp.asarray(seen[np.asarray(order[: steps * batch])].reshape(steps, batch, -1))
+
+
+def cross_entropy(logits, tokens):
+    """Mean over the tokens that have one before them."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:]).mean()
+
+
+def trained(apply, params, quant, fq, data, rate, teacher=None):
+    """Parameters and state after one pass over the batches: AdamW and a cosine; learned steps at a rate of their own.
+
+    With a teacher the loss is the divergence from its distribution.
+    """
+    steps = len(data)
+    ramp = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20 + 1, steps)
+    kinds = {"weights": optax.adamw(ramp, weight_decay=0.0), "learned": optax.adam(optax.cosine_decay_schedule(rate / 10, steps)),
+             "fixed": optax.set_to_zero()}  # fmt: skip
+    marks = jax.tree.map(lambda _: "weights", params), fq.labels(quant) if fq is not None else {}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(kinds, marks))
+
+    def loss(both, tokens):
+        logits = apply(both[0], tokens) if fq is None else fq(both[0], tokens, quant=both[1])
+        if teacher is None:
+            return cross_entropy(logits, tokens)
+        wanted = jax.nn.log_softmax(apply(teacher, tokens).astype(jnp.float32))
+        return (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits.astype(jnp.float32)))).sum(-1).mean()
+
+    @jax.jit
+    def run(both, data, teacher):
+        del teacher
+
+        def step(carry, tokens):
+            value, grads = jax.value_and_grad(loss)(carry[0], tokens)
+            updates, state = optimizer.update(grads, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), value
+
+        (both, _), values = jax.lax.scan(step, (both, optimizer.init(both)), data)
+        return both, values
+
+    both, values = run((params, quant), data, teacher)
+    return *both, np.asarray(values)
+
+
+def measure(options):
+    """The mean loss of each held-out window, by row."""
+    checkpoint = books_llama()
+    apply = Llama(checkpoint.config).apply
+    start = {"params": jax.tree.map(lambda a: a.astype(jnp.float32), checkpoint.params)}
+    seen, held = texts(checkpoint.tokenizer)
+    held = held[: options.windows] if options.windows else held
+    data = batches_of(seen, options.steps, options.batch)
+    losses, seconds, began = {}, {}, time.perf_counter()
+
+    def mark(name, fn, params, since):
+        losses[name] = np.asarray(token_losses(fn, params, held), np.float64).mean(1)
+        seconds[name] = round(time.perf_counter() - since, 1)
+        print(f"{name}: {np.exp(losses[name].mean()):.3f}, {seconds[name]} s, {time.perf_counter() - began:.0f} s in all", flush=True)
+
+    mark("float, before", apply, start, time.perf_counter())
+    since = time.perf_counter()
+    tuned, _, _ = trained(apply, start, {}, None, data, options.rate)
+    mark("float", apply, tuned, since)
+    calibration = [data[i, :8] for i in range(min(16, len(data)))]
+    for name in options.rows or SPECS:
+        for method in options.methods or METHODS:
+            since = time.perf_counter()
+            result = qjax.quantize(apply, tuned, policy(name, METHODS[method]), calibration)
+            mark(f"{name}, {method}", qjax.quantized(apply), result.params, since)
+        for kind in options.trains or TRAINS:
+            fq = qjax.fake_quant(apply, policy(name, train=TRAINS[kind]))
+            for source, first in (("", start), (", distilled", tuned)):
+                since = time.perf_counter()
+                quant = fq.init(jax.random.key(0), first, data[0])
+                params, quant, _ = trained(apply, first, quant, fq, data, options.rate, tuned if source else None)
+                result = qjax.convert(fq, params, data[0], quant=quant)
+                mark(f"{name}, QAT {kind}{source}", qjax.quantized(apply), result.params, since)
+    return losses, seconds
+
+
+def show(losses):
+    """Prints the tables: the best PTQ of a spec is chosen on the first half of the windows, everything is reported on the second."""
+    half = len(losses["float"]) // 2
+    second = {name: each[half:] for name, each in losses.items()}
+    ppl = {name: float(np.exp(each.mean())) for name, each in second.items()}
+    print(f"\nfloat before: {ppl['float, before']:.3f}; float, trained on the same batches: {ppl['float']:.3f}")
+    for spec in SPECS:
+        names = [name for name in losses if name.startswith(f"{spec}, ")]
+        rounded = [name for name in names if "QAT" not in name]
+        if not rounded:
+            continue
+        best = min(rounded, key=lambda name: losses[name][:half].mean())
+        lost = ppl[best] - ppl["float"]
+        print(f"\n## {spec}: the best after training is {best.removeprefix(f'{spec}, ')}\n")
+        print("| | perplexity | of the lost perplexity recovered | ratio to the best after training |\n|---|---|---|---|")
+        for name in names:
+            won = f"{100 * (1 - (ppl[name] - ppl['float']) / lost):.0f} %" if "QAT" in name else ""
+            interval = paired_bootstrap(second[best], second[name])
+            ratio = f"{np.exp(interval.low):.4f} .. {np.exp(interval.high):.4f}" if name != best else ""
+            print(f"| {name.removeprefix(f'{spec}, ')} | {ppl[name]:.3f} | {won} | {ratio} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1000, help="Of the float model and of each training through rounding.")
+    parser.add_argument("--batch", type=int, default=16, help="Windows of 256 tokens.")
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--windows", type=int, help="The first held-out windows only; all by default.")
+    parser.add_argument("--rows", nargs="*", choices=list(SPECS))
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="After training.")
+    parser.add_argument("--trains", nargs="*", choices=list(TRAINS))
+    parser.add_argument("--json", help="Write the numbers here, too.")
+    options = parser.parse_args()
+    losses, seconds = measure(options)
+    where = f"{jax.devices()[0].device_kind}, {platform.machine()}"
+    print(f"\njax {jax.__version__}, {where}, {options.steps} steps of {options.batch} windows")
+    show(losses)
+    if options.json:
+        text = json.dumps({"losses": {name: each.tolist() for name, each in losses.items()}, "seconds": seconds})
+        pathlib.Path(options.json).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""`convert`: a model that was trained through rounding becomes a packed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from qjax.core import ActSpec, OnlineRotation, QProduct, QTensor, check_finite
+from qjax.policy import ProductChoice
+from qjax.program import split_arguments
+from qjax.ptq.products import product_row
+from qjax.ptq.quantize import Result, cache_notes, describe
+from qjax.runtime.rotation import rotate_axes
+from qjax.training.fake_quant import FakeQuant
+from qjax.training.planned import Planned, Trained
+from qjax.training.qat import training_of
+from qjax.training.side_state import whole_ranges
+from qjax.training.state import Quant, check
+
+
+def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Result:
+    """Packs what was trained: the weights of the result are those that `fq` computes with, bit for bit.
+
+    Learned scales and offsets become the scales and zero points of the packed weights; learned and static ranges of activations become
+    those of their integer products. Random rounding becomes rounding to nearest. No data is read.
+
+    Args:
+      fq: what was trained, from `qjax.fake_quant`.
+      params: the trained float parameters.
+      *args: arguments of the function as `fq` takes them, to trace it with; shapes (`jax.ShapeDtypeStruct`) are enough.
+      quant: the state of its quantizers, if it has one.
+      **kwargs: keyword arguments of the function.
+
+    Returns:
+      A `Result` as `qjax.quantize` gives it.
+
+    Raises:
+      TypeError: `fq` is something else; numbers are traced.
+      ValueError: the state is missing, of another policy, without ranges, or at a step before its schedule rounds everything; a weight
+        holds NaN or infinity.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> fq = qjax.fake_quant(fn, qjax.Policy([qjax.Rule("*", weight=qjax.int4(), train=qjax.lsq())]))
+      >>> params, x = {"w": jnp.linspace(-1, 1, 8).reshape(4, 2)}, jnp.eye(4)
+      >>> quant = fq.init(jax.random.key(0), params, x)
+      >>> result = convert(fq, params, x, quant=quant)
+      >>> bool((result.params["w"].dequantize() == fq(params, x, quant=quant)).all())
+      True
+      >>> jax.jit(qjax.quantized(fn))(result.params, x).shape
+      (4, 2)
+    """
+    if not isinstance(fq, FakeQuant):
+        raise TypeError(f"`fq` must be what qjax.fake_quant gave, got {type(fq).__name__}")
+    started = time.perf_counter()
+    arguments = split_arguments(params, args, kwargs)
+    plan = fq.plan(params, *args, **kwargs)
+    check(quant, plan)
+    state = quant or {}
+    _check_numbers(plan, arguments.params, state)
+    flat = [jnp.asarray(w) if i in plan.weights else w for i, w in enumerate(arguments.params)]
+    done = {i: (_packed(flat[i], trained, state), trained.notes) for i, trained in plan.weights.items()}
+    products = {choice.product.name: _product(choice, state) for choice in plan.products}
+    report = describe(plan.program, plan.choices, flat, done, {"convert": round(time.perf_counter() - started, 3)}, {})
+    methods = {t.leaf.path: t.train.weight.name for t in plan.weights.values()}
+    rows = tuple(dataclasses.replace(row, method=methods.get(row.path, row.method)) for row in report.rows)
+    more = tuple(map(product_row, fq.policy.resolve_products(plan.program)))
+    report = dataclasses.replace(report, rows=(*rows, *more), notes=(*report.notes, *cache_notes(fq.policy)))
+    packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
+    return Result(arguments.rebuild(packed, arguments.inputs)[0], report, fq.policy, sites=products)
+
+
+def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
+    if any(isinstance(x, Tracer) for x in (*params, *jax.tree.leaves(quant))):
+        raise TypeError("`params` or `quant` is traced: call convert outside jit, it needs numbers")
+    for index, trained in plan.weights.items():
+        if isinstance(params[index], (QTensor, jax.ShapeDtypeStruct)):
+            raise TypeError(f"`params` leaf {trained.leaf.path!r} is a {type(params[index]).__name__}: give the trained float parameters")
+        check_finite(params[index], trained.leaf.path)
+    trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
+    last = max((train.schedule.ends for train in trains), default=0)
+    if last and float(quant["step"]) < last:
+        raise ValueError(f"`quant` is at step {float(quant['step']):g}, and its schedule rounds everything to the bits of the policy from "
+                         f"step {last} on: train on (quant = fq.advance(quant) after each update)")  # fmt: skip
+
+
+def _packed(w: jax.Array, trained: Trained, quant: Quant) -> QTensor:
+    estimator = trained.train.weight
+    learned = quant.get("weights", {}).get(trained.leaf.path, {})
+    q = estimator.pack(trained.problem(w), learned) if trained.rotation is None else _rotated(w, trained, trained.rotation, learned)
+    if trained.act is None:
+        return q
+    q = dataclasses.replace(q, act=dataclasses.replace(trained.act, observer=None))
+    if not trained.act.static or not trained.sites:
+        return q
+    scale, zero_point = trained.train.activation.params(quant["activations"][trained.leaf.path], trained.act)
+    return dataclasses.replace(q, act_scale=whole_ranges(scale, trained.leaf), act_zero_point=whole_ranges(zero_point, trained.leaf))
+
+
+def _rotated(w: jax.Array, trained: Trained, rotation: OnlineRotation, learned: Any) -> QTensor:
+    at = [a % w.ndim for a in trained.axes]
+    turned = jax.jit(lambda w: rotate_axes(w.astype(jnp.float32), at, rotation))(w)
+    q = trained.train.weight.pack(trained.problem(turned), learned)
+    return dataclasses.replace(q, rotation=rotation, dtype=w.dtype)
+
+
+def _product(choice: ProductChoice, quant: Quant) -> QProduct:
+    estimator, sides, specs = training_of(choice.rule).activation, [], []
+    stored = quant.get("products", {}).get(choice.product.name, {})
+    for side, act in zip(("left", "right"), choice.operands or (), strict=True):
+        sides += estimator.params(stored[side], act) if act.static else (None, None)
+        specs.append(_plain(act))
+    return QProduct(*sides, *specs, rotation=choice.rotation)
+
+
+def _plain(act: ActSpec) -> ActSpec:
+    return dataclasses.replace(act, observer=None)

@@ -1,0 +1,126 @@
+"""What a policy means for the training of one program: which weights, sites and products are rounded, and by which estimators."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from qjax.calibration import why_no_rows, why_not_observed
+from qjax.core import ActSpec, OnlineRotation, Spec
+from qjax.policy import Choice, Policy, ProductChoice, RotatesInputs
+from qjax.program import Key, Leaf, Program, Site
+from qjax.ptq.method import Problem, methods_of
+from qjax.training.qat import QAT, training_of
+from qjax.training.side_state import watched
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A parameter whose weights are rounded.
+
+    Attributes:
+      leaf: it.
+      spec: what its weights become.
+      act: what the activations that it meets become; None: they stay float.
+      train: how both train.
+      rotation: by what the packed weight's products will rotate their input.
+      notes: remarks for a report.
+    """
+
+    leaf: Leaf
+    spec: Spec
+    act: ActSpec | None
+    train: QAT
+    rotation: OnlineRotation | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites at which something is done beside the weight."""
+        return watched(self.leaf) if self.act is not None or self.train.gradient is not None else []
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The contracted axes, negative."""
+        return tuple(a - len(self.leaf.shape) for a in self.leaf.sites[0].contracted)
+
+    def problem(self, w: Any) -> Problem:
+        """The weight as estimators take it."""
+        site, ndim = self.leaf.sites[0], len(self.leaf.shape)
+        return Problem(w, self.spec, self.axes, tuple(a - ndim for a in site.stacked), site.groups, self.leaf.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What is rounded in a program.
+
+    Attributes:
+      program: it.
+      weights: by the parameter's index.
+      products: the products of two activations that are rounded.
+      choices: all that the policy decided.
+    """
+
+    program: Program
+    weights: Mapping[int, Trained]
+    products: tuple[ProductChoice, ...]
+    choices: tuple[Choice, ...]
+
+    @property
+    def steps(self) -> bool:
+        """Whether anything depends on the step or on chance."""
+        return any(t.train.steps for t in self.weights.values()) or any(training_of(p.rule).steps for p in self.products)
+
+    @property
+    def site_of(self) -> dict[Key, Trained]:
+        """What is done at which site."""
+        return {site.key: trained for trained in self.weights.values() for site in trained.sites}
+
+
+def planned(program: Program, policy: Policy) -> Planned:
+    """Resolves a policy for training.
+
+    Raises:
+      ValueError: as `Policy.resolve`; a site whose activations cannot be rounded, or not with a range of their own.
+    """
+    choices = policy.resolve(program)
+    weights = {}
+    for choice in choices:
+        if choice.spec is not None:
+            train = training_of(choice.rule)
+            weights[choice.leaf.index] = Trained(
+                choice.leaf, choice.spec, choice.activation, train, rotation_of(choice), _notes(choice)
+            )
+    for trained in weights.values():
+        for site in trained.sites:
+            _check_site(site, trained)
+    products = tuple(p for p in policy.resolve_products(program) if p.operands is not None)
+    for choice in products:
+        reason = why_not_observed(choice.product)
+        if any(act.static for act in choice.operands or ()) and reason:
+            raise ValueError(f"the static ranges of {choice.product.name!r} cannot be found: {reason}; make them qjax.dynamic(...)")
+    return Planned(program, weights, products, choices)
+
+
+def _check_site(site: Site, trained: Trained) -> None:
+    if site.sharded:
+        what = "`activation`" if trained.act is not None else "`gradient`"
+        raise ValueError(f"{what} of {site.path!r} stands inside a shard_map: apply fake_quant inside of it")
+    if trained.act is not None and trained.act.static:
+        reason = why_no_rows(site, trained.leaf) or ("its input is rotated on line" if trained.rotation is not None else "")
+        if reason:
+            raise ValueError(f"the static activations of {site.path!r} cannot be observed: {reason}; make them qjax.dynamic(...)")
+
+
+def rotation_of(choice: Choice) -> OnlineRotation | None:
+    """By what the packed weight's products will rotate their input."""
+    method = None if choice.rule is None or choice.spec is None else choice.rule.method
+    return next((each.rotation for each in methods_of(method) if isinstance(each, RotatesInputs)), None)
+
+
+def _notes(choice: Choice) -> tuple[str, ...]:
+    """What the rule's method would have done, and training does not."""
+    others = [each.name for each in methods_of(choice.rule.method if choice.rule is not None else None)]
+    others = [name for name in others if name != "rtn" and not name.startswith("online_rotation")]
+    return (f"trained by rounding, not {', '.join(others)}",) if others else ()

@@ -1,0 +1,96 @@
+"""`qat`: an estimator for weights, one for activations, rounded gradients and a schedule, together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qjax.core import ActSpec, Spec
+from qjax.policy import Rule
+from qjax.training.estimator import ActivationEstimator, WeightEstimator, check_estimators
+from qjax.training.gradients import check_gradient
+from qjax.training.schedule import Schedule
+from qjax.training.straight_through import StraightThrough
+
+
+@dataclasses.dataclass(frozen=True)
+class QAT:
+    """See `qat`."""
+
+    weight: WeightEstimator = StraightThrough()  # noqa: RUF009  # frozen
+    activation: ActivationEstimator = StraightThrough()  # noqa: RUF009  # frozen
+    gradient: ActSpec | None = None
+    schedule: Schedule = Schedule()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        for name, kind in (("weight", WeightEstimator), ("activation", ActivationEstimator)):
+            if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), type):
+                raise TypeError(f"`{name}` must be an estimator of {name}s such as qjax.lsq(), got {getattr(self, name)!r}")
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"`schedule` must be qjax.schedule(...), got {self.schedule!r}")
+        if self.gradient is not None:
+            check_gradient(self.gradient)
+
+    @property
+    def only_trains(self) -> str:
+        return self.weight.only_trains or self.activation.only_trains
+
+    @property
+    def random(self) -> bool:
+        """Whether it needs keys."""
+        return self.weight.random or self.activation.random or self.gradient is not None
+
+    @property
+    def steps(self) -> bool:
+        """Whether it needs the step."""
+        return self.random or self.schedule.moves
+
+    def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
+        check_estimators(self.weight, self.activation, weight, activations)
+        reason = "" if weight is None else self.schedule.refusal(weight)
+        if reason:
+            raise ValueError(f"`train`: {reason}")
+        if self.schedule.activations and any(not act.static and act.outliers is not None for act in activations):
+            raise ValueError("`train`: activations with outlier columns cannot set in later: leave `activations` of the schedule out")
+
+
+def qat(
+    weight: Any = StraightThrough(),  # noqa: B008  # frozen
+    activation: Any = StraightThrough(),  # noqa: B008  # frozen
+    *,
+    gradient: ActSpec | None = None,
+    schedule: Schedule = Schedule(),  # noqa: B008  # frozen
+) -> QAT:
+    """How a rule's numbers train, each by an estimator of its own.
+
+    Args:
+      weight: of the weights: `qjax.ste()`, `qjax.lsq()` or `qjax.dorefa()`.
+      activation: of static activations: `qjax.ste()` (ranges from data, which do not train), `qjax.lsq()` or `qjax.pact()`. Dynamic
+        activations find their ranges in every call, and pass the gradient straight through.
+      gradient: what the gradient of a site's result is rounded to, stochastically, before it goes on to both products of the backward
+        pass, such as `qjax.dynamic(qjax.int8())`; None leaves it float.
+      schedule: when things set in, see `qjax.schedule`.
+
+    Returns:
+      What `Rule(train=...)` takes.
+
+    Raises:
+      TypeError: an argument of the wrong kind.
+      ValueError: gradients of another kind than dynamic signed integers. `Rule` refuses what does not go with its specs.
+
+    Example:
+      >>> import qjax
+      >>> train = qat(qjax.lsq(), qjax.pact(), schedule=qjax.schedule(activations=100))
+      >>> qjax.Rule("*", weight=qjax.int4(), activation=qjax.static(qjax.uint4()), train=train).train.steps
+      True
+    """
+    return QAT(weight, activation, gradient, schedule)
+
+
+def training_of(rule: Rule | None) -> QAT:
+    """How a rule trains; an estimator that stands alone is for all that it can train."""
+    train: Any = None if rule is None else rule.train
+    if isinstance(train, QAT):
+        return train
+    weight = train if isinstance(train, WeightEstimator) else StraightThrough()
+    return QAT(weight, train if isinstance(train, ActivationEstimator) else StraightThrough())

@@ -1,0 +1,255 @@
+"""What training does inside of a program: rounds weights, the activations of sites, the operands of products, and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.calibration.observe import scan_lengths
+from qjax.core import ActSpec, IntSpec, PerChannel, PerTensor, QTensor
+from qjax.policy import ProductChoice
+from qjax.program import Interpreter, Key, Packed, Product, Site, compat, materialize
+from qjax.runtime.integer import conv_axes, product, why_not
+from qjax.runtime.products import rotated_pair
+from qjax.runtime.products import shared_axes as product_axes
+from qjax.runtime.rotation import rotate_axes
+from qjax.runtime.select import column_axes, shared_axes
+from qjax.training.estimator import Learned, Moment
+from qjax.training.gradients import rounded_gradient
+from qjax.training.planned import Planned, Trained
+from qjax.training.qat import QAT, training_of
+from qjax.training.side_state import keys_for, of_site, whole_ranges
+from qjax.training.state import Quant, moment_of
+from qjax.training.straight_through import straight_through_activation
+
+_SIDES = ("left", "right")
+
+
+def rounded_weight(w: Any, trained: Trained, quant: Quant) -> jax.Array:
+    """A fake-quantized weight; with an on-line rotation it is rounded where it is rotated."""
+    w, rotation = jnp.asarray(w), trained.rotation
+    train, learned = trained.train, quant.get("weights", {}).get(trained.leaf.path, {})
+    moment = moment_of(train, quant, trained.leaf.index)
+    if rotation is None:
+        new = train.weight.fake(trained.problem(w), learned, moment)
+    else:
+        at = [a % w.ndim for a in trained.axes]
+        turned = train.weight.fake(trained.problem(rotate_axes(w.astype(jnp.float32), at, rotation)), learned, moment)
+        new = rotate_axes(turned, at, rotation, back=True).astype(w.dtype)
+    return _from(train.schedule.weights, quant, new, w)
+
+
+def integer_weight(w: Any, trained: Trained, quant: Quant) -> QTensor | None:
+    """A weight's codes in 8 bits each, for the integer product of training; None if its forward products are of floats.
+
+    They are integers where the packed model's are and one product does it: whole rows share a scale, and nothing is left to a
+    schedule or to chance.
+    """
+    act, train, spec = trained.act, trained.train, trained.spec
+    if act is None or act.is_float or act.outliers is not None or trained.rotation is not None or not isinstance(spec, IntSpec):
+        return None
+    whole = isinstance(spec.granularity, PerChannel | PerTensor) and not any(why_not(site, spec) for site in trained.sites)
+    settled = not (train.schedule.weights or train.schedule.activations or train.schedule.bits)
+    if not whole or not settled or (act.static and train.activation.random):
+        return None
+    learned = jax.lax.stop_gradient(quant.get("weights", {}).get(trained.leaf.path, {}))
+    found = train.weight.codes(trained.problem(jax.lax.stop_gradient(jnp.asarray(w))), learned)
+    if found is None:
+        return None
+    signed = spec.signed or spec.bits < 8
+    wide = dataclasses.replace(spec, bits=8, signed=signed, symmetric=spec.symmetric and spec.signed == signed, scale_dtype="float32",
+                               scale_rule="half")  # fmt: skip
+    code, zero_point = jnp.int8 if signed else jnp.uint8, found.zero_point
+    if not wide.symmetric and zero_point is None:
+        zero_point = jnp.zeros(found.scale.shape, jnp.int32)
+    if zero_point is not None:
+        zero_point = zero_point.astype(jnp.float32 if spec.float_zero else code)
+    wide = dataclasses.replace(wide, zero_dtype="float32") if spec.float_zero else wide
+    sizes = tuple(w.shape[a] for a in trained.axes)
+    q = QTensor(found.codes.astype(code), found.scale, zero_point, None, wide, trained.axes, sizes, w.dtype,
+                act=dataclasses.replace(act, observer=None))  # fmt: skip
+    if not act.static:
+        return q
+    scale, zero_point = train.activation.params(jax.lax.stop_gradient(quant["activations"][trained.leaf.path]), act)
+    return dataclasses.replace(q, act_scale=whole_ranges(scale, trained.leaf), act_zero_point=whole_ranges(zero_point, trained.leaf))
+
+
+def _from(first: int, quant: Quant, new: jax.Array, old: jax.Array) -> jax.Array:
+    """The rounded value from a step on, the float one before it."""
+    return new if first == 0 else jnp.where(quant["step"] >= first, new, old)
+
+
+def rounding(plan: Planned, quant: Quant, exact: Mapping[int, QTensor]) -> Callable[[list[Any]], list[Any]] | None:
+    """The program with rounded activations and gradients; None if it has none of them.
+
+    Args:
+      plan: what is rounded where.
+      quant: the state.
+      exact: of `integer_weight`, by the parameter's index.
+
+    Returns:
+      A function of flat arguments.
+    """
+    program, by_site = plan.program, plan.site_of
+    pairs = {choice.product.key: choice for choice in plan.products}
+    if not by_site and not pairs:
+        return None
+    sites = {site.key: site for site in program.sites if site.key in by_site}
+
+    def rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+        return _at_site(site, eqn, operands, by_site[site.key], state or {}, quant), state
+
+    def product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
+        return _at_product(product, eqn, operands, pairs[product.key], state or {}, quant), state
+
+    products = {key: choice.product for key, choice in pairs.items()}
+    interpreter = Interpreter(sites, rule, watched=frozenset(sites), products=products, product_rule=product_rule)
+    state = _side_state(plan, quant)
+
+    def run(values: list[Any]) -> list[Any]:
+        packed = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
+        return interpreter(program.jaxpr, packed, state)[0]
+
+    return run
+
+
+def _side_state(plan: Planned, quant: Quant) -> dict[Key, Any]:
+    """What each site and product takes along, with an axis for each scan over layers around it."""
+    state: dict[Key, Any] = {}
+    program, by_site = plan.program, plan.site_of
+    lengths = scan_lengths(program) if by_site else {}
+    for number, site in enumerate(program.sites, len(program.leaves)):
+        trained = by_site.get(site.key)
+        if trained is None:
+            continue
+        turns = [lengths[scan] for scan in site.scans]
+        stored: Learned = quant.get("activations", {}).get(site.path, {})
+        mine: dict[str, Any] = {name: of_site(a, trained.leaf, site, turns) for name, a in stored.items()}
+        mine |= _key(trained.train, quant, number, turns)
+        if mine:
+            state[site.key] = mine
+    for number, choice in enumerate(plan.products, len(program.leaves) + len(program.sites)):
+        product = choice.product
+        mine = {**quant.get("products", {}).get(product.name, {}), **_key(training_of(choice.rule), quant, number, product.turns)}
+        if mine:
+            state[product.key] = mine
+    return state
+
+
+def _key(train: QAT, quant: Quant, number: int, turns: Sequence[int]) -> dict[str, jax.Array]:
+    key = moment_of(train, quant, number).key
+    return {} if key is None else {"key": keys_for(key, turns)}
+
+
+def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state: dict[str, Any], quant: Quant) -> list[Any]:
+    """One site: its activation is rounded, and the gradient of its result."""
+    act, other, train = trained.act, 1 - site.operand, trained.train
+    keys = jax.random.split(state["key"]) if "key" in state else (None, None)
+    if act is not None:
+        x = operands[other]
+        rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0)._replace(key=keys[0]))
+        rounded = _from(max(train.schedule.activations, 0), quant, rounded, x)
+        outs = _product(site, eqn, operands, rounded)
+    else:
+        outs = compat.bind(eqn, [materialize(v) for v in operands])
+    if train.gradient is None:
+        return outs
+    return [rounded_gradient(outs[0], keys[1], train.gradient, _gradient_axes(site, eqn, outs[0].ndim, train.gradient))]
+
+
+def _product(site: Site, eqn: Any, operands: list[Any], rounded: jax.Array) -> list[Any]:
+    """The product of a rounded activation, on integers where the weight is packed; its gradient is that of the float product."""
+    other = 1 - site.operand
+    values = [rounded if i == other else materialize(v) for i, v in enumerate(operands)]
+    exact = product(site, eqn, jax.lax.stop_gradient(operands)) if isinstance(operands[site.operand], Packed) else None
+    return compat.bind(eqn, values) if exact is None else [_float_gradient(eqn, tuple(values), exact)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _float_gradient(eqn: Any, operands: tuple[Any, ...], exact: jax.Array) -> jax.Array:
+    del eqn, operands
+    return exact
+
+
+@_float_gradient.defjvp
+def _float_gradient_jvp(eqn: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    operands, exact = primals
+    _, t = jax.jvp(lambda *values: compat.bind(eqn, list(values))[0], operands, tangents[0])
+    return exact, t
+
+
+def _rounded(
+    site: Site, eqn: Any, x: jax.Array, act: ActSpec, trained: Trained, state: dict[str, Any], moment: Moment
+) -> jax.Array:
+    turn, axes = trained.rotation, _in_parameter_order(site)
+    moment = moment._replace(bits=None)  # a schedule of bits is for weights
+    if act.static:
+        learned = {name: value for name, value in state.items() if name != "key"}
+        return trained.train.activation.fake_activation(x, act, learned, moment, _features(site, eqn, x))
+    dtype = x.dtype
+    if turn is not None:
+        x = rotate_axes(x.astype(jnp.float32), axes, turn)
+    rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim), column_axes(site, x.ndim))
+    return rounded if turn is None else rotate_axes(rounded, axes, turn, back=True).astype(dtype)
+
+
+def _features(site: Site, eqn: Any, x: jax.Array) -> int:
+    """How many values one example has: the n of a gradient scale."""
+    axes = conv_axes(eqn, x.ndim) if site.op == "conv_general_dilated" else [x for _, x in site.pairs]
+    return math.prod(x.shape[i] for i in axes)
+
+
+def _gradient_axes(site: Site, eqn: Any, ndim: int, act: ActSpec) -> tuple[int, ...]:
+    """The axes of a result's gradient that share a scale: all, or per token those that the weight keeps."""
+    if not act.per_token or site.op == "ragged_dot_general":
+        return tuple(range(ndim)) if not act.per_token else (ndim - 1,)
+    if site.op == "conv_general_dilated":
+        batch = eqn.params["dimension_numbers"].out_spec[0]
+        return tuple(i for i in range(ndim) if i != batch)
+    contract, batch = eqn.params["dimension_numbers"]
+    kept = eqn.invars[site.operand].aval.ndim - len(contract[site.operand]) - len(batch[site.operand])
+    first = ndim - kept if site.operand == 1 else len(batch[0])
+    return tuple(range(first, first + kept)) or tuple(range(ndim))
+
+
+def _at_product(
+    product: Product, eqn: Any, operands: list[Any], choice: ProductChoice, state: dict[str, Any], quant: Quant
+) -> list[Any]:
+    """One product of two activations: both operands are rounded."""
+    train, given = training_of(choice.rule), operands
+    dtypes = [x.dtype for x in operands]
+    if choice.rotation is not None:
+        operands = [*rotated_pair(product, operands[0], operands[1], choice.rotation)]
+    keys = jax.random.split(state["key"], 3) if "key" in state else (None, None, None)
+    moment, rounded = moment_of(train, quant, 0)._replace(bits=None), []
+    for side, (x, act) in enumerate(zip(operands, choice.operands or (), strict=True)):
+        if act.static:
+            features = math.prod(x.shape[i] for i in product.contracted[side])
+            now = moment._replace(key=keys[side])
+            rounded.append(train.activation.fake_activation(x, act, state[_SIDES[side]], now, features))
+        else:
+            rounded.append(straight_through_activation(x, act, product_axes(act.per_token, product, side)))
+    operands = [x.astype(dtype) for x, dtype in zip(rounded, dtypes, strict=True)]
+    outs = compat.bind(eqn, operands)
+    if train.schedule.activations:
+        outs = [_from(train.schedule.activations, quant, new, old) for new, old in zip(outs, compat.bind(eqn, given), strict=True)]
+    if train.gradient is None:
+        return outs
+    axes = tuple(range(outs[0].ndim)) if not train.gradient.per_token else (outs[0].ndim - 1,)
+    return [rounded_gradient(outs[0], keys[2], train.gradient, axes)]
+
+
+def _in_parameter_order(site: Site) -> list[int]:
+    """A site's contracted activation dims in the order in which the parameter flattens its axes."""
+
+    def place(pair: tuple[int, int]) -> tuple[int, int]:
+        atoms = site.view.dims[pair[0]]
+        return (atoms[0].axis, -atoms[0].stride) if atoms else (-1, 0)
+
+    return [x for _, x in sorted(site.pairs, key=place)]

@@ -1,0 +1,89 @@
+"""When rounding sets in, how many bits there are, and when ranges stand still: pure functions of the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core import IntSpec, Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """See `schedule`."""
+
+    weights: int = 0
+    activations: int = 0
+    freeze: int | None = None
+    bits: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "freeze"):
+            value = getattr(self, name)
+            if (value is not None or name != "freeze") and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"`{name}` must be a step, a whole number of at least 0, got {value!r}")
+        if not isinstance(self.bits, tuple) or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in self.bits):
+            raise TypeError(f"`bits` must be a tuple of pairs (step, bits) such as ((0, 8), (500, 4)), got {self.bits!r}")
+        steps = [step for step, _ in self.bits]
+        if self.bits and (steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps))):
+            raise ValueError(f"`bits` must begin at step 0 and name later steps after it, got {self.bits!r}")
+        if any(not 2 <= bits <= 8 for _, bits in self.bits):
+            raise ValueError(f"`bits` must name 2 to 8 bits, got {self.bits!r}")
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything depends on the step."""
+        return self != Schedule()
+
+    @property
+    def ends(self) -> int:
+        """The step from which weights and activations are rounded to the bits of their specs."""
+        return max(self.weights, self.activations, *(step for step, _ in self.bits), 0)
+
+    def refusal(self, spec: Spec) -> str:
+        """Why a spec cannot follow `bits`; "" if it can."""
+        if not self.bits:
+            return ""
+        if not isinstance(spec, IntSpec) or spec.by_mean:
+            return f"`bits` of the schedule are for integers, got {spec}: leave them out"
+        if self.bits[-1][1] != spec.bits:
+            return f"`bits` of the schedule end at {self.bits[-1][1]} and the spec is {spec}: end at its bits, {spec.bits}"
+        return ""
+
+    def bits_at(self, step: jax.Array) -> jax.Array | None:
+        """How many bits there are, int32; None: always those of the spec."""
+        if not self.bits:
+            return None
+        now = jnp.int32(self.bits[0][1])
+        for first, bits in self.bits[1:]:
+            now = jnp.where(step >= first, jnp.int32(bits), now)
+        return now
+
+
+def schedule(
+    weights: int = 0, activations: int = 0, freeze: int | None = None, bits: tuple[tuple[int, int], ...] = ()
+) -> Schedule:
+    """What changes while training: pure functions of the state's step, so that one compiled program serves all of it.
+
+    Args:
+      weights: the step from which weights are rounded.
+      activations: the step from which activations are.
+      freeze: the step from which learned ranges have no gradient; None: never.
+      bits: how many bits weights have from a step on, ((0, 8), (500, 4)): the last are those of the spec. Under learned scales
+        more bits divide the same range more finely.
+
+    Returns:
+      A `Schedule` for `qjax.qat(schedule=...)`.
+
+    Raises:
+      TypeError, ValueError: naming the argument.
+
+    Example:
+      >>> plan = schedule(activations=100, bits=((0, 8), (500, 4)))
+      >>> plan.bits_at(jnp.float32(499)).item(), plan.bits_at(jnp.float32(500)).item(), plan.ends
+      (8, 4, 500)
+    """
+    return Schedule(weights, activations, freeze, bits)

@@ -1,0 +1,224 @@
+"""The state of quantizers: learned numbers, ranges, the step and a seed, as one tree of float32 arrays.
+
+    {"weights": {path: {name: array}}, "activations": {path: {name: array}}, "products": {name: {"left": .., "right": ..}},
+     "step": float32, "seed": float32 (2,)}
+
+Entries without anything in them are left out. All is float32, so that `jax.grad` takes the whole tree: what does not train has the
+gradient 0. The seed is two whole numbers below 2^24, which float32 holds, as it holds steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from qjax.calibration import AllFinite, OperandObservers, Together, init_states, observe_program
+from qjax.calibration.observe import scan_lengths
+from qjax.core import ActSpec
+from qjax.policy import ProductChoice
+from qjax.program import Key, Program, Site
+from qjax.training.estimator import Learned, Moment
+from qjax.training.planned import Planned, Trained
+from qjax.training.qat import QAT, training_of
+from qjax.training.side_state import of_leaf, range_shape
+
+Quant = dict[str, Any]
+LEARNED = ("scale", "offset", "alpha")
+_LEAST = ("lo", "offset")  # of these the smallest covers all
+_SIDES = ("left", "right")
+
+
+def begin(plan: Planned, key: jax.Array, params: Sequence[Any]) -> Quant:
+    """The state before data: learned numbers of weights, ranges that are not known (NaN), step 0 and a seed."""
+    weights = {t.leaf.path: t.train.weight.init(t.problem(params[i])) for i, t in plan.weights.items()}
+    state: Quant = {"weights": {path: learned for path, learned in weights.items() if learned}}
+    unknown = _unknown(plan)
+    state |= jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, jnp.float32), unknown)
+    if plan.steps:
+        state["step"] = jnp.float32(0)
+        state["seed"] = jax.random.randint(key, (2,), 0, 2**24).astype(jnp.float32)
+    return {name: value for name, value in state.items() if not isinstance(value, dict) or value}
+
+
+def shapes(plan: Planned) -> Quant:
+    """The state as shapes."""
+    params = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in plan.program.leaves]
+    return jax.eval_shape(lambda params: begin(plan, jax.random.key(0), params), params)
+
+
+def _unknown(plan: Planned) -> Quant:
+    """The ranges of static activations and products, as shapes."""
+    activations = {
+        t.leaf.path: _like(t.train, t.act, range_shape(t.leaf))
+        for t in plan.weights.values() if t.act is not None and t.act.static and t.sites
+    }  # fmt: skip
+    products = {}
+    for choice in plan.products:
+        sides = zip(_SIDES, choice.operands or (), strict=True)
+        found = {side: _like(training_of(choice.rule), act, choice.product.turns) for side, act in sides if act.static}
+        if found:
+            products[choice.product.name] = found
+    return {"activations": activations, "products": products}
+
+
+def _like(train: QAT, act: ActSpec, shape: tuple[int, ...]) -> Any:
+    estimator = train.activation
+    one = jax.eval_shape(lambda: estimator.from_data(estimator.observer(act).init(1, 1), act))
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in one}
+
+
+def check(quant: Any, plan: Planned) -> None:
+    """Refuses a state of another policy or program, and ranges that no data has set.
+
+    Raises:
+      TypeError, ValueError: naming `quant`, what differs, and the remedy.
+    """
+    want, given = shapes(plan), quant or {}
+    if want and quant is None:
+        raise ValueError("`quant` is missing: this policy has learned ranges, a schedule or random rounding; pass quant=fq.init(key, "
+                         "params, *args)")  # fmt: skip
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
+    wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(want)}
+    other = [name for name in flat.keys() | wanted.keys() if getattr(flat.get(name), "shape", 0) != getattr(wanted.get(name), "shape", 1)]
+    if other or jax.tree.structure(given) != jax.tree.structure(want):
+        what = ", ".join(sorted(other)[:3]) or "its structure"
+        raise ValueError(f"`quant` must be what `init` gave for this policy and these parameters, it differs in {what}: "
+                         "a policy cannot change between steps; call init again")  # fmt: skip
+    for name, leaf in flat.items():
+        if leaf.dtype != jnp.float32:
+            raise TypeError(f"`quant`{name} must be float32, got {leaf.dtype}: keep the state in the dtype that `init` gives")
+    check_calibrated(given)
+
+
+def check_calibrated(quant: Quant) -> None:
+    """Refuses ranges that no data has set. Looks at concrete arrays only."""
+    for kind in ("activations", "products"):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(quant.get(kind, {})):
+            if not isinstance(leaf, Tracer) and bool(np.isnan(np.asarray(leaf)).any()):
+                raise ValueError(
+                    f"`quant` has no range of the {kind} {path[0].key!r} yet: give `init` arrays and not shapes, or call "  # pyright: ignore[reportAttributeAccessIssue]
+                    "quant = fq.calibrate(quant, params, batches)"
+                )
+
+
+def labels(quant: Quant) -> Any:
+    """"learned" or "fixed" for every array of a state, a tree for `optax.multi_transform`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "learned" if path[-1].key in LEARNED else "fixed", quant)
+
+
+def moment_of(train: QAT, quant: Quant, number: int) -> Moment:
+    """What an estimator is told in this step; `number` tells sites apart."""
+    step = quant.get("step")
+    if step is None or not train.steps:
+        return Moment()
+    frozen = None if train.schedule.freeze is None else step >= train.schedule.freeze
+    return Moment(_key(quant, number) if train.random else None, train.schedule.bits_at(step), frozen)
+
+
+def _key(quant: Quant, number: int) -> jax.Array:
+    first, second = quant["seed"].astype(jnp.uint32)
+    key = jax.random.fold_in(jax.random.key(first), second)
+    return jax.random.fold_in(jax.random.fold_in(key, quant["step"].astype(jnp.uint32)), number)
+
+
+def ranges(plan: Planned, batches: Sequence[tuple[Program, Sequence[Any]]], weights: Sequence[Any]) -> Quant:
+    """Finds the ranges of static activations and products from data.
+
+    Args:
+      plan: of the first batch's program; those of the others have the same sites.
+      batches: (program, its inputs).
+      weights: flat parameters, rounded.
+
+    Returns:
+      The entries "activations" and "products" of a state.
+    """
+    static = {site.key: t for t in plan.weights.values() if t.act is not None and t.act.static for site in t.sites}
+    pairs = {c.product.key: c for c in plan.products if any(act.static for act in c.operands or ())}
+    if not static and not pairs:
+        return {}
+    observers: Any = {key: Together((t.train.activation.observer(_act(t)), AllFinite())) for key, t in static.items()}
+    watched = {key: _operands(choice) for key, choice in pairs.items()}
+    states: Any = None
+    runs = {}
+    for program, inputs in batches:
+        if id(program) not in runs:
+            runs[id(program)] = jax.jit(observe_program(program, observers, watched))
+        start = init_states(program, observers) | {k: o.init(pairs[k].product) for k, o in watched.items()}
+        states = runs[id(program)](start if states is None else states, [*weights, *inputs])
+    _check_finite(plan, states)
+    lengths = scan_lengths(plan.program)
+    activations = {
+        t.leaf.path: _of_parameter(t, states, lengths) for t in plan.weights.values() if t.act is not None and t.act.static and t.sites
+    }
+    products = {choice.product.name: _of_product(choice, states[key]) for key, choice in pairs.items()}
+    return {name: found for name, found in (("activations", activations), ("products", products)) if found}
+
+
+def _act(trained: Trained) -> ActSpec:
+    if trained.act is None:
+        raise TypeError(f"{trained.leaf.path} has no activation spec")
+    return trained.act
+
+
+def _operands(choice: ProductChoice) -> OperandObservers:
+    estimator = training_of(choice.rule).activation
+    both = [Together((estimator.observer(act), AllFinite())) if act.static else None for act in choice.operands or ()]
+    return OperandObservers(*both, rotation=choice.rotation)
+
+
+def _check_finite(plan: Planned, states: Any) -> None:
+    for site in plan.program.sites:
+        if site.key in states:
+            _refuse(states[site.key][1], f"the input of {site.path!r}")
+    for choice in plan.products:
+        for side, state in zip(_SIDES, states.get(choice.product.key, ()), strict=False):
+            if state is not None:
+                _refuse(state[1], f"the {side} operand of {choice.product.name!r}")
+
+
+def _refuse(state: Any, what: str) -> None:
+    for leaf in jax.tree.leaves(state):
+        if not isinstance(leaf, Tracer) and bool(np.isnan(np.asarray(leaf)).any()):
+            raise ValueError(f"the data gives {what} NaN or infinity; look at the batches and the parameters")
+
+
+def _of_parameter(trained: Trained, states: Mapping[Key, Any], lengths: Mapping[Key, int]) -> Learned:
+    act, estimator = _act(trained), trained.train.activation
+    turns = [tuple(lengths[scan] for scan in site.scans) for site in trained.sites]
+    seen = [states[site.key][0] for site in trained.sites]
+    found = [_by_turn(lambda s: estimator.from_data(s, act), state, len(n)) for state, n in zip(seen, turns, strict=True)]
+    parts = {name: [each[name] for each in found] for name in found[0]}
+    return {name: _known(of_leaf(each, trained.leaf, trained.sites, turns, name in _LEAST), name) for name, each in parts.items()}
+
+
+def _of_product(choice: ProductChoice, states: Any) -> dict[str, Learned]:
+    estimator, found = training_of(choice.rule).activation, {}
+    for side, act, state in zip(_SIDES, choice.operands or (), states, strict=True):
+        if state is not None:
+            each = _by_turn(lambda s, act=act: estimator.from_data(s, act), state[0], len(choice.product.turns))
+            found[side] = {name: _known(value, name) for name, value in each.items()}
+    return found
+
+
+def _by_turn(f: Callable[[Any], Learned], state: Any, depth: int) -> Learned:
+    for _ in range(depth):
+        f = jax.vmap(f)
+    return f(state)
+
+
+def _known(value: jax.Array, name: str) -> jax.Array:
+    """What no data reached gets the widest range of the others, or 1."""
+    if name in _LEAST:
+        return value.astype(jnp.float32)
+    widest = jnp.max(value)
+    return jnp.where(value > 0, value, jnp.where(widest > 0, widest, 1.0)).astype(jnp.float32)
+
+
+def site_number(program: Program, site: Site) -> int:
+    """A number of its own for each site, behind those of parameters."""
+    return len(program.leaves) + next(i for i, each in enumerate(program.sites) if each.key == site.key)
