@@ -85,6 +85,7 @@ from qjax.ptq import rtn as rtn
 from qjax.ptq import sites as sites
 from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
+from qjax.runtime import Device as Device
 from qjax.runtime import overflow as overflow
 from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache

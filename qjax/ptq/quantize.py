@@ -342,8 +342,8 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
     act, note = choice.activation, (choice.activation_note,) if choice.activation_note else ()
     if act is not None and act.outliers is not None and q.act is not None:
         act = q.act  # which knows the capacity
-    kernels = dict.fromkeys(kernel_of(site, spec, act, q.adapter_left is not None) for site in leaf.sites)
-    reasons = tuple(reason for _, reason in kernels if reason)
+    kernels = dict.fromkeys(kernel_of(site, spec, act, q) for site in leaf.sites)
+    reasons = tuple(reason for _, reason, _ in kernels if reason)
     if q.adapter_left is not None:
         whole = (f"its low-rank part is multiplied out in front of the product: {why}" for s in leaf.sites if (why := why_no_adapter(s)))
         reasons = (*reasons, *dict.fromkeys(whole))
@@ -353,7 +353,8 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         nbytes=q.nbytes,
         bits_per_weight=q.bits_per_weight,
         activation="" if act is None else str(act),
-        kernel=", ".join(dict.fromkeys(kernel for kernel, _ in kernels)),
+        kernel=", ".join(dict.fromkeys(kernel for kernel, _, _ in kernels)),
+        kernel_reasons=tuple(dict.fromkeys(reason for _, _, reasons in kernels for reason in reasons)),
         notes=(*notes, *note, *reasons, *padding_note(choice.leaf, spec, q.nbytes)),
     )
 

@@ -1,0 +1,28 @@
+"""The kernels that come with the package, as values: each is a function of `qjax_kernels` and what translates our operands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qjax.runtime.device import device_of
+from qjax.runtime.kernels import Kernel, Runtime
+
+
+def installed_kernels(platform: str) -> tuple[Kernel, ...]:
+    """Returns the kernels for a platform, the fastest first; those of other platforms are not imported.
+
+    Args:
+      platform: as `qjax.Device.platform`.
+
+    Returns:
+      Kernels; none where there are none.
+    """
+    del platform
+    return ()
+
+
+def runtime_of(kernel: str | None = None, device: Any = None, kernels: Sequence[Kernel] | None = None) -> Runtime:
+    """What `quantized` chooses from, for the same arguments."""
+    where = device_of(device)
+    return Runtime(where, installed_kernels(where.platform) if kernels is None else tuple(kernels), kernel)

@@ -1,0 +1,115 @@
+"""Kernels as values, and the choice among them by stated facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+from qjax_kernels.request import Device, Request
+
+from qjax.core import ActSpec
+from qjax.runtime.request import Operands
+
+XLA = "xla"  # the name of what needs no kernel, and of what forces it
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One way to run a product of packed weights, for one platform.
+
+    Attributes:
+      name: what reports, `qjax.quantized(kernel=...)` and `qjax doctor` call it.
+      platform: as `Device.platform`.
+      why_not: why it cannot take a request, or is slower for it than what XLA does; "" if it should.
+      run: the product y (P, M, N) of `request.dtype`, without P where there is one part. The activation spec is for kernels that round
+        activations, None for others.
+      prepacked: which form of 4-bit codes it reads: "bytes", as they are stored, or "native", `jnp.int4` and `jnp.uint4`; what is not in that
+        form is brought into it in every call.
+    """
+
+    name: str
+    platform: str
+    why_not: Callable[[Request], str]
+    run: Callable[[Request, Operands, ActSpec | None], jax.Array]
+    prepacked: str = "bytes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen for a request.
+
+    Attributes:
+      kernel: None for XLA.
+      reasons: (kernel, why not) for those that would have come before it.
+    """
+
+    kernel: Kernel | None
+    reasons: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """What products are chosen from.
+
+    Attributes:
+      device: where the program will run.
+      kernels: the fastest first.
+      force: the name of the only one that may run, "xla" for none, None to choose.
+    """
+
+    device: Device
+    kernels: tuple[Kernel, ...] = ()
+    force: str | None = None
+
+
+def choose(request: Request, kernels: Sequence[Kernel], force: str | None = None) -> Choice:
+    """Chooses the first kernel that takes a request; XLA where none does.
+
+    Args:
+      request: the facts.
+      kernels: the fastest first.
+      force: the name of the only kernel that may run, or "xla".
+
+    Returns:
+      A `Choice`.
+
+    Raises:
+      ValueError: `force` is no kernel's name, or that of one that cannot run, with the reason.
+
+    Example:
+      >>> from qjax_kernels.request import Device, Weight
+      >>> request = Request(Device("cpu", "avx2"), 1, 64, 64, Weight("int", 4))
+      >>> kernel = Kernel("narrow", "cpu", lambda r: "" if r.n < 64 else f"{r.n} rows, 63 at most", lambda r, o, a: o.x)
+      >>> choose(request, [kernel])
+      Choice(kernel=None, reasons=(('narrow', '64 rows, 63 at most'),))
+      >>> choose(request, [kernel], force="narrow")
+      Traceback (most recent call last):
+      ValueError: `kernel` 'narrow' cannot run here: 64 rows, 63 at most
+    """
+    check_name(force, kernels)
+    if force == XLA:
+        return Choice(None)
+    reasons: list[tuple[str, str]] = []
+    for kernel in kernels:
+        if force is not None and kernel.name != force:
+            continue
+        if kernel.platform != request.device.platform:
+            reason = f"it is for {kernel.platform}, and the program for {request.device.platform}"
+            if force is None:
+                continue
+        else:
+            reason = kernel.why_not(request)
+        if not reason:
+            return Choice(kernel, tuple(reasons))
+        if force is not None:
+            raise ValueError(f"`kernel` {force!r} cannot run here: {reason}")
+        reasons.append((kernel.name, reason))
+    return Choice(None, tuple(reasons))
+
+
+def check_name(force: str | None, kernels: Sequence[Kernel]) -> None:
+    """Refuses a name that no kernel has."""
+    names = [kernel.name for kernel in kernels]
+    if force is not None and force != XLA and force not in names:
+        raise ValueError(f"`kernel` must be {XLA!r} or one of {', '.join(map(repr, names)) or 'none, for none is installed'}, got {force!r}")
