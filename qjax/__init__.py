@@ -87,6 +87,7 @@ from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
 from qjax.runtime import Device as Device
 from qjax.runtime import overflow as overflow
+from qjax.runtime import prepack as prepack
 from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import LearnedRotation as LearnedRotation

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import Any, NamedTuple
 
 import jax
-from qjax_kernels.request import Device, Request
+from qjax_kernels.request import Device, Request, Weight
 
 from qjax.core import ActSpec
 from qjax.runtime.request import Operands
 
 XLA = "xla"  # the name of what needs no kernel, and of what forces it
+
+
+class Codes(NamedTuple):
+    """A weight without a layout: codes int8 or uint8 (..., N, K); float32 scales (..., N, G), G = 1 where a row shares one; zero points
+    int32 like the scales, or None; levels float32 (2^bits,), the table of a codebook, or None."""
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    levels: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the weights of some kernels are laid out, which is done once, by `qjax.prepack`.
+
+    Attributes:
+      name: what `repr` and reasons call it.
+      pack: of the weight's format and (P, N, K) or (N, K) codes, any pytree of arrays; it is vmapped over stacked weights.
+      unpack: its inverse, of the format, K and the arrays; the levels may be left out.
+      rows: of the format, K, the arrays and int32 indices (...): rows (..., K) in float32, of which only those are read. None where a
+        table that is looked up in should keep its own layout.
+    """
+
+    name: str
+    pack: Callable[[Weight, Codes], Any]
+    unpack: Callable[[Weight, int, Any], Codes]
+    rows: Callable[[Weight, int, Any, jax.Array], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +54,15 @@ class Kernel:
       why_not: why it cannot take a request, or is slower for it than what XLA does; "" if it should.
       run: the product y (P, M, N) of `request.dtype`, without P where there is one part. The activation spec is for kernels that round
         activations, None for others.
-      prepacked: which form of 4-bit codes it reads: "bytes", as they are stored, or "native", `jnp.int4` and `jnp.uint4`; what is not in that
-        form is brought into it in every call.
+      layout: of the weights that it reads, or None for codes as a `QTensor` has them. Other weights go to other kernels, because laying one
+        out costs more than a product with it; where it is forced they are laid out in every call.
     """
 
     name: str
     platform: str
     why_not: Callable[[Request], str]
     run: Callable[[Request, Operands, ActSpec | None], jax.Array]
-    prepacked: str = "bytes"
+    layout: Layout | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +93,16 @@ class Runtime:
     force: str | None = None
 
 
-def choose(request: Request, kernels: Sequence[Kernel], force: str | None = None) -> Choice:
+def choose(
+    request: Request, kernels: Sequence[Kernel], force: str | None = None, laid: Layout | EllipsisType | None = ...
+) -> Choice:
     """Chooses the first kernel that takes a request; XLA where none does.
 
     Args:
       request: the facts.
       kernels: the fastest first.
       force: the name of the only kernel that may run, or "xla".
+      laid: the layout that the weight has, None for its own; by default that which the kernel wants.
 
     Returns:
       A `Choice`.
@@ -99,7 +132,7 @@ def choose(request: Request, kernels: Sequence[Kernel], force: str | None = None
             if force is None:
                 continue
         else:
-            reason = kernel.why_not(request)
+            reason = kernel.why_not(request) or _why_not_laid(kernel, laid, force is not None)
         if not reason:
             return Choice(kernel, tuple(reasons))
         if force is not None:
@@ -108,8 +141,17 @@ def choose(request: Request, kernels: Sequence[Kernel], force: str | None = None
     return Choice(None, tuple(reasons))
 
 
+def _why_not_laid(kernel: Kernel, laid: Layout | EllipsisType | None, forced: bool) -> str:
+    if isinstance(laid, EllipsisType) or laid == kernel.layout or (laid is None and forced):
+        return ""
+    if laid is None:
+        return "the weight is not laid out for it: see qjax.prepack"
+    return f"the weight is laid out for {laid.name}"
+
+
 def check_name(force: str | None, kernels: Sequence[Kernel]) -> None:
     """Refuses a name that no kernel has."""
     names = [kernel.name for kernel in kernels]
     if force is not None and force != XLA and force not in names:
-        raise ValueError(f"`kernel` must be {XLA!r} or one of {', '.join(map(repr, names)) or 'none, for none is installed'}, got {force!r}")
+        known = ", ".join(map(repr, names)) or "none, for none is installed"
+        raise ValueError(f"`kernel` must be {XLA!r} or one of {known}, got {force!r}")

@@ -13,7 +13,8 @@ from qjax_kernels.request import Device, Request
 
 from qjax.program import Packed, Site, compat
 from qjax.program.primitives import PLACEMENTS
-from qjax.runtime.kernels import Choice, Runtime, choose
+from qjax.runtime.kernels import Choice, Kernel, Runtime, choose
+from qjax.runtime.layouts import laid_out, layout_of
 from qjax.runtime.request import operands_of, request_of, result_of, why_not_operands
 
 # A function of (activation, weight): the product as XLA has it, also for the platforms that a kernel is not for.
@@ -47,10 +48,10 @@ def kernel_product(site: Site, eqn: Any, x: jax.Array, weight: Packed, runtime: 
         if runtime.force not in (None, "xla"):
             raise ValueError(f"`kernel` {runtime.force!r} cannot run {site.path}: {reason}")
         return None
-    choice = _choose(site, request, runtime)
+    choice = _choose(site, request, runtime, weight)
     if choice.kernel is None:
         return None
-    return _differentiable(site, eqn, request, runtime, plain)(x, weight)
+    return _differentiable(site, eqn, request, runtime, weight, plain)(x, weight)
 
 
 def _request(site: Site, eqn: Any, x: jax.Array, weight: Packed, device: Device) -> Request | str:
@@ -73,15 +74,18 @@ def _placed(a: Any) -> str:
     return "it is sharded over explicit axes of a mesh" if any(axis is not None for axis in spec) else ""
 
 
-def _choose(site: Site, request: Request, runtime: Runtime) -> Choice:
+def _choose(site: Site, request: Request, runtime: Runtime, weight: Packed) -> Choice:
     try:
-        return choose(request, runtime.kernels, runtime.force)
+        return choose(request, runtime.kernels, runtime.force, layout_of(weight.q))
     except ValueError as error:
         raise ValueError(str(error).replace("cannot run here", f"cannot run {site.path}", 1)) from None
 
 
-def _differentiable(site: Site, eqn: Any, request: Request, runtime: Runtime, plain: Plain) -> Plain:
-    fast = _vmappable(site, eqn, request, runtime, plain, ())
+def _differentiable(site: Site, eqn: Any, request: Request, runtime: Runtime, weight: Packed, plain: Plain) -> Plain:
+    def choose_for(request: Request) -> Kernel | None:
+        return _choose(site, request, runtime, weight).kernel
+
+    fast = _vmappable(site, eqn, request, choose_for, runtime.force, plain, ())
 
     def float_product(x: jax.Array, weight: Packed) -> jax.Array:
         operands = [x, x]
@@ -105,11 +109,14 @@ def _differentiable(site: Site, eqn: Any, request: Request, runtime: Runtime, pl
     return run
 
 
-def _vmappable(site: Site, eqn: Any, request: Request, runtime: Runtime, plain: Plain, extra: tuple[int, ...]) -> Plain:
+def _vmappable(
+    site: Site, eqn: Any, request: Request, choose_for: Callable[[Request], Kernel | None], force: str | None, plain: Plain,
+    extra: tuple[int, ...],
+) -> Plain:  # fmt: skip
     """The product of x (extra..., shape...): axes that `vmap` added are rows more of the same product."""
     times = math.prod(extra)
     wider = dataclasses.replace(request, m=request.m * times)
-    kernel = _choose(site, wider, runtime).kernel
+    kernel = choose_for(wider)
     slow = plain
     for _ in extra:
         slow = jax.vmap(slow, in_axes=(0, None))
@@ -117,23 +124,26 @@ def _vmappable(site: Site, eqn: Any, request: Request, runtime: Runtime, plain: 
         return slow
 
     def fast(x: jax.Array, weight: Packed) -> jax.Array:
-        operands = operands_of(site, eqn, wider, weight.q, x.reshape(times, *site.x_shape))
-        y = kernel.run(wider, operands, weight.q.act)
-        y = result_of(site, eqn, weight.q, y, times)
+        q = weight.q
+        if kernel.layout is not None and q.form is None:
+            q = laid_out(q, kernel.layout, len(site.batch), 0)
+        operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape))
+        y = kernel.run(wider, operands, q.act)
+        y = result_of(site, eqn, q, y, times)
         return y.reshape(*extra, *y.shape[1:])
 
     @jax.custom_batching.custom_vmap
     def run(x: jax.Array, weight: Packed) -> jax.Array:
-        default = {} if runtime.force is not None else {"default": slow}
+        default = {} if force is not None else {"default": slow}
         return lax.platform_dependent(x, weight, **{kernel.platform: fast}, **default)
 
     @run.def_vmap
     def rule(size: int, batched: Any, x: jax.Array, weight: Packed) -> tuple[jax.Array, bool]:
         of_x, of_weight = batched
         if of_x and not any(jax.tree.leaves(of_weight)):
-            return _vmappable(site, eqn, request, runtime, plain, (size, *extra))(x, weight), True
-        if runtime.force is not None:
-            raise ValueError(f"`kernel` {runtime.force!r} cannot run {site.path}: its weight is vmapped")
+            return _vmappable(site, eqn, request, choose_for, force, plain, (size, *extra))(x, weight), True
+        if force is not None:
+            raise ValueError(f"`kernel` {force!r} cannot run {site.path}: its weight is vmapped")
         axes = jax.tree.map(lambda own: 0 if own else None, (of_x, of_weight))
         return jax.vmap(slow, in_axes=axes)(x, weight), True
 

@@ -30,8 +30,9 @@ def quantized(
 
     The function is traced with the float shapes; wherever a packed parameter meets data, the fastest kernel runs that takes the
     product (`qjax doctor` lists them), or XLA, which takes all. The choice is made while the function is traced and costs a call nothing;
-    a program that is lowered for another platform than `device` gets XLA there. A packed cache (see `qjax.quantized_cache`) is written in its packed form and comes back so. The result is an ordinary
-    function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and differentiate it with respect to the other arguments.
+    a program that is lowered for another platform than `device` gets XLA there. A packed cache (see `qjax.quantized_cache`) is written
+    in its packed form and comes back so. The result is an ordinary function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and
+    differentiate it with respect to the other arguments; forward-mode derivatives (`jax.jvp`) need `kernel="xla"`.
     Call it under `jit`: alone it dispatches operation by operation.
 
     Args:

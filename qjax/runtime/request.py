@@ -40,18 +40,19 @@ class Operands(NamedTuple):
 
     Attributes:
       x: float32 or bfloat16 (P, M, K), as `request.dtype` says.
-      codes: of the weight, (P, N, K * bits / 8) bytes as `qjax.core.pack` lays them, int8 or uint8 (P, N, K) where they have 8 bits; or
-        jnp.int4 or jnp.uint4 (P, N, K), where the weight was prepacked so.
+      codes: of the weight, (P, N, K * bits / 8) bytes as `qjax.core.pack` lays them; int8 or uint8 (P, N, K) where they have 8 bits.
       scale: float32 (P, N, G), G = 1 where `request.weight.group_size` is None.
       zero_point: int32 of the shape of `scale`, or None where the kind is not "uint".
       levels: float32 (2^bits,), the table, or None where the kind is not "codebook".
+      laid: the weight in the kernel's layout; then codes, scale and zero point are None.
     """
 
     x: jax.Array
-    codes: jax.Array
-    scale: jax.Array
+    codes: jax.Array | None
+    scale: jax.Array | None
     zero_point: jax.Array | None
     levels: jax.Array | None
+    laid: Any = None
 
 
 def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: Any) -> Request | str:
@@ -155,24 +156,30 @@ def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array
       The arrays; the rows of each of the E follow those of the one before.
     """
     flat, places, free = _axes(site, eqn, q, x.ndim - 1)
-    pair = {w: a for w, a in site.pairs}
+    pair = dict(site.pairs)
     batch = [a for _, a in _in_order(site, eqn)]
     lead = () if request.parts == 1 else (request.parts,)
     order = [*(a + 1 for a in batch), 0, *(a + 1 for a in free), *(pair[a] + 1 for a in flat)]
     x = x.transpose(order).reshape(request.parts, request.m, -1)
     x = _as_stored(x, q, places).astype(request.dtype)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, request.k - x.shape[-1])]).reshape(*lead, request.m, request.k)
-    kept = q.codes.shape[:-1]
+    if q.form is not None:
+        return Operands(x, None, None, None, levels_of(q), q.laid)
+    return Operands(x, *rows_of(q, (*lead, request.n)), levels_of(q))
 
-    def rows(a: jax.Array) -> jax.Array:  # (kept-like..., last) -> (P, N, last)
-        whole = jnp.broadcast_to(a, (*kept, a.shape[-1]))
-        return whole.reshape(*lead, request.n, a.shape[-1])
+
+def rows_of(q: QTensor, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Stored codes, float32 scales and int32 zero points of a weight, their kept axes of a `shape` that they flatten to."""
+
+    def rows(a: jax.Array) -> jax.Array:  # (kept-like..., last) -> (shape..., last)
+        whole = jnp.broadcast_to(a, (*q.codes.shape[:-1], a.shape[-1]))
+        return whole.reshape(*shape, a.shape[-1])
 
     scale = q.scales() if q.scale is not None else jnp.ones((1,) * q.codes.ndim, jnp.float32)
     if isinstance(q.spec, FloatSpec) and q.spec.element == "int8":
         scale = scale / 64
     zero_point = None if q.zero_point is None else rows(q.zero_point.astype(jnp.int32))
-    return Operands(x, rows(q.codes), rows(scale), zero_point, _levels(q))
+    return rows(q.codes), rows(scale), zero_point
 
 
 def result_of(site: Site, eqn: Any, q: QTensor, y: jax.Array, times: int) -> jax.Array:
@@ -261,7 +268,8 @@ def _as_stored(x: jax.Array, q: QTensor, places: list[int]) -> jax.Array:
     return x
 
 
-def _levels(q: QTensor) -> jax.Array | None:
+def levels_of(q: QTensor) -> jax.Array | None:
+    """The table of a codebook, float32 (2^bits,); None for other formats."""
     if isinstance(q.spec, CodebookSpec):
         return jnp.float32(q.spec.levels)
     if isinstance(q.spec, FloatSpec) and q.spec.bits < 8:

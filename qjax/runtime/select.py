@@ -16,6 +16,7 @@ from qjax.runtime.adapter import why_not as why_no_adapter
 from qjax.runtime.installed import runtime_of
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.kernels import Runtime, choose
+from qjax.runtime.layouts import laid_rows
 from qjax.runtime.lookup import gather_rows
 from qjax.runtime.multiply import Plain, kernel_product
 from qjax.runtime.request import request_of
@@ -46,6 +47,13 @@ def packed_rule(
         out = kernel_product(site, eqn, materialize(operands[1 - site.operand]), weight, runtime, _plain(site, eqn, operands))
         if out is not None:
             return [out], state
+    if isinstance(weight, Packed) and weight.q.form is not None:
+        if site.op == "gather":
+            rows = laid_rows(weight, eqn, operands[1])
+            if rows is not None:
+                return [rows], state
+        plain = [Packed(weight.q.plain(), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
+        return packed_rule(site, eqn, plain, state)
     if isinstance(weight, Packed) and site.op == "gather":
         rows = gather_rows(weight, eqn, operands[1])
         if rows is not None:
