@@ -124,7 +124,7 @@ def _run(
     x = tiles.pad_contracted(x, tile.k)
     scales = tiles.scale_blocks(scale, group, tile.k)
     whole = group >= k
-    span = max(1, group // tile.k) if not whole else steps
+    block = tiles.scale_block_of(group, k, tile.k)
     return pl.pallas_call(
         functools.partial(_kernel, levels=levels, whole=whole),
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
@@ -132,7 +132,7 @@ def _run(
         in_specs=[
             pl.BlockSpec((tile.m, x.shape[1]), lambda i, j, t: (i, 0)),
             pl.BlockSpec((tile.k, tile.n), lambda i, j, t: (t, j)),
-            pl.BlockSpec((None, scales.shape[1], tile.n), lambda i, j, t: (t // span, 0, j)),
+            pl.BlockSpec((None, scales.shape[1], tile.n), lambda i, j, t: (block(t), 0, j)),
         ],
         out_specs=pl.BlockSpec((tile.m, tile.n), lambda i, j, t: (i, j)),
         scratch_shapes=[

@@ -88,6 +88,14 @@ def scale_blocks(scale: jax.Array, group: int, k: int) -> jax.Array:
     return padded.reshape(-1, each, scale.shape[1])
 
 
+def scale_block_of(group: int, k: int, tile_k: int):
+    """Returns the function from a step along k to its block of scales."""
+    if group >= k:
+        return lambda step: 0
+    span = max(1, group // tile_k)  # tiles that share a block; `//` of a traced step asks the device what it is
+    return (lambda step: step) if span == 1 else (lambda step: jax.lax.div(step, span))
+
+
 def cuts(m: int, n: int, k: int, tile: Tile) -> tuple[int, int, int]:
     """Tiles along M, N and K.
 

@@ -136,7 +136,7 @@ def _run(x: jax.Array, w: jax.Array, scale: jax.Array, group: int, chip: Chip, l
     tile = tiles.tile_of(chip, m, n, k, group, limit)
     rows, columns, steps = tiles.cuts(m, n, k, tile)
     scales = tiles.scale_blocks(scale, group, tile.k)
-    span = max(1, group // tile.k) if group < k else steps  # tiles of k that share a block of scales
+    block = tiles.scale_block_of(group, k, tile.k)
     return pl.pallas_call(
         functools.partial(_kernel, chip=chip, place=placement(chip, tile.m, group, k), whole=group >= k),
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
@@ -144,7 +144,7 @@ def _run(x: jax.Array, w: jax.Array, scale: jax.Array, group: int, chip: Chip, l
         in_specs=[
             pl.BlockSpec((tile.m, tile.k), lambda i, j, t: (i, t)),
             pl.BlockSpec((tile.k, tile.n), lambda i, j, t: (t, j)),
-            pl.BlockSpec((None, scales.shape[1], tile.n), lambda i, j, t: (t // span, 0, j)),
+            pl.BlockSpec((None, scales.shape[1], tile.n), lambda i, j, t: (block(t), 0, j)),
         ],
         out_specs=pl.BlockSpec((tile.m, tile.n), lambda i, j, t: (i, j)),
         scratch_shapes=[pltpu.VMEM((tile.m, tile.n), jnp.float32)],

@@ -63,10 +63,11 @@ def test_the_largest_sums_are_exact():
     np.testing.assert_array_equal(y, reference.int8(x, w, jnp.ones((1, 128)), 4096, 127))
 
 
-def test_no_race():
+def test_no_race(capfd):
     case = shapes.Case(20, 200, 300, 128)
     x, w, scale = operands(case, 8, jnp.float32)
     y = int8(x, w, scale, group=128, chip="v6e", limit=SMALL, interpret=pltpu.InterpretParams(detect_races=True))
+    assert "RACE" not in capfd.readouterr().out
     np.testing.assert_array_equal(y, reference.int8(x, w, scale, 128))
 
 

@@ -67,12 +67,13 @@ def test_behind_the_dot_nothing_is_rounded_but_the_result(chip):
     np.testing.assert_array_equal(y, reference.weight_only(x, w, scale, 128))
 
 
-def test_no_race_and_nothing_read_that_was_not_written():
+def test_no_race_and_nothing_read_that_was_not_written(capfd):
     case = shapes.Case(5, 200, 300, 128)
     x, w, scale = operands(case)
     y = weight_only(
         x, w, scale, group=128, chip="v6e", limit=SMALL, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     )
+    assert "RACE" not in capfd.readouterr().out
     plain = weight_only(x, w, scale, group=128, chip="v6e", limit=SMALL, interpret=True)
     np.testing.assert_array_equal(y, plain)
 
