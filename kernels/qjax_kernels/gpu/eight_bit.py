@@ -1,0 +1,95 @@
+"""Products of int8 with int8, and of e4m3 with e4m3, for Hopper GPUs: rows are rounded at run time, one scale a row."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+from ..request import Request
+from .tiles import SHARED_BYTES, Tiles, eight_bit_tiles
+
+E4M3_MAX = 448.0
+
+
+def why_not(request: Request) -> str | None:
+    """Why the kernel cannot serve a request; None where it can.
+
+    Args:
+      request: what is asked.
+
+    Returns:
+      One sentence that names the obstacle, or None.
+    """
+    weight = request.weight
+    kinds = {("int", 8): "int8", ("fp8", 8): "fp8"}
+    wanted = kinds.get((weight.kind, weight.bits))
+    reasons = (
+        (request.device.platform != "cuda" or request.device.chip != "sm_90a", f"written for sm_90a, not {request.device.chip}"),
+        (wanted is None, f"takes int8 or e4m3 codes, not {weight.kind}{weight.bits}"),
+        (request.activation != wanted, f"rounds x to {wanted}, not to {request.activation}"),
+        (weight.group_size is not None, f"takes one scale a row of w, not groups of {weight.group_size}"),
+        (request.parts != 1, "takes one product, not several side by side"),
+        (request.k % 128 != 0, f"K must be a multiple of 128, not {request.k}"),
+        (request.n % 8 != 0, f"N must be a multiple of 8, not {request.n}"),
+        (importlib.util.find_spec("absl") is None, "Mosaic GPU needs the package absl-py"),
+    )
+    return next((reason for unmet, reason in reasons if unmet), None)
+
+
+def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Rows of x as eight bits and a float32 scale each.
+
+    s_m = max_k |x_mk| / q_max and 1 for a row of zeros; c_mk = round(x_mk / s_m)
+
+    Args:
+      x: (M, K) floating.
+      dtype: int8, with q_max = 127, or float8_e4m3fn, with q_max = 448.
+
+    Returns:
+      Codes (M, K) and scales (M,).
+    """
+    x = x.astype(jnp.float32)
+    top = 127.0 if dtype == jnp.int8 else E4M3_MAX
+    largest = jnp.max(jnp.abs(x), axis=1)
+    scale = jnp.where(largest > 0, largest / top, 1.0)
+    scaled = x / scale[:, None]
+    codes = jnp.clip(jnp.round(scaled), -127, 127) if dtype == jnp.int8 else jnp.clip(scaled, -top, top)
+    return codes.astype(dtype), scale
+
+
+def eight_bit_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, *, tiles: Tiles | None = None, cores: int = 132, interpret=None) -> jax.Array:
+    """x (M, K), rounded by row to the type of the codes, times the transpose of codes (N, K) scaled by row.
+
+    y_mn = s_m t_n sum_k q_mk c_nk
+
+    Args:
+      x: (M, K) floating.
+      codes: (N, K) int8 or float8_e4m3fn.
+      scales: (N, 1) or (N,): bfloat16, float16 or float32.
+      tiles: the cut; None for the one that suits the shape.
+      cores: multiprocessors of the GPU.
+      interpret: an interpreter's parameters, for tests without a GPU.
+
+    Returns:
+      (M, N) of the type of x. int8 products are summed exactly; sums of e4m3 keep about 14 bits on Hopper's tensor cores.
+
+    Raises:
+      ValueError: the tiles need more shared memory than there is.
+    """
+    from .eight_bit_kernel import eight_bit
+
+    m, k = x.shape
+    n = codes.shape[0]
+    tiles = eight_bit_tiles(m, n, k, cores) if tiles is None else tiles
+    if (used := tiles.shared_bytes(8, 0, 1)) > SHARED_BYTES:
+        raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
+    padded = m if m < 8 else -(-m // 8) * 8
+    if padded != m:
+        x = jnp.pad(x, ((0, padded - m), (0, 0)))
+    rows, row_scales = rounded_rows(x, codes.dtype)
+    # The copy engine reads whole blocks of scales, 128 bytes at least.
+    reach = max(32, -(-padded // tiles.block_m) * tiles.block_m)
+    row_scales = jnp.pad(row_scales, (0, reach - padded))
+    y = eight_bit(rows, row_scales, codes, scales.reshape(n), tiles=tiles, out_dtype=x.dtype, interpret=interpret)
+    y = y.sum(0).astype(x.dtype) if tiles.split_k > 1 else y
+    return y[:m] if padded != m else y

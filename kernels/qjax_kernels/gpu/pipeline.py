@@ -1,0 +1,119 @@
+"""The frame that the Hopper kernels share: stages of a pipeline, sums of the tensor cores, tiles of y on their way out."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .mosaic import Layout, load, transposed
+from .tiles import Tiles
+
+
+def over_columns(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One value for every row, repeated over the columns."""
+    return lax.broadcast_in_dim(rows, shape, (0,))
+
+
+def over_rows(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One value for every column, repeated over the rows."""
+    return lax.broadcast_in_dim(columns, shape, (1,))
+
+
+def stream(advance: Callable, finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence, shape, dtype, registers: bool) -> None:
+    """Runs `advance` over the stages, then `finish` on the sum.
+
+    Args:
+      advance: of the index of a stage, references to its blocks and the sum: the sum after it.
+      finish: of the sum (R, C), in registers.
+      tiles: the cut.
+      steps: stages in all.
+      in_specs: blocks of a stage.
+      operands: references in device memory, one for every block.
+      shape: of the sum of a warpgroup.
+      dtype: of the sum, float32 or int32.
+      registers: the sum is an ordinary array that `advance` returns; otherwise the tensor cores add to it, and `advance` awaits them.
+    """
+
+    def with_sum(run):
+        if registers:
+            finish(run(plgpu.layout_cast(jnp.zeros(shape, dtype), Layout.WGMMA)))
+            return
+
+        def scoped(acc):
+            run(acc)
+            finish(acc[...])
+
+        pl.run_scoped(scoped, plgpu.ACC(shape, dtype))
+
+    if tiles.warpgroups > 1:
+        plgpu.emit_pipeline_warp_specialized(
+            advance,
+            grid=(steps,),
+            memory_registers=40,
+            in_specs=in_specs,
+            max_concurrent_steps=tiles.stages,
+            wg_axis="wg",
+            num_compute_wgs=tiles.warpgroups,
+            compute_context=with_sum,
+        )(*operands)
+        return
+
+    def alone(carry):
+        if registers:
+            return plgpu.emit_pipeline(advance, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages, init_carry=carry)(*operands)
+
+        def keeping(index, *refs):
+            advance(index, *refs, carry)
+
+        return plgpu.emit_pipeline(keeping, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages)(*operands)
+
+    with_sum(alone)
+
+
+def vector_size(size: int, dtype) -> int:
+    """Elements of shared memory for a vector: what the copy engine moves is a multiple of 128 bytes."""
+    least = 128 // jnp.dtype(dtype).itemsize
+    return -(-size // least) * least
+
+
+def fetch_vector(source, target, barrier, start, size: int):
+    """Copies a stretch of a vector from device memory into shared memory; past its end are zeros.
+
+    Args:
+      source: a vector in device memory.
+      target: `vector_size` elements of shared memory.
+      barrier: to await the copy on.
+      start: of the stretch.
+      size: of the stretch.
+
+    Returns:
+      The stretch, a reference of `size` elements.
+    """
+    plgpu.copy_gmem_to_smem(source.at[pl.ds(start, target.shape[0])], target, barrier)
+    plgpu.barrier_wait(barrier)
+    return target.at[pl.ds(0, size)]
+
+
+def row_values(ref) -> jax.Array:
+    """A vector in shared memory as one float32 for every row of a sum."""
+    return load(ref, Layout.WGMMA.reduce(1), optimized=False).astype(jnp.float32)
+
+
+def column_values(ref) -> jax.Array:
+    """A vector in shared memory as one float32 for every column of a sum."""
+    return load(ref, Layout.WGMMA.reduce(0), optimized=False).astype(jnp.float32)
+
+
+def store(value: jax.Array, staging, target, *, transpose: bool) -> None:
+    """Writes a tile to device memory through shared memory, transposed on the way where it stands on its side; what lies past the edge is left out."""
+    value = plgpu.layout_cast(value, Layout.WGMMA)
+    if transpose:
+        transposed(staging)[...] = plgpu.layout_cast(value, Layout.WGMMA_TRANSPOSED)
+    else:
+        staging[...] = value
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, target)
+    plgpu.wait_smem_to_gmem(0)

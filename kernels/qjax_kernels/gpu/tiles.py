@@ -1,0 +1,129 @@
+"""How a product is cut into tiles on a Hopper GPU."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The cut of a product y (M, N) = x (M, K) w (N, K)^T.
+
+    Attributes:
+      block_m: rows of x that a thread block takes, a multiple of 8 up to 256; more rows are more thread blocks.
+      block_n: rows of w that a thread block takes, a multiple of 64 for every compute warpgroup.
+      block_k: of K a pipeline stage holds, a multiple of 128.
+      stages: of the pipeline, all in shared memory.
+      split_k: thread blocks that share the K of one tile of y; their float32 sums are added by a second program.
+      warpgroups: that compute. With 1, they copy too and several thread blocks fit on a multiprocessor (weights bound by memory); with 2 or more, another
+        warpgroup does nothing but copies (many rows, bound by the tensor cores).
+      scale_first: the weight is scaled before the tensor cores see it (rounds code times scale to bfloat16); otherwise the float32 sum of a group is.
+      reorder: consecutive nibbles are used as they lie and the columns of x are put in that order by a program before the kernel; otherwise nibbles are
+        shuffled between threads. Four-bit codes only.
+      x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Products of eight bits on both sides only.
+      cluster: thread blocks with neighbouring rows of x that receive each block of w together. Needs two warpgroups.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    split_k: int = 1
+    warpgroups: int = 1
+    scale_first: bool = False
+    reorder: bool = False
+    x_left: bool = False
+    cluster: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no kernel has such tiles."""
+        if self.block_m % 8 or not 8 <= self.block_m <= 256:
+            raise ValueError(f"`block_m` is {self.block_m}; it must be a multiple of 8 from 8 to 256")
+        left, name = (self.block_m, "block_m") if self.x_left else (self.block_n, "block_n")
+        if self.warpgroups < 1 or left % (64 * self.warpgroups) or left < 64:
+            raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; every one takes a multiple of 64 rows")
+        if self.x_left and (self.block_n % 8 or not 8 <= self.block_n <= 256):
+            raise ValueError(f"`block_n` is {self.block_n}; with `x_left` it must be a multiple of 8 from 8 to 256")
+        if self.cluster < 1 or (self.cluster > 1 and self.warpgroups < 2):
+            raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
+        if self.block_k % 128 or self.block_k < 128:
+            raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
+        if self.stages < 1 or self.split_k < 1:
+            raise ValueError(f"`stages` is {self.stages} and `split_k` {self.split_k}; both start at 1")
+
+    def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
+        """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w."""
+        scales = self.block_n * 16 if scale_bytes else 0
+        return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales
+
+    def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
+        """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""
+        out = self.block_m * self.block_n * (4 if self.split_k > 1 else 2)
+        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + self.block_n * 4 + 1024
+
+
+def blocks(m: int, n: int, tiles: Tiles) -> int:
+    """Thread blocks of a launch."""
+    return math.ceil(m / tiles.block_m) * math.ceil(n / tiles.block_n) * tiles.split_k
+
+
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a thread block of a Hopper GPU may take."""
+
+
+def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132) -> Tiles:
+    """Tiles to start from where none were measured.
+
+    Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all have work.
+    Many rows are bound by the tensor cores: two warpgroups share the rows of x, and a third copies.
+
+    Args:
+      m: rows of x.
+      n: rows of w.
+      k: the contracted length.
+      bits: of a code, 4 or 8.
+      cores: multiprocessors of the GPU.
+
+    Returns:
+      Tiles that fit into shared memory.
+    """
+    if m > 64:
+        split = 1
+        wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
+        while blocks(m, n, wide) * split * 2 <= cores and k // 128 >= 8 * split:
+            split *= 2
+        return dataclasses.replace(wide, split_k=split, stages=3 if split == 1 else 2)
+    block_m = max(8, math.ceil(m / 8) * 8)
+    block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= 2 * cores else 64
+    narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
+    split = 1
+    while blocks(m, n, narrow) * split < 2 * cores and k // narrow.block_k >= 4 * split:
+        split *= 2
+    # A third of the shared memory for a thread block, so that three of them live on a multiprocessor.
+    narrow = dataclasses.replace(narrow, split_k=split)
+    fitting = (s for s in (6, 5, 4, 3) if dataclasses.replace(narrow, stages=s).shared_bytes(bits) <= SHARED_BYTES // 3)
+    return dataclasses.replace(narrow, stages=next(fitting, 2))
+
+
+def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
+    """Tiles to start from for eight bits on both sides.
+
+    Args:
+      m: rows of x.
+      n: rows of w.
+      k: the contracted length.
+      cores: multiprocessors of the GPU.
+
+    Returns:
+      Tiles that fit into shared memory.
+    """
+    if m > 64:
+        wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, x_left=True)
+        return dataclasses.replace(wide, cluster=2 if m > 128 else 1)
+    block_m = max(8, math.ceil(m / 8) * 8)
+    narrow = Tiles(block_m, 64, block_k=256 if block_m <= 32 else 128, stages=1)
+    split = 1
+    while blocks(m, n, narrow) * split < 2 * cores and k // narrow.block_k >= 4 * split:
+        split *= 2
+    narrow = dataclasses.replace(narrow, split_k=split)
+    fitting = (s for s in (6, 5, 4, 3) if dataclasses.replace(narrow, stages=s).shared_bytes(8, 0, 1) <= SHARED_BYTES // 3)
+    return dataclasses.replace(narrow, stages=next(fitting, 2))

@@ -1,0 +1,164 @@
+"""The Hopper kernel of weight-only products: codes are tensor-core operands out of registers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from .mosaic import LANE, Layout, load, swizzled, transposed
+from .pipeline import fetch_vector, over_columns, row_values, store, stream, vector_size
+from .tiles import Tiles
+
+PIECE = 128  # k that one run of tensor-core instructions takes: a multiple of it is the only group size
+
+
+def reordered(x: jax.Array) -> jax.Array:
+    """Columns of x in the order in which threads hold nibbles: blocks of 32 as (thread 4, half 2, shift 4) become (shift, thread, half)."""
+    m, k = x.shape
+    return x.reshape(m, k // 32, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(m, k)
+
+
+def _nibbles(codes: jax.Array) -> jax.Array:
+    """Codes (R, PIECE) int4 to bfloat16 without moving them between threads: the columns are those of `reordered`.
+
+    A thread's 32 bits hold eight consecutive codes. Shifted by 4 j, bits 0-3 and 16-19 are codes j and j + 4; as the low mantissa bits of 128.0 they are
+    136 plus the code once the sign bit is flipped.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(Layout.WGMMA_UPCAST_4X,), return_type=plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=Layout.WGMMA))
+    def convert(_, packed):
+        word = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(packed.shape), dtype=object)
+        for index, register in np.ndenumerate(packed.registers):
+            bits = mgpu_utils.bitcast(register, word)
+            for j in range(4):
+                shifted = arith.shrui(bits, arith.constant(word, 4 * j)) if j else bits
+                both = llvm.inline_asm(
+                    word,
+                    [shifted],
+                    "{ .reg .b32 a, b; lop3.b32 a, $1, 0x000F000F, 0x43084308, (0xf0 & 0xcc) ^ 0xaa; mov.b32 b, 0x43084308; sub.bf16x2 $0, a, b; }",
+                    "=r,r",
+                )
+                registers[(index[0], index[1] * 4 + j, *index[2:])] = mgpu_utils.bitcast(both, pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return convert(codes)
+
+
+def _float_codes(codes_ref, bits: int, reorder: bool, interpreted: bool) -> jax.Array:
+    """Codes (R, PIECE) out of shared memory as bfloat16 in the registers of operand A."""
+    codes = load(codes_ref, Layout.WGMMA_UPCAST_4X if bits == 4 else Layout.WGMMA_UPCAST_2X)
+    if reorder:
+        # An interpreter has no registers to reinterpret: the same columns by plain indexing.
+        return reordered(codes.astype(jnp.bfloat16)) if interpreted else _nibbles(codes)
+    return plgpu.layout_cast(codes, Layout.WGMMA).astype(jnp.bfloat16)
+
+
+def _row_scales(scales_ref, column, dtype) -> jax.Array:
+    """One column of scales, a scale for every row of the accumulator."""
+    return load(scales_ref.at[:, column], Layout.WGMMA.reduce(1), optimized=False).astype(dtype)
+
+
+def weight_only(x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int, group: int | None, tiles: Tiles, interpret=None) -> jax.Array:
+    """The kernel: float32 or bfloat16 partial products, transposed back on the way out.
+
+    Args:
+      x: (M, K) bfloat16, M below 8 or a multiple of 8.
+      codes: (N, K) int4 or int8.
+      scales: (N, K / group), or (N, 1) per channel.
+      bits: of a code.
+      group: consecutive k that share a scale, a multiple of 128; None per channel.
+      tiles: the cut.
+      interpret: as `pallas` takes it.
+
+    Returns:
+      (M, N) bfloat16, or (split_k, M, N) float32 parts that are to be added.
+    """
+    m, k = x.shape
+    n = codes.shape[0]
+    bm, bn, bk, groups_wg = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
+    rows = bn // groups_wg
+    shape = (rows, bm)
+    steps = -(-k // (bk * tiles.split_k))
+    split = tiles.split_k > 1
+    out_dtype = jnp.float32 if split else jnp.bfloat16
+    per_copy = 16 // scales.dtype.itemsize
+    after = group is not None and not tiles.scale_first
+
+    def piece(step, p, x_ref, w_ref, s_ref, first_row, carry):
+        cols = slice(p * PIECE, (p + 1) * PIECE)
+        weight = _float_codes(w_ref.at[pl.ds(first_row, rows), cols] if groups_wg > 1 else w_ref.at[:, cols], bits, tiles.reorder, interpret is not None)
+        rhs = transposed(x_ref.at[:, cols])
+        if group is None:
+            plgpu.wgmma(carry, weight, rhs)
+            return carry
+        column = lax.rem((step * bk + p * PIECE) // group, per_copy)
+        own = s_ref.at[pl.ds(first_row, rows)] if groups_wg > 1 else s_ref
+        if not after:
+            scale = _row_scales(own, column, jnp.bfloat16)
+            plgpu.wgmma(carry, weight * over_columns(scale, weight.shape), rhs)
+            return carry
+
+        def group_sum(acc):
+            plgpu.wgmma(acc, weight, rhs)
+            return acc[...]
+
+        part = pl.run_scoped(group_sum, plgpu.ACC(shape, jnp.float32))
+        return carry + part * over_columns(_row_scales(own, column, jnp.float32), shape)
+
+    def body(x_gmem, w_gmem, s_gmem, out_gmem, out_smem, channel_smem, barrier):
+        k_part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
+        warpgroup = lax.axis_index("wg") if groups_wg > 1 else 0
+        first_row = warpgroup * rows
+        first_step = k_part * steps
+
+        def advance(index, *args):
+            *refs, carry = args
+            x_ref, w_ref, s_ref = (*refs, None) if group is None else refs
+            for p in range(bk // PIECE):
+                carry = piece(index[0] + first_step, p, x_ref, w_ref, s_ref, first_row, carry)
+            if not after:
+                plgpu.wgmma_wait(0)
+            return carry
+
+        def finish(total):
+            if group is None:
+                start = n_block * bn + first_row
+                channel = fetch_vector(s_gmem, channel_smem.at[warpgroup], barrier.at[warpgroup], start, rows)
+                total = total * over_columns(row_values(channel), shape)
+            target = (out_gmem.at[k_part] if split else out_gmem).at[pl.ds(m_block * bm, bm), pl.ds(n_block * bn + first_row, rows)]
+            store(total.astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
+
+        in_specs = [
+            plgpu.BlockSpec((bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(bk, 16)),
+            plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, bits)),
+        ]
+        operands = [x_gmem, w_gmem]
+        if group is not None:
+            in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))))
+            operands.append(s_gmem)
+        stream(advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=after)
+
+    out_shape = (tiles.split_k, m, n) if split else (m, n)
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        scratch_types=[
+            plgpu.SMEM((groups_wg, bm, rows), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
+            plgpu.SMEM((groups_wg, vector_size(rows, scales.dtype)), scales.dtype),
+            plgpu.Barrier(num_barriers=groups_wg),
+        ],
+        grid=(tiles.split_k, -(-n // bn), -(-m // bm)),
+        grid_names=("k", "n", "m"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
+        interpret=interpret,
+        **({} if groups_wg == 1 else {"num_threads": groups_wg + 1, "thread_name": "wg"}),
+    )
+    return kernel(x, codes, scales.reshape(n) if group is None else scales)
