@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from qjax.runtime.device import device_of
 from qjax.runtime.kernels import Kernel, Runtime
 
 
+@functools.cache
 def installed_kernels(platform: str) -> tuple[Kernel, ...]:
     """Returns the kernels for a platform, the fastest first; those of other platforms are not imported.
 
@@ -17,8 +19,23 @@ def installed_kernels(platform: str) -> tuple[Kernel, ...]:
 
     Returns:
       Kernels; none where there are none.
+
+    Example:
+      >>> [kernel.name for kernel in installed_kernels("cpu")]
+      ['cpu int8', 'cpu weight-only']
     """
-    del platform
+    if platform == "cpu":
+        from qjax.runtime import on_cpu
+
+        return on_cpu.kernels()
+    if platform == "cuda":
+        from qjax.runtime import on_cuda
+
+        return on_cuda.kernels()
+    if platform == "tpu":
+        from qjax.runtime import on_tpu
+
+        return on_tpu.kernels()
     return ()
 
 

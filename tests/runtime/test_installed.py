@@ -1,0 +1,94 @@
+"""The kernels that come with the package, through `qjax.quantized`: on this machine, and compiled for others."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qjax_kernels import cpu
+
+import qjax
+from qjax.core import quantize
+from qjax.runtime import Device, installed_kernels
+from tests.program.cases import normal
+
+needs_cpu = pytest.mark.skipif(bool(cpu.why_not_loaded()), reason=f"no kernels for CPUs here: {cpu.why_not_loaded()}")
+N, K = 144, 136  # no multiples of the kernels' blocks
+
+
+def product(p, x):
+    return x @ p["w"]
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "spec",
+    [
+        qjax.int4(group_size=8), qjax.int8(), qjax.uint4(group_size=34), qjax.nf4(group_size=17), qjax.int3(), qjax.uint2(),
+        qjax.mxfp4(pad=True),
+    ],  # fmt: skip
+    ids=str,
+)
+def test_weight_only_on_this_cpu(spec):
+    params, x = {"w": quantize(normal(K, N), spec, (0,))}, normal(3, K, seed=1)
+    laid = qjax.prepack(product)(params, x)
+    assert laid["w"].codes.size == 0
+    np.testing.assert_array_equal(laid["w"].dequantize(), params["w"].dequantize())
+    compiled = jax.jit(qjax.quantized(product)).lower(laid, x).compile()
+    text = compiled.as_text() or ""
+    assert "qjax_cpu" in text
+    assert not re.search(rf"f32\[(?:{N},{K}|{K},{N})\]", text), "a float copy of the weight"
+    want = np.asarray(x, np.float64) @ np.asarray(params["w"].dequantize(), np.float64)
+    np.testing.assert_allclose(compiled(laid, x), want, rtol=1e-5, atol=1e-4)
+
+
+@needs_cpu
+@pytest.mark.parametrize("rule", ["half", "full"])
+def test_rounded_activations_on_this_cpu_are_those_of_the_reference(rule):
+    act = qjax.dynamic(qjax.int8(scale_rule=rule))
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(group_size=8), activation=act)])
+    x = normal(5, K, seed=1).at[2].set(0)
+    result = qjax.quantize(product, {"w": normal(K, N)}, policy, calibration=[x])
+    assert result.report.rows[0].kernel == "cpu int8" and "cpu int8" in str(result.report)
+    laid = qjax.prepack(product)(result.params, x)
+    got = jax.jit(qjax.quantized(product))(laid, x)
+    want = jax.jit(qjax.quantized(product, kernel="xla"))(result.params, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert not np.any(got[2])
+
+
+@needs_cpu
+def test_a_small_model_keeps_to_xla_and_says_why():
+    report = qjax.sites(product, qjax.Policy([qjax.Rule("*", weight=qjax.int4())]))({"w": jnp.ones((8, 4))}, jnp.ones((2, 8)))
+    assert report.rows[0].kernel == "xla"
+    assert "cpu weight-only: a weight of 4 x 8 is too small to gain: 16384 values at least" in report.rows[0].kernel_reasons
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("act", [None, qjax.dynamic(qjax.int8())], ids=["float", "int8"])
+def test_programs_for_tpus_hold_their_kernels(chip, act):
+    device = Device("tpu", chip)
+    rule = qjax.Rule("*", weight=qjax.int4(group_size=128), activation=act)
+    x = normal(16, 256).astype(jnp.bfloat16)
+    params = qjax.quantize(product, {"w": normal(256, 128).astype(jnp.bfloat16)}, qjax.Policy([rule]), calibration=[x]).params
+    laid = qjax.prepack(product, device=device)(params, x)
+    assert laid["w"].laid["codes"].dtype == jnp.int4 and laid["w"].laid["codes"].shape == (256, 128)
+    traced = jax.jit(qjax.quantized(product, device=device)).trace(laid, x)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_programs_for_hopper_hold_their_kernel():
+    pytest.importorskip("absl")
+    device = Device("cuda", "sm_90a", 132)
+    x = normal(16, 1024).astype(jnp.bfloat16)
+    params = {"w": quantize(normal(1024, 128).astype(jnp.bfloat16), qjax.int4(group_size=128), (0,))}
+    laid = qjax.prepack(product, device=device)(params, x)
+    assert laid["w"].laid["codes"].dtype == jnp.int4
+    traced = jax.jit(qjax.quantized(product, device=device, kernel="hopper weight-only")).trace(laid, x)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_every_platform_has_kernels():
+    assert all(installed_kernels(platform) for platform in ("cpu", "cuda", "tpu")) and installed_kernels("METAL") == ()
