@@ -21,15 +21,11 @@ def product(p, x):
     return x @ p["w"]
 
 
+SPECS = [qjax.int4(group_size=8), qjax.int8(), qjax.uint4(group_size=34), qjax.nf4(group_size=17), qjax.int3(), qjax.uint2()]
+
+
 @needs_cpu
-@pytest.mark.parametrize(
-    "spec",
-    [
-        qjax.int4(group_size=8), qjax.int8(), qjax.uint4(group_size=34), qjax.nf4(group_size=17), qjax.int3(), qjax.uint2(),
-        qjax.mxfp4(pad=True),
-    ],  # fmt: skip
-    ids=str,
-)
+@pytest.mark.parametrize("spec", [*SPECS, qjax.mxfp4(pad=True)], ids=str)
 def test_weight_only_on_this_cpu(spec):
     params, x = {"w": quantize(normal(K, N), spec, (0,))}, normal(3, K, seed=1)
     laid = qjax.prepack(product)(params, x)
