@@ -91,12 +91,13 @@ def decode_speed(model: Model, ids: np.ndarray) -> float | None:
 
 
 def run(model: Model, ids: Any, new_tokens: int, *, kv_cache: Policy | None = None, **options: Any) -> Any:
-    """Generates from one prompt; the programs are compiled once for each length of prompt. `kv_cache` packs keys and values."""
+    """Generates from one prompt, or a list of them; the programs are compiled once for each length. `kv_cache` packs keys and values."""
     context, apply = model.config.max_position_embeddings, model.apply
     if kv_cache is not None and model.document is None:  # that of a packed model takes a packed cache as it is
         apply = quantized(apply)
-    cache = partial(cache_of, model, cache_length(model, len(ids) + new_tokens), kv_cache)
-    return generate(apply, model.params, np.asarray(ids)[None], new_tokens, init_cache=cache, context_length=context, **options)
+    rows = ids if np.ndim(ids[0]) else [ids]
+    cache = partial(cache_of, model, cache_length(model, max(map(len, rows)) + new_tokens), kv_cache)
+    return generate(apply, model.params, [np.asarray(row) for row in rows], new_tokens, init_cache=cache, context_length=context, **options)
 
 
 def cache_length(model: Model, tokens: int) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.models import Llama, LlamaConfig, books_llama, generate, init_cache, stack_layers
 from qjax.models.generate import sample
 
@@ -214,3 +215,22 @@ def test_top_p_is_a_probability(small, top_p):
     config, variables, apply = small
     with pytest.raises(ValueError, match="`top_p` must be above 0 and at most 1"):
         generate(apply, variables, [[3, 4]], 2, **settings(config, top_p=top_p))
+
+
+def test_one_call_generates_from_a_model_and_its_packed_parameters(small):
+    config, variables, _ = small
+    model = Llama(config)
+    policy = qjax.Policy([qjax.Rule("*embed*", weight=None), qjax.Rule("*", weight=qjax.int8())])
+    tokens = jnp.ones((1, 4), jnp.int32)
+    params = qjax.quantize(model.apply, variables, policy, calibration=[tokens]).params
+    found = qjax.generate(model, params, [[3, 4], [5, 6, 7]], 5, eos_ids=())
+    apply = qjax.quantized(model.apply)
+    for prompt, new in zip([[3, 4], [5, 6, 7]], found.new, strict=True):
+        alone = generate(apply, params, [prompt], 5, **settings(config))
+        np.testing.assert_array_equal(new, alone.new[0])
+    cache = qjax.Policy([qjax.Rule("2/*", cache=qjax.kv_cache(qjax.int8(), window=4))])
+    assert qjax.generate(model, params, [[3, 4]], 5, kv_cache=cache, temperature=1.0, seed=3).tokens.shape == (1, 7)
+    with pytest.raises(TypeError, match="`model` must have an `apply"):
+        qjax.generate(model.apply, params, [[3, 4]])
+    with pytest.raises(ValueError, match="`init_cache` is needed"):
+        qjax.generate(type("Other", (), {"apply": staticmethod(model.apply)})(), params, [[3, 4]])
