@@ -17,6 +17,7 @@ _COMMANDS = {
     "eval": "qjax.cli.evaluate",
     "inspect": "qjax.cli.inspect",
     "generate": "qjax.cli.generate",
+    "doctor": "qjax.cli.doctor",
 }
 _TRACEBACK = "qjax.traceback"
 

@@ -76,9 +76,9 @@ def generate(
     config = getattr(model, "config", None)
     context = getattr(config, "max_position_embeddings", None) if context_length is None else context_length
     cache = _llama_cache(model) if init_cache is None else init_cache
-    for name, value in (("init_cache", cache), ("context_length", context)):
-        if value is None:
-            raise ValueError(f"`{name}` is needed: {type(model).__name__} has no configuration that says it")
+    if cache is None or context is None:
+        name = "init_cache" if cache is None else "context_length"
+        raise ValueError(f"`{name}` is needed: {type(model).__name__} has no configuration that says it")
     apply = _applied(model, kernel, device)
     ends = tuple(getattr(config, "eos_token_ids", ())) if eos_ids is None else tuple(eos_ids)
     return decode(

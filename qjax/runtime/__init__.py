@@ -7,6 +7,7 @@ from qjax_kernels.request import Weight as Weight
 from qjax.runtime.cache import quantized_cache as quantized_cache
 from qjax.runtime.device import device_of as device_of
 from qjax.runtime.installed import installed_kernels as installed_kernels
+from qjax.runtime.installed import runtime_of as runtime_of
 from qjax.runtime.kernels import Choice as Choice
 from qjax.runtime.kernels import Codes as Codes
 from qjax.runtime.kernels import Kernel as Kernel

@@ -56,6 +56,7 @@ class Kernel:
         activations, None for others.
       layout: of the weights that it reads, or None for codes as a `QTensor` has them. Other weights go to other kernels, because laying one
         out costs more than a product with it; where it is forced they are laid out in every call.
+      activations: what becomes of activations in it, as `Request.activation` says; it is not asked about others.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Kernel:
     why_not: Callable[[Request], str]
     run: Callable[[Request, Operands, ActSpec | None], jax.Array]
     layout: Layout | None = None
+    activations: tuple[str | None, ...] = (None, "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,11 @@ class Runtime:
 
 
 def choose(
-    request: Request, kernels: Sequence[Kernel], force: str | None = None, laid: Layout | EllipsisType | None = ...
+    request: Request,
+    kernels: Sequence[Kernel],
+    force: str | None = None,
+    laid: Layout | EllipsisType | None = ...,
+    where: str = "here",
 ) -> Choice:
     """Chooses the first kernel that takes a request; XLA where none does.
 
@@ -103,6 +109,7 @@ def choose(
       kernels: the fastest first.
       force: the name of the only kernel that may run, or "xla".
       laid: the layout that the weight has, None for its own; by default that which the kernel wants.
+      where: what an error calls the place.
 
     Returns:
       A `Choice`.
@@ -131,12 +138,17 @@ def choose(
             reason = f"it is for {kernel.platform}, and the program for {request.device.platform}"
             if force is None:
                 continue
+        elif request.activation not in kernel.activations:
+            own = " or ".join(name or "float" for name in kernel.activations)
+            reason = f"it takes {own} activations, and these are {request.activation or 'float'}"
+            if force is None:
+                continue
         else:
             reason = kernel.why_not(request) or _why_not_laid(kernel, laid, force is not None)
         if not reason:
             return Choice(kernel, tuple(reasons))
         if force is not None:
-            raise ValueError(f"`kernel` {force!r} cannot run here: {reason}")
+            raise ValueError(f"`kernel` {force!r} cannot run {where}: {reason}")
         reasons.append((kernel.name, reason))
     return Choice(None, tuple(reasons))
 

@@ -75,10 +75,7 @@ def _placed(a: Any) -> str:
 
 
 def _choose(site: Site, request: Request, runtime: Runtime, weight: Packed) -> Choice:
-    try:
-        return choose(request, runtime.kernels, runtime.force, layout_of(weight.q))
-    except ValueError as error:
-        raise ValueError(str(error).replace("cannot run here", f"cannot run {site.path}", 1)) from None
+    return choose(request, runtime.kernels, runtime.force, layout_of(weight.q), site.path)
 
 
 def _differentiable(site: Site, eqn: Any, request: Request, runtime: Runtime, weight: Packed, plain: Plain) -> Plain:

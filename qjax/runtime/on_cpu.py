@@ -18,17 +18,9 @@ def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
     layout = Layout(f"cpu kernels (layout {cpu.LAYOUT_VERSION})", _pack, _unpack, _rows)
     return (
-        Kernel("cpu int8", "cpu", _why_not_integer, _integer, layout),
-        Kernel("cpu weight-only", "cpu", _why_not_float, _float, layout),
+        Kernel("cpu int8", "cpu", _why_not, _integer, layout, ("int8",)),
+        Kernel("cpu weight-only", "cpu", _why_not, _float, layout, (None,)),
     )
-
-
-def _why_not_integer(request: Request) -> str:
-    return "the activations stay float" if request.activation is None else _why_not(request)
-
-
-def _why_not_float(request: Request) -> str:
-    return "the activations are rounded" if request.activation is not None else _why_not(request)
 
 
 def _why_not(request: Request) -> str:

@@ -19,8 +19,8 @@ def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
     layout = Layout("cuda kernels", _pack, _unpack)
     return (
-        Kernel("hopper 8 bit", "cuda", lambda request: eight_bit.why_not(request) or "", _eight_bit, layout),
-        Kernel("hopper weight-only", "cuda", lambda request: weight_only.why_not(request) or "", _weight_only, layout),
+        Kernel("hopper 8 bit", "cuda", lambda request: eight_bit.why_not(request) or "", _eight_bit, layout, ("int8", "fp8")),
+        Kernel("hopper weight-only", "cuda", lambda request: weight_only.why_not(request) or "", _weight_only, layout, (None,)),
     )
 
 

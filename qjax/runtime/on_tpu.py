@@ -19,8 +19,8 @@ def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
     layout = Layout("tpu kernels", _pack, _unpack)
     return (
-        Kernel("tpu int8", "tpu", lambda request: why_not_int8(request) or "", _int8, layout),
-        Kernel("tpu weight-only", "tpu", lambda request: why_not_weight_only(request) or "", _weight_only, layout),
+        Kernel("tpu int8", "tpu", lambda request: why_not_int8(request) or "", _int8, layout, ("int8",)),
+        Kernel("tpu weight-only", "tpu", lambda request: why_not_weight_only(request) or "", _weight_only, layout, (None,)),
     )
 
 

@@ -113,7 +113,7 @@ def _layout_of_site(site: Site, q: QTensor, runtime: Runtime) -> Layout | str:
     stacked, parts = _leading(site)
     if kept[: len(stacked) + len(parts)] != [*stacked, *parts]:
         return "its layers and experts are not the first axes of the stored weight"
-    kernel = choose(request, runtime.kernels, runtime.force).kernel
+    kernel = choose(request, runtime.kernels, runtime.force, where=site.path).kernel
     if kernel is None:
         return "no kernel takes its products"
     return f"{kernel.name} reads codes as they are stored" if kernel.layout is None else kernel.layout

@@ -129,6 +129,7 @@ def test_a_stop_text_is_not_shown_before_it_is_sure():
 
 
 def test_a_kernel_is_for_packed_models(tiny, packed):
-    assert "--kernel" in error_of("generate", tiny, "--prompt", "On", "--kernel", "cpu int8", "--max-new-tokens", 2, "--json", code=2)
-    assert "'cpu int8' cannot run" in error_of("generate", packed, "--prompt", "On", "--kernel", "cpu int8", "--max-new-tokens", 2, "--json")
+    arguments = ("--prompt", "On", "--max-new-tokens", 2, "--json", "--kernel")
+    assert "--kernel" in error_of("generate", tiny, *arguments, "cpu int8", code=2)
+    assert "'cpu int8' cannot run" in error_of("generate", packed, *arguments, "cpu int8", code=1)
     assert json_of("generate", packed, "--prompt", "On", "--kernel", "xla", "--max-new-tokens", 2)["text"] is not None

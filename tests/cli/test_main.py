@@ -13,7 +13,7 @@ from qjax.cli.shared import emit
 from .conftest import error_of, invoke
 
 CLI = Path(qjax.cli.main.__file__).parent
-COMMANDS = ["demo", "quantize", "calibrate", "eval", "inspect", "generate"]
+COMMANDS = ["demo", "quantize", "calibrate", "eval", "inspect", "generate", "doctor"]
 
 
 def test_help_lists_the_commands():

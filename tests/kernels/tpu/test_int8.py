@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-
 from qjax_kernels import reference, shapes
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu import tiles

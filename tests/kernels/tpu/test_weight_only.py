@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-
 from qjax_kernels import reference, shapes
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu import tiles
