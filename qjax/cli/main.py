@@ -18,6 +18,8 @@ _COMMANDS = {
     "inspect": "qjax.cli.inspect",
     "generate": "qjax.cli.generate",
     "doctor": "qjax.cli.doctor",
+    "bench": "qjax.cli.bench",
+    "tune": "qjax.cli.tune",
 }
 _TRACEBACK = "qjax.traceback"
 

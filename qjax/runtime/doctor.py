@@ -62,7 +62,7 @@ def path_of(
     if act is not None and act[0] is None:
         return Path(*texts, "xla", (("", act[1]),))
     request = Request(runtime.device, rows, n, k, form, "float32" if dtype == "float32" else "bfloat16", act[0] if act else None)
-    choice = choose(request, runtime.kernels)
+    choice = choose(request, runtime.kernels, tuned=runtime.tuned)
     return Path(*texts, "xla" if choice.kernel is None else choice.kernel.name, choice.reasons)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from qjax.runtime.device import device_of
 from qjax.runtime.kernels import Kernel, Runtime
+from qjax.runtime.tuning import read_tuned, tuned_file
 
 
 @functools.cache
@@ -39,7 +41,13 @@ def installed_kernels(platform: str) -> tuple[Kernel, ...]:
     return ()
 
 
-def runtime_of(kernel: str | None = None, device: Any = None, kernels: Sequence[Kernel] | None = None) -> Runtime:
+def runtime_of(
+    kernel: str | None = None,
+    device: Any = None,
+    kernels: Sequence[Kernel] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
+) -> Runtime:
     """What `quantized` chooses from, for the same arguments."""
     where = device_of(device)
-    return Runtime(where, installed_kernels(where.platform) if kernels is None else tuple(kernels), kernel)
+    known = {} if kernels is not None and tuned is None else read_tuned(tuned_file(where, tuned))
+    return Runtime(where, installed_kernels(where.platform) if kernels is None else tuple(kernels), kernel, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from qjax_kernels.request import Device, Request, Weight
 
 from qjax.core import ActSpec
 from qjax.runtime.request import Operands
+from qjax.runtime.tuning import key_of
 
 XLA = "xla"  # the name of what needs no kernel, and of what forces it
 
@@ -88,11 +89,13 @@ class Runtime:
       device: where the program will run.
       kernels: the fastest first.
       force: the name of the only one that may run, "xla" for none, None to choose.
+      tuned: which was the fastest when it was measured, by `tuning.key_of` of the product; "xla" for XLA.
     """
 
     device: Device
     kernels: tuple[Kernel, ...] = ()
     force: str | None = None
+    tuned: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def choose(
@@ -101,6 +104,7 @@ def choose(
     force: str | None = None,
     laid: Layout | EllipsisType | None = ...,
     where: str = "here",
+    tuned: Mapping[str, str] | None = None,
 ) -> Choice:
     """Chooses the first kernel that takes a request; XLA where none does.
 
@@ -110,6 +114,7 @@ def choose(
       force: the name of the only kernel that may run, or "xla".
       laid: the layout that the weight has, None for its own; by default that which the kernel wants.
       where: what an error calls the place.
+      tuned: what was measured, as in `Runtime`. A weight that is laid out for a kernel does not go to XLA for it.
 
     Returns:
       A `Choice`.
@@ -130,8 +135,12 @@ def choose(
     check_name(force, kernels)
     if force == XLA:
         return Choice(None)
+    fastest = (tuned or {}).get(key_of(request)) if tuned and force is None else None
+    if fastest == XLA and (laid is None or isinstance(laid, EllipsisType)):
+        mine = [kernel.name for kernel in kernels if kernel.platform == request.device.platform]
+        return Choice(None, tuple((name, "slower than XLA when `qjax tune` measured it") for name in mine))
     reasons: list[tuple[str, str]] = []
-    for kernel in kernels:
+    for kernel in sorted(kernels, key=lambda kernel: kernel.name != fastest):
         if force is not None and kernel.name != force:
             continue
         if kernel.platform != request.device.platform:

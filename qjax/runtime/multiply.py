@@ -75,7 +75,7 @@ def _placed(a: Any) -> str:
 
 
 def _choose(site: Site, request: Request, runtime: Runtime, weight: Packed) -> Choice:
-    return choose(request, runtime.kernels, runtime.force, layout_of(weight.q), site.path)
+    return choose(request, runtime.kernels, runtime.force, layout_of(weight.q), site.path, runtime.tuned)
 
 
 def _differentiable(site: Site, eqn: Any, request: Request, runtime: Runtime, weight: Packed, plain: Plain) -> Plain:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ def prepack(
     kernel: str | None = None,
     device: Any = None,
     kernels: Sequence[Kernel] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
     donate: bool = False,
 ) -> Callable[..., Any]:
     """Transforms `fn` into a function of the same arguments that gives its parameters laid out for the kernels that will run.
@@ -38,6 +40,7 @@ def prepack(
       kernel: as for `qjax.quantized`.
       device: as for `qjax.quantized`.
       kernels: as for `qjax.quantized`.
+      tuned: as for `qjax.quantized`.
       donate: free each leaf's old codes as soon as the new ones are there, so that never more than one weight is in memory twice.
 
     Returns:
@@ -61,7 +64,7 @@ def prepack(
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
-        runtime = runtime_of(kernel, device, kernels)
+        runtime = runtime_of(kernel, device, kernels, tuned)
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
         values = [*arguments.params]
@@ -113,7 +116,7 @@ def _layout_of_site(site: Site, q: QTensor, runtime: Runtime) -> Layout | str:
     stacked, parts = _leading(site)
     if kept[: len(stacked) + len(parts)] != [*stacked, *parts]:
         return "its layers and experts are not the first axes of the stored weight"
-    kernel = choose(request, runtime.kernels, runtime.force, where=site.path).kernel
+    kernel = choose(request, runtime.kernels, runtime.force, where=site.path, tuned=runtime.tuned).kernel
     if kernel is None:
         return "no kernel takes its products"
     return f"{kernel.name} reads codes as they are stored" if kernel.layout is None else kernel.layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def quantized(
     kernel: str | None = None,
     device: Any = None,
     kernels: Sequence[Kernel] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
 ) -> Callable[..., Any]:
     """Transforms `fn(params, *args)` so that `params` may hold `QTensor` leaves, and the arguments `QCache` ones.
 
@@ -43,6 +45,8 @@ def quantized(
       kernel: the only kernel that may run, by name; "xla" for none. None chooses for each product.
       device: where the function will run, a `jax.Device` or, to compile ahead of time, a `qjax.Device`. None is jax's default device.
       kernels: what to choose from, the fastest first; None for all that are installed.
+      tuned: the folder of what `qjax tune` measured, which goes before the order of `kernels`. None is the user's cache folder where
+        `kernels` is None, too, and nothing where it is not.
 
     Returns:
       The function, with the same arguments and results.
@@ -72,7 +76,7 @@ def quantized(
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
         named = named_products(program, sites)
-        rule = functools.partial(packed_rule, runtime=runtime_of(kernel, device, kernels))
+        rule = functools.partial(packed_rule, runtime=runtime_of(kernel, device, kernels, tuned))
         interpreter = Interpreter({site.key: site for site in program.sites}, rule=rule, products=named, product_rule=product_rule)
         state = {key: sites[product.name] for key, product in named.items()}
         values = [*arguments.params, *arguments.inputs]

@@ -102,7 +102,7 @@ def kernel_of(
         some = any(kernel.platform == runtime.device.platform for kernel in runtime.kernels)
         reasons = (request,) if some and site.op != "gather" else ()
     else:
-        chosen = choose(request, runtime.kernels)
+        chosen = choose(request, runtime.kernels, tuned=runtime.tuned)
         reasons = tuple(f"{name}: {why}" for name, why in chosen.reasons)
         if chosen.kernel is not None:
             return chosen.kernel.name, "", reasons
