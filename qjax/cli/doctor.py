@@ -27,7 +27,7 @@ def command(chip: str | None, size: tuple[int, int], dtype: str | None, as_json:
     from qjax.runtime.doctor import advice, path_of
 
     here = device_of()
-    device = here if chip is None else Device(CHIPS[chip], chip)
+    device = here if chip is None else Device(CHIPS[chip], chip)  # pyright: ignore[reportArgumentType]
     runtime = runtime_of(device=device)
     dtype = dtype or ("float32" if device.platform == "cpu" else "bfloat16")
     paths = [path_of(weight, act, runtime, rows, *size, dtype) for weight, act in _specs() for rows in ROWS]

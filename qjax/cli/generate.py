@@ -1,6 +1,5 @@
 """`qjax generate`: continues a text."""
 
-import dataclasses
 import time
 from typing import Any
 
@@ -110,19 +109,13 @@ def command(
 
 def _laid_out(opened: Any, kernel: str | None) -> Any:
     """A packed model with its weights as the kernels read them."""
-    from qjax.models import Llama, prepacked
-    from qjax.runtime import quantized
+    from qjax.cli.measure import laid_out
 
-    if opened.document is None:
-        if kernel not in (None, "xla"):
-            raise click.UsageError(f"--kernel {kernel} is for packed weights, and {opened.name!r} is float: quantize it")
-        return opened
-    model = Llama(opened.config)
-    if kernel is not None and opened.document.sites:
+    if opened.document is None and kernel not in (None, "xla"):
+        raise click.UsageError(f"--kernel {kernel} is for packed weights, and {opened.name!r} is float: quantize it")
+    if kernel is not None and opened.document is not None and opened.document.sites:
         raise click.UsageError(f"--kernel {kernel}: {opened.name!r} has products of two activations, which have their own")
-    params = prepacked(model, opened.params, donate=True, kernel=kernel)
-    apply = opened.apply if kernel is None else quantized(model.apply, kernel=kernel)
-    return dataclasses.replace(opened, params=params, apply=apply)
+    return laid_out(opened, kernel, donate=True)
 
 
 def _listener(shown: Any, streams: list["Stream"], stops: tuple[str, ...], wait: list[int]) -> Any:

@@ -39,6 +39,7 @@ from qjax.ptq.streams import Task
 from qjax.ptq.work import work_of
 from qjax.report import Report, Row
 from qjax.runtime.adapter import why_not as why_no_adapter
+from qjax.runtime.installed import runtime_of
 from qjax.runtime.select import kernel_of
 
 Done = dict[int, tuple[QTensor, tuple[str, ...]]]
@@ -299,7 +300,7 @@ def describe(
         error = float(relative_error(jnp.asarray(flat[choice.leaf.index]), q))
         row = planned_row(choice, q)
         rows.append(dataclasses.replace(row, error=error, notes=tuple(dict.fromkeys((*notes, *row.notes)))))
-    return Report(tuple(rows), program_notes(program), seconds)
+    return Report(tuple(rows), (*program_notes(program), *layout_notes(rows)), seconds)
 
 
 @jax.jit
@@ -373,6 +374,14 @@ def program_notes(program: Program) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def layout_notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Says what has to be done before the kernels of a report run."""
+    named = {name for row in rows for name in row.kernel.split(", ")}
+    laid = [kernel.name for kernel in runtime_of().kernels if kernel.layout is not None and kernel.name in named]
+    text = "weights have a layout of their own: params = qjax.prepack(fn)(result.params, *inputs), once; others run on XLA"
+    return (f"{' and '.join(laid)}: {text}",) if laid else ()
+
+
 def cache_notes(policy: Policy) -> tuple[str, ...]:
     """Says which rules of a policy are not for parameters."""
     caches = [repr(rule.pattern) for rule in policy.rules if rule.cache is not None]
@@ -406,6 +415,6 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:
         program = programs(split_arguments(params, args, kwargs))
         rows = (*map(planned_row, policy.resolve(program)), *map(product_row, policy.resolve_products(program)))
-        return Report(rows, (*program_notes(program), *cache_notes(policy)))
+        return Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows)))
 
     return call

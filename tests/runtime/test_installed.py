@@ -88,3 +88,12 @@ def test_programs_for_hopper_hold_their_kernel():
 
 def test_every_platform_has_kernels():
     assert all(installed_kernels(platform) for platform in ("cpu", "cuda", "tpu")) and installed_kernels("METAL") == ()
+
+
+@needs_cpu
+def test_the_report_says_that_weights_have_to_be_laid_out():
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4())])
+    report = qjax.sites(product, policy)({"w": jnp.ones((K, N))}, jnp.ones((2, K)))
+    (note,) = report.notes
+    assert report.rows[0].kernel == "cpu weight-only" and note.startswith("cpu weight-only: weights have a layout of their own: ")
+    assert "kernel" in str(report)
