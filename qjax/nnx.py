@@ -19,15 +19,18 @@ from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 
 
-def function(model: nnx.Module) -> Callable[..., Any]:
+def function(model: nnx.Module, mutable: bool = False) -> Callable[..., Any]:
     """Returns the pure function `fn(state, *inputs)` of a module, for `qjax.quantized`, `qjax.trace` and the rest.
 
     Args:
       model: the module; its structure is taken as it is now, its numbers are not.
+      mutable: whether the function also returns the state that is no `nnx.Param` as it is after the call: caches, counts, batch
+        statistics. `nnx.merge_state(state, changed)` is the state of the next call; parameters, which may be packed, stay in it. It is
+        dropped otherwise: put the module in evaluation mode.
 
     Returns:
-      A function of a state (as `nnx.state(model)` or `result.params`) and the arguments of `__call__`. State that the call
-      changes is dropped: put the module in evaluation mode.
+      A function of a state (as `nnx.state(model)` or `result.params`) and the arguments of `__call__`, that returns what `__call__` does;
+      with `mutable` (that, changed).
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -35,12 +38,18 @@ def function(model: nnx.Module) -> Callable[..., Any]:
       >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
       >>> qjax.nnx.function(model)(nnx.state(model), jnp.ones((2, 8))).shape
       (2, 4)
+      >>> norm = nnx.BatchNorm(8, momentum=0.0, rngs=nnx.Rngs(0))
+      >>> _, changed = qjax.nnx.function(norm, mutable=True)(nnx.state(norm), jnp.ones((2, 8)))
+      >>> sorted(changed), nnx.merge_state(nnx.state(norm), changed)["mean"][0].item()
+      (['mean', 'var'], 1.0)
     """
     _check(model, "function")
     graphdef = nnx.graphdef(model)
 
     def fn(state: Any, *inputs: Any, **kwargs: Any) -> Any:
-        return nnx.merge(graphdef, state)(*inputs, **kwargs)
+        called = nnx.merge(graphdef, state)
+        out = called(*inputs, **kwargs)
+        return (out, nnx.split(called, nnx.Param, ...)[2]) if mutable else out
 
     return fn
 

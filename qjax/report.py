@@ -105,7 +105,9 @@ class Report:
         return text
 
     def __rich__(self) -> Table:
-        table = Table(title=self.summary, title_justify="left", caption_justify="left", caption="\n".join(self.notes) or None)
+        legend = ("error: |w - w_hat|^2 / |w|^2 of the weights",) if any(row.error is not None for row in self.rows) else ()
+        caption = "\n".join((*legend, *self.notes)) or None
+        table = Table(title=self.summary, title_justify="left", caption_justify="left", caption=caption)
         table.add_column("parameter", no_wrap=True)
         for name in ("shape", "op", "spec", "method"):
             table.add_column(name, overflow="fold")

@@ -13,10 +13,19 @@ _GIVEN = os.environ.get("XLA_FLAGS", "")
 # Half of what compilation still takes; later versions have no such switch, and abort.
 _SWITCH = "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
 _QUICK = "" if "xla_backend_optimization_level" in _GIVEN else f"--xla_backend_optimization_level=0 {_SWITCH}"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {_QUICK} {_GIVEN}"
+# Two workers share two cores: cutting a small program into pieces that are compiled in parallel only costs.
+_WHOLE = "--xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {_WHOLE} {_QUICK} {_GIVEN}"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+LONG = ("cli/test_demo.py", "experiments/test_benches.py", "ptq/test_shipped_model.py", "ptq/test_memory.py", "test_notebooks.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The modules of the longest tests come first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
 @pytest.fixture(autouse=True, scope="session")

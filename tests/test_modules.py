@@ -212,3 +212,32 @@ def test_what_a_module_cannot_do_is_refused_at_once():
         qjax.linen.fake_quant(nn.Dense(3), qjax.int8())
     with pytest.raises(ValueError, match=r"`variables` must be a dictionary with 'params'.* got one with 'kernel'"):
         qjax.linen.quantize(nn.Dense(3), {"kernel": jnp.ones((8, 3))}, activations, calibration=[jnp.ones((2, 8))])
+
+
+class Counting(nnx.Module):
+    def __init__(self, rngs):
+        self.linear, self.norm = nnx.Linear(8, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.calls = nnx.Intermediate(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] = self.calls[...] + 1
+        return self.norm(self.linear(x))
+
+
+def test_the_function_of_an_nnx_module_gives_back_the_state_that_a_call_changes():
+    """Packed parameters stay in the state and are no result of the call."""
+    model, x = Counting(nnx.Rngs(0)), normal(6, 8)
+    result = qjax.nnx.quantize(model, Policy([Rule("*kernel", weight=qjax.int8())]), [x])
+    fn, state = jax.jit(qjax.quantized(qjax.nnx.function(model, mutable=True))), result.params
+    for _ in range(3):
+        out, changed = fn(state, x)
+        state = nnx.merge_state(state, changed)
+    assert int(nnx.to_pure_dict(state)["calls"]) == 3 and int(model.calls[...]) == 0
+    assert sorted(nnx.to_pure_dict(changed)) == ["calls", "norm"] and sorted(nnx.to_pure_dict(changed)["norm"]) == ["mean", "var"]
+    packed = [leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QTensor)) if isinstance(leaf, QTensor)]
+    assert len(packed) == 1
+    for _ in range(3):
+        wanted = model(x)
+    np.testing.assert_allclose(out, wanted, atol=0.05)
+    np.testing.assert_allclose(nnx.to_pure_dict(state)["norm"]["mean"], model.norm.mean[...], atol=0.01)
+    np.testing.assert_array_equal(jax.jit(qjax.quantized(qjax.nnx.function(model)))(result.params, x), fn(result.params, x)[0])

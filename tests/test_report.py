@@ -35,6 +35,7 @@ def test_it_prints_what_was_quantized_and_why_not(monkeypatch):
     (w,) = (line for line in lines if line.startswith("│ w "))
     assert "dot_general" in w and "rtn" in w and "int8" in w
     assert "float32" in b and "it meets no data" in b
+    assert lines[-1] == "error: |w - w_hat|^2 / |w|^2 of the weights"
 
 
 LONG = "encoder/layers_12345678/self_attention/query_projection_with_a_long_name"

@@ -93,21 +93,56 @@ def significant(a, b):
     return int(found.low > 0) - int(found.high < 0)
 
 
+MEASURES = {"perplexity": lambda record: halves(record)[1], "divergence": lambda record: np.asarray(record["kls"])}
+
+
 def print_reversals(records, first, second):
-    """Pairs of methods whose order on one model, beyond doubt in perplexity, is beyond doubt the other way round on the other model."""
+    """Pairs of methods whose order on one model is beyond doubt, and what becomes of them on the other, in each measure."""
     (_, ours), (_, theirs) = cells(records, first), cells(records, second)
-    print(f"\n## Pairs in order on {first}, and what becomes of them on {second}\n")
-    print("| | pairs | as there in divergence | undecided | reversed in divergence | reversed in perplexity |\n|---|---|---|---|---|---|")
+    print(f"\n## Pairs whose order is beyond doubt on {first}, and what becomes of them on {second}\n")
+    print("| | measure | pairs | the same | undecided | the other way round |\n|---|---|---|---|---|---|")
+    total = {name: [0, 0, 0, 0] for name in MEASURES}
     for cell in (cell for cell in ours if cell in theirs):
-        others = {r["method"]: r for r in theirs[cell] if "kls" in r}
-        mine = [r for r in ours[cell] if r["method"] in others]
-        pairs = [(a, b) for a in mine for b in mine if significant(halves(a)[1], halves(b)[1]) < 0]
-        found = [significant(*(np.asarray(others[r["method"]]["kls"]) for r in pair)) for pair in pairs]
-        worse = [significant(*(halves(others[r["method"]])[1] for r in pair)) for pair in pairs]
-        print(f"| {cell[0]} bit, {cell[1]} | {len(pairs)} | {found.count(-1)} | {found.count(0)} | {found.count(1)} | {worse.count(1)} |")
-        for (a, b), way in zip(pairs, found, strict=True):
-            if way > 0:
-                print(f"| reversed: {a['method']} before {b['method']} | | | | | |")
+        for name, of in MEASURES.items():
+            mine, others = ({r["method"]: of(r) for r in group[cell] if name == "perplexity" or "kls" in r} for group in (ours, theirs))
+            shared = [m for m in mine if m in others]
+            pairs = [(a, b) for a in shared for b in shared if significant(mine[a], mine[b]) < 0]
+            ways = [significant(others[a], others[b]) for a, b in pairs]
+            turned = "; ".join(f"{a} < {b}" for (a, b), way in zip(pairs, ways, strict=True) if way > 0)
+            counts = len(pairs), ways.count(-1), ways.count(0), ways.count(1)
+            total[name] = [sum(x) for x in zip(total[name], counts, strict=True)]
+            print(f"| {cell[0]} bit, {cell[1]} | {name} | {' | '.join(map(str, counts))}{f': {turned}' if turned else ''} |")
+    for name, counts in total.items():
+        print(f"| all | {name} | {' | '.join(map(str, counts))} |")
+
+
+SIZES = ("channel", "g128", "g64", "g32")
+
+
+def print_matrix(records, model):
+    """For each width a table of methods against granularities: perplexity of the second half, and what is closed of rounding's gap."""
+    base, groups = cells(records, model)
+    for bits in sorted({bits for bits, size in groups if size in SIZES}, reverse=True):
+        columns = {size: {row["record"]["method"]: row for row in analysed(base, groups[bits, size])}
+                   for size in SIZES if (bits, size) in groups}  # fmt: skip
+        names = sorted({name for column in columns.values() for name in column}, key=lambda name: mean_kl(columns, name))
+        print(f"\n### {bits} bit\n\n| | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+        for name in names:
+            print(f"| {name} | {' | '.join(brief(column.get(name)) for column in columns.values())} |")
+
+
+def mean_kl(columns, name):
+    """What the rows of a matrix are ordered by: the mean of log KL over the granularities, those a method lacks counting as rounding's."""
+    return np.mean([np.log(column.get(name, column["rounding"])["record"]["kl"]) for column in columns.values()])
+
+
+def brief(row):
+    """Perplexity, shares closed of perplexity's gap and of the divergence."""
+    if row is None:
+        return ""
+    closed = f" · {row['closed'][0]:.0%} · {row['kl closed']:.0%}" if "closed" in row else ""
+    worse = " (worse)" if "to rounding" in row and row["to rounding"][1] > 1 else ""
+    return f"{row['perplexity']:.3f}{closed}{worse}"
 
 
 def print_tables(records, model):
@@ -123,11 +158,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", default=str(pathlib.Path(__file__).parent / "results.json"))
     parser.add_argument("--model", nargs="*", default=None)
+    parser.add_argument("--brief", action="store_true", help="methods against granularities in place of all figures of each cell")
     options = parser.parse_args()
     records = json.loads(pathlib.Path(options.json).read_text())
     models = options.model or list(dict.fromkeys(r["model"] for r in records))
     for model in models:
-        print_tables(records, model)
+        print_matrix(records, model) if options.brief else print_tables(records, model)
     if len(models) == 2:
         print_reversals(records, *models)
 

@@ -1,6 +1,7 @@
 """Observers, and the collectors that run them."""
 
 from qjax.calibration.batches import as_batches as as_batches
+from qjax.calibration.batches import holds_no_rows as holds_no_rows
 from qjax.calibration.calibrate import calibrate as calibrate
 from qjax.calibration.channels import Channels as Channels
 from qjax.calibration.channels import ChannelStats as ChannelStats

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import math
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.program import Program
 from qjax.program.trace import is_qtensor
 
 
@@ -64,3 +66,20 @@ def counted(calibration: Any) -> tuple[Iterable[Any], int]:
     if not number:
         raise ValueError("`calibration` is empty: give at least one batch")
     return batches, number
+
+
+def holds_no_rows(program: Program, inputs: Sequence[Any]) -> bool:
+    """Whether a batch says nothing: none of its arrays has a number, or no site gets a row of it.
+
+    Args:
+      program: traced with it.
+      inputs: its arrays.
+
+    Example:
+      >>> import qjax
+      >>> fn = lambda p, x, shift: x @ p + shift
+      >>> [holds_no_rows(qjax.trace(fn, jnp.ones((4, 2)), x, 0.5), [x, 0.5]) for x in (jnp.ones((1, 4)), jnp.ones((0, 4)))]
+      [False, True]
+    """
+    nothing = bool(inputs) and all(math.prod(np.shape(x)) == 0 for x in inputs)
+    return nothing or (bool(program.sites) and all(0 in site.out_shape for site in program.sites))

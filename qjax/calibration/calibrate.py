@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibration.batches import as_arguments, counted
+from qjax.calibration.batches import as_arguments, counted, holds_no_rows
 from qjax.calibration.distance import outside, total_variation
 from qjax.calibration.features import Features, feature_stats
 from qjax.calibration.findings import Calibration, SiteRange
@@ -95,6 +95,8 @@ def calibrate(
         arguments = split_arguments(params, as_arguments(batch), {})
         shapes = _check_arrays(arguments, i)
         program = _traced(programs, arguments, i, shapes)
+        if holds_no_rows(program, arguments.inputs):
+            raise ValueError(f"`calibration` batch {i} ({shapes}) holds no rows: leave the batch out")
         if id(program) not in plans:
             plans[id(program)] = _plan(program, *watched_sites(program, where, observer, spec), shapes)
             first = first or plans[id(program)]

@@ -63,7 +63,7 @@ def command(
     _check_length(opened, longest, max_new_tokens)
     opened = _laid_out(opened, kernel)
     length = cache_length(opened, longest + max_new_tokens)
-    memory = tree_bytes(jax.eval_shape(lambda: cache_of(opened, length, policy, len(rows))))
+    memory, unpacked = (tree_bytes(jax.eval_shape(lambda p=p: cache_of(opened, length, p, len(rows)))) for p in (policy, None))
     streams = [Stream(opened.tokenizer, ids, stops) for ids in rows]
     alone = len(rows) == 1 and not as_json
     if alone:
@@ -92,6 +92,7 @@ def command(
         "kv_cache": values,
         "kv_keys": keys,
         "kv_cache_bytes": memory,
+        "kv_cache_float_bytes": unpacked,
         "parameter_bytes": tree_bytes(opened.params),
         "peak_memory_bytes": _peak(),
         "platform": platform(),
@@ -176,7 +177,10 @@ def _speed(document: dict[str, Any], count: int) -> None:
 
     rate = document["tokens_per_second"]
     speed = "" if rate is None else f", {rate:.0f} a second once compiled"
-    cache = "" if document["kv_cache"] is None else f", cache of {format_bytes(document['kv_cache_bytes'])}"
+    packed, unpacked = document["kv_cache_bytes"], document["kv_cache_float_bytes"]
+    cache = "" if document["kv_cache"] is None else f", cache of {format_bytes(packed)} ({format_bytes(unpacked)} in float)"
+    if packed > unpacked:
+        cache += ", larger than in float: a smaller --kv-window leaves fewer tokens float"
     peak = document["peak_memory_bytes"]
     memory = f", parameters {format_bytes(document['parameter_bytes'])}"
     memory += "" if peak is None else f", process at most {format_bytes(peak)}"

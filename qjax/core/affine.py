@@ -14,15 +14,29 @@ from qjax.core.specs import IntSpec
 _SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 
-def round_scale(scale: jax.Array, scale_dtype: str) -> jax.Array:
-    """`scale` as it will be stored, in float32.
+def round_stored(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` as it will be stored, in float32.
 
     The barrier keeps the rounding: XLA may drop a cast to fewer bits that is cast back ("excess precision").
 
-    >>> round_scale(jnp.float32(1.001), "bfloat16").item()
+    >>> round_stored(jnp.float32(1.001), "bfloat16").item()
     1.0
     """
-    return jax.lax.optimization_barrier(scale.astype(scale_dtype)).astype(jnp.float32)
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
+
+
+def round_scale(scale: jax.Array, scale_dtype: str) -> jax.Array:
+    """A scale as it will be stored, in float32; no positive one becomes 0 in float16, but its smallest positive number, 2^-24.
+
+    On a grid that has a zero a block under that scale is never further off than zeros are. Of other dtypes the smallest numbers are
+    those of float32.
+
+    >>> round_scale(jnp.float32([1.001, 1e-9, 0.0]), "float16").tolist()
+    [1.0009765625, 5.960464477539063e-08, 0.0]
+    """
+    stored = round_stored(scale, scale_dtype)
+    least = float(jnp.finfo(scale_dtype).smallest_subnormal)
+    return stored if least < _SMALLEST_NORMAL else jnp.where(scale > 0, jnp.maximum(stored, least), stored)
 
 
 def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array | None]:
@@ -62,7 +76,7 @@ def params_from_range(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.
     if spec.symmetric:
         return scale, None
     if spec.float_zero:
-        return scale, round_scale(spec.qmin - divide(lo, scale), spec.zero_dtype)
+        return scale, round_stored(spec.qmin - divide(lo, scale), spec.zero_dtype)
     return scale, jnp.clip(jnp.round(spec.qmin - divide(lo, scale)), spec.qmin, spec.qmax).astype(jnp.int32)
 
 

@@ -147,7 +147,7 @@ def _checked_learned(codes, scale, zero_point, levels, spec: LearnedSpec, k: int
     levels, shapes = jnp.asarray(levels, spec.level_dtype), allowed_shapes(codes.shape[:-1], k, spec)
     _check_shape("levels", levels, shapes["levels"], name)
     if scale is not None:
-        scale = jnp.asarray(scale, spec.scale_dtype)
+        scale = _narrowed(jnp.asarray(scale), spec.scale_dtype, name)
         _check_shape("scale", scale, shapes["scale"], name)
     return packed, scale, levels
 
@@ -194,7 +194,7 @@ def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
     scale = jnp.asarray(scale)
     as_bytes = stored_scale_dtype(spec) == "uint8"
     if not (as_bytes and scale.dtype == jnp.uint8):
-        scale = scale.astype(jnp.float32 if as_bytes else spec.scale_dtype)
+        scale = scale.astype(jnp.float32) if as_bytes else _narrowed(scale, spec.scale_dtype, name)
     _check_shape("scale", scale, allowed_shapes(codes.shape[:-1], k, spec)["scale"], name)
     if (zero_point is None) == (isinstance(spec, IntSpec) and not spec.symmetric):
         wanted = "given" if zero_point is None else "None"
@@ -210,6 +210,20 @@ def _checked(codes, scale, zero_point, spec: BlockSpec, k: int, name: str):
     return packed, scale, zero_point
 
 
+def _narrowed(scale: jax.Array, dtype: str, name: str) -> jax.Array:
+    """Scales in the dtype they are stored in, which must hold them: the codes were chosen for these and no others."""
+    stored = scale.astype(dtype)
+    if isinstance(scale, Tracer) or dtype == "float32":
+        return stored
+    with jax.ensure_compile_time_eval():
+        above, lost = jnp.any(jnp.isinf(stored)), jnp.any((stored == 0) & (scale != 0))
+        if bool(above | lost):
+            what = "the largest" if bool(above) else "the smallest, which would be 0,"
+            raise ValueError(f"`scale_dtype`={dtype!r} cannot hold {what} of the scales of `{name}`; take a spec with "
+                             'scale_dtype="float32" or "bfloat16"')  # fmt: skip
+    return stored
+
+
 def _check_shape(argument: str, array: jax.Array, allowed: list[set[int]], name: str) -> None:
     if array.ndim != len(allowed) or any(n not in a for n, a in zip(array.shape, allowed, strict=True)):
         wanted = ", ".join(" or ".join(map(str, sorted(a))) for a in allowed)
@@ -220,9 +234,14 @@ def _check_codes(argument: str, codes: jax.Array, lo: int, hi: int, name: str) -
     if isinstance(codes, Tracer) or codes.size == 0:
         return
     with jax.ensure_compile_time_eval():
-        least, most = int(jnp.min(codes)), int(jnp.max(codes))
+        least, most = map(int, _ends(codes))
     if least < lo or most > hi:
         raise ValueError(f"`{argument}` of `{name}` must lie in {lo} .. {hi}, got {least} .. {most}; clamp them")
+
+
+@jax.jit
+def _ends(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.min(codes), jnp.max(codes)
 
 
 def _check_no_nan(codes: jax.Array, spec: BlockSpec, name: str) -> None:

@@ -223,7 +223,9 @@ class QCache:
             return f"QCache({self.spec}, holding {', '.join(type(a).__name__ for a in jax.tree.leaves(self))})"
         shape = ",".join(map(str, self.shape))
         bits = self.nbytes * 8 / self.size if self.size else 0.0
-        return f"QCache({self.spec}, {self.dtype}[{shape}], {self.nbytes:,} bytes, {bits:.3g} bits/value)"
+        before = self.size * self.dtype.itemsize
+        more = f": no fewer than the {before:,} of a float cache, for {self.spec.held} tokens stay float" if self.nbytes >= before else ""
+        return f"QCache({self.spec}, {self.dtype}[{shape}], {self.nbytes:,} bytes, {bits:.3g} bits/value{more})"
 
 
 def init_cache(shape: tuple[int, ...], dtype: Any, spec: CacheSpec, axis: int, *, name: str = "cache") -> QCache:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from qjax.core.affine import round_scale
+from qjax.core.affine import round_scale, round_stored
 from qjax.core.reductions import mean_magnitude
 from qjax.core.specs import CodebookSpec
 
@@ -15,7 +15,7 @@ _MOST_COMPARISONS = 32
 
 
 def codebook_params(x: jax.Array, spec: CodebookSpec, real: jax.Array | np.ndarray | None = None) -> jax.Array:
-    """The largest or the mean magnitude of each block, rounded to `spec.scale_dtype`. A block of zeros keeps 0.
+    """The largest or the mean magnitude of each block, rounded to `spec.scale_dtype` (`table_scale`). A block of zeros keeps 0.
 
     Args:
       x: (..., group), floating.
@@ -30,9 +30,18 @@ def codebook_params(x: jax.Array, spec: CodebookSpec, real: jax.Array | np.ndarr
     [[3.0]]
     """
     if spec.by_mean:
-        return round_scale(mean_magnitude(x, real=real), spec.scale_dtype)
-    absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return round_scale(absmax, spec.scale_dtype)
+        return table_scale(mean_magnitude(x, real=real), spec)
+    return table_scale(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True), spec)
+
+
+def table_scale(scale: jax.Array, spec: CodebookSpec) -> jax.Array:
+    """A scale as it will be stored, float32: `round_scale`, or the nearest number where the table has no zero to take in its stead.
+
+    >>> from qjax.core.named_specs import binary, nf4
+    >>> [table_scale(jnp.float32(1e-9), spec(scale_dtype="float16")).item() for spec in (nf4, binary)]
+    [5.960464477539063e-08, 0.0]
+    """
+    return round_scale(scale, spec.scale_dtype) if 0.0 in spec.levels else round_stored(scale, spec.scale_dtype)
 
 
 def _thresholds(spec: CodebookSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.core.affine import divide, round_scale
+from qjax.core.affine import divide, round_scale, round_stored
 from qjax.core.granularity import PerGroup
 from qjax.core.layout import group_length, padded_size
 from qjax.core.specs import LearnedSpec
@@ -179,7 +179,7 @@ def _table(
     def stored(levels: jax.Array) -> jax.Array:
         at = jnp.arange(levels.shape[0]) == jnp.argmin(jnp.abs(levels))
         levels = jnp.sort(jnp.where(pinned & at, 0.0, levels) * unit)
-        return round_scale(levels, spec.level_dtype)
+        return round_stored(levels, spec.level_dtype)
 
     def nearest(levels: jax.Array) -> jax.Array:  # `learned_encode` in a smaller program
         middle = (levels[1:] + levels[:-1]) * 0.5

@@ -264,7 +264,7 @@ def check_overflow(q: QTensor, name: str) -> None:
         return
     with jax.ensure_compile_time_eval():
         if bool(jnp.any(jnp.isinf(array))):
-            raise ValueError(f"`{argument}`={array.dtype.name!r} cannot hold the range of `{name}`; take a wider one")
+            raise ValueError(f"`{argument}`={array.dtype.name!r} cannot hold the range of `{name}`; take a wider one, such as 'float32'")
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes", "stacked", "ranges"), inline=True)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from qjax.core.affine import affine_decode, affine_encode, affine_params, divide, params_from_range, round_scale
-from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
+from qjax.core.affine import affine_decode, affine_encode, affine_params, divide, params_from_range
+from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params, table_scale
 from qjax.core.floating import float_decode, float_encode, float_scale, global_scale
 from qjax.core.layout import (
     canonicalize,
@@ -50,11 +50,17 @@ def check_finite(w: Any, name: str) -> None:
         return
     with jax.ensure_compile_time_eval():
         w = jnp.asarray(w)
-        if bool(jnp.all(jnp.isfinite(w))):
+        if bool(_all_finite(w)):
             return
         nans, infinities = int(jnp.sum(jnp.isnan(w))), int(jnp.sum(jnp.isinf(w)))
     raise ValueError(f"`{name}` holds {nans} NaN and {infinities} infinite values of {w.size}; "
                      "repair or exclude it before quantizing")  # fmt: skip
+
+
+@jax.jit
+def _all_finite(w: jax.Array) -> jax.Array:
+    """One program for a shape instead of two."""
+    return jnp.all(jnp.isfinite(w))
 
 
 def checked(
@@ -165,7 +171,7 @@ def range_params(
     reach = jnp.maximum(-lo, hi).astype(jnp.float32)
     if isinstance(spec, FloatSpec):
         return float_scale(reach, spec, of_tensor), None
-    return round_scale(reach, spec.scale_dtype), None
+    return table_scale(reach, spec), None
 
 
 def block_encode(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: BlockSpec) -> jax.Array:

@@ -59,7 +59,7 @@ class IntSpec:
       scale_rule: "half" (compressed-tensors, GPTQ: int4 divides by 7.5) or "full" (AWQ: by 7). "absmean" and "twn" are those of
         `ternary`, for 2 bits.
       scale_dtype: the dtype that scales are stored in; they are rounded to it before codes are computed. Below 6e-5
-        float16 has fewer and fewer digits.
+        float16 has fewer and fewer digits; what it would make 0 is its smallest positive number, 6e-8.
       pad: pad the contracted axis with zeros up to a multiple of the group instead of refusing.
       zero_dtype: of an asymmetric spec's zero points. "int": a code, as wide as they are, and 0 is exact. A floating dtype:
         any number, `code = round(w / scale + zero_point)`, so 0 is no level of the grid in general (see `qjax.hqq`).

@@ -211,10 +211,17 @@ def _factor(scaling: Scaling, s: jax.Array) -> jax.Array:
     power = scaling.power.reshape(scaling.power.shape[stacked:])
     factor = jnp.ones_like(picked)
     for p in scaling.exponents:
-        # Not `power` where a product does: that is exact.
-        value = {1.0: picked, -1.0: 1 / picked, 0.5: jnp.sqrt(picked), -0.5: 1 / jnp.sqrt(picked)}.get(p, jnp.power(picked, p))
-        factor = jnp.where(power == p, value, factor)
+        factor = jnp.where(power == p, _raised(picked, p), factor)
     return factor
+
+
+def _raised(x: jax.Array, p: float) -> jax.Array:
+    """x to the p; not by `power` where a quotient or a root does: that is exact."""
+    if p in (0.5, -0.5):
+        x = jnp.sqrt(x)
+    if p in (0.5, 1.0):
+        return x
+    return 1 / x if p in (-0.5, -1.0) else jnp.power(x, p)
 
 
 def _refusal(group: Sequence[Site]) -> str | None:

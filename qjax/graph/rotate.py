@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,9 @@ from qjax.graph.heads import Heads, heads
 from qjax.graph.orthogonal import random_orthogonal
 from qjax.graph.solve import System, build
 from qjax.graph.verify import NotPreserved, verifier
-from qjax.program import Program, shared_inputs
+from qjax.program import Leaf, Program, shared_inputs
+
+MOST_ZEROS = 0.1  # the share of exact zeros above which a weight counts as pruned
 
 # (the first parameter of a class and its axes, the size, whether it must keep the ones) -> the matrix and its kind.
 Matrices = Callable[[tuple[int, tuple[int, ...]], int, bool], tuple[np.ndarray, str]]
@@ -35,6 +37,7 @@ class Rotation:
       error: relative change of the results, see `verify`.
       runs: whether a parameter's axes are flattened together and cut into runs of `size`, each of which is rotated: the heads of a flat
         axis. Else every one of its axes is rotated whole.
+      zeros: (path of a weight, share of it that was exactly zero and is not any more), where there is any.
     """
 
     size: int
@@ -44,6 +47,7 @@ class Rotation:
     scales: tuple[str, ...]
     error: float
     runs: bool = False
+    zeros: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +91,8 @@ def rotate(
     for everything that adds to the stream (weights, biases, embeddings) and everything that reads it. What stands in between is found by
     data flow (see `rotatable`): sums, root mean squares, means (R then keeps the vector of ones), products with what does
     not vary along the axis. A norm's scale moves into its readers before (a fold, see `find_fold`) and is one afterwards. The tree keeps
-    its leaves and the program stays as it is. New parameters are computed in float64 and rounded once to their dtype.
+    its leaves and the program stays as it is. New parameters are computed in float64 and rounded once to their dtype. What was pruned is
+    not sparse in another basis: a class with a weight that would lose exact zeros of more than `MOST_ZEROS` of it is refused.
 
     Args:
       program: from `trace`.
@@ -153,7 +158,10 @@ def rotate(
     for number, one in enumerate(heads(system) if every else (), len(found)):
         if not all(reasons.get(site.key, "unknown") for site in one.readers):
             continue
-        if (answer := _runs(program, one, leaves, made(number), compare)) is not None:
+        answer = _runs(program, one, leaves, made(number), compare)
+        if isinstance(answer, str):
+            reasons |= dict.fromkeys((site.key for site in one.readers), answer)
+        elif answer is not None:
             leaves, rotation = answer
             done.append(rotation)
             error = rotation.error
@@ -169,10 +177,18 @@ def _refusal(program: Program, axes: Rotatable, scales: _Scales, every: bool) ->
     if axes.reasons:
         factors = dict.fromkeys((*(leaf for leaf, _ in axes.leaves), *axes.factors))
         stuck = [f"{program.leaves[leaf].path} scales it and {scales.stuck[leaf]}" for leaf in factors if leaf in scales.stuck]
-        return "its input cannot be rotated: " + "; ".join([*stuck[:2], *axes.reasons[:3]][:3])
+        tied = next((program.leaves[leaf] for leaf, _ in axes.leaves if _is_tied(program.leaves[leaf])), None) if stuck else None
+        why = [*stuck[:2], *axes.reasons[:3]][:3]
+        if tied is not None:
+            why.append(f"untie=True of qjax.rewrite gives the products of {tied.path}, which is looked up, too, a copy that can take it")
+        return "its input cannot be rotated: " + "; ".join(why)
     if not axes.sums and not every:
         return "its input is no residual stream: no sum of two activations is made along it"
     return ""
+
+
+def _is_tied(leaf: Leaf) -> bool:
+    return len({site.op == "gather" for site in leaf.sites}) == 2
 
 
 def _one(
@@ -189,29 +205,53 @@ def _one(
             moved.append(program.leaves[leaf].path)
     for leaf, rotated in axes.leaves:
         new[leaf] = multiplied(new[leaf], r, rotated)
+    zeros = _lost_zeros(program, leaves, new, axes.leaves)
+    if refusal := _pruned(zeros):
+        return refusal
     try:
         error = compare(new)
     except NotPreserved as failure:
         return f"its input was not rotated: {failure}"
     paths = tuple((program.leaves[leaf].path, rotated) for leaf, rotated in axes.leaves)
-    return new, Rotation(axes.size, kind, axes.keeps_ones, paths, tuple(moved), error)
+    return new, Rotation(axes.size, kind, axes.keeps_ones, paths, tuple(moved), error, zeros=zeros)
+
+
+def _lost_zeros(
+    program: Program, old: Sequence[Any], new: Sequence[Any], rotated: Iterable[tuple[int, Any]]
+) -> tuple[tuple[str, float], ...]:
+    """(path, share of exact zeros that a rotation filled in) of the weights that have any; a bias is not pruned."""
+    weights = {leaf for leaf, _ in rotated if program.leaves[leaf].sites}
+    each = {leaf: (np.asarray(old[leaf]) == 0) & (np.asarray(new[leaf]) != 0) for leaf in sorted(weights)}
+    return tuple((program.leaves[leaf].path, float(lost.mean())) for leaf, lost in each.items() if lost.any())
+
+
+def _pruned(zeros: Iterable[tuple[str, float]]) -> str:
+    """Why a class of axes is not rotated whose zeros would be lost; "" if they are few."""
+    path, share = max(zeros, key=lambda each: each[1], default=("", 0.0))
+    if share <= MOST_ZEROS:
+        return ""
+    return (f"its input was not rotated: {100 * share:.3g} % of {path} is exactly zero and would not be, what was pruned would come back; "
+            "rotate before you prune, or leave the rotation out")  # fmt: skip
 
 
 def _runs(
     program: Program, one: Heads, leaves: Sequence[Any], made: Matrices, compare: Any
-) -> tuple[list[Any], Rotation] | None:
-    """Rotates runs of channels of the largest size that keeps the function; None where none does."""
+) -> tuple[list[Any], Rotation] | str | None:
+    """Rotates runs of channels of the largest size that keeps the function; None where none does; or says why that is refused."""
     for size in one.sizes:
         r, kind = made(one.leaves[0], size, False)
         new = list(leaves)
         for leaf, axes in one.leaves:
             new[leaf] = multiplied(new[leaf], r, axes, runs=True)
+        zeros = _lost_zeros(program, leaves, new, one.leaves)
+        if refusal := _pruned(zeros):
+            return refusal
         try:
             error = compare(new)
         except NotPreserved:
             continue
         paths = tuple((program.leaves[leaf].path, axes) for leaf, axes in one.leaves)
-        return new, Rotation(size, kind, False, paths, (), error, runs=True)
+        return new, Rotation(size, kind, False, paths, (), error, runs=True, zeros=zeros)
     return None
 
 

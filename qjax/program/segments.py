@@ -129,12 +129,12 @@ class Cutter:
         return (avals, body, tuple(map(ref, outputs)))
 
 
-def execute(segment: Segment, *values: Any) -> list[Any]:
-    """Computes a segment's outputs from its inputs."""
+def execute(segment: Segment, *values: Any, bind: Callable[[Any, Sequence[Any]], list[Any]] = compat.bind) -> list[Any]:
+    """Computes a segment's outputs from its inputs; `bind` applies an equation."""
     env = dict(zip(segment.inputs, values, strict=True))
     for eqn in segment.eqns:
         operands = [a.value if isinstance(a, Lit) else env[a] for a in eqn.inputs]
-        outs = [jnp.stack(operands)] if eqn.name == STACK else compat.bind(eqn.eqn, operands)
+        outs = [jnp.stack(operands)] if eqn.name == STACK else bind(eqn.eqn, operands)
         if not segment.given.isdisjoint(eqn.outputs):
             outs = _followed(eqn, operands, outs, {v: env[v] for v in segment.given.intersection(eqn.outputs)})
         env.update(zip(eqn.outputs, outs, strict=True))

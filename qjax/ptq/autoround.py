@@ -207,7 +207,8 @@ def _tune(w: jax.Array, h: jax.Array, spec: IntSpec, descent: Descent) -> Any:
             del t
             return _quadratic(canonical(decode(round_with(x, offsets, spec)))[:, :k] - w, h)
 
-        found = descend(loss, loss, start(x, spec, False), start(x, spec, descent.mse), descent)
+        plain = start(x, spec, False)
+        found = descend(loss, loss, plain, start(x, spec, True) if descent.mse else plain, descent)
         return tuple(stored(round_with(x, found.best, spec), spec, canonical)), jnp.stack([found.least, found.rounding])
 
     # One after another, not batched: a matrix of a stack gets the same bits as one that stands alone.

@@ -19,6 +19,7 @@ from qjax.program import Interpreter, Key, Packed, Product, Program, ProgramCach
 from qjax.program.flatten import STACK, FlatEqn, Graph, Lit, canonical, flatten
 from qjax.program.packed import can_scan
 from qjax.program.segments import Cutter, Segment
+from qjax.ptq.data import check_numbers
 from qjax.ptq.quantize import Result, as_batches
 from qjax.ptq.reference import float_reference
 from qjax.ptq.spill import Live, Spill, opened
@@ -118,8 +119,6 @@ def correct_bias(
     if not isinstance(result, Result):
         raise TypeError(f"`result` must be what `qjax.quantize` returned, a Result and not its params, got {type(result).__name__}")
     batches = as_batches(calibration)
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches)):
-        raise ValueError("`calibration` holds shapes, but a bias correction needs data: give batches of numbers")
     programs = ProgramCache(fn)
     arguments = [split_arguments(params, batch, {}) for batch in batches]
     packed = split_arguments(result.params, batches[0], {})
@@ -132,6 +131,7 @@ def correct_bias(
     if not quantized:
         raise ValueError("`result` has no quantized parameter: there is nothing to correct")
     streams = [(programs(a), a.inputs) for a in arguments]
+    check_numbers(streams, "a bias correction")
     before = {row.path: tuple(note for note in row.notes if not note.startswith(OWN)) for row in result.report.rows}
     again = {row.path for row in result.report.rows if any(note.startswith(MOVED) for note in row.notes)}
     leaves = float_reference(streams[0][0], arguments[0].params, packed.params, result, again)

@@ -16,6 +16,7 @@ from jax import lax
 from qjax.core import IntSpec, assemble, canonicalize, divide, logical_blocks
 from qjax.program import compat
 from qjax.program.flatten import FlatEqn, Graph, Lit
+from qjax.program.merged import bind_merged
 from qjax.program.segments import Compiled, Cutter, Segment, execute
 from qjax.ptq.blocks import Block
 from qjax.ptq.data import unseen_note
@@ -308,7 +309,7 @@ def _loop(
         return [_parts_with(logical(slope.v), m.problem) for m, (_, _, logical), slope in zip(members, views, slopes, strict=True)]
 
     plain = [start(x, spec, False) for (x, *_), spec in zip(views, specs, strict=True)]
-    found = descend(loss, judge, plain, begin, descent, reached)
+    found = descend(loss, judge, plain, begin if descent.mse else plain, descent, reached)
     codes = [_codes(x, o, spec, canonical) for (x, canonical, _), o, spec in zip(views, found.best, specs, strict=True)]
     return codes, found._replace(best=())
 
@@ -326,7 +327,7 @@ def _run(shape: Shape, members: Sequence[Member], tuned: Sequence[jax.Array], sh
         "same": shared.__getitem__,
         "own": own.__getitem__,
     }
-    return execute(shape.segment, *(take[kind](number) for kind, number in shape.sources))
+    return execute(shape.segment, *(take[kind](number) for kind, number in shape.sources), bind=bind_merged)
 
 
 def _codes(x: jax.Array, offsets: Offsets, spec: IntSpec, canonical: Callable[[jax.Array], jax.Array]) -> Rounded:

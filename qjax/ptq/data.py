@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qjax.calibration import holds_no_rows
 from qjax.program import Key, Program, Site
 
 Batches = Sequence[tuple[Program, Sequence[Any]]]
@@ -21,9 +22,9 @@ def check_numbers(batches: Batches, what: str) -> None:
     """
     if any(isinstance(x, jax.ShapeDtypeStruct) for _, inputs in batches for x in inputs):
         raise ValueError(f"`calibration` holds shapes, but {what} needs data: give batches of numbers")
-    for number, (_, inputs) in enumerate(batches):
-        if inputs and all(np.size(x) == 0 for x in inputs):
-            raise ValueError(f"`calibration` batch {number} holds no number, but {what} needs data: leave the batch out")
+    for number, (program, inputs) in enumerate(batches):
+        if holds_no_rows(program, inputs):
+            raise ValueError(f"`calibration` batch {number} holds no rows, but {what} needs data: leave the batch out")
 
 
 def check_same_sites(batches: Batches) -> None:

@@ -15,7 +15,7 @@ from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.parts import check_matrix_blocks, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
-from qjax.ptq.sparsity import MOST_ZEROS, pruned_share
+from qjax.ptq.sparsity import MOST_ZEROS, is_pruned, pruned_share
 from qjax.ptq.work import Work, matrix_sizes
 
 ALPHA = 0.25  # gptqmodel's and the authors' share of GPTAQ's correction
@@ -75,7 +75,7 @@ class GPTQ:
         stack, n, k = matrix_sizes(problem)
         # Cholesky, the updates of the columns still to come, and the groups' ranges.
         sweep = k**3 / 3 + 2.0 * n * k * k
-        options = self.options if isinstance(problem.w, jax.ShapeDtypeStruct) else _refined(self.options, problem)[0]
+        options = _with_passes(self.options) if is_pruned(problem) else self.options
         sweep += options.refine * 2.0 * n * k * k
         return Work(sweep + self.needs_float * (k**3 + 2.0 * n * k * k), n * k * (len(SHRINK) if self.options.mse else 1)).times(stack)
 
@@ -132,8 +132,11 @@ def _refined(options: GPTQOptions, problem: Problem) -> tuple[GPTQOptions, tuple
     share = pruned_share(problem)
     if share <= MOST_ZEROS or options.refine >= MASKED_PASSES:
         return options, ()
-    note = f"{100 * share:.3g} % of it is pruned: {MASKED_PASSES} passes of refinement"
-    return dataclasses.replace(options, refine=MASKED_PASSES), (note,)
+    return _with_passes(options), (f"{100 * share:.3g} % of it is pruned: {MASKED_PASSES} passes of refinement",)
+
+
+def _with_passes(options: GPTQOptions) -> GPTQOptions:
+    return dataclasses.replace(options, refine=max(options.refine, MASKED_PASSES))
 
 
 def _solve(

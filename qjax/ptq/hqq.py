@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.core import IntSpec, PerBlock, PerGroup, QTensor, Spec, block_decode, block_encode, block_params, divide, group_length, quantize
-from qjax.core.affine import round_scale
+from qjax.core.affine import round_stored
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.work import Work
 
@@ -83,7 +83,7 @@ def _real(x: jax.Array, spec: IntSpec, columns: int | None) -> Any:
 
 def _storable(zero: jax.Array, spec: IntSpec) -> jax.Array:
     if spec.float_zero:
-        return round_scale(zero, spec.zero_dtype)
+        return round_stored(zero, spec.zero_dtype)
     return jnp.clip(jnp.round(zero), spec.qmin, spec.qmax).astype(jnp.int32)
 
 

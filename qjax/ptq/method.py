@@ -23,6 +23,7 @@ class Problem(NamedTuple):
       shared: those of the stacked axes whose parts share one set of statistics (layers that a loop picks by a traced index).
       groups: `feature_group_count`: the last kept axis splits into this many independent parts.
       name: its path, for errors.
+      pruned: of shapes alone, to price them: whether the weight is known to be pruned (see `qjax.ptq.sparsity`).
     """
 
     w: jax.Array
@@ -32,6 +33,7 @@ class Problem(NamedTuple):
     groups: int
     name: str
     shared: tuple[int, ...] = ()
+    pruned: bool = False
 
 
 class Outcome(NamedTuple):

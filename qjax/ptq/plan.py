@@ -35,7 +35,7 @@ from qjax.ptq.data import check_same_sites
 from qjax.ptq.groups import undivided
 from qjax.ptq.parts import layout_of
 from qjax.ptq.products import product_row
-from qjax.ptq.quantize import as_batches, method_of, planned_row, program_notes, refusal_of, whole_problem
+from qjax.ptq.quantize import as_batches, cache_notes, method_of, planned_row, program_notes, refusal_of, task_of, whole_problem
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.rescale import plan_rescaling
 from qjax.ptq.sequential import visit_work
@@ -120,7 +120,7 @@ def _state_bytes(sites: Sequence[Site], tasks: dict[int, Task]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `qjax.quantize` would make, need and take. Nothing of it was computed on the weights or the data.
+    """What `qjax.quantize` would make, need and take. Nothing of it was computed on the data, and of the weights zeros were counted alone.
 
     Attributes:
       report: a row for each parameter, with what it would become and its bytes before and after, then one for each product of two
@@ -197,7 +197,7 @@ class Plan:
 def plan(
     fn: Callable[..., Any], params: Any, policy: Policy, calibration: Iterable[Any], *, rates: Rates | None = None
 ) -> Plan:
-    """Says what `qjax.quantize` of the same arguments would make, need and take, from shapes alone.
+    """Says what `qjax.quantize` of the same arguments would make, need and take, from shapes.
 
     Time: (operations in matrix products) / (their rate) + (candidates of searches) / (their rate) + `COMPILE` for each program.
     Operations are those of the forward passes (products and convolutions), of X^T X at every site, and of the methods (GPTQ:
@@ -205,7 +205,8 @@ def plan(
 
     Args:
       fn: any JAX function whose first argument is `params`.
-      params: the float parameters, or shapes (`jax.ShapeDtypeStruct`); no number of them is read.
+      params: the float parameters, or shapes (`jax.ShapeDtypeStruct`). Of numbers it is counted which are zero, for what was pruned
+        takes longer; no other is read.
       policy: which parameters become what, and how.
       calibration: batches, or shapes.
       rates: of the device, where they are known; None measures them.
@@ -232,7 +233,7 @@ def plan(
     check_same_sites(batches)
     choices, problems = _without_problems(policy.resolve(program))
     named = policy.resolve_products(program)
-    report = Report((*map(planned_row, choices), *map(product_row, named)), program_notes(program))
+    report = Report((*map(planned_row, choices), *map(product_row, named)), (*program_notes(program), *cache_notes(policy)))
     chosen = [choice for choice in choices if choice.spec is not None]
     tasks, now = {}, Work()
     for choice in chosen:
@@ -240,7 +241,7 @@ def plan(
         if method.observer is None:
             now = now.plus(work_of(method, whole_problem(choice)))
         elif choice.spec is not None:
-            tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method)
+            tasks[choice.leaf.index] = task_of(choice, choice.spec, method, arguments[0].params[choice.leaf.index])
     rescaling = plan_rescaling(choices, program)
     sequential = plan_sequential(tasks, batches) if tasks else SequentialPlan(Work(), 0, 0, 0, 0, 0)
     shapes = any(isinstance(x, jax.ShapeDtypeStruct) for _, inputs in batches for x in inputs)

@@ -33,9 +33,10 @@ from qjax.ptq.rescale import rescale, rescaled_by
 from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
 from qjax.ptq.sequential import quantize_sequential
-from qjax.ptq.sparsity import check_filled, check_zeros
+from qjax.ptq.sparsity import check_filled, check_zeros, is_pruned
 from qjax.ptq.spill import Spill
 from qjax.ptq.streams import Task
+from qjax.ptq.underflow import small_scales
 from qjax.ptq.work import work_of
 from qjax.report import Report, Row
 from qjax.runtime.adapter import why_not as why_no_adapter
@@ -172,7 +173,7 @@ def _without_data(
         if method.observer is None:
             now.append((choice, choice.spec, method, note))
         else:
-            tasks[choice.leaf.index] = Task(choice.leaf, choice.spec, method, scales.get(choice.leaf.index))
+            tasks[choice.leaf.index] = task_of(choice, choice.spec, method, flat[choice.leaf.index], scales.get(choice.leaf.index))
     phase = monitor.phase("round", [work_of(method, whole_problem(choice)).weight for choice, _, method, _ in now])
     done: Done = {}
     for choice, spec, method, note in now:
@@ -187,22 +188,35 @@ def _without_data(
     return done, tasks
 
 
+def task_of(choice: Choice, spec: Spec, method: Method, w: Any, scale: Any = None) -> Task:
+    """A parameter that a method quantizes on data; of numbers it is looked whether they were pruned, which has its price."""
+    numbers = isinstance(w, (jax.Array, np.ndarray)) and not isinstance(w, Tracer)
+    return Task(choice.leaf, spec, method, scale, numbers and is_pruned(whole_problem(choice)._replace(w=jnp.asarray(w))))
+
+
 def method_of(choice: Choice) -> tuple[Method, tuple[str, ...]]:
     """The rule's method, or rounding with the reason where the method cannot do anything for this parameter."""
     method: Any = choice.rule.method if choice.rule is not None and choice.rule.method is not None else rtn()
     ways = dict.fromkeys((site.contracted, site.stacked) for site in choice.leaf.sites)
     if len(ways) > 1:
         note = "its sites contract different axes " + ", ".join(str(axes) for axes, _ in ways) + "; scales follow the first"
-        return (method, (note,)) if method.observer is None else (rtn(), (f"rounded, not {method.name}: {note}",))
+        return (method, (note,)) if method.observer is None else (rtn(), (_instead(method, note),))
     if method.observer is None:
         return method, ()
     reasons = {site.op: why_no_rows(site, choice.leaf) for site in choice.leaf.sites}
     refused = [reason for reason in reasons.values() if reason]
     if "gather" in reasons and len(reasons) > 1:
-        return rtn(), (f"rounded, not {method.name}: it is also looked up as an embedding",)
+        untie = "qjax.graph.untie(fn, params, *inputs) gives its products a copy of their own, or"
+        return rtn(), (_instead(method, "it is also looked up as an embedding", untie),)
     if refused:
-        return rtn(), (f"rounded, not {method.name}: {refused[0]}",)
+        return rtn(), (_instead(method, refused[0]),)
     return method, ()
+
+
+def _instead(method: Method, reason: str, remedy: str = "") -> str:
+    """What is said of a parameter that is rounded in place of its rule's method: which, why, and what would be better."""
+    remedy = " ".join(filter(None, (remedy, "take a method that needs no data, such as qjax.rtn(mse=True)")))
+    return f"rounded, not {method.name}: {reason}; {remedy}"
 
 
 def _by_parts(leaf: Leaf, spec: Spec, method: Method, w: jax.Array, scale: Any = None) -> Outcome:
@@ -297,9 +311,11 @@ def describe(
         if q is None:
             rows.append(dataclasses.replace(planned_row(choice), notes=notes))
             continue
-        error = float(relative_error(jnp.asarray(flat[choice.leaf.index]), q))
+        w = jnp.asarray(flat[choice.leaf.index])
+        error = float(relative_error(w, q))
         row = planned_row(choice, q)
-        rows.append(dataclasses.replace(row, error=error, notes=tuple(dict.fromkeys((*notes, *row.notes)))))
+        notes = dict.fromkeys((*notes, *small_scales(w, q, choice.leaf.sites[0].stacked), *row.notes))
+        rows.append(dataclasses.replace(row, error=error, notes=tuple(notes)))
     return Report(tuple(rows), (*program_notes(program), *layout_notes(rows)), seconds)
 
 
@@ -383,9 +399,10 @@ def layout_notes(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def cache_notes(policy: Policy) -> tuple[str, ...]:
-    """Says which rules of a policy are not for parameters."""
-    caches = [repr(rule.pattern) for rule in policy.rules if rule.cache is not None]
-    return (f"rules {', '.join(caches)} name caches: pack them with qjax.quantized_cache(fn, policy)",) if caches else ()
+    """Says which rules of a policy are not for parameters, and what makes of caches what they say."""
+    rules = [f"{rule.pattern!r} ({rule.cache})" for rule in policy.rules if rule.cache is not None]
+    which = f"rule {rules[0]} names" if len(rules) == 1 else f"rules {', '.join(rules)} name"
+    return (f"{which} caches, which are no parameters: pack them with qjax.quantized_cache(fn, policy)",) if rules else ()
 
 
 def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:

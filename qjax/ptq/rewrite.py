@@ -121,7 +121,9 @@ class StreamRotation:
             changes += [(path, "moved into what reads it and is one now") for path in done.scales]
             for path, axes in done.rotated:
                 which = f"{'axes' if len(axes) > 1 else 'axis'} {', '.join(map(str, axes))}"
-                changes.append((path, f"{which} rotated by a matrix of size {done.size} ({done.kind}{ones})"))
+                share = dict(done.zeros).get(path, 0.0)
+                lost = f"; {100 * share:.2g} % of it was exactly zero, which a rotation does not keep" if share else ""
+                changes.append((path, f"{which} rotated by a matrix of size {done.size} ({done.kind}{ones}){lost}"))
         return _outcome(result, changes, result.refused, "found no value between two layers to rotate")
 
 
@@ -176,6 +178,9 @@ def rotation(key: jax.Array, every: bool = False) -> StreamRotation:
       key: a key of `jax.random`.
       every: also rotates values that no sum of two activations ties together: between two linear layers, and the heads of values on their
         way through attention to the output projection, grouped heads included.
+
+    A pruned weight is not sparse in another basis: a stream that it reads or writes stays as it is, and the result says so. A few zeros
+    are lost, and the result counts them.
 
     Returns:
       A step for `qjax.rewrite`.

@@ -125,12 +125,12 @@ def quantize_sequential(
 
 
 def visit_work(visit: Visit, streams: Sequence[Batch], tasks: dict[int, Task], flat: set[int]) -> Work:
-    """What the statistics and the method compute at a visit, roughly: shapes alone are read."""
+    """What the statistics and the method compute at a visit, roughly: no number is read."""
     site, task = visit.site, tasks[visit.site.leaf]
     removed = layout_of(task.leaf).axes if site.leaf in flat else ()
     shape = [n for i, n in enumerate(task.leaf.shape) if i not in removed]
     w = jax.ShapeDtypeStruct(tuple(shape), task.leaf.dtype)
-    problem = problem_of(task.leaf, site, task.spec, w, removed)  # pyright: ignore[reportArgumentType]
+    problem = problem_of(task.leaf, site, task.spec, w, removed)._replace(pruned=task.pruned)  # pyright: ignore[reportArgumentType]
     method = blockwise(task.method)
     if method is not None and site.leaf in flat:  # three products a step, forward and backward; one a check
         uses = 3 * method.steps * method.batch_size + (method.checks + 2) * len(streams)

@@ -234,7 +234,7 @@ def descend(
       loss: of offsets and the number of a step; a scalar, differentiable in the offsets.
       judge: of offsets, the loss over all of the data: what is kept is the best by this, `plain` and `begin` among the candidates.
       plain: a tree of `Offsets`, those of plain rounding.
-      begin: where the descent begins.
+      begin: where the descent begins; where that is `plain`, it is looked at once.
       descent: how it goes.
       reached: of a gradient, a tree of arrays of bool.
 
@@ -255,7 +255,7 @@ def descend(
         lost = lost + jnp.stack([~usable, usable & ~whole]).astype(jnp.int32)
         return _tuned(optax.apply_updates(at, moves), at, descent), state, seen, lost
 
-    # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once.
+    # Turn 0 looks at plain rounding and turn 1 at the begin, without a step: so `judge` is compiled once. Turn 0 falls away if both are one.
     def turn(carry: tuple[Any, ...], number: jax.Array) -> tuple[tuple[Any, ...], jax.Array]:
         (at, *rest), best, least = carry
         at = _where(number == 1, begin, at)
@@ -267,8 +267,8 @@ def descend(
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), jax.eval_shape(reached, begin))
     carry = (plain, optimizer.init(begin), nothing, jnp.zeros(2, jnp.int32)), plain, jnp.float32(jnp.inf)
-    ((_, _, seen, lost), best, least), losses = lax.scan(turn, carry, jnp.arange(checks + 2))
-    return Found(best, least, losses[1], losses[0], seen, *lost)
+    ((_, _, seen, lost), best, least), losses = lax.scan(turn, carry, jnp.arange(int(begin is plain), checks + 2))
+    return Found(best, least, losses[-1 - checks], losses[0], seen, *lost)
 
 
 def _where(condition: jax.Array, yes: Any, no: Any) -> Any:

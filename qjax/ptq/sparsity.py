@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from qjax.core import CodebookSpec, IntSpec, LearnedSpec, Spec
 from qjax.core.learned import PINNED_FROM
+from qjax.graph.rotate import MOST_ZEROS as MOST_ZEROS
 from qjax.ptq.method import Problem
 from qjax.ptq.parts import matrices
-
-MOST_ZEROS = 0.1  # the share of exact zeros above which a weight counts as pruned
 
 
 def has_zero(spec: Spec) -> bool:
@@ -78,6 +78,16 @@ def pruned_share(problem: Problem) -> float:
     among = zero & ~jnp.all(zero, axis=problem.axes, keepdims=True)
     rest = tuple(a for a in range(-zero.ndim, 0) if a not in problem.stacked)
     return float(jnp.max(jnp.mean(among, axis=rest)))
+
+
+def is_pruned(problem: Problem) -> bool:
+    """Whether more than `MOST_ZEROS` of a weight of numbers is zero, see `pruned_share`; of shapes what the problem says.
+
+    Example:
+      >>> is_pruned(Problem(jnp.eye(4), IntSpec(4), (-2,), (), 1, "up"))
+      True
+    """
+    return problem.pruned if isinstance(problem.w, jax.ShapeDtypeStruct) else pruned_share(problem) > MOST_ZEROS
 
 
 def check_filled(problem: Problem, method: str) -> tuple[str, ...]:

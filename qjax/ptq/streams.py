@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from qjax.program.flatten import FlatEqn, Graph, Lit, flatten
 from qjax.program.packed import can_scan
 from qjax.program.segments import Compiled, Cutter, Segment, following, telling
 from qjax.ptq.method import Method, Outcome, needs_float
+from qjax.ptq.notes import merged
 from qjax.ptq.parts import Layout, Part, join, layout_of, part_axes, part_of, put, take
 from qjax.ptq.spill import Live, OnDisk
 
@@ -28,6 +30,7 @@ class Task:
     spec: Spec
     method: Method
     scale: Any = None  # by which its input is divided, see `qjax.ptq.input_scale`
+    pruned: bool = False  # see `Problem`
 
     @property
     def needs_float(self) -> bool:
@@ -83,11 +86,9 @@ class Weights:
         parts = self.parts[task.leaf.index]
         parts[part] = outcome
         if len(parts) == len(layout.all):
-            notes = dict.fromkeys(
-                f"{note} (layer {', '.join(map(str, p))})" if layout.axes else note for p, o in parts.items() for note in o.notes
-            )
-            joined = join(task.leaf, layout, {p: o.q for p, o in parts.items()})
-            self.done[task.leaf.index] = (joined, tuple(notes))
+            each = {p: o.notes for p, o in sorted(parts.items())}
+            notes = merged(each) if layout.axes else tuple(dict.fromkeys(itertools.chain(*each.values())))
+            self.done[task.leaf.index] = (join(task.leaf, layout, {p: o.q for p, o in parts.items()}), notes)
             self.parts[task.leaf.index] = {}
 
 

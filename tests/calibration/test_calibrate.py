@@ -191,6 +191,11 @@ def test_data_that_are_not_finite_name_the_batch_and_the_site():
         qjax.calibrate(mlp, MLP, [X, X * np.float32(2e37)])
 
 
+def test_a_batch_without_rows_is_named():
+    with pytest.raises(ValueError, match=r"`calibration` batch 1 \(float32\[0, 3\], float32\[\]\) holds no rows: leave the batch out"):
+        qjax.calibrate(lambda p, x, s: x * s @ p, normal(3, 2), [(normal(n, 3), jnp.float32(1)) for n in (2, 0)])
+
+
 def test_batches_of_other_shapes():
     (row,) = qjax.calibrate(matmul, W, [X[:20], X[20:], X.reshape(2, 12, 6)]).rows
     assert row.rows == 48

@@ -66,10 +66,11 @@ def test_the_demo(tmp_path):
     perplexities = {name: row["perplexity"] for name, row in rows.items()}
     # of transformers (float) and torch, see the protocol of the shipped model
     assert perplexities["float32"] == pytest.approx(47.051, abs=0.002)
-    assert perplexities["int8 rtn"] == pytest.approx(47.057, abs=0.002)
-    assert perplexities["int4 g128 rtn"] == pytest.approx(47.423, abs=0.002)
-    assert perplexities["float32"] < perplexities["int4 g128 gptq"] < perplexities["int4 g128 rtn"]
-    assert perplexities["int3 g128 gptq"] < 49.245 - 0.5  # rounding's, and half of what it costs
+    assert perplexities["int8 rtn"] == pytest.approx(47.057, abs=0.001)
+    assert perplexities["int4 g128 rtn"] == pytest.approx(47.423, abs=0.001)
+    # gptqmodel 7.7 reaches these
+    assert perplexities["float32"] < perplexities["int4 g128 gptq"] < 47.242
+    assert perplexities["float32"] < perplexities["int3 g128 gptq"] < 48.128
     packed = list(rows)[1:]
     assert rows["int4 g128 gptq"]["kl"] < rows["int4 g128 rtn"]["kl"]
     assert rows["int8 rtn"]["kl"] < 1e-4 < rows["int4 g128 rtn"]["kl"] < 0.02

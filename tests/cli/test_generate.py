@@ -37,7 +37,7 @@ def test_the_cache_is_packed(tiny):
     assert found["tokens"][:8] == wanted["tokens"][:8]
     assert found["kv_cache"] == 'kv_cache(uint8(scale_dtype="float16"), per="token", window=4)'
     values, heads = 2 * 2 * 2 * 8, 2 * 2 * 2  # of a token, over layers, keys and values, and heads
-    assert wanted["kv_cache_bytes"] == 32 * values * 4
+    assert wanted["kv_cache_bytes"] == wanted["kv_cache_float_bytes"] == found["kv_cache_float_bytes"] == 32 * values * 4
     assert found["kv_cache_bytes"] == 32 * (values + 3 * heads) + 4 * values * 4 + 4 * heads
 
 
@@ -54,7 +54,9 @@ def test_keys_may_share_scales_along_time_and_numbers_may_be_fp8(tiny):
 def test_the_cache_of_a_packed_model_is_packed(packed):
     result = invoke("generate", packed, "--prompt", "On the", "--max-new-tokens", 3, "--kv-cache", "int4", "--kv-window", 4)
     assert result.exit_code == 0
-    assert ", cache of " in result.stderr
+    assert ", cache of " in result.stderr and "in float)" in result.stderr and "larger" not in result.stderr
+    result = invoke("generate", packed, "--prompt", "On the", "--max-new-tokens", 3, "--kv-cache", "int8", "--kv-window", 31)
+    assert "larger than in float: a smaller --kv-window leaves fewer tokens float" in result.stderr
 
 
 def test_the_text_streams_to_stdout_and_the_speed_to_stderr(packed):

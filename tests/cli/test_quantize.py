@@ -130,6 +130,7 @@ def test_gptaq_and_autoround(tiny, passages, tmp_path):
         assert {row["method"] for row in document["rows"] if row["spec"]} == {name}
 
 
+@pytest.mark.slow
 def test_awq_and_integer_activations(tiny, passages, tmp_path):
     given = ["--calibration", passages, "--samples", 12, *ONE_SHAPE]
     document = json_of("quantize", tiny, tmp_path / "awq", "--method", "awq", "--group-size", 16, *given)
@@ -299,12 +300,16 @@ def test_an_error_leaves_the_previous_checkpoint(tiny, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
 def test_ctrl_c_leaves_nothing(tiny, tmp_path):
-    """The calibration text is a pipe, so that the command is at work, for certain, when it is interrupted."""
+    """The calibration text is a pipe, so that the command is at work, for certain, when it is interrupted.
+
+    It listens to ^C even where the tests run in the background, whose processes do not.
+    """
+    listen = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('qjax.cli')"
     pipe, folder = tmp_path / "pipe", tmp_path / "new" / "out"
     os.mkfifo(pipe)
     command = ["quantize", tiny, folder, "--method", "gptq", "--calibration", pipe]
     with subprocess.Popen(
-        [sys.executable, "-m", "qjax.cli", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        [sys.executable, "-c", listen, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     ) as process, open(pipe, "w"):  # waits until the command reads
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

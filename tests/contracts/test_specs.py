@@ -106,8 +106,8 @@ SPECS = [
     learned(4, group_size=15),
     learned(2, group_size=16, pad=True, scale_dtype="bfloat16"),
 ]
-# Every other one runs in the ordinary test line, of the later ones every fourth, all of them in the gate.
-_OFTEN = [i % (2 if i < SPECS.index(fp16()) else 4) == 0 for i in range(len(SPECS))]
+# Every third runs in the ordinary test line, of the later ones every fourth, all of them in the gate.
+_OFTEN = [i % 3 == 2 if i < SPECS.index(fp16()) else i % 4 == 0 for i in range(len(SPECS))]
 every_spec = pytest.mark.parametrize(
     "spec", [s if often else pytest.param(s, marks=pytest.mark.slow) for s, often in zip(SPECS, _OFTEN, strict=True)], ids=str
 )

@@ -276,3 +276,9 @@ def test_it_has_no_arithmetic_and_says_what_to_do():
     with pytest.raises(TypeError, match=r"qjax\.quantized"):
         cache + 1
     assert np.asarray(cache).shape == cache.shape == (64, 8)
+
+
+def test_a_cache_that_saves_nothing_says_so():
+    small, large = (init_cache((32, 4), jnp.float32, qjax.kv_cache(qjax.int8(), window=window), axis=0) for window in (4, 28))
+    assert "no fewer" not in repr(small) and small.nbytes < 32 * 4 * 4 <= large.nbytes
+    assert repr(large).endswith("bits/value: no fewer than the 512 of a float cache, for 28 tokens stay float)")

@@ -23,8 +23,8 @@ METHODS = {
     "gptaq": ({"weight": INT4, "method": qjax.gptaq(group_aware=True, refine=1)}, 0.45),
 }
 ORDINARY = {
-    ("int8", "encoder, linen"), ("dynamic", "decoder, nnx"), ("static", "residual, nnx"), ("awq", "scanned, nnx"),
-    ("smoothquant", "experts sorted, linen"), ("gptq", "experts dispatched, nnx"),
+    ("int8", "encoder, linen"), ("dynamic", "decoder, nnx"), ("static", "residual, nnx"),
+    ("gptq", "experts dispatched, nnx"),
 }  # fmt: skip
 ALL = [(method, name) for method in METHODS for name in NAMES if "bf16" not in name or method in ("int8", "dynamic")]
 CASES = [pytest.param(*case, marks=() if case in ORDINARY else pytest.mark.slow) for case in ALL]

@@ -54,6 +54,15 @@ def test_grouped_heads_of_values_are_rotated_by_one_matrix():
     np.testing.assert_allclose(r.T @ p["o"].reshape(-1, HEAD, D), new["o"].reshape(-1, HEAD, D), atol=1e-5)
 
 
+def test_heads_that_read_a_pruned_weight_stay():
+    p, x = attention_params(), normal(2, T, D, seed=9)
+    p = p | {"v": p["v"].at[::2, ::2].set(0), "bias": p["bias"].at[::2].set(0)}
+    result = rotated(attend, p, x)
+    assert not result.rotations and "25 % of v is exactly zero" in dict(result.refused)["o"]
+    p["v"] = p["v"].at[::2].set(0)  # zeros of a bias are no pruning, and an input that nothing reads stays one
+    assert dict(rotated(attend, p, x).rotations[0].zeros) == {}
+
+
 def test_layers_of_a_scan_share_their_matrix():
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(attention_params(10 * i) for i in range(3)))
     fn = lambda p, x: jax.lax.scan(lambda x, w: (x + jnp.tanh(attend(w, x)), None), x, p)[0]  # noqa: E731
@@ -98,12 +107,17 @@ def tied_params():
     return p | {name: jnp.exp(normal(D, seed=i)) for i, name in enumerate(("norm", "final"), 7)}
 
 
+def test_a_tied_head_behind_a_scale_is_refused_with_the_remedy():
+    kept = qjax.rewrite(tied, tied_params(), [jnp.arange(6)], [qjax.rotation(key=jax.random.key(0))])
+    assert not any(change.done for change in kept.changes) and kept.fn is tied
+    (text,) = (change.text for change in kept.refused if change.path == "embed")
+    assert "final scales it and" in text and "untie=True of qjax.rewrite gives the products of embed, which is looked up" in text
+
+
 @pytest.mark.slow
 def test_a_tied_head_behind_a_scale_needs_a_copy_and_gets_it():
     p, tokens = tied_params(), jnp.arange(6)
     step = qjax.rotation(key=jax.random.key(0))
-    kept = qjax.rewrite(tied, p, [tokens], [step])
-    assert not any(change.done for change in kept.changes) and kept.fn is tied
     result = qjax.rewrite(tied, p, [tokens], [step], untie=True)
     assert [c.text for c in result.changes if c.step == "untie"] == ["its products read a copy of it, untied/embed"]
     assert {c.path for c in result.changes if "rotated by" in c.text} == {"embed", "in", "out", "untied/embed"}

@@ -27,6 +27,7 @@ def test_calibration_lines_all_fill_a_window(books):
     assert set(rows[:, 0].tolist()) == {1}
 
 
+@pytest.mark.slow
 def test_float_perplexity(books):
     checkpoint, apply, rows = books
     assert perplexity(apply, {"params": checkpoint.params}, rows) == pytest.approx(47.051, abs=0.002)

@@ -1,6 +1,8 @@
 """Programs as people write them: one list for the tests of discovery, of packed execution, of fake quantization and of GPTQ."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +31,15 @@ class Case:
 
 
 def normal(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape, dtype)
+    size = math.prod(shape)
+    return jax.device_put(numbers(seed, jnp.dtype(dtype), max(1 << 14, 1 << (size - 1).bit_length()))[:size].reshape(shape))
+
+
+@functools.cache
+def numbers(seed: int, dtype: Any, count: int) -> np.ndarray:
+    """What jax.random.normal begins with in any shape: one program for all shapes, where each would compile its own."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.random.normal(jax.random.fold_in(KEY, seed), (count,), dtype))
 
 
 @jax.jit

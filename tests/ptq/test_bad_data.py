@@ -48,8 +48,10 @@ def test_no_data(how):
         run(how, None)
     with pytest.raises(ValueError, match=r"`calibration` holds shapes, but .* needs data: give batches of numbers"):
         run(how, [jax.ShapeDtypeStruct((4, D), jnp.float32)])
-    with pytest.raises(ValueError, match=r"`calibration` batch 1 holds no number, but .* needs data: leave the batch out"):
+    with pytest.raises(ValueError, match=r"`calibration` batch 1 holds no rows, but .* needs data: leave the batch out"):
         run(how, [normal(4, D), jnp.zeros((0, D))])
+    with pytest.raises(ValueError, match=r"`calibration` batch 1 holds no rows"):  # beside an argument that is not of the data
+        run(how, [(x, jnp.float32(1.0)) for x in (normal(4, D), jnp.zeros((0, D)))], lambda p, x, scale: fn(p, x * scale))
 
 
 @every_method

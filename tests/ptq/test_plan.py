@@ -123,3 +123,25 @@ def test_every_program_has_a_price(case):
 def test_the_rates_are_measured_where_they_are_not_given():
     plan = qjax.plan(lambda p, x: x @ p, normal(4, 4), Policy([Rule("*", weight=qjax.int4())]), [jnp.ones((2, 4))])
     assert plan.rates.products > 1e7 and plan.rates.steps > 1e4
+
+
+def test_a_pruned_weight_is_priced_with_its_passes():
+    fn, x = (lambda p, x: x @ p["w"]), [normal(4, 16)]
+    dense, method = {"w": normal(16, 8)}, qjax.gptq(mse=False)
+    pruned = {"w": dense["w"].at[::2, ::2].set(0).at[1::2, 1::2].set(0)}
+
+    def work(params, method):
+        policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(), method=method)])
+        return qjax.plan(fn, params, policy, x, rates=RATES).work.products
+
+    shapes = jax.eval_shape(lambda: pruned)
+    assert work(shapes, method) == work(dense, method) < work(pruned, method) == work(dense, qjax.gptq(mse=False, refine=2))
+    assert work(pruned, method) - work(dense, method) == 2 * 2 * 8 * 16**2
+
+
+def test_the_plan_names_rules_of_caches():
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8()), qjax.Rule("2/*", cache=qjax.kv_cache(qjax.int8(), window=4))])
+    note = 'rule \'2/*\' (kv_cache(int8(), per="token", window=4)) names caches, which are no parameters: pack them'
+    notes = qjax.plan(lambda p, x: x @ p, normal(8, 4), policy, [normal(2, 8)], rates=RATES).report.notes
+    assert any(text.startswith(note) for text in notes)
+    assert qjax.quantize(lambda p, x: x @ p, normal(8, 4), policy, [normal(2, 8)]).report.notes == notes

@@ -62,6 +62,8 @@ def test_gptq_runs_through_every_program(case):
     # GPTQ is better on its own data, except where it had to round (and said why) or to share statistics between layers.
     if case.name in ("tied_embedding", "shard_map"):
         assert got == plain and all("rounded, not gptq: it" in note for note in notes) and notes
+        assert all("take a method that needs no data, such as qjax.rtn(mse=True)" in note for note in notes)
+        assert case.name == "shard_map" or "; qjax.graph.untie(fn, params, *inputs) gives its products a copy" in notes[0]
     elif case.name == "loop_index":
         assert any("and all its layers" in note for note in notes)
     elif case.name == "params_in_carry":

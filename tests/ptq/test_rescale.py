@@ -78,7 +78,7 @@ def rescaled_float(fn, params, result):
 
 
 @pytest.mark.parametrize("method", [SEARCHED, pytest.param(SMOOTH, marks=pytest.mark.slow)], ids=lambda m: m.name)
-@pytest.mark.parametrize("fn", [block, scanned, unrolled])
+@pytest.mark.parametrize("fn", [block, *(pytest.param(fn, marks=pytest.mark.slow) for fn in (scanned, unrolled))])
 def test_smoothquant_saves_static_activations_from_outliers(fn, method):
     params, data = block_params() if fn is block else stacked(), batches()
     plain = qjax.quantize(fn, params, Policy([Rule("*", **W8A8)]), data)

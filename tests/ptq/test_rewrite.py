@@ -206,3 +206,23 @@ def test_modules_untie_their_head_too():
     ):
         assert "untied" in result.params and any(change.done for change in result.changes)
         np.testing.assert_allclose(result.fn(result.params, tokens), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("every", "run"), [(False, "stream"), (True, "between two layers")])
+def test_a_rotation_keeps_what_was_pruned_or_says_what_it_lost(every, run):
+    """More than a tenth of exact zeros: refused by name; fewer: counted; rows of zeros stay zeros and are not spoken of."""
+
+    def fn(p, x):
+        x = x @ p["a"]
+        return (x if every else x + jnp.tanh(x @ p["in"]) @ p["out"]) @ p["b"]
+
+    p = {"a": normal(6, 8), "b": normal(8, 5, seed=1), "in": normal(8, 4, seed=2), "out": normal(4, 8, seed=3)}
+    p = p if not every else {name: p[name] for name in "ab"}
+    step = [qjax.rotation(key=jax.random.key(0), every=every)]
+    half = p | {"b": p["b"].at[::2].set(0)}
+    refused = qjax.rewrite(fn, half, [normal(7, 6)], step)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, half, refused.params)), run
+    assert any("50 % of b is exactly zero and would not be" in line.text and "before you prune" in line.text for line in refused.refused)
+    some = p | {"b": p["b"].at[0, 0].set(0).at[:, 1].set(0), "a": p["a"].at[:2].set(0)}
+    lines = {line.path: line.text for line in qjax.rewrite(fn, some, [normal(7, 6)], step).changes if line.done}
+    assert "; 2.5 % of it was exactly zero, which a rotation does not keep" in lines["b"] and "zero" not in lines["a"]

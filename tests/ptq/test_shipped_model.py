@@ -1,4 +1,7 @@
-"""Perplexities of the shipped model, quantized, against numbers made with torch and gptqmodel 7.7."""
+"""Perplexities of the shipped model, quantized, against numbers made with torch and gptqmodel 7.7.
+
+tests/cli/test_demo.py compares float32, int8, int4(group_size=128) and GPTQ in groups of 128, which `qjax demo` measures anyway.
+"""
 
 import jax.numpy as jnp
 import pytest
@@ -24,8 +27,6 @@ def measure():
 
 
 ROUNDING = [
-    (qjax.int8(), 47.057),
-    (qjax.int4(group_size=128), 47.423),
     (qjax.int4(), 47.506),
     (qjax.int3(group_size=128), 49.245),
     (qjax.int3(group_size=64), 48.828),
@@ -39,13 +40,9 @@ def test_rounding(measure, spec, expected):
     assert measure(spec) == pytest.approx(expected, abs=0.001)
 
 
-PEER = {qjax.int4(group_size=128): 47.242, qjax.int3(group_size=128): 48.128, qjax.int2(group_size=64): 54.514}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", PEER, ids=str)
-def test_gptq_is_better_than_gptqmodel(measure, spec):
-    assert measure(spec, qjax.gptq()) < PEER[spec]
+def test_gptq_is_better_than_gptqmodel(measure):
+    assert measure(qjax.int2(group_size=64), qjax.gptq()) < 54.514
 
 
 @pytest.mark.slow

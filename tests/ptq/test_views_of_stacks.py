@@ -64,7 +64,7 @@ def test_experts_inside_scanned_layers():
     params, x = {"w": 0.3 * normal(2, 3, 8, 8)}, normal(12, 8, seed=4)
     result = qjax.quantize(fn, params, GPTQ, calibration=[x])
     notes = [n for row in result.report.rows for n in row.notes]
-    assert any("no calibration data but zeros reached it in parts 1" in n and "(layer 1)" in n for n in notes)
+    assert any("no calibration data but zeros reached it in parts 1" in n and "(layers 0-1)" in n for n in notes)
     rounded = qjax.quantize(fn, params, qjax.Policy([qjax.Rule("w", weight=qjax.int4(), method=qjax.rtn(mse=True))]), calibration=[x])
     want = fn(params, x)
     errors = [float(jnp.sum((jax.jit(qjax.quantized(fn))(r.params, x) - want) ** 2)) for r in (result, rounded)]

@@ -30,7 +30,7 @@ def why_not(request: Request) -> str | None:
         (weight.group_size is not None, f"takes one scale a row of w, not groups of {weight.group_size}"),
         (request.parts != 1, "takes one product, not several side by side"),
         (request.k % 128 != 0, f"K must be a multiple of 128, not {request.k}"),
-        (request.n % 8 != 0, f"N must be a multiple of 8, not {request.n}"),
+        (request.n % 64 != 0, f"N must be a multiple of 64, not {request.n}"),
         (importlib.util.find_spec("absl") is None, "Mosaic GPU needs the package absl-py"),
     )
     return next((reason for unmet, reason in reasons if unmet), None)
@@ -57,7 +57,9 @@ def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     return codes.astype(dtype), scale
 
 
-def eight_bit_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, *, tiles: Tiles | None = None, cores: int = 132, interpret=None) -> jax.Array:
+def eight_bit_matmul(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, tiles: Tiles | None = None, cores: int = 132, interpret=None
+) -> jax.Array:
     """x (M, K), rounded by row to the type of the codes, times the transpose of codes (N, K) scaled by row.
 
     y_mn = s_m t_n sum_k q_mk c_nk
@@ -88,7 +90,8 @@ def eight_bit_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, *, tiles
         x = jnp.pad(x, ((0, padded - m), (0, 0)))
     rows, row_scales = rounded_rows(x, codes.dtype)
     # The copy engine reads whole blocks of scales, 128 bytes at least.
-    reach = max(32, -(-padded // tiles.block_m) * tiles.block_m)
+    block = tiles.block_m * tiles.cluster
+    reach = max(32, -(-padded // block) * block)
     row_scales = jnp.pad(row_scales, (0, reach - padded))
     y = eight_bit(rows, row_scales, codes, scales.reshape(n), tiles=tiles, out_dtype=x.dtype, interpret=interpret)
     y = y.sum(0).astype(x.dtype) if tiles.split_k > 1 else y

@@ -7,14 +7,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic import LANE, swizzled, transposed
-from .pipeline import column_values, fetch_vector, over_columns, over_rows, row_values, store, stream, vector_size
+from .pipeline import column_values, fetch_vector, over_columns, over_rows, row_values, staging, store, stream, vector_size
 from .tiles import Tiles
 
 
 def eight_bit(
     x: jax.Array, x_scale: jax.Array, w: jax.Array, w_scale: jax.Array, *, tiles: Tiles, out_dtype=jnp.bfloat16, interpret=None
 ) -> jax.Array:
-    """The kernel. Few rows of x stand on the right of the tensor cores (which take 64 rows on the left and 8 on the right), many on the left.
+    """The kernel: few rows of x stand on the right of the tensor cores, in multiples of 8, many on the left, in multiples of 64.
 
     Args:
       x: (M, K) int8 or float8_e4m3fn, M below 8 or a multiple of 8.
@@ -33,7 +33,7 @@ def eight_bit(
     bm, bn, bk, workers = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
     left_rows, right_rows = (bm // workers, bn) if tiles.x_left else (bn // workers, bm)
     shape = (left_rows, right_rows)
-    staged = shape if tiles.x_left else (right_rows, left_rows)
+    staged = staging(shape, transpose=not tiles.x_left)
     steps = -(-k // (bk * tiles.split_k))
     split = tiles.split_k > 1
     result = jnp.dtype(jnp.float32 if split else out_dtype)
@@ -62,7 +62,12 @@ def eight_bit(
             rows = fetch_vector(left, left_smem.at[worker], barriers.at[worker], left_at, left_rows)
             columns = fetch_vector(right, right_smem.at[worker], barriers.at[worker], right_at, right_rows)
             scaled = total.astype(jnp.float32) * over_columns(row_values(rows), shape) * over_rows(column_values(columns), shape)
-            target = (out_gmem.at[k_part] if split else out_gmem).at[pl.ds(m_start, staged[0]), pl.ds(n_start, staged[1])]
+            out = out_gmem.at[k_part] if split else out_gmem
+
+            def target(start):
+                m_at, n_at = (m_start, n_start + start) if tiles.x_left else (m_start + start, n_start)
+                return out.at[pl.ds(m_at, staged[0]), pl.ds(n_at, staged[1])]
+
             store(scaled.astype(result), out_smem.at[worker], target, transpose=not tiles.x_left)
 
         in_specs = [
@@ -75,7 +80,15 @@ def eight_bit(
             ),
         ]
         stream(
-            advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=[x_gmem, w_gmem], shape=shape, dtype=sums, registers=False
+            advance,
+            finish,
+            tiles=tiles,
+            steps=steps,
+            in_specs=in_specs,
+            operands=[x_gmem, w_gmem],
+            shape=shape,
+            dtype=sums,
+            registers=False,
         )
 
     scale_types = (x_scale.dtype, w_scale.dtype) if tiles.x_left else (w_scale.dtype, x_scale.dtype)

@@ -22,7 +22,9 @@ def over_rows(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(columns, shape, (1,))
 
 
-def stream(advance: Callable, finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence, shape, dtype, registers: bool) -> None:
+def stream(
+    advance: Callable, finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence, shape, dtype, registers: bool
+) -> None:
     """Runs `advance` over the stages, then `finish` on the sum.
 
     Args:
@@ -63,7 +65,9 @@ def stream(advance: Callable, finish: Callable, *, tiles: Tiles, steps: int, in_
 
     def alone(carry):
         if registers:
-            return plgpu.emit_pipeline(advance, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages, init_carry=carry)(*operands)
+            return plgpu.emit_pipeline(advance, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages, init_carry=carry)(
+                *operands
+            )
 
         def keeping(index, *refs):
             advance(index, *refs, carry)
@@ -107,13 +111,34 @@ def column_values(ref) -> jax.Array:
     return load(ref, Layout.WGMMA.reduce(0), optimized=False).astype(jnp.float32)
 
 
-def store(value: jax.Array, staging, target, *, transpose: bool) -> None:
-    """Writes a tile to device memory through shared memory, transposed on the way where it stands on its side; what lies past the edge is left out."""
+STORED_COLUMNS = 64  # of a sum that pass through shared memory at once
+
+
+def staging(shape: tuple[int, int], *, transpose: bool) -> tuple[int, int]:
+    """The shape of the shared memory that `store` needs for a sum of a shape."""
+    rows, columns = shape[0], min(shape[1], STORED_COLUMNS)
+    return (columns, rows) if transpose else (rows, columns)
+
+
+def store(value: jax.Array, stage, target, *, transpose: bool) -> None:
+    """Writes a sum to device memory through shared memory, a few columns at a time; what lies past the edge is left out.
+
+    Args:
+      value: the sum (R, C) in registers.
+      stage: shared memory of `staging`.
+      target: of the rows and columns at which a stretch of columns starts: its place in device memory, shaped as `stage`.
+      transpose: the sum stands on its side.
+    """
+    width = min(value.shape[1], STORED_COLUMNS)
     value = plgpu.layout_cast(value, Layout.WGMMA)
-    if transpose:
-        transposed(staging)[...] = plgpu.layout_cast(value, Layout.WGMMA_TRANSPOSED)
-    else:
-        staging[...] = value
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, target)
+    for start in range(0, value.shape[1], width):
+        part = value if width == value.shape[1] else value[:, start : start + width]
+        if start:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if transpose:
+            transposed(stage)[...] = plgpu.layout_cast(part, Layout.WGMMA_TRANSPOSED)
+        else:
+            stage[...] = part
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stage, target(start))
     plgpu.wait_smem_to_gmem(0)

@@ -14,12 +14,14 @@ class Tiles:
       block_k: of K a pipeline stage holds, a multiple of 128.
       stages: of the pipeline, all in shared memory.
       split_k: thread blocks that share the K of one tile of y; their float32 sums are added by a second program.
-      warpgroups: that compute. With 1, they copy too and several thread blocks fit on a multiprocessor (weights bound by memory); with 2 or more, another
-        warpgroup does nothing but copies (many rows, bound by the tensor cores).
-      scale_first: the weight is scaled before the tensor cores see it (rounds code times scale to bfloat16); otherwise the float32 sum of a group is.
-      reorder: consecutive nibbles are used as they lie and the columns of x are put in that order by a program before the kernel; otherwise nibbles are
-        shuffled between threads. Four-bit codes only.
-      x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Products of eight bits on both sides only.
+      warpgroups: that compute. A single one copies too, and several thread blocks fit on a multiprocessor (few rows, bound by memory);
+        beside two or more, another warpgroup does nothing but copies (many rows, bound by the tensor cores).
+      scale_first: the weight is scaled before the tensor cores see it (code times scale is rounded to bfloat16); otherwise the float32 sum
+        of a group is.
+      reorder: nibbles are used as they lie, and the columns of x are put in that order by a program before the kernel; otherwise nibbles
+        are shuffled between threads. Four-bit codes only.
+      x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Only for eight bits on both
+        sides.
       cluster: thread blocks with neighbouring rows of x that receive each block of w together. Needs two warpgroups.
     """
 
@@ -57,7 +59,8 @@ class Tiles:
 
     def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
         """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""
-        out = self.block_m * self.block_n * (4 if self.split_k > 1 else 2)
+        left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
+        out = left * min(right, 64) * (4 if self.split_k > 1 else 2)
         return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + self.block_n * 4 + 1024
 
 
@@ -70,11 +73,16 @@ SHARED_BYTES = 227 * 1024
 """Shared memory that a thread block of a Hopper GPU may take."""
 
 
+def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
+    """Whether weight-only tiles fit into so much shared memory."""
+    return tiles.shared_bytes(bits) <= room
+
+
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132) -> Tiles:
     """Tiles to start from where none were measured.
 
-    Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all have work.
-    Many rows are bound by the tensor cores: two warpgroups share the rows of x, and a third copies.
+    Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
+    have work. Many rows are bound by the tensor cores: two warpgroups share the rows of x, and a third copies.
 
     Args:
       m: rows of x.
@@ -91,7 +99,8 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132) -> Ti
         wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
         while blocks(m, n, wide) * split * 2 <= cores and k // 128 >= 8 * split:
             split *= 2
-        return dataclasses.replace(wide, split_k=split, stages=3 if split == 1 else 2)
+        wide = dataclasses.replace(wide, split_k=split)
+        return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
     block_m = max(8, math.ceil(m / 8) * 8)
     block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= 2 * cores else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
@@ -100,7 +109,7 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132) -> Ti
         split *= 2
     # A third of the shared memory for a thread block, so that three of them live on a multiprocessor.
     narrow = dataclasses.replace(narrow, split_k=split)
-    fitting = (s for s in (6, 5, 4, 3) if dataclasses.replace(narrow, stages=s).shared_bytes(bits) <= SHARED_BYTES // 3)
+    fitting = (s for s in (6, 5, 4, 3) if fits(dataclasses.replace(narrow, stages=s), bits, SHARED_BYTES // 3))
     return dataclasses.replace(narrow, stages=next(fitting, 2))
 
 
@@ -117,7 +126,7 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
       Tiles that fit into shared memory.
     """
     if m > 64:
-        wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, x_left=True)
+        wide = Tiles(block_m=128, block_n=256, block_k=128, stages=4, warpgroups=2, x_left=True)
         return dataclasses.replace(wide, cluster=2 if m > 128 else 1)
     block_m = max(8, math.ceil(m / 8) * 8)
     narrow = Tiles(block_m, 64, block_k=256 if block_m <= 32 else 128, stages=1)

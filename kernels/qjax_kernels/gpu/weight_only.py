@@ -28,7 +28,7 @@ def why_not(request: Request) -> str | None:
         (request.dtype != "bfloat16", f"takes bfloat16 rows, not {request.dtype}"),
         (request.parts != 1, "takes one product, not several side by side"),
         (request.k % 128 != 0, f"K must be a multiple of 128, not {request.k}"),
-        (request.n % 8 != 0, f"N must be a multiple of 8, not {request.n}"),
+        (request.n % 64 != 0, f"N must be a multiple of 64, not {request.n}"),
         (group is not None and group % 128 != 0, f"groups must be a multiple of 128, not {group}"),
         (group is not None and request.k % group != 0, f"K = {request.k} is not a multiple of the group {group}"),
         (scale_row is not None and scale_row % 16 != 0, f"a row of {request.k // (group or 1)} scales is no multiple of 16 bytes"),
@@ -38,7 +38,14 @@ def why_not(request: Request) -> str | None:
 
 
 def weight_only_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, *, group_size: int | None = None, tiles: Tiles | None = None, cores: int = 132, interpret=None
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    *,
+    group_size: int | None = None,
+    tiles: Tiles | None = None,
+    cores: int = 132,
+    interpret=None,
 ) -> jax.Array:
     """x (M, K) times the transpose of codes (N, K) scaled by row, or by row and group.
 
@@ -66,6 +73,11 @@ def weight_only_matmul(
     tiles = weight_only_tiles(m, codes.shape[0], k, bits, cores) if tiles is None else tiles
     if tiles.reorder and bits != 4:
         raise ValueError(f"`tiles.reorder` is for codes of 4 bits, these have {bits}; leave it False")
+    per_copy = 16 // scales.dtype.itemsize
+    if group_size is not None and (group_size * per_copy) % tiles.block_k:
+        raise ValueError(
+            f"`tiles.block_k` is {tiles.block_k}; it must divide {group_size * per_copy}, the k whose scales are copied at once"
+        )
     if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
     padded = m if m < 8 else -(-m // 8) * 8

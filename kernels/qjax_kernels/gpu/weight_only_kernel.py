@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from .mosaic import LANE, Layout, load, swizzled, transposed
-from .pipeline import fetch_vector, over_columns, row_values, store, stream, vector_size
+from .pipeline import fetch_vector, over_columns, row_values, staging, store, stream, vector_size
 from .tiles import Tiles
 
 PIECE = 128  # k that one run of tensor-core instructions takes: a multiple of it is the only group size
@@ -27,11 +27,13 @@ def reordered(x: jax.Array) -> jax.Array:
 def _nibbles(codes: jax.Array) -> jax.Array:
     """Codes (R, PIECE) int4 to bfloat16 without moving them between threads: the columns are those of `reordered`.
 
-    A thread's 32 bits hold eight consecutive codes. Shifted by 4 j, bits 0-3 and 16-19 are codes j and j + 4; as the low mantissa bits of 128.0 they are
-    136 plus the code once the sign bit is flipped.
+    A thread's 32 bits hold eight consecutive codes. Shifted by 4 j, bits 0-3 and 16-19 are codes j and j + 4; as the low mantissa bits of
+    128.0, and with the sign bit flipped, they read 136 plus the code.
     """
 
-    @plgpu.inline_mgpu(arg_types=(Layout.WGMMA_UPCAST_4X,), return_type=plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=Layout.WGMMA))
+    converted = plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(Layout.WGMMA_UPCAST_4X,), return_type=converted)
     def convert(_, packed):
         word = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
@@ -43,7 +45,8 @@ def _nibbles(codes: jax.Array) -> jax.Array:
                 both = llvm.inline_asm(
                     word,
                     [shifted],
-                    "{ .reg .b32 a, b; lop3.b32 a, $1, 0x000F000F, 0x43084308, (0xf0 & 0xcc) ^ 0xaa; mov.b32 b, 0x43084308; sub.bf16x2 $0, a, b; }",
+                    "{ .reg .b32 a, b; lop3.b32 a, $1, 0x000F000F, 0x43084308, (0xf0 & 0xcc) ^ 0xaa;"
+                    " mov.b32 b, 0x43084308; sub.bf16x2 $0, a, b; }",
                     "=r,r",
                 )
                 registers[(index[0], index[1] * 4 + j, *index[2:])] = mgpu_utils.bitcast(both, pair)
@@ -66,7 +69,9 @@ def _row_scales(scales_ref, column, dtype) -> jax.Array:
     return load(scales_ref.at[:, column], Layout.WGMMA.reduce(1), optimized=False).astype(dtype)
 
 
-def weight_only(x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int, group: int | None, tiles: Tiles, interpret=None) -> jax.Array:
+def weight_only(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int, group: int | None, tiles: Tiles, interpret=None
+) -> jax.Array:
     """The kernel: float32 or bfloat16 partial products, transposed back on the way out.
 
     Args:
@@ -86,6 +91,7 @@ def weight_only(x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int,
     bm, bn, bk, groups_wg = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
     rows = bn // groups_wg
     shape = (rows, bm)
+    staged = staging(shape, transpose=True)
     steps = -(-k // (bk * tiles.split_k))
     split = tiles.split_k > 1
     out_dtype = jnp.float32 if split else jnp.bfloat16
@@ -94,7 +100,8 @@ def weight_only(x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int,
 
     def piece(step, p, x_ref, w_ref, s_ref, first_row, carry):
         cols = slice(p * PIECE, (p + 1) * PIECE)
-        weight = _float_codes(w_ref.at[pl.ds(first_row, rows), cols] if groups_wg > 1 else w_ref.at[:, cols], bits, tiles.reorder, interpret is not None)
+        mine = w_ref.at[pl.ds(first_row, rows), cols] if groups_wg > 1 else w_ref.at[:, cols]
+        weight = _float_codes(mine, bits, tiles.reorder, interpret is not None)
         rhs = transposed(x_ref.at[:, cols])
         if group is None:
             plgpu.wgmma(carry, weight, rhs)
@@ -133,7 +140,11 @@ def weight_only(x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int,
                 start = n_block * bn + first_row
                 channel = fetch_vector(s_gmem, channel_smem.at[warpgroup], barrier.at[warpgroup], start, rows)
                 total = total * over_columns(row_values(channel), shape)
-            target = (out_gmem.at[k_part] if split else out_gmem).at[pl.ds(m_block * bm, bm), pl.ds(n_block * bn + first_row, rows)]
+            out = out_gmem.at[k_part] if split else out_gmem
+
+            def target(start):
+                return out.at[pl.ds(m_block * bm + start, staged[0]), pl.ds(n_block * bn + first_row, staged[1])]
+
             store(total.astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
 
         in_specs = [
@@ -144,14 +155,16 @@ def weight_only(x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int,
         if group is not None:
             in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))))
             operands.append(s_gmem)
-        stream(advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=after)
+        stream(
+            advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=after
+        )
 
     out_shape = (tiles.split_k, m, n) if split else (m, n)
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
         scratch_types=[
-            plgpu.SMEM((groups_wg, bm, rows), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
+            plgpu.SMEM((groups_wg, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
             plgpu.SMEM((groups_wg, vector_size(rows, scales.dtype)), scales.dtype),
             plgpu.Barrier(num_barriers=groups_wg),
         ],

@@ -1,9 +1,11 @@
-"""Mosaic GPU kernels on a CPU: the interpreter of jax, taught what it lacks (an operand of the tensor cores that lies in registers)."""
+"""Mosaic GPU kernels on a CPU: the interpreter of jax, taught what it lacks (an operand of the tensor cores that lies in registers).
+
+The interpreter of jax 0.10 does not know transposed operands: kernels are interpreted from 0.11 on.
+"""
 
 import contextlib
-import inspect
+import dataclasses
 
-import jax
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, params
 
@@ -13,46 +15,63 @@ def interpreter(detect_races: bool = False):
     return params.InterpretGPUParams(detect_races=detect_races)
 
 
-def _from_registers(original):
-    """The interpreter's multiply-add, for a left operand that is an array and no reference."""
-    takes = inspect.signature(original).parameters
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Registers:
+    """An operand that stands where the interpreter expects the key of a buffer."""
 
-    def wgmma(**kwargs):
-        left = np.asarray(kwargs["a_allocation_key_as_array"])
-        if left.ndim != 2:
-            return original(**kwargs)
-        key = gpu_callbacks.HostAllocationKey.from_array
-        memory = gpu_callbacks._get_shared_memory()
-        assert "acc_allocation_key_as_array" in takes
+    value: np.ndarray
 
-        def read(name):
-            own = key(kwargs[f"{name}_allocation_key_as_array"])
-            transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(kwargs[f"{name}_transforms"]))
-            window = memory.access(own, transforms)
-            info = gpu_callbacks.memory.GPULoggingInfo(kwargs["mesh_location"], kwargs["thread"], kwargs.get("source_info"))
-            return own, window, info, memory.get_buffer_content(own, window, kwargs["thread"], logging_info=info)[0]
 
-        *_, right = read("b")
-        own, window, info, total = read("acc")
-        total = total + np.matmul(left.astype(total.dtype), right.astype(total.dtype))
-        memory.store_buffer_content(own, window, total, kwargs["thread"], logging_info=info)
-        return kwargs["token"]
+class _Keys:
+    """Keys of buffers, where a matrix is its own key."""
 
-    return wgmma
+    def __init__(self, keys) -> None:
+        self.keys = keys
+
+    def __getattr__(self, name):
+        return getattr(self.keys, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.keys(*args, **kwargs)
+
+    def from_array(self, array):
+        array = np.asarray(array)
+        return _Registers(array) if array.ndim == 2 else self.keys.from_array(array)
+
+
+class _Memory:
+    """Shared memory, where the content of a matrix is itself."""
+
+    def __init__(self, memory) -> None:
+        self.memory = memory
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+    def access(self, key, transforms):
+        return () if isinstance(key, _Registers) else self.memory.access(key, transforms)
+
+    def get_buffer_content(self, key, *args, **kwargs):
+        # Codes of eight bits are multiplied in the type of the sums, as the tensor cores do.
+        return (key.value, None, None) if isinstance(key, _Registers) else self.memory.get_buffer_content(key, *args, **kwargs)
 
 
 @contextlib.contextmanager
 def register_operands():
-    """Within it the interpreter takes operands of the tensor cores out of registers; put back as it was afterwards."""
-    original, resolve = gpu_callbacks.wgmma, jaxpr_interpret.resolve_ref
+    """Within it the interpreter takes operands of the tensor cores out of registers; all is put back afterwards."""
+    keys, memory = gpu_callbacks.HostAllocationKey, gpu_callbacks._get_shared_memory
+    resolve = jaxpr_interpret.resolve_ref
 
     def resolve_ref(aval, value, transforms):
         if not transforms and getattr(aval, "ndim", 0) == 2 and not hasattr(aval, "inner_aval"):
             return value, ()
         return resolve(aval, value, transforms)
 
-    gpu_callbacks.wgmma, jaxpr_interpret.resolve_ref = _from_registers(original), resolve_ref
+    gpu_callbacks.HostAllocationKey = _Keys(keys)
+    gpu_callbacks._get_shared_memory = lambda *args: _Memory(memory(*args))
+    jaxpr_interpret.resolve_ref = resolve_ref
     try:
         yield
     finally:
-        gpu_callbacks.wgmma, jaxpr_interpret.resolve_ref = original, resolve
+        gpu_callbacks.HostAllocationKey, gpu_callbacks._get_shared_memory = keys, memory
+        jaxpr_interpret.resolve_ref = resolve

@@ -1,0 +1,102 @@
+"""Hopper kernels through the interpreter against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qjax_kernels.gpu import eight_bit, weight_only
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles
+from qjax_kernels.request import Device, Request, Weight
+
+interpreted = pytest.mark.skipif(
+    jax.version.__version_info__ < (0, 11), reason="the Mosaic GPU interpreter of jax 0.10 does not know transposed operands"
+)
+HOPPER = Device("cuda", "sm_90a", 132)
+
+
+def relative(y, expected) -> float:
+    return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("m", "n", "bits", "group", "tiles"),
+    [
+        (8, 64, 4, 128, Tiles(8, 64, 256, 2)),
+        (20, 192, 4, 128, Tiles(16, 128, 256, 2, split_k=2)),
+        (16, 64, 4, 128, Tiles(16, 64, 256, 2, reorder=True)),
+        (3, 128, 8, None, Tiles(8, 64, 256, 2)),
+        (24, 128, 4, 256, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True)),
+    ],
+)
+def test_weight_only_is_the_product_in_float64(m, n, bits, group, tiles):
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw = np.random.default_rng(0)
+    k, top = 1024, 2 ** (bits - 1)
+    codes = draw.integers(-top, top, (n, k))
+    codes[0], codes[1, :5] = 0, -top
+    scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group if group else 1)), jnp.bfloat16)
+    x = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ (codes * np.repeat(np.asarray(scales, np.float64), group or k, 1)).T
+    stored = jnp.asarray(codes, jnp.int4 if bits == 4 else jnp.int8)
+    with register_operands():
+        y = weight_only.weight_only_matmul(x, stored, scales, group_size=group, tiles=tiles, interpret=interpreter())
+    assert relative(y, expected) < 3e-3  # bfloat16 rounds y once, 2 ** -9 at most, and the weight once more where it is scaled first
+    assert not np.asarray(y, np.float32)[:, 0].any()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("m", "n", "dtype", "tiles"),
+    [
+        (3, 192, jnp.int8, Tiles(8, 64, 256, 2, split_k=2)),
+        (24, 128, jnp.float8_e4m3fn, Tiles(16, 64, 128, 2)),
+        (200, 64, jnp.int8, Tiles(128, 64, 128, 2, warpgroups=2, x_left=True, cluster=2)),
+    ],
+)
+def test_eight_bits_are_the_product_of_the_rounded_rows(m, n, dtype, tiles):
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw = np.random.default_rng(0)
+    k = 512
+    codes = jnp.asarray(draw.integers(-128, 128, (n, k)) if dtype == jnp.int8 else draw.normal(size=(n, k)) * 30, dtype)
+    scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, 1)), jnp.float32)
+    x = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16).at[1].set(0)
+    q, s = eight_bit.rounded_rows(x, dtype)
+    expected = np.asarray(s, np.float64)[:, None] * (np.asarray(q, np.float64) @ (np.asarray(codes, np.float64) * np.asarray(scales)).T)
+    with register_operands():
+        y = eight_bit.eight_bit_matmul(x, codes, scales, tiles=tiles, interpret=interpreter())
+    assert relative(y, expected) < 3e-3
+    assert not np.asarray(y, np.float32)[1].any()
+
+
+@pytest.mark.parametrize("m", [1, 8, 16, 33, 64, 65, 128, 512, 4096])
+def test_default_tiles_fit_into_shared_memory(m):
+    for k, n in ((4096, 4096), (8192, 8192), (8192, 28672), (1024, 64)):
+        assert weight_only_tiles(m, n, k, 4).shared_bytes(4) <= SHARED_BYTES
+        assert weight_only_tiles(m, n, k, 8).shared_bytes(8) <= SHARED_BYTES
+        assert eight_bit_tiles(m, n, k).shared_bytes(8, 0, 1) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        (Request(Device("cuda", "sm_80"), 1, 64, 1024, Weight("int", 4, 128)), "sm_90a"),
+        (Request(HOPPER, 1, 64, 1024, Weight("int", 3, 128)), "int3"),
+        (Request(HOPPER, 1, 64, 1024, Weight("int", 4, 64)), "64"),
+        (Request(HOPPER, 1, 100, 1024, Weight("int", 4, 128)), "100"),
+        (Request(HOPPER, 1, 64, 1152, Weight("int", 4, 128)), "16 bytes"),
+        (Request(HOPPER, 1, 64, 1024, Weight("int", 4, 128), dtype="float32"), "float32"),
+    ],
+)
+def test_why_not_names_the_obstacle(request_, named):
+    assert named in weight_only.why_not(request_)
+
+
+@pytest.mark.parametrize("fields", [{"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3}])
+def test_tiles_refuse_what_no_kernel_has(fields):
+    with pytest.raises(ValueError, match="`"):
+        Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
