@@ -118,8 +118,10 @@ def _run(
 ) -> jax.Array:
     (m, k), n = x.shape, w.shape[1]
     tile = tiles.tile_of(chip, m, n, k, group, limit)
-    while tile.m > 16 and _row_bytes(tile.m, k, x.dtype.itemsize) > _ROW_BYTES:
-        tile = Tile(tiles.up(tile.m // 2, 16), tile.n, tile.k)
+    height = tile.m if tile.m <= 16 else tiles.up(tile.m, 32)
+    while height > 16 and _row_bytes(height, k, x.dtype.itemsize) > _ROW_BYTES:
+        height = 16 if height == 32 else tiles.up(height // 2, 32)
+    tile = Tile(height, tile.n, tile.k)
     rows, columns, steps = tiles.cuts(m, n, k, tile)
     x = tiles.pad_contracted(x, tile.k)
     scales = tiles.scale_blocks(scale, group, tile.k)
@@ -168,23 +170,30 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, codes_ref, row_ref, sum_ref, *, le
 
 
 def quantize(x_ref, codes_ref, row_ref, levels: float) -> None:
-    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k), a tile of k after the other."""
-    steps, _, size = codes_ref.shape
+    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k): 32 rows at a time (one tile of int8), a tile of k after the
+    other, in loops: the code of it is short and runs once for all columns."""
+    steps, m, size = codes_ref.shape
+    few = min(m, 32)
 
-    def part(t) -> jax.Array:
-        return x_ref[:, pl.ds(pl.multiple_of(t * size, size), size)].astype(jnp.float32)
+    def rows(r, carry: None) -> None:
+        at = pl.ds(pl.multiple_of(r * few, few), few)
 
-    def widen(t, largest: jax.Array) -> jax.Array:
-        return jnp.maximum(largest, jnp.max(jnp.abs(part(t)), axis=1, keepdims=True))
+        def part(t) -> jax.Array:
+            return x_ref[at, pl.ds(pl.multiple_of(t * size, size), size)].astype(jnp.float32)
 
-    def encode(t, carry: jax.Array) -> jax.Array:
-        codes_ref[t] = jnp.clip(jnp.round(part(t) * (1 / carry)), -128, 127).astype(jnp.int32).astype(jnp.int8)
-        return carry
+        def widen(t, largest: jax.Array) -> jax.Array:
+            return jnp.maximum(largest, jnp.max(jnp.abs(part(t)), axis=1, keepdims=True))
 
-    largest = jax.lax.fori_loop(0, steps, widen, jnp.zeros(row_ref.shape, jnp.float32))
-    scale = jnp.where(largest > 0, largest * (1 / levels), 1.0)
-    row_ref[...] = scale
-    jax.lax.fori_loop(0, steps, encode, scale)
+        def encode(t, inverse: jax.Array) -> jax.Array:
+            codes_ref[t, at, :] = jnp.clip(jnp.round(part(t) * inverse), -128, 127).astype(jnp.int32).astype(jnp.int8)
+            return inverse
+
+        largest = jax.lax.fori_loop(0, steps, widen, jnp.zeros((few, 1), jnp.float32))
+        scale = jnp.where(largest > 0, largest * (1 / levels), 1.0)
+        row_ref[at, :] = scale
+        jax.lax.fori_loop(0, steps, encode, 1 / scale)
+
+    jax.lax.fori_loop(0, m // few, rows, None)
 
 
 def _groups(codes: jax.Array, w_ref, scale_ref) -> jax.Array:

@@ -161,7 +161,7 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, sum_ref, *, chip: Chip, place: Pla
     elif place == "after":
         y = _scaled_results(x_ref, w_ref, scale_ref, carrier(chip, x_ref, w_ref))
     else:
-        y = tiles.dot(x_ref[...], scaled_weight(w_ref[...], scale_ref[...], x_ref.dtype, chip))
+        y = tiles.dot(x_ref[...], scaled_weight(w_ref, scale_ref, x_ref.dtype, chip))
     tiles.accumulate(sum_ref, y, step)
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -170,12 +170,14 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, sum_ref, *, chip: Chip, place: Pla
         out_ref[...] = (y * scale_ref[...].astype(jnp.float32) if whole else y).astype(out_ref.dtype)
 
 
-def scaled_weight(w: jax.Array, scale: jax.Array, dtype: jnp.dtype, chip: Chip) -> jax.Array:
+def scaled_weight(w_ref, scale_ref, dtype: jnp.dtype, chip: Chip) -> jax.Array:
     """`w * s` (k, n) in the dtype of x, multiplied in bfloat16 where the vector unit has that."""
-    groups, (k, n) = scale.shape[0], w.shape
+    groups = scale_ref.shape[0]
+    size = w_ref.shape[0] // groups
     factor = jnp.bfloat16 if chip.bfloat16 and dtype == jnp.bfloat16 else jnp.float32
-    scaled = w.astype(factor).reshape(groups, k // groups, n) * scale.astype(factor)[:, None, :]
-    return scaled.reshape(k, n).astype(dtype)
+    # A row that is read alone is spread over sublanes by the load; cut out of a value it is not.
+    scaled = [w_ref[g * size : (g + 1) * size, :].astype(factor) * scale_ref[g : g + 1, :].astype(factor) for g in range(groups)]
+    return jnp.concatenate(scaled).astype(dtype)
 
 
 def carrier(chip: Chip, x_ref, w_ref) -> jnp.dtype:
