@@ -46,6 +46,8 @@ def why_not(request: Request) -> str:
         return f"{request.parts} products side by side: `experts` takes those"
     if weight.group_size is not None and weight.group_size < request.k and weight.group_size % 128:
         return f"groups of {weight.group_size}: integer sums of a group need a multiple of 128"
+    if weight.group_size is not None and weight.group_size < request.k and request.m > 32 and chip_of(device.chip).bfloat16:
+        return f"groups on {device.chip} cost half the depth of the matrix unit: above 32 rows `weight_only` takes fewer bundles"
     if _row_bytes(16, request.k, 2 if request.dtype == "bfloat16" else 4) > _ROW_BYTES:
         return f"16 rows of {request.k} values do not fit vector memory"
     return ""
@@ -93,7 +95,7 @@ def int8(
     check(x, w, scale, group)
     if group < w.shape[0] and group % 128:
         raise ValueError(f"`group` must be a multiple of 128 or at least {w.shape[0]}, got {group}")
-    run = functools.partial(_run, group=group, chip=chip_of(chip), levels=levels, limit=limit, interpret=interpret)
+    run = functools.partial(rounded_product, group=group, chip=chip_of(chip), levels=levels, limit=limit, interpret=interpret)
 
     @jax.custom_vjp
     def product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
@@ -113,11 +115,20 @@ def _row_bytes(rows: int, k: int, itemsize: int) -> int:
     return rows * k * (2 * itemsize + 1)
 
 
-def _run(
-    x: jax.Array, w: jax.Array, scale: jax.Array, group: int, chip: Chip, levels: float, limit: Tile | None, interpret: Interpret
+def rounded_product(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    group: int,
+    chip: Chip,
+    levels: float,
+    limit: Tile | None,
+    interpret: Interpret,
+    dtype: jnp.dtype = jnp.int8,
 ) -> jax.Array:
+    """The kernel, for codes of any dtype that the matrix unit multiplies by itself; sums are int32 for integers, else float32."""
     (m, k), n = x.shape, w.shape[1]
-    tile = tiles.tile_of(chip, m, n, k, group, limit)
+    tile = tiles.tile_of(chip, m, n, k, group, limit, divides=dtype != jnp.int8)
     height = tile.m if tile.m <= 16 else tiles.up(tile.m, 32)
     while height > 16 and _row_bytes(height, k, x.dtype.itemsize) > _ROW_BYTES:
         height = 16 if height == 32 else tiles.up(height // 2, 32)
@@ -138,14 +149,14 @@ def _run(
         ],
         out_specs=pl.BlockSpec((tile.m, tile.n), lambda i, j, t: (i, j)),
         scratch_shapes=[
-            pltpu.VMEM((steps, tile.m, tile.k), jnp.int8),
+            pltpu.VMEM((steps, tile.m, tile.k), dtype),
             pltpu.VMEM((tile.m, 1), jnp.float32),
-            pltpu.VMEM((tile.m, tile.n), jnp.int32 if whole else jnp.float32),
+            pltpu.VMEM((tile.m, tile.n), jnp.int32 if whole and dtype == jnp.int8 else jnp.float32),
         ],
         # The codes of a block of rows serve all columns, so those run one after the other.
         compiler_params=tiles.params("parallel", "arbitrary", "arbitrary", vmem=48 * 2**20),
         interpret=interpret,
-        name="int8",
+        name=f"rounded_product_{jnp.dtype(dtype).name}",
     )(x, w, scales)
 
 
@@ -158,7 +169,7 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, codes_ref, row_ref, sum_ref, *, le
 
     codes = codes_ref[step]
     if whole:
-        tiles.accumulate(sum_ref, tiles.dot(codes, w_ref[...].astype(jnp.int8), jnp.int32), step)
+        tiles.accumulate(sum_ref, _dot(codes, w_ref[...]), step)
     else:
         tiles.accumulate(sum_ref, _groups(codes, w_ref, scale_ref), step)
 
@@ -185,7 +196,7 @@ def quantize(x_ref, codes_ref, row_ref, levels: float) -> None:
             return jnp.maximum(largest, jnp.max(jnp.abs(part(t)), axis=1, keepdims=True))
 
         def encode(t, inverse: jax.Array) -> jax.Array:
-            codes_ref[t, at, :] = jnp.clip(jnp.round(part(t) * inverse), -128, 127).astype(jnp.int32).astype(jnp.int8)
+            codes_ref[t, at, :] = encoded(part(t) * inverse, codes_ref.dtype)
             return inverse
 
         largest = jax.lax.fori_loop(0, steps, widen, jnp.zeros((few, 1), jnp.float32))
@@ -196,12 +207,24 @@ def quantize(x_ref, codes_ref, row_ref, levels: float) -> None:
     jax.lax.fori_loop(0, m // few, rows, None)
 
 
+def encoded(steps: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Codes of a float32 number of steps: int8 to the nearest integer, half to even; else the dtype's own rounding. Both clip."""
+    if dtype == jnp.int8:
+        return jnp.clip(jnp.round(steps), -128, 127).astype(jnp.int32).astype(jnp.int8)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(steps, -largest, largest).astype(dtype)
+
+
+def _dot(codes: jax.Array, w: jax.Array) -> jax.Array:
+    return tiles.dot(codes, w.astype(codes.dtype), jnp.int32 if codes.dtype == jnp.int8 else jnp.float32)
+
+
 def _groups(codes: jax.Array, w_ref, scale_ref) -> jax.Array:
     groups = scale_ref.shape[0]
     size = w_ref.shape[0] // groups
     y = jnp.zeros((codes.shape[0], w_ref.shape[1]), jnp.float32)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
-        total = tiles.dot(codes[:, part], w_ref[part, :].astype(jnp.int8), jnp.int32)
+        total = _dot(codes[:, part], w_ref[part, :])
         y += total.astype(jnp.float32) * scale_ref[g : g + 1, :].astype(jnp.float32)
     return y

@@ -156,18 +156,21 @@ def _run(x: jax.Array, w: jax.Array, scale: jax.Array, group: int, chip: Chip, l
 
 def _kernel(x_ref, w_ref, scale_ref, out_ref, sum_ref, *, chip: Chip, place: Placement, whole: bool):
     step = pl.program_id(2)
-    if whole:
-        y = tiles.dot(x_ref[...], w_ref[...].astype(carrier(chip, x_ref, w_ref)))
-    elif place == "after":
-        y = _scaled_results(x_ref, w_ref, scale_ref, carrier(chip, x_ref, w_ref))
-    else:
-        y = tiles.dot(x_ref[...], scaled_weight(w_ref, scale_ref, x_ref.dtype, chip))
-    tiles.accumulate(sum_ref, y, step)
+    tiles.accumulate(sum_ref, multiply(x_ref, w_ref, scale_ref, chip, place, whole), step)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
         y = sum_ref[...]
         out_ref[...] = (y * scale_ref[...].astype(jnp.float32) if whole else y).astype(out_ref.dtype)
+
+
+def multiply(x_ref, w_ref, scale_ref, chip: Chip, place: Placement, whole: bool) -> jax.Array:
+    """The product of a tile, float32 (m, n); where a column shares its scale (`whole`), not scaled yet."""
+    if whole:
+        return tiles.dot(x_ref[...], w_ref[...].astype(carrier(chip, x_ref, w_ref)))
+    if place == "after":
+        return _scaled_results(x_ref, w_ref, scale_ref, carrier(chip, x_ref, w_ref))
+    return tiles.dot(x_ref[...], scaled_weight(w_ref, scale_ref, x_ref.dtype, chip))
 
 
 def scaled_weight(w_ref, scale_ref, dtype: jnp.dtype, chip: Chip) -> jax.Array:
