@@ -46,6 +46,8 @@ def why_not(request: Request) -> str:
         return f"{request.parts} products side by side: `experts` takes those"
     if weight.group_size is not None and weight.group_size < request.k and weight.group_size % 128:
         return f"groups of {weight.group_size}: integer sums of a group need a multiple of 128"
+    if weight.group_size is not None and weight.group_size < request.k and request.m > 32 and chip_of(device.chip).bfloat16:
+        return f"groups on {device.chip} cost half the depth of the matrix unit: above 32 rows `weight_only` takes fewer bundles"
     if _row_bytes(16, request.k, 2 if request.dtype == "bfloat16" else 4) > _ROW_BYTES:
         return f"16 rows of {request.k} values do not fit vector memory"
     return ""
@@ -93,7 +95,7 @@ def int8(
     check(x, w, scale, group)
     if group < w.shape[0] and group % 128:
         raise ValueError(f"`group` must be a multiple of 128 or at least {w.shape[0]}, got {group}")
-    run = functools.partial(_run, group=group, chip=chip_of(chip), levels=levels, limit=limit, interpret=interpret)
+    run = functools.partial(rounded_product, group=group, chip=chip_of(chip), levels=levels, limit=limit, interpret=interpret)
 
     @jax.custom_vjp
     def product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
@@ -113,13 +115,24 @@ def _row_bytes(rows: int, k: int, itemsize: int) -> int:
     return rows * k * (2 * itemsize + 1)
 
 
-def _run(
-    x: jax.Array, w: jax.Array, scale: jax.Array, group: int, chip: Chip, levels: float, limit: Tile | None, interpret: Interpret
+def rounded_product(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    group: int,
+    chip: Chip,
+    levels: float,
+    limit: Tile | None,
+    interpret: Interpret,
+    dtype: jnp.dtype = jnp.int8,
 ) -> jax.Array:
+    """The kernel, for codes of any dtype that the matrix unit multiplies by itself; sums are int32 for integers, else float32."""
     (m, k), n = x.shape, w.shape[1]
-    tile = tiles.tile_of(chip, m, n, k, group, limit)
-    while tile.m > 16 and _row_bytes(tile.m, k, x.dtype.itemsize) > _ROW_BYTES:
-        tile = Tile(tiles.up(tile.m // 2, 16), tile.n, tile.k)
+    tile = tiles.tile_of(chip, m, n, k, group, limit, divides=dtype != jnp.int8)
+    height = tile.m if tile.m <= 16 else tiles.up(tile.m, 32)
+    while height > 16 and _row_bytes(height, k, x.dtype.itemsize) > _ROW_BYTES:
+        height = 16 if height == 32 else tiles.up(height // 2, 32)
+    tile = Tile(height, tile.n, tile.k)
     rows, columns, steps = tiles.cuts(m, n, k, tile)
     x = tiles.pad_contracted(x, tile.k)
     scales = tiles.scale_blocks(scale, group, tile.k)
@@ -136,14 +149,14 @@ def _run(
         ],
         out_specs=pl.BlockSpec((tile.m, tile.n), lambda i, j, t: (i, j)),
         scratch_shapes=[
-            pltpu.VMEM((steps, tile.m, tile.k), jnp.int8),
+            pltpu.VMEM((steps, tile.m, tile.k), dtype),
             pltpu.VMEM((tile.m, 1), jnp.float32),
-            pltpu.VMEM((tile.m, tile.n), jnp.int32 if whole else jnp.float32),
+            pltpu.VMEM((tile.m, tile.n), jnp.int32 if whole and dtype == jnp.int8 else jnp.float32),
         ],
         # The codes of a block of rows serve all columns, so those run one after the other.
         compiler_params=tiles.params("parallel", "arbitrary", "arbitrary", vmem=48 * 2**20),
         interpret=interpret,
-        name="int8",
+        name=f"rounded_product_{jnp.dtype(dtype).name}",
     )(x, w, scales)
 
 
@@ -156,7 +169,7 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, codes_ref, row_ref, sum_ref, *, le
 
     codes = codes_ref[step]
     if whole:
-        tiles.accumulate(sum_ref, tiles.dot(codes, w_ref[...].astype(jnp.int8), jnp.int32), step)
+        tiles.accumulate(sum_ref, _dot(codes, w_ref[...]), step)
     else:
         tiles.accumulate(sum_ref, _groups(codes, w_ref, scale_ref), step)
 
@@ -168,23 +181,42 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, codes_ref, row_ref, sum_ref, *, le
 
 
 def quantize(x_ref, codes_ref, row_ref, levels: float) -> None:
-    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k), a tile of k after the other."""
-    steps, _, size = codes_ref.shape
+    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k): 32 rows at a time (one tile of int8), a tile of k after the
+    other, in loops: the code of it is short and runs once for all columns."""
+    steps, m, size = codes_ref.shape
+    few = min(m, 32)
 
-    def part(t) -> jax.Array:
-        return x_ref[:, pl.ds(pl.multiple_of(t * size, size), size)].astype(jnp.float32)
+    def rows(r, carry: None) -> None:
+        at = pl.ds(pl.multiple_of(r * few, few), few)
 
-    def widen(t, largest: jax.Array) -> jax.Array:
-        return jnp.maximum(largest, jnp.max(jnp.abs(part(t)), axis=1, keepdims=True))
+        def part(t) -> jax.Array:
+            return x_ref[at, pl.ds(pl.multiple_of(t * size, size), size)].astype(jnp.float32)
 
-    def encode(t, carry: jax.Array) -> jax.Array:
-        codes_ref[t] = jnp.clip(jnp.round(part(t) * (1 / carry)), -128, 127).astype(jnp.int32).astype(jnp.int8)
-        return carry
+        def widen(t, largest: jax.Array) -> jax.Array:
+            return jnp.maximum(largest, jnp.max(jnp.abs(part(t)), axis=1, keepdims=True))
 
-    largest = jax.lax.fori_loop(0, steps, widen, jnp.zeros(row_ref.shape, jnp.float32))
-    scale = jnp.where(largest > 0, largest * (1 / levels), 1.0)
-    row_ref[...] = scale
-    jax.lax.fori_loop(0, steps, encode, scale)
+        def encode(t, inverse: jax.Array) -> jax.Array:
+            codes_ref[t, at, :] = encoded(part(t) * inverse, codes_ref.dtype)
+            return inverse
+
+        largest = jax.lax.fori_loop(0, steps, widen, jnp.zeros((few, 1), jnp.float32))
+        scale = jnp.where(largest > 0, largest * (1 / levels), 1.0)
+        row_ref[at, :] = scale
+        jax.lax.fori_loop(0, steps, encode, 1 / scale)
+
+    jax.lax.fori_loop(0, m // few, rows, None)
+
+
+def encoded(steps: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Codes of a float32 number of steps: int8 to the nearest integer, half to even; else the dtype's own rounding. Both clip."""
+    if dtype == jnp.int8:
+        return jnp.clip(jnp.round(steps), -128, 127).astype(jnp.int32).astype(jnp.int8)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(steps, -largest, largest).astype(dtype)
+
+
+def _dot(codes: jax.Array, w: jax.Array) -> jax.Array:
+    return tiles.dot(codes, w.astype(codes.dtype), jnp.int32 if codes.dtype == jnp.int8 else jnp.float32)
 
 
 def _groups(codes: jax.Array, w_ref, scale_ref) -> jax.Array:
@@ -193,6 +225,6 @@ def _groups(codes: jax.Array, w_ref, scale_ref) -> jax.Array:
     y = jnp.zeros((codes.shape[0], w_ref.shape[1]), jnp.float32)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
-        total = tiles.dot(codes[:, part], w_ref[part, :].astype(jnp.int8), jnp.int32)
+        total = _dot(codes[:, part], w_ref[part, :])
         y += total.astype(jnp.float32) * scale_ref[g : g + 1, :].astype(jnp.float32)
     return y

@@ -32,7 +32,7 @@ LARGEST = {
 """Of each generation: the tile above which bundles a multiply-add fall no further, its float weight still in registers' reach."""
 
 
-def tile_of(chip: Chip, m: int, n: int, k: int, group: int, limit: Tile | None = None) -> Tile:
+def tile_of(chip: Chip, m: int, n: int, k: int, group: int, limit: Tile | None = None, divides: bool = False) -> Tile:
     """Returns the tile of a product.
 
     The rows of a tile are those of x up to the limit, so that a weight is read once where x has few rows. Columns and contracted
@@ -46,6 +46,7 @@ def tile_of(chip: Chip, m: int, n: int, k: int, group: int, limit: Tile | None =
       k: contracted.
       group: contracted values that share a scale; k where a column does.
       limit: the largest tile; None takes that of `LARGEST`.
+      divides: whether k must be a multiple of the tile's: where codes that stick out could be NaN, which no zero cancels.
 
     Example:
       >>> from qjax_kernels.tpu.chips import chip_of
@@ -56,6 +57,7 @@ def tile_of(chip: Chip, m: int, n: int, k: int, group: int, limit: Tile | None =
     rows = min(up(m, 16), limit.m)
     whole = group >= k
     steps = [c for c in range(_LANES, limit.k + 1, _LANES) if whole or c % group == 0 or group % c == 0]
+    steps = [c for c in steps if not divides or k % c == 0]
     return Tile(rows, _least_waste(n, range(_LANES, limit.n + 1, _LANES)), _least_waste(k, steps))
 
 

@@ -156,13 +156,7 @@ def _run(x: jax.Array, w: jax.Array, scale: jax.Array, group: int, chip: Chip, l
 
 def _kernel(x_ref, w_ref, scale_ref, out_ref, sum_ref, *, chip: Chip, place: Placement, whole: bool):
     step = pl.program_id(2)
-    if whole:
-        y = tiles.dot(x_ref[...], w_ref[...].astype(carrier(chip, x_ref, w_ref)))
-    elif place == "after":
-        y = _scaled_results(x_ref, w_ref, scale_ref, carrier(chip, x_ref, w_ref))
-    else:
-        y = tiles.dot(x_ref[...], scaled_weight(w_ref[...], scale_ref[...], x_ref.dtype, chip))
-    tiles.accumulate(sum_ref, y, step)
+    tiles.accumulate(sum_ref, multiply(x_ref, w_ref, scale_ref, chip, place, whole), step)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -170,12 +164,23 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, sum_ref, *, chip: Chip, place: Pla
         out_ref[...] = (y * scale_ref[...].astype(jnp.float32) if whole else y).astype(out_ref.dtype)
 
 
-def scaled_weight(w: jax.Array, scale: jax.Array, dtype: jnp.dtype, chip: Chip) -> jax.Array:
+def multiply(x_ref, w_ref, scale_ref, chip: Chip, place: Placement, whole: bool) -> jax.Array:
+    """The product of a tile, float32 (m, n); where a column shares its scale (`whole`), not scaled yet."""
+    if whole:
+        return tiles.dot(x_ref[...], w_ref[...].astype(carrier(chip, x_ref, w_ref)))
+    if place == "after":
+        return _scaled_results(x_ref, w_ref, scale_ref, carrier(chip, x_ref, w_ref))
+    return tiles.dot(x_ref[...], scaled_weight(w_ref, scale_ref, x_ref.dtype, chip))
+
+
+def scaled_weight(w_ref, scale_ref, dtype: jnp.dtype, chip: Chip) -> jax.Array:
     """`w * s` (k, n) in the dtype of x, multiplied in bfloat16 where the vector unit has that."""
-    groups, (k, n) = scale.shape[0], w.shape
+    groups = scale_ref.shape[0]
+    size = w_ref.shape[0] // groups
     factor = jnp.bfloat16 if chip.bfloat16 and dtype == jnp.bfloat16 else jnp.float32
-    scaled = w.astype(factor).reshape(groups, k // groups, n) * scale.astype(factor)[:, None, :]
-    return scaled.reshape(k, n).astype(dtype)
+    # A row that is read alone is spread over sublanes by the load; cut out of a value it is not.
+    scaled = [w_ref[g * size : (g + 1) * size, :].astype(factor) * scale_ref[g : g + 1, :].astype(factor) for g in range(groups)]
+    return jnp.concatenate(scaled).astype(dtype)
 
 
 def carrier(chip: Chip, x_ref, w_ref) -> jnp.dtype:
