@@ -86,10 +86,10 @@ def ffi_version(header: str) -> tuple[int, int]:
 def _why_not(library: ctypes.CDLL) -> str:
     built = library.qjax_cpu_api_major(), library.qjax_cpu_api_minor()
     here = ffi_version((pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text())
-    if built != here:
+    if built[0] != here[0] or built[1] > here[1]:  # a newer jaxlib serves what was built for an older minor version, not the reverse
         return (
             f"the C++ kernels were built for version {built[0]}.{built[1]} of XLA's foreign function interface, and this jaxlib has "
-            f"{here[0]}.{here[1]}: reinstall the package beside this jaxlib"
+            f"{here[0]}.{here[1]}: reinstall the package beside this jaxlib, with pip install --no-build-isolation"
         )
     if library.qjax_cpu_layout_version() != LAYOUT_VERSION:
         return (

@@ -30,7 +30,7 @@ namespace {
 
 constexpr int64_t kTile = 16;            // rows of a tile
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kSpan = 16;            // units that one accumulation may run over: 512 k
+constexpr int64_t kSpan = 16;            // units that one float32 sum may run over: 512 k
 
 inline int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 
@@ -112,15 +112,18 @@ void prepare_bytes(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
   delete[] row;
 }
 
+// Values of a table are no bfloat16, and for very few integer rows nibbles are multiplied sooner than stored.
+inline bool without_tiles(const Weight& w, const Rows& r) { return w.codebook || (r.integer && w.bits != 8 && r.count < 4); }
+
 void amx_prepare(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
-  if (w.codebook)
-    avx512_vnni()->prepare(w, r, r0, r1);  // values of a table are no bfloat16
+  if (without_tiles(w, r))
+    avx512_vnni()->prepare(w, r, r0, r1);
   else if (r.integer)
     prepare_bytes(w, r, r0, r1);
   else
     prepare_planes(w, r, r0, r1);
 }
-size_t amx_size(const Weight& w, const Rows& r) { return w.codebook ? avx512_vnni()->bytes(w, r) : amx_bytes(w, r); }
+size_t amx_size(const Weight& w, const Rows& r) { return without_tiles(w, r) ? avx512_vnni()->bytes(w, r) : amx_bytes(w, r); }
 
 // ---- the other operand: decoded tiles ----------------------------------------------------------------------------------------------
 
@@ -221,83 +224,123 @@ inline void add_group(const Weight& w, const Rows& r, int64_t block, int64_t g, 
   }
 }
 
-// ---- few rows: one tile of them, the weight decoded block by block as it streams by ------------------------------------------------
+// ---- few rows: one tile of them, the weight decoded as it streams by ---------------------------------------------------------------
+//
+// A product of tiles takes 16 cycles, but the next one that adds to the same sums must wait for 52: so four blocks have sums side by side.
+// A tile can only be loaded when what was stored there has left the store buffer, so tiles are decoded kAhead steps before they are used.
 
-template <int BITS, bool INTEGER, int C>
-inline void few_span(const Weight& w, const Rows& r, const uint8_t* codes, const uint8_t* x, int64_t unit0, int64_t units, const __m512i table, uint8_t* tiles) {
-  if constexpr (C == 0)
-    _tile_zero(0);
-  else
-    _tile_zero(1);
-  if constexpr (INTEGER) {
-    const int64_t span = byte_span(w), step = span / kUnit;
-    for (int64_t u = unit0; u < unit0 + units; u += step) {
-      const uint8_t* at = codes + u * BITS * 64;
-      for (int64_t i = 0; i < step * BITS; ++i) __builtin_prefetch(at + 4096 + 64 * i);
-      if constexpr (BITS != 8) {
-        uint8_t* tile = tiles + ((u - unit0) % kSpan) * 512;
-        decode_bytes<BITS>(at, step, tile);
-        at = tile;
-      }
-      _tile_loadd(4, x + u * kUnit * kTile, span);
-      _tile_loadd(6, at, 64);
-      if constexpr (C == 0)
-        QJAX_MULTIPLY(0, 4, 6);
-      else
-        QJAX_MULTIPLY(1, 4, 6);
+constexpr int kAbreast = 4;
+constexpr int64_t kAhead = 3, kRing = 4;
+
+// Tile t of NB blocks, `step` units, into the ring.
+template <int BITS, bool INTEGER, int NB>
+inline void few_decode(const uint8_t* codes, int64_t block_bytes, int64_t step, const __m512i table, uint8_t* tiles) {
+  for (int b = 0; b < NB; ++b, codes += block_bytes, tiles += kRing * kTileBytes) {
+    for (int64_t i = 0; i < step * BITS; ++i) __builtin_prefetch(codes + 3072 + 64 * i);
+    if constexpr (INTEGER)
+      decode_bytes<BITS>(codes, step, tiles);
+    else
+      decode_floats<BITS>(codes, table, tiles);
+  }
+}
+
+template <bool INTEGER, int NB>
+inline void few_multiply(const uint8_t* x, int64_t x_tile, int64_t x_row, const uint8_t* w0, int64_t w_block, int planes) {
+  for (int p = 0; p < planes; ++p, x += x_tile) {
+    _tile_loadd(4, x, x_row);
+    _tile_loadd(6, w0, 64);
+    QJAX_MULTIPLY(0, 4, 6);
+    if constexpr (NB > 1) {
+      _tile_loadd(7, w0 + w_block, 64);
+      QJAX_MULTIPLY(1, 4, 7);
     }
-  } else {
-    const int planes = planes_of(r);
-    for (int64_t u = unit0; u < unit0 + units; ++u) {
-      const uint8_t* at = codes + u * BITS * 64;
-      for (int64_t i = 0; i < BITS; ++i) __builtin_prefetch(at + 4096 + 64 * i);
-      decode_floats<BITS>(at, table, tiles + (u - unit0) * kTileBytes);
+    if constexpr (NB > 2) {
+      _tile_loadd(6, w0 + 2 * w_block, 64);
+      QJAX_MULTIPLY(2, 4, 6);
     }
-    for (int64_t u = 0; u < units; ++u) {
-      _tile_loadd(6, tiles + u * kTileBytes, 64);
-      for (int p = 0; p < planes; ++p) {
-        _tile_loadd(4, x + ((unit0 + u) * planes + p) * kTileBytes, 64);
-        if constexpr (C == 0)
-          QJAX_MULTIPLY(0, 4, 6);
-        else
-          QJAX_MULTIPLY(1, 4, 6);
-      }
+    if constexpr (NB > 3) {
+      _tile_loadd(7, w0 + 3 * w_block, 64);
+      QJAX_MULTIPLY(3, 4, 7);
     }
   }
 }
 
+template <int NB>
+inline void zero_sums() {
+  _tile_zero(0);
+  if constexpr (NB > 1) _tile_zero(1);
+  if constexpr (NB > 2) _tile_zero(2);
+  if constexpr (NB > 3) _tile_zero(3);
+}
+
+template <int NB>
+inline void store_sums(float* sums) {
+  _tile_stored(0, sums, 64);
+  if constexpr (NB > 1) _tile_stored(1, sums + 256, 64);
+  if constexpr (NB > 2) _tile_stored(2, sums + 512, 64);
+  if constexpr (NB > 3) _tile_stored(3, sums + 768, 64);
+}
+
+template <int BITS, bool INTEGER, int NB>
+void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i table, uint8_t* tiles, float* acc) {
+  constexpr bool kDirect = INTEGER && BITS == 8;  // bytes are tiles as they are
+  const int64_t rows = r.count, x_row = INTEGER ? byte_span(w) : 64, step = INTEGER ? x_row / kUnit : 1;
+  const int64_t in_group = w.group_padded / kUnit / step, count = w.groups * in_group;
+  const int64_t span = INTEGER || in_group < kSpan ? in_group : kSpan;
+  const int planes = INTEGER ? 1 : planes_of(r), parts = INTEGER || !stacked(r) ? 1 : parts_of(r);
+  const int64_t x_tile = INTEGER ? kTile * x_row : kTileBytes, code_bytes = step * BITS * 64, block_bytes = w.block_bytes();
+  const uint8_t* x = static_cast<const uint8_t*>(r.data);
+  const uint8_t* codes = w.codes + block * block_bytes;
+  alignas(64) float sums[2][kAbreast * 256];
+  const auto add = [&](int64_t g, bool whole, const float* from) {
+    for (int b = 0; b < NB; ++b) add_group<INTEGER>(w, r, block + b, g, whole, 0, rows, parts, from + 256 * b, acc + b * rows * kLanes);
+  };
+  if constexpr (!kDirect)
+    for (int64_t t = 0; t < kAhead && t < count; ++t)
+      few_decode<BITS, INTEGER, NB>(codes + t * code_bytes, block_bytes, step, table, tiles + t % kRing * kTileBytes);
+  zero_sums<NB>();
+  int64_t g = 0, here = 0, summed = 0, last_g = -1;  // `here`: of the tiles of this group, `summed`: since the sums began
+  bool last_whole = false;
+  int parity = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    if constexpr (kDirect) {
+      const uint8_t* at = codes + t * code_bytes;
+      for (int b = 0; b < NB; ++b)
+        for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(at + b * block_bytes + 2048 + i);
+      few_multiply<INTEGER, NB>(x + t * x_tile, x_tile, x_row, at, block_bytes, 1);
+    } else {
+      few_multiply<INTEGER, NB>(x + t * planes * x_tile, x_tile, x_row, tiles + t % kRing * kTileBytes, kRing * kTileBytes, planes);
+      const int64_t next = t + kAhead;
+      if (next < count) few_decode<BITS, INTEGER, NB>(codes + next * code_bytes, block_bytes, step, table, tiles + next % kRing * kTileBytes);
+    }
+    ++here, ++summed;
+    if (here == in_group || summed == span) {
+      store_sums<NB>(sums[parity]);
+      zero_sums<NB>();
+      if (last_g >= 0) add(last_g, last_whole, sums[parity ^ 1]);  // those before, which have arrived
+      last_g = g, last_whole = here == summed, parity ^= 1, summed = 0;
+      if (here == in_group) ++g, here = 0;
+    }
+  }
+  add(last_g, last_whole, sums[parity ^ 1]);
+}
+
 template <int BITS, bool INTEGER>
 void few(const Weight& w, const Rows& r, int64_t b0, int64_t b1, float* acc) {
-  const int64_t units = w.group_padded / kUnit, rows = r.count;
   const int parts = INTEGER || !stacked(r) ? 1 : parts_of(r);
-  const uint8_t* x = static_cast<const uint8_t*>(r.data);
   const __m512i table = float_table(w);
-  alignas(64) uint8_t tiles[2][kSpan * kTileBytes];
-  alignas(64) float sums[2][256];
-  configure(int(rows * parts), INTEGER ? int(byte_span(w)) : 64);
-  const int64_t span = INTEGER ? units : (units < kSpan ? units : kSpan);
-  std::memset(acc, 0, sizeof(float) * (b1 - b0) * rows * kLanes);
-  // The sums of a span are fetched while the next one runs.
-  int64_t parity = 0, last_b = -1, last_g = 0;
-  bool last_whole = false;
-  for (int64_t b = b0; b < b1; ++b) {
-    const uint8_t* codes = w.codes + b * w.block_bytes();
-    for (int64_t g = 0; g < w.groups; ++g)
-      for (int64_t first = 0; first < units; first += span, parity ^= 1) {
-        const int64_t n = units - first < span ? units - first : span;
-        if (parity == 0)
-          few_span<BITS, INTEGER, 0>(w, r, codes, x, g * units + first, n, table, tiles[0]);
-        else
-          few_span<BITS, INTEGER, 1>(w, r, codes, x, g * units + first, n, table, tiles[1]);
-        if (last_b >= 0) add_group<INTEGER>(w, r, last_b, last_g, last_whole, 0, rows, parts, sums[parity ^ 1], acc + (last_b - b0) * rows * kLanes);
-        if (parity == 0)
-          _tile_stored(0, sums[0], 64);
-        else
-          _tile_stored(1, sums[1], 64);
-        last_b = b, last_g = g, last_whole = first == 0;
-      }
+  alignas(64) uint8_t tiles[kAbreast * kRing * kTileBytes];
+  configure(int(r.count * parts), INTEGER ? int(byte_span(w)) : 64);
+  std::memset(acc, 0, sizeof(float) * (b1 - b0) * r.count * kLanes);
+  for (int64_t b = b0; b < b1; b += kAbreast) {
+    float* at = acc + (b - b0) * r.count * kLanes;
+    switch (b1 - b) {
+      case 1: few_blocks<BITS, INTEGER, 1>(w, r, b, table, tiles, at); break;
+      case 2: few_blocks<BITS, INTEGER, 2>(w, r, b, table, tiles, at); break;
+      case 3: few_blocks<BITS, INTEGER, 3>(w, r, b, table, tiles, at); break;
+      default: few_blocks<BITS, INTEGER, 4>(w, r, b, table, tiles, at);
+    }
   }
-  add_group<INTEGER>(w, r, last_b, last_g, last_whole, 0, rows, parts, sums[parity ^ 1], acc + (last_b - b0) * rows * kLanes);
   _tile_release();
 }
 
@@ -395,7 +438,7 @@ void amx_bits(const Weight& w, const Rows& r, int64_t b0, int64_t b1, int64_t r0
 }
 
 void amx_run(const Weight& w, const Rows& r, int64_t b0, int64_t b1, int64_t r0, int64_t r1, float* acc) {
-  if (w.codebook) return avx512_vnni()->run(w, r, b0, b1, r0, r1, acc);
+  if (without_tiles(w, r)) return avx512_vnni()->run(w, r, b0, b1, r0, r1, acc);
   switch (w.bits) {
     case 2: return amx_bits<2>(w, r, b0, b1, r0, r1, acc);
     case 3: return amx_bits<3>(w, r, b0, b1, r0, r1, acc);

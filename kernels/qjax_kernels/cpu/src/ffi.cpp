@@ -206,7 +206,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer given,
     // Enough tasks that a thread which comes late leaves no one waiting, and enough work in each.
     const int64_t chunk = r.count <= 16 ? r.count : std::min<int64_t>(r.count, 128);
     int64_t blocks = std::min<int64_t>(16, w.blocks * int64_t(list.size()) / (8 * threads));
-    blocks = std::max<int64_t>(2, blocks / 2 * 2);
+    blocks = std::max<int64_t>(4, blocks / 4 * 4);
     for (int64_t b = 0; b < w.blocks; b += blocks)
       for (int64_t m = 0; m < r.count; m += chunk) tasks.push_back({int32_t(p), b, std::min(w.blocks, b + blocks), m, std::min(r.count, m + chunk)});
   }
