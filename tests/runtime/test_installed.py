@@ -1,5 +1,6 @@
 """The kernels that come with the package, through `qjax.quantized`: on this machine, and compiled for others."""
 
+import concurrent.futures
 import re
 
 import jax
@@ -75,6 +76,17 @@ def test_programs_for_tpus_hold_their_kernels(chip, act):
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+def test_fp8_is_for_the_chip_that_multiplies_it():
+    x = normal(16, 256).astype(jnp.bfloat16)
+    params = {"w": quantize(normal(256, 128).astype(jnp.bfloat16), qjax.fp8_e4m3(), (0,))}
+    for chip, there in (("tpu7x", True), ("v6e", False)):
+        device = Device("tpu", chip)
+        laid = qjax.prepack(product, device=device)(params, x)
+        np.testing.assert_array_equal(laid["w"].dequantize(), params["w"].dequantize())
+        traced = jax.jit(qjax.quantized(product, device=device)).trace(laid, x)
+        assert ("tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()) == there
+
+
 def test_programs_for_hopper_hold_their_kernel():
     pytest.importorskip("absl")
     device = Device("cuda", "sm_90a", 132)
@@ -97,3 +109,14 @@ def test_the_report_says_that_weights_have_to_be_laid_out():
     (note,) = report.notes
     assert report.rows[0].kernel == "cpu weight-only" and note.startswith("cpu weight-only: weights have a layout of their own: ")
     assert "kernel" in str(report)
+
+
+@needs_cpu
+def test_two_threads_trace_and_run_at_once():
+    x = normal(2, K)
+    laid = qjax.prepack(product)({"w": quantize(normal(K, N), qjax.int4(), (0,))}, x)
+    want = np.asarray(x) @ np.asarray(laid["w"].dequantize())
+    step = jax.jit(qjax.quantized(product))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for got in pool.map(lambda _: np.asarray(step(laid, x)), range(8)):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
