@@ -11,6 +11,7 @@ from qjax_kernels import cpu
 
 import qjax
 from qjax.core import quantize
+from qjax.models import Llama, books_llama, init_cache, prepacked
 from qjax.runtime import Device, installed_kernels
 from tests.program.cases import normal
 
@@ -120,3 +121,23 @@ def test_two_threads_trace_and_run_at_once():
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for got in pool.map(lambda _: np.asarray(step(laid, x)), range(8)):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_a_decode_step_of_the_shipped_model_is_kernels_alone():
+    checkpoint = books_llama()
+    model, tokens = Llama(checkpoint.config), jnp.ones((1, 32), jnp.int32)
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(group_size=32))])
+    params = qjax.quantize(model.apply, {"params": checkpoint.params}, policy, calibration=[tokens]).params
+    laid, cache = prepacked(model, params), init_cache(checkpoint.config, 1, 64)
+    step = jax.jit(qjax.quantized(model.apply), donate_argnums=2).lower(laid, tokens[:, :1], cache, jnp.int32(0)).compile()
+    leaves = jax.tree.leaves(laid, is_leaf=lambda a: isinstance(a, qjax.QTensor))
+    packed = [leaf for leaf in leaves if isinstance(leaf, qjax.QTensor) and leaf.form is not None]
+    text = step.as_text() or ""
+    assert text.count('custom_call_target="qjax') == len(packed) == 29
+    floats = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[(\d+,\d+)\]", text)}
+    assert not floats & {shape for q in packed for shape in (q.shape, q.shape[::-1])}
+    prompts = [[1, 50, 60, 70], [1, 9]]
+    got, want = qjax.generate(model, laid, prompts, 8).new, qjax.generate(model, params, prompts, 8, kernel="xla").new
+    assert [row.tolist() for row in got] == [row.tolist() for row in want]
