@@ -54,6 +54,7 @@ from qjax.core import uint7 as uint7
 from qjax.core import uint8 as uint8
 from qjax.formats.checkpoint import load as load
 from qjax.formats.checkpoint import save as save
+from qjax.models.call import generate as generate
 from qjax.policy import Policy as Policy
 from qjax.policy import Rule as Rule
 from qjax.program import Product as Product
@@ -85,7 +86,9 @@ from qjax.ptq import rtn as rtn
 from qjax.ptq import sites as sites
 from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
+from qjax.runtime import Device as Device
 from qjax.runtime import overflow as overflow
+from qjax.runtime import prepack as prepack
 from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import LearnedRotation as LearnedRotation

@@ -32,7 +32,8 @@ class Row:
       float_nbytes: bytes before.
       error: relative error of the weights |w - w_hat|^2 / |w|^2; None where nothing was computed.
       activation: what becomes of the activations that it meets, "" if they stay float.
-      kernel: what runs it.
+      kernel: what runs it on jax's default device: a kernel's name, or one that begins with "xla".
+      kernel_reasons: why faster kernels do not, "name: reason".
       reason: why it stays float, "" otherwise.
       notes: what the method has to say (damping raised, dead columns, rounded because no data reached it).
       what: "parameter", or "product": then `path` is its name, `shape` and `dtype` are those of the result, `spec` is empty,
@@ -55,6 +56,7 @@ class Row:
     reason: str = ""
     notes: tuple[str, ...] = ()
     what: Literal["parameter", "product"] = "parameter"
+    kernel_reasons: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +114,11 @@ class Report:
         for name in ("bits", "bytes", "error"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("notes", overflow="fold", min_width=14)
+        shown = any(row.kernel and not row.kernel.startswith("xla") for row in self.rows)  # there are kernels besides XLA's
+        if shown:
+            table.add_column("kernel", overflow="fold")
         for row in self.rows:
-            table.add_row(*_cells(row), style=None if row.spec or row.activation else "dim")
+            table.add_row(*_cells(row), *([_kernel(row)] if shown else []), style=None if row.spec or row.activation else "dim")
         return table
 
     def __str__(self) -> str:
@@ -159,6 +164,13 @@ def _cells(row: Row) -> Sequence[str]:
         "" if row.error is None else f"{row.error:.2e}",
         "; ".join(filter(None, (row.reason, *row.notes))),
     )
+
+
+def _kernel(row: Row) -> str:
+    """What runs it; where that is XLA, why no kernel does."""
+    if not row.kernel.startswith("xla") or not row.kernel_reasons:
+        return row.kernel
+    return f"{row.kernel} ({'; '.join(row.kernel_reasons)})"
 
 
 def format_bytes(n: int) -> str:

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XDG_CACHE_HOME"] = os.devnull  # nothing that `qjax tune` measured here
 os.environ["COLUMNS"] = "140"  # tables do not depend on who looks
 _GIVEN = os.environ.get("XLA_FLAGS", "")
 # Half of what compilation still takes; later versions have no such switch, and abort.

@@ -17,6 +17,9 @@ _COMMANDS = {
     "eval": "qjax.cli.evaluate",
     "inspect": "qjax.cli.inspect",
     "generate": "qjax.cli.generate",
+    "doctor": "qjax.cli.doctor",
+    "bench": "qjax.cli.bench",
+    "tune": "qjax.cli.tune",
 }
 _TRACEBACK = "qjax.traceback"
 

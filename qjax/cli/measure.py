@@ -12,7 +12,7 @@ from qjax.cli.shared import Model
 from qjax.core import QTensor
 from qjax.evaluation import divergence, perplexity_of, token_losses, tree_bytes
 from qjax.evaluation.text import padded_batches
-from qjax.models import generate, init_cache
+from qjax.models import Llama, generate, init_cache, prepacked
 from qjax.policy import Policy
 from qjax.runtime import quantized, quantized_cache
 
@@ -87,16 +87,27 @@ def decode_speed(model: Model, ids: np.ndarray) -> float | None:
     context = model.config.max_position_embeddings
     prompt = ids[: max(1, min(PROMPT_TOKENS, context // 4))]
     new = min(NEW_TOKENS, context - len(prompt))
-    return run(model, prompt, new).tokens_per_second
+    return run(laid_out(model), prompt, new).tokens_per_second
+
+
+def laid_out(model: Model, kernel: str | None = None, donate: bool = False) -> Model:
+    """A packed model with its weights as the kernels that decode read them; a float one as it is."""
+    if model.document is None:
+        return model
+    plain = Llama(model.config)
+    params = prepacked(plain, model.params, donate=donate, kernel=kernel)
+    apply = model.apply if kernel is None else quantized(plain.apply, kernel=kernel)
+    return dataclasses.replace(model, params=params, apply=apply)
 
 
 def run(model: Model, ids: Any, new_tokens: int, *, kv_cache: Policy | None = None, **options: Any) -> Any:
-    """Generates from one prompt; the programs are compiled once for each length of prompt. `kv_cache` packs keys and values."""
+    """Generates from one prompt, or a list of them; the programs are compiled once for each length. `kv_cache` packs keys and values."""
     context, apply = model.config.max_position_embeddings, model.apply
     if kv_cache is not None and model.document is None:  # that of a packed model takes a packed cache as it is
         apply = quantized(apply)
-    cache = partial(cache_of, model, cache_length(model, len(ids) + new_tokens), kv_cache)
-    return generate(apply, model.params, np.asarray(ids)[None], new_tokens, init_cache=cache, context_length=context, **options)
+    rows = ids if np.ndim(ids[0]) else [ids]
+    cache = partial(cache_of, model, cache_length(model, max(map(len, rows)) + new_tokens), kv_cache)
+    return generate(apply, model.params, [np.asarray(row) for row in rows], new_tokens, init_cache=cache, context_length=context, **options)
 
 
 def cache_length(model: Model, tokens: int) -> int:

@@ -85,10 +85,13 @@ from qjax.core.products import PRODUCT_ARRAYS as PRODUCT_ARRAYS
 from qjax.core.products import Operand as Operand
 from qjax.core.products import QProduct as QProduct
 from qjax.core.qtensor import ARRAYS as ARRAYS
+from qjax.core.qtensor import Form as Form
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.core.qtensor import pack_codes as pack_codes
 from qjax.core.qtensor import quantize as quantize
 from qjax.core.qtensor import quantized_shapes as quantized_shapes
 from qjax.core.qtensor import with_plain_scales as with_plain_scales
+from qjax.core.qtensor import zero_dtype as zero_dtype
 from qjax.core.reductions import divide as divide
 from qjax.core.rounding import block_decode as block_decode
 from qjax.core.rounding import block_encode as block_encode

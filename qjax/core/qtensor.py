@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,18 @@ ARRAYS = (
 )  # fmt: skip
 
 
+class Form(Protocol):
+    """A layout of codes that some kernel reads; hashable."""
+
+    def plain(self, q: "QTensor") -> "QTensor":
+        """Brings the codes back."""
+        ...
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=list(ARRAYS),
-    meta_fields=["spec", "axes", "sizes", "dtype", "act", "rotation"],
+    data_fields=[*ARRAYS, "laid"],
+    meta_fields=["spec", "axes", "sizes", "dtype", "act", "rotation", "form"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QTensor:
@@ -97,6 +105,12 @@ class QTensor:
     levels: Any = None
     adapter_left: Any = None
     adapter_right: Any = None
+    laid: Any = None
+    form: Form | None = None
+
+    def plain(self) -> "QTensor":
+        """The same with its codes as `qjax.core.pack` lays them, whatever layout they have."""
+        return self if self.form is None else self.form.plain(self)
 
     @property
     def adapter(self) -> Adapter | None:
@@ -155,11 +169,11 @@ class QTensor:
         >>> quantize(jnp.float32([[7.5], [-7.5]]), IntSpec(4), axes=(0,)).codes_unpacked().tolist()
         [[7, -8]]
         """
-        return _unpack(self)[..., : math.prod(self.sizes)]
+        return _unpack(self.plain())[..., : math.prod(self.sizes)]
 
     def codes_padded(self) -> jax.Array:
         """The codes (kept..., Kpad), in stored order: int8 or uint8, for a cast the 16-bit floats."""
-        return _unpack(self)
+        return _unpack(self.plain())
 
     def scales(self) -> jax.Array:
         """The scales as float32 numbers, however they are stored; the shape of `scale`.
@@ -170,6 +184,8 @@ class QTensor:
         """
         if self.scale is None or isinstance(self.spec, CastSpec):
             raise TypeError(f"{self.spec} has no scales: its codes are the numbers, or name them")
+        if self.form is not None:
+            return self.plain().scales()
         if isinstance(self.spec, LearnedSpec):
             return self.scale.astype(jnp.float32)
         return read_scale(self.scale, self.nested_scale, self.nested_offset, self.spec)
@@ -201,7 +217,8 @@ class QTensor:
         cost = f"{self.nbytes:,} bytes, {self.bits_per_weight:.3g} bits/weight"
         act = "" if self.act is None else f", activations {self.act}"
         rotated = "" if self.rotation is None else f", input by {self.rotation}"
-        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act}{rotated})"
+        laid = "" if self.form is None else f", laid out for {self.form}"
+        return f"QTensor({self.spec}, {self.dtype}[{shape}], {cost}{act}{rotated}{laid})"
 
 
 def _logical_shape(kept: Sequence[int], axes: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
@@ -354,6 +371,7 @@ def _decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, sp
 
 @functools.partial(jax.jit, inline=True)
 def _dequantize(q: QTensor) -> jax.Array:
+    q = q.plain()
     if isinstance(q.spec, CastSpec):
         w = _unpack(q).astype(jnp.float32)
     elif isinstance(q.spec, LearnedSpec):

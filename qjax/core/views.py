@@ -55,9 +55,11 @@ def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
     """
     permutation = [int(p) for p in permutation]
     kept = _kept(q)
+    if q.form is not None and [p for p in permutation if p in kept] != kept:
+        q = q.plain()
     if [p for p in permutation if p in _blocked_over(q)] != _blocked_over(q):
         q = with_plain_scales(q)  # blocks of 256 scales run over these axes in their order
-    order = [kept.index(p) for p in permutation if p in kept]
+    order = [kept.index(p) for p in permutation if p in kept]  # as it is where the codes have a kernel's layout
     axes = tuple(permutation.index(a) - q.ndim for a in _contracted(q))
     return _map_arrays(q, lambda a: jnp.transpose(a, (*order, len(order))), axes=axes)
 
@@ -76,6 +78,7 @@ def squeeze(q: QTensor, dimensions: Sequence[int]) -> QTensor:
     >>> squeeze(quantize(jnp.ones((1, 1, 8, 6)), int4(), axes=(0, 1, 2)), (0, 1)).shape
     (8, 6)
     """
+    q = q.plain()
     gone = {int(d) % q.ndim for d in dimensions}
     rest = [i for i in range(q.ndim) if i not in gone]
     kept_gone = tuple(n for n, i in enumerate(_kept(q)) if i in gone)
@@ -102,6 +105,7 @@ def broadcast_in_dim(q: QTensor, shape: Sequence[int], broadcast_dimensions: Seq
     """
     if math.prod(shape) != q.size or tuple(shape[d] for d in broadcast_dimensions) != q.shape:
         return None
+    q = q.plain()
     contracted = [broadcast_dimensions[a] for a in _contracted(q)]
     kept = [i for i in range(len(shape)) if i not in contracted]
     new = tuple(n for n, i in enumerate(kept) if i not in broadcast_dimensions)
@@ -146,6 +150,7 @@ def reshape(q: QTensor, new_shape: Sequence[int]) -> QTensor | None:
         return q
     if q.size == 0 or math.prod(new_shape) != q.size:
         return None
+    q = q.plain()
     q = squeeze(q, [i for i, n in enumerate(q.shape) if n == 1])
     solid = [i for i, n in enumerate(new_shape) if n != 1]
     runs = [(old, [solid[j] for j in new]) for old, new in _runs(q.shape, [new_shape[i] for i in solid])]
@@ -203,6 +208,7 @@ def _slice_kept(
 
     `whole(axis)` says whether the axis stays as it is.
     """
+    q = q.plain()
     kept, shape, arrays = _kept(q), q.shape, {}
     if not all(whole(i) for i in _blocked_over(q)):
         q = with_plain_scales(q)

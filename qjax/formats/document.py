@@ -173,6 +173,7 @@ _LATER = {
     "outliers": None,
     "unfoldable": "leave",
     "what": "parameter",
+    "kernel_reasons": [],
     "memory": {},
     "zero_dtype": "int",
     "cache": None,

@@ -31,6 +31,7 @@ def describe(flat: list[tuple[str, Any]]) -> tuple[tuple[Leaf, ...], dict[str, n
     for i, (path, x) in enumerate(flat):
         name = f"{i:05d}.{re.sub(r'[^0-9A-Za-z_-]+', '.', path)[-80:].strip('.')}".strip(".")
         if isinstance(x, QTensor):
+            x = x.plain()  # a checkpoint knows no layout of kernels
             children = {field: getattr(x, field) for field in ARRAYS}
             names: Any = {field: None if child is None else f"{name}.{field}" for field, child in children.items()}
             for field, child in children.items():

@@ -1,5 +1,6 @@
 """Flax definitions of the public families that checkpoints come in."""
 
+from qjax.models.call import prepacked as prepacked
 from qjax.models.generate import Generation as Generation
 from qjax.models.generate import generate as generate
 from qjax.models.llama import Llama as Llama

@@ -1,7 +1,7 @@
 """Generation of text by any model that takes and returns a cache: one jitted prefill, one jitted decode step."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,12 +24,15 @@ class Generation:
       first_token_seconds: prefill and the first sampled token; holds the compilation when a shape is new.
       second_token_seconds: the first decode step, likewise; 0 if there is none.
       tokens_per_second: tokens of all rows per second over the decode steps after the first; None below two steps.
+      new: of each row what follows its own prompt, up to the first of `eos_ids` and with it. Prompts of different lengths are in
+        `tokens` as they come, so a short one's row goes on behind these.
     """
 
     tokens: np.ndarray
     first_token_seconds: float
     second_token_seconds: float
     tokens_per_second: float | None
+    new: tuple[np.ndarray, ...] = ()
 
 
 def generate(
@@ -42,25 +45,30 @@ def generate(
     context_length: int,
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     key: jax.Array | None = None,
     eos_ids: tuple[int, ...] = (),
-    on_token: Callable[[np.ndarray], None] | None = None,
+    on_token: Callable[[np.ndarray], Any] | None = None,
 ) -> Generation:
-    """Continues prompts token by token: greedy, or sampled from softmax(logits / temperature) over the top k.
+    """Continues prompts token by token: greedy, or sampled from softmax(logits / temperature) over the top k and the top p of them.
+
+    Prompts of different lengths run side by side: what all have is read at once, and the rest of a longer one a token a step, while
+    the shorter ones are continued. Nothing is padded.
 
     Args:
       apply: `apply(params, tokens (B, T), cache, position) -> (logits (B, T, V), cache)`, for example
         `Llama(config).apply` or the quantized form of it. Compiled programs are kept for the same `apply` object.
       params: its first argument, passed through.
-      tokens: (B, T) prompts of one length, integers.
+      tokens: (B, T) prompts of one length, integers; or a sequence of B prompts of any lengths, T the longest.
       max_new_tokens: n, at least 1.
       init_cache: `init_cache(batch, length)` gives an empty cache, for example `functools.partial(init_cache, config)`.
       context_length: the positions the model was made for; T + n must not exceed it.
       temperature: 0 is greedy.
       top_k: sample among the k likeliest only; None is all.
+      top_p: and among the fewest likeliest that together have this probability; None is all.
       key: random key, needed when `temperature` is above 0.
       eos_ids: a row that gave one of these is continued with it; generation stops when every row has.
-      on_token: called with each new (B,) tokens as they come, for streaming; it costs a wait a step.
+      on_token: called with each new (B,) tokens as they come, for streaming; it costs a wait a step. True from it ends the generation.
 
     Returns:
       Tokens and timings.
@@ -79,22 +87,24 @@ def generate(
       ...          context_length=16).tokens.shape
       (1, 8)
     """
-    prompt = _checked_prompt(tokens, max_new_tokens, context_length)
-    how = _Sampling(_checked_temperature(temperature, key) == 0.0, _checked_top_k(top_k), tuple(eos_ids))
-    batch, length = prompt.shape
-    chance = (jax.random.key(0) if key is None else key, jnp.float32(temperature))
-    cache = init_cache(batch, min(context_length, -(-(length + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP))
+    prompt, lengths = _checked_prompt(tokens, max_new_tokens, context_length)
+    how = _Sampling(_checked_temperature(temperature, key) == 0.0, _checked_top_k(top_k), _checked_top_p(top_p), tuple(eos_ids))
+    (batch, longest), shortest = prompt.shape, int(lengths.min())
+    chance = (jax.random.key(0) if key is None else key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
+    cache = init_cache(batch, min(context_length, -(-(longest + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP))
     ended = jnp.zeros((batch,), bool)
     marks = [time.perf_counter()]
-    token, ended, cache = _prefill(params, cache, prompt, ended, chance, apply=apply, how=how)
+    ragged = None if shortest == longest else (jnp.asarray(prompt), jnp.asarray(lengths))
+    start = jnp.asarray(prompt[:, :shortest])
+    token, ended, cache = _prefill(params, cache, start, ended, chance, ragged, apply=apply, how=how)
     new = [token]
     marks.append(_mark(token))
-    for position in range(length, length + max_new_tokens - 1):
-        if on_token is not None:
-            on_token(np.asarray(token))
+    for position in range(shortest, longest + max_new_tokens - 1):
+        if on_token is not None and on_token(np.asarray(token)):
+            break
         if eos_ids and bool(ended.all()):
             break
-        token, ended, cache = _decode(params, cache, token, ended, jnp.int32(position), chance, apply=apply, how=how)
+        token, ended, cache = _decode(params, cache, token, ended, jnp.int32(position), chance, ragged, apply=apply, how=how)
         new.append(token)
         if len(new) == 2:  # this step holds the compilation of all that follow
             marks.append(_mark(token))
@@ -102,11 +112,13 @@ def generate(
         if on_token is not None:
             on_token(np.asarray(token))
     marks.append(_mark(token))
-    return _generation(prompt, new, marks)
+    return _generation(prompt[:, :shortest], new, marks, lengths, max_new_tokens, how.eos_ids)
 
 
-def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, greedy: bool, top_k: int | None) -> jax.Array:
-    """Draws a token from softmax(logits / temperature), restricted to the k largest; greedy takes the largest.
+def sample(
+    logits: jax.Array, key: jax.Array, temperature: jax.Array, greedy: bool, top_k: int | None, top_p: jax.Array | None = None
+) -> jax.Array:
+    """Draws a token from softmax(logits / temperature), restricted to the k largest and to the top p of them; greedy takes the largest.
 
     Args:
       logits: (B, V) float32.
@@ -114,21 +126,29 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, greedy: bo
       temperature: positive scalar, unused when greedy.
       greedy: take the argmax (the first of equals).
       top_k: number of candidates, None for all. Equals at the k-th place are decided by index.
+      top_p: float32 in (0, 1]: candidates are the fewest likeliest whose probabilities, among the top k, add up to it; None for all.
 
     Returns:
       (B,) int32.
 
     Raises:
       ValueError: `top_k` above the size of the vocabulary.
+
+    Source: Holtzman et al. 2019 (arXiv 1904.09751) for the top p, which follows the top k and the temperature, as in transformers.
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if top_k is None:
+    if top_k is None and top_p is None:
         return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
-    if top_k > logits.shape[-1]:
+    if top_k is not None and top_k > logits.shape[-1]:
         raise ValueError(f"`top_k` {top_k} exceeds the vocabulary of {logits.shape[-1]}: give less, or None")
-    values, candidates = jax.lax.top_k(logits, top_k)
-    choice = jax.random.categorical(key, values / temperature, axis=-1)
+    values, candidates = jax.lax.top_k(logits, logits.shape[-1] if top_k is None else top_k)
+    values = values / temperature
+    if top_p is not None:
+        chances = jax.nn.softmax(values, axis=-1)
+        before = jnp.cumsum(chances, axis=-1) - chances  # the likeliest one has nothing before it
+        values = jnp.where(before < top_p, values, -jnp.inf)
+    choice = jax.random.categorical(key, values, axis=-1)
     return jnp.take_along_axis(candidates, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
@@ -136,42 +156,68 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array, greedy: bo
 class _Sampling:
     greedy: bool
     top_k: int | None
+    top_p: bool
     eos_ids: tuple[int, ...]
 
 
 @partial(jax.jit, static_argnames=("apply", "how"), donate_argnames=("cache",))
-def _prefill(params, cache, prompt, ended, chance, *, apply, how):
+def _prefill(params, cache, prompt, ended, chance, ragged, *, apply, how):
     logits, cache = apply(params, prompt, cache, jnp.int32(0))
-    return *_choose(logits, prompt[:, -1], ended, prompt.shape[1] - 1, chance, how), cache
+    return *_choose(logits, prompt[:, -1], ended, prompt.shape[1] - 1, chance, ragged, how), cache
 
 
 @partial(jax.jit, static_argnames=("apply", "how"), donate_argnames=("cache",))
-def _decode(params, cache, token, ended, position, chance, *, apply, how):
+def _decode(params, cache, token, ended, position, chance, ragged, *, apply, how):
     logits, cache = apply(params, token[:, None], cache, position)
-    return *_choose(logits, token, ended, position, chance, how), cache
+    return *_choose(logits, token, ended, position, chance, ragged, how), cache
 
 
-def _choose(logits, previous, ended, position, chance, how):
-    key, temperature = chance
-    token = sample(logits[:, -1], jax.random.fold_in(key, position), temperature, how.greedy, how.top_k)
-    if not how.eos_ids:
-        return token, ended
-    token = jnp.where(ended, previous, token)
-    return token, ended | jnp.isin(token, jnp.asarray(how.eos_ids, jnp.int32))
+def _choose(logits, previous, ended, position, chance, ragged, how):
+    key, temperature, top_p = chance
+    token = sample(logits[:, -1], jax.random.fold_in(key, position), temperature, how.greedy, how.top_k, top_p)
+    token = jnp.where(ended, previous, token) if how.eos_ids else token
+    if ragged is None:
+        return token, ended | jnp.isin(token, jnp.asarray(how.eos_ids, jnp.int32)) if how.eos_ids else ended
+    prompts, lengths = ragged  # a row that is still in its prompt takes the next token from there
+    inside = position + 1 < lengths
+    given = jnp.take(prompts, jnp.minimum(position + 1, prompts.shape[1] - 1), axis=1)
+    token = jnp.where(inside, given, token)
+    return token, ended | (~inside & jnp.isin(token, jnp.asarray(how.eos_ids, jnp.int32))) if how.eos_ids else ended
 
 
-def _checked_prompt(tokens: Any, max_new_tokens: int, context_length: int) -> jax.Array:
+def _checked_prompt(tokens: Any, max_new_tokens: int, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts (B, T) int32, behind the end of short ones their last token, and their lengths (B,)."""
+    rows = _rows(tokens)
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, not {max_new_tokens}")
+    longest = max(len(row) for row in rows)
+    if longest + max_new_tokens > context_length:
+        raise ValueError(
+            f"`tokens` of length {longest} and `max_new_tokens` {max_new_tokens} exceed the context of "
+            f"{context_length}: shorten the prompt or ask for at most {max(context_length - longest, 0)} tokens"
+        )
+    whole = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
+    return whole.astype(np.int32), np.asarray([len(row) for row in rows], np.int32)
+
+
+def _rows(tokens: Any) -> list[np.ndarray]:
+    lengths = {np.shape(row) for row in tokens} if isinstance(tokens, Sequence) else set()
+    if len(lengths) > 1:
+        rows = [np.asarray(row) for row in tokens]
+        for i, row in enumerate(rows):
+            if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+                raise ValueError(f"`tokens`[{i}] must hold integers, at least one, not {row.dtype}{row.shape}")
+        return rows
     prompt = np.asarray(tokens)
     if prompt.ndim != 2 or 0 in prompt.shape or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(f"`tokens` must be integers of shape (batch, time), not {prompt.dtype}{prompt.shape}")
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, not {max_new_tokens}")
-    if prompt.shape[1] + max_new_tokens > context_length:
-        raise ValueError(
-            f"`tokens` of length {prompt.shape[1]} and `max_new_tokens` {max_new_tokens} exceed the context of "
-            f"{context_length}: shorten the prompt or ask for at most {max(context_length - prompt.shape[1], 0)} tokens"
-        )
-    return jnp.asarray(prompt, jnp.int32)
+    return list(prompt)
+
+
+def _checked_top_p(top_p: float | None) -> bool:
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"`top_p` must be above 0 and at most 1, not {top_p}: give None for all tokens")
+    return top_p is not None
 
 
 def _checked_temperature(temperature: float, key: jax.Array | None) -> float:
@@ -195,8 +241,16 @@ def _mark(token: jax.Array) -> float:
     return time.perf_counter()
 
 
-def _generation(prompt: jax.Array, new: list[jax.Array], marks: list[float]) -> Generation:
-    tokens = np.concatenate([np.asarray(prompt), np.stack([np.asarray(token) for token in new], axis=1)], axis=1)
+def _generation(
+    start: np.ndarray, new: list[jax.Array], marks: list[float], lengths: np.ndarray, most: int, eos_ids: tuple[int, ...]
+) -> Generation:
+    tokens = np.concatenate([start, np.stack([np.asarray(token) for token in new], axis=1)], axis=1)
     steady = len(new) - 2
-    rate = prompt.shape[0] * steady / (marks[-1] - marks[-2]) if steady > 0 else None
-    return Generation(tokens, marks[1] - marks[0], marks[2] - marks[1], rate)
+    rate = start.shape[0] * steady / (marks[-1] - marks[-2]) if steady > 0 else None
+    rows = tuple(_until_end(row[length : length + most], eos_ids) for row, length in zip(tokens, lengths, strict=True))
+    return Generation(tokens, marks[1] - marks[0], marks[2] - marks[1], rate, rows)
+
+
+def _until_end(row: np.ndarray, eos_ids: tuple[int, ...]) -> np.ndarray:
+    ends = np.flatnonzero(np.isin(row, eos_ids))
+    return row[: ends[0] + 1] if len(ends) else row

@@ -24,7 +24,7 @@ def shard_map_packed(
     local: list[Any] = []
     for given, spec in zip(operands, eqn.params["in_specs"], strict=True):
         # A part of a tensor knows nothing of the blocks of scales that run over all of it.
-        operand = Packed(with_plain_scales(given.q), given.pending) if isinstance(given, Packed) else given
+        operand = Packed(with_plain_scales(given.q.plain()), given.pending) if isinstance(given, Packed) else given
         split = packed_specs(operand, spec, mesh) if isinstance(operand, Packed) else None
         if split is None:
             specs.append(spec)

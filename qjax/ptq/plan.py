@@ -35,7 +35,17 @@ from qjax.ptq.data import check_same_sites
 from qjax.ptq.groups import undivided
 from qjax.ptq.parts import layout_of
 from qjax.ptq.products import product_row
-from qjax.ptq.quantize import as_batches, cache_notes, method_of, planned_row, program_notes, refusal_of, task_of, whole_problem
+from qjax.ptq.quantize import (
+    as_batches,
+    cache_notes,
+    layout_notes,
+    method_of,
+    planned_row,
+    program_notes,
+    refusal_of,
+    task_of,
+    whole_problem,
+)
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.rescale import plan_rescaling
 from qjax.ptq.sequential import visit_work
@@ -234,7 +244,8 @@ def plan(
     check_same_sites(batches)
     choices, problems = _without_problems(policy.resolve(program))
     named = policy.resolve_products(program)
-    report = Report((*map(planned_row, choices), *map(product_row, named)), (*program_notes(program), *cache_notes(policy)))
+    rows = (*map(planned_row, choices), *map(product_row, named))
+    report = Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows)))
     chosen = [choice for choice in choices if choice.spec is not None]
     tasks, now = {}, Work()
     for choice in chosen:

@@ -40,6 +40,7 @@ from qjax.ptq.underflow import small_scales
 from qjax.ptq.work import work_of
 from qjax.report import Report, Row
 from qjax.runtime.adapter import why_not as why_no_adapter
+from qjax.runtime.installed import runtime_of
 from qjax.runtime.select import kernel_of
 
 Done = dict[int, tuple[QTensor, tuple[str, ...]]]
@@ -318,7 +319,7 @@ def describe(
         row, error = planned_row(choice, q), float(errors[choice.leaf.index])
         notes = dict.fromkeys((*notes, *small_scales(w, q, choice.leaf.sites[0].stacked), *row.notes))
         rows.append(dataclasses.replace(row, error=error, notes=tuple(notes)))
-    return Report(tuple(rows), program_notes(program), seconds)
+    return Report(tuple(rows), (*program_notes(program), *layout_notes(rows)), seconds)
 
 
 @jax.jit
@@ -361,8 +362,8 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
     act, note = choice.activation, (choice.activation_note,) if choice.activation_note else ()
     if act is not None and act.outliers is not None and q.act is not None:
         act = q.act  # which knows the capacity
-    kernels = dict.fromkeys(kernel_of(site, spec, act, q.adapter_left is not None) for site in leaf.sites)
-    reasons = tuple(reason for _, reason in kernels if reason)
+    kernels = dict.fromkeys(kernel_of(site, spec, act, q) for site in leaf.sites)
+    reasons = tuple(reason for _, reason, _ in kernels if reason)
     if q.adapter_left is not None:
         whole = (f"its low-rank part is multiplied out in front of the product: {why}" for s in leaf.sites if (why := why_no_adapter(s)))
         reasons = (*reasons, *dict.fromkeys(whole))
@@ -372,7 +373,8 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
         nbytes=q.nbytes,
         bits_per_weight=q.bits_per_weight,
         activation="" if act is None else str(act),
-        kernel=", ".join(dict.fromkeys(kernel for kernel, _ in kernels)),
+        kernel=", ".join(dict.fromkeys(kernel for kernel, _, _ in kernels)),
+        kernel_reasons=tuple(dict.fromkeys(reason for _, _, reasons in kernels for reason in reasons)),
         notes=(*notes, *note, *reasons, *padding_note(choice.leaf, spec, q.nbytes)),
     )
 
@@ -389,6 +391,14 @@ def program_notes(program: Program) -> tuple[str, ...]:
         if leaf.sites and leaf.consumers:
             notes.append(f"{leaf.path} is also read by {', '.join(leaf.consumers)}, which gets the dequantized value")
     return tuple(notes)
+
+
+def layout_notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Says what has to be done before the kernels of a report run."""
+    named = {name for row in rows for name in row.kernel.split(", ")}
+    laid = [kernel.name for kernel in runtime_of().kernels if kernel.layout is not None and kernel.name in named]
+    text = "weights have a layout of their own: params = qjax.prepack(fn)(result.params, *inputs), once; others run on XLA"
+    return (f"{' and '.join(laid)}: {text}",) if laid else ()
 
 
 def cache_notes(policy: Policy) -> tuple[str, ...]:
@@ -425,6 +435,6 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:
         program = programs(split_arguments(params, args, kwargs))
         rows = (*map(planned_row, policy.resolve(program)), *map(product_row, policy.resolve_products(program)))
-        return Report(rows, (*program_notes(program), *cache_notes(policy)))
+        return Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows)))
 
     return call

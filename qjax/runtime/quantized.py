@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,16 +13,28 @@ from qjax.core import QProduct
 from qjax.policy import no_product
 from qjax.program import Interpreter, Key, Product, Program, ProgramCache, split_arguments
 from qjax.runtime.cache import check_caches
+from qjax.runtime.installed import runtime_of
+from qjax.runtime.kernels import XLA, Kernel, check_name
 from qjax.runtime.products import product_rule
 from qjax.runtime.select import packed_rule
 
 
-def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = None) -> Callable[..., Any]:
+def quantized(
+    fn: Callable[..., Any],
+    sites: Mapping[str, QProduct] | None = None,
+    *,
+    kernel: str | None = None,
+    device: Any = None,
+    kernels: Sequence[Kernel] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
+) -> Callable[..., Any]:
     """Transforms `fn(params, *args)` so that `params` may hold `QTensor` leaves, and the arguments `QCache` ones.
 
-    The function is traced with the float shapes; wherever a packed parameter meets data, the packed matmul of the platform
-    runs. A packed cache (see `qjax.quantized_cache`) is written in its packed form and comes back so. The result is an ordinary
-    function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and differentiate it with respect to the other arguments.
+    The function is traced with the float shapes; wherever a packed parameter meets data, the fastest kernel runs that takes the
+    product (`qjax doctor` lists them), or XLA, which takes all. The choice is made while the function is traced and costs a call nothing;
+    a program that is lowered for another platform than `device` gets XLA there. A packed cache (see `qjax.quantized_cache`) is written
+    in its packed form and comes back so. The result is an ordinary function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and
+    differentiate it with respect to the other arguments; forward-mode derivatives (`jax.jvp`) need `kernel="xla"`.
     Call it under `jit`: alone it dispatches operation by operation.
 
     Args:
@@ -29,13 +42,19 @@ def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = Non
         decide Python control flow; other leaves are static.
       sites: `result.sites`, the products of two activations that multiply integers, by name. Without it they are float: they have
         no parameter that could say so.
+      kernel: the only kernel that may run, by name; "xla" for none. None chooses for each product.
+      device: where the function will run, a `jax.Device` or, to compile ahead of time, a `qjax.Device`. None is jax's default device.
+      kernels: what to choose from, the fastest first; None for all that are installed.
+      tuned: the folder of what `qjax tune` measured, which goes before the order of `kernels`. None is the user's cache folder where
+        `kernels` is None, too, and nothing where it is not.
 
     Returns:
       The function, with the same arguments and results.
 
     Raises:
       TypeError: `fn` is no function, or `sites` holds something else than products. When called:
-      ValueError: `sites` names a product that the program does not have; a packed cache where the function takes none.
+      ValueError: `sites` names a product that the program does not have; a packed cache where the function takes none; `kernel` is not
+        the name of one, or cannot run a product, with the reason.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -49,15 +68,16 @@ def quantized(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = Non
         raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
     sites = checked_products(sites)
     programs = ProgramCache(fn)
+    if kernels is not None or kernel == XLA:
+        check_name(kernel, kernels or ())
 
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
         named = named_products(program, sites)
-        interpreter = Interpreter(
-            {site.key: site for site in program.sites}, rule=packed_rule, products=named, product_rule=product_rule
-        )
+        rule = functools.partial(packed_rule, runtime=runtime_of(kernel, device, kernels, tuned))
+        interpreter = Interpreter({site.key: site for site in program.sites}, rule=rule, products=named, product_rule=product_rule)
         state = {key: sites[product.name] for key, product in named.items()}
         values = [*arguments.params, *arguments.inputs]
         check_caches(program, values)

@@ -13,15 +13,22 @@ from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
 from qjax.runtime.adapter import adapter_product
 from qjax.runtime.adapter import why_not as why_no_adapter
+from qjax.runtime.installed import runtime_of
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
+from qjax.runtime.kernels import Runtime, choose
+from qjax.runtime.layouts import laid_rows
 from qjax.runtime.lookup import gather_rows
+from qjax.runtime.multiply import Plain, kernel_product
+from qjax.runtime.request import request_of
 from qjax.runtime.rotation import input_axes, rotate_axes, rotated_operands
 
 FLOAT, INTEGER, MIXED, FP8 = "xla", "xla int8", "xla int8 + 16 bit outliers", "xla float8"
 
 
-def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
-    """Runs a site whose weight is packed.
+def packed_rule(
+    site: Site, eqn: Any, operands: list[Any], state: Any, runtime: Runtime | None = None
+) -> tuple[list[Any], Any]:
+    """Runs a site whose weight is packed: on a kernel of `runtime` that takes it, else as follows, which is all XLA.
 
     A lookup reads and dequantizes only the rows it needs. A weight with an activation spec multiplies integers or FP8 where the form of
     the product has that (see `integer.why_not`), and rounds its activations in front of a float product where it has not. Any
@@ -34,8 +41,19 @@ def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[
         thin = adapter_product(site, eqn, operands)
         if thin is not None:
             plain = [Packed(weight.q.with_adapter(None), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
-            (out,), state = packed_rule(site, eqn, plain, state)
+            (out,), state = packed_rule(site, eqn, plain, state, runtime)
             return [(out.astype(jnp.float32) + thin).astype(out.dtype)], state
+    if runtime is not None and isinstance(weight, Packed) and site.op != "gather":
+        out = kernel_product(site, eqn, materialize(operands[1 - site.operand]), weight, runtime, _plain(site, eqn, operands))
+        if out is not None:
+            return [out], state
+    if isinstance(weight, Packed) and weight.q.form is not None:
+        if site.op == "gather":
+            rows = laid_rows(weight, eqn, operands[1])
+            if rows is not None:
+                return [rows], state
+        plain = [Packed(weight.q.plain(), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
+        return packed_rule(site, eqn, plain, state)
     if isinstance(weight, Packed) and site.op == "gather":
         rows = gather_rows(weight, eqn, operands[1])
         if rows is not None:
@@ -50,8 +68,49 @@ def packed_rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[
     return compat.bind(eqn, [materialize(v) for v in operands]), state
 
 
-def kernel_of(site: Site, spec: Spec, act: ActSpec | None, adapter: bool = False) -> tuple[str, str]:
-    """Returns which kernel a site gets, whose weight may have a low-rank part, and why not a faster one."""
+def _plain(site: Site, eqn: Any, operands: list[Any]) -> Plain:
+    """The same without kernels, of the activation and the weight."""
+
+    def run(x: jax.Array, weight: Packed) -> jax.Array:
+        values = [weight if i == site.operand else x if i == 1 - site.operand else v for i, v in enumerate(operands)]
+        return packed_rule(site, eqn, values, None)[0][0]
+
+    return run
+
+
+def kernel_of(
+    site: Site, spec: Spec, act: ActSpec | None, q: QTensor, runtime: Runtime | None = None
+) -> tuple[str, str, tuple[str, ...]]:
+    """Returns what runs a site.
+
+    Args:
+      site: any site.
+      spec: of its weight.
+      act: of its activations.
+      q: its weight, arrays or shapes, whole.
+      runtime: the kernels to choose from; None for those that are installed, on jax's default device.
+
+    Returns:
+      (name; why its activations are rounded in front of a float product, or ""; why faster kernels do not run it, in words).
+    """
+    runtime = runtime_of() if runtime is None else runtime
+    adapter = q.adapter_left is not None
+    bare = dataclasses.replace(q, adapter_left=None, adapter_right=None) if adapter and not why_no_adapter(site) else q
+    request = request_of(site, dataclasses.replace(bare, act=act), runtime.device, q.dtype, q.dtype)
+    reasons: tuple[str, ...] = ()
+    if isinstance(request, str):
+        some = any(kernel.platform == runtime.device.platform for kernel in runtime.kernels)
+        reasons = (request,) if some and site.op != "gather" else ()
+    else:
+        chosen = choose(request, runtime.kernels, tuned=runtime.tuned)
+        reasons = tuple(f"{name}: {why}" for name, why in chosen.reasons)
+        if chosen.kernel is not None:
+            return chosen.kernel.name, "", reasons
+    return (*_xla_of(site, spec, act, adapter), reasons)
+
+
+def _xla_of(site: Site, spec: Spec, act: ActSpec | None, adapter: bool) -> tuple[str, str]:
+    """Which formulation in XLA a site gets, and why not one that multiplies integers."""
     if act is None or site.op == "gather":
         return FLOAT, ""
     if site.custom_rule:

@@ -102,3 +102,36 @@ def test_bad_input(tiny, options, code, words):
     assert result.stderr.splitlines()[-1] == line.rstrip("\n")
     for word in words:
         assert word in line, line
+
+
+def test_several_prompts_are_continued_as_each_alone(packed):
+    arguments = ("generate", packed, "--max-new-tokens", 5, "--temperature", 0)
+    both = json_of(*arguments, "--prompt", "On the", "--prompt", "A bottle")
+    alone = [json_of(*arguments, "--prompt", prompt) for prompt in both["prompts"]]
+    assert both["tokens"] == [one["tokens"] for one in alone] and both["texts"] == [one["text"] for one in alone]
+    assert both["parameter_bytes"] > 0 and both["peak_memory_bytes"] > both["parameter_bytes"]
+    shown = invoke(*arguments, "--prompt", "On the", "--prompt", "A bottle").stdout
+    assert shown == f"On the{both['texts'][0]}\n\nA bottle{both['texts'][1]}\n"
+
+
+def test_a_stop_text_ends_the_text_in_front_of_it(tiny):
+    arguments = ("generate", tiny, "--prompt", "On the", "--max-new-tokens", 12, "--temperature", 0)
+    whole = json_of(*arguments)
+    stop = whole["text"][3:5]
+    cut = json_of(*arguments, "--stop", stop)
+    assert cut["text"] == whole["text"][: whole["text"].find(stop)] and len(cut["tokens"]) < len(whole["tokens"])
+    assert invoke(*arguments, "--stop", stop).stdout == f"On the{cut['text']}\n"
+
+
+def test_a_stop_text_is_not_shown_before_it_is_sure():
+    tokenizer = byte_tokenizer()
+    stream = Stream(tokenizer, tokenizer.encode("a").ids, ("xyz",))
+    assert [stream.push(token) for token in tokenizer.encode("bxyxyzq").ids] == ["b", "", "", "xy", "", "", ""]
+    assert stream.stopped and stream.end() == ""
+
+
+def test_a_kernel_is_for_packed_models(tiny, packed):
+    arguments = ("--prompt", "On", "--max-new-tokens", 2, "--json", "--kernel")
+    assert "--kernel" in error_of("generate", tiny, *arguments, "cpu int8", code=2)
+    assert "'cpu int8' cannot run" in error_of("generate", packed, *arguments, "cpu int8", code=1)
+    assert json_of("generate", packed, "--prompt", "On", "--kernel", "xla", "--max-new-tokens", 2)["text"] is not None

@@ -13,7 +13,7 @@ from qjax.cli.shared import emit
 from .conftest import error_of, invoke
 
 CLI = Path(qjax.cli.main.__file__).parent
-COMMANDS = ["demo", "quantize", "calibrate", "eval", "inspect", "generate"]
+COMMANDS = ["demo", "quantize", "calibrate", "eval", "inspect", "generate", "doctor", "bench", "tune"]
 
 
 def test_help_lists_the_commands():
@@ -40,7 +40,7 @@ def test_help_needs_no_jax(name):
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in modules:
             top = module.split(".")[0]
-            own = module in ("qjax.cli.shared", "qjax.cli.recipe")
+            own = module in ("qjax.cli.shared", "qjax.cli.recipe", "qjax.cli.bench")
             assert own or top in sys.stdlib_module_names | {"click", "rich"}, f"{name}.py imports {module}"
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.models import Llama, LlamaConfig, books_llama, generate, init_cache, stack_layers
 from qjax.models.generate import sample
 
@@ -164,3 +165,72 @@ def test_wrong_arguments_are_named(small):
         run(np.zeros((1, 4), int), max_new_tokens=1, top_k=0)
     with pytest.raises(ValueError, match="`top_k` 5000 exceeds the vocabulary of 31"):
         run(np.zeros((1, 4), int), max_new_tokens=1, top_k=5000, temperature=1.0, key=jax.random.key(0))
+
+
+def test_prompts_of_different_lengths_are_continued_as_each_alone(small):
+    config, variables, apply = small
+    prompts = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]]
+    together = generate(apply, variables, prompts, 6, **settings(config))
+    for prompt, new in zip(prompts, together.new, strict=True):
+        alone = generate(apply, variables, np.asarray([prompt]), 6, **settings(config))
+        np.testing.assert_array_equal(new, alone.tokens[0, len(prompt) :])
+        np.testing.assert_array_equal(new, alone.new[0])
+
+
+def test_an_end_inside_a_prompt_ends_nothing_and_what_is_new_stops_at_the_end(small):
+    config, variables, apply = small
+    prompts = [[3, 4, 5, 6, 7], [8, 9]]
+    free = generate(apply, variables, prompts, 6, **settings(config))
+    end = int(free.new[1][1])
+    found = generate(apply, variables, [[3, end, 5, end, 7], [8, 9]], 6, **settings(config, eos_ids=(end,)))
+    np.testing.assert_array_equal(found.new[1], free.new[1][: list(free.new[1]).index(end) + 1])
+    alone = generate(apply, variables, [[3, end, 5, end, 7]], 6, **settings(config, eos_ids=(end,)))
+    np.testing.assert_array_equal(found.new[0], alone.new[0])
+
+
+def test_true_from_the_callback_ends_the_generation(small):
+    config, variables, apply = small
+    seen = []
+    found = generate(apply, variables, [[3, 4]], 9, **settings(config, on_token=lambda t: seen.append(int(t[0])) or len(seen) == 3))
+    assert found.tokens.shape == (1, 5) and list(found.new[0]) == seen and len(seen) == 3
+
+
+def test_top_p_draws_from_the_nucleus():
+    chances = jnp.asarray([0.05, 0.5, 0.15, 0.3])
+    logits = jnp.broadcast_to(jnp.log(chances), (4000, 4))
+
+    def drawn(top_p, top_k=None, temperature=1.0):
+        found = sample(logits, jax.random.key(1), jnp.float32(temperature), False, top_k, jnp.float32(top_p))
+        return np.bincount(np.asarray(found), minlength=4) / 4000
+
+    np.testing.assert_allclose(drawn(0.75), [0, 0.625, 0, 0.375], atol=0.03)  # .5, then .3 for what is missing to .75
+    np.testing.assert_allclose(drawn(1.0), chances, atol=0.03)
+    assert drawn(0.4)[1] == 1 and drawn(1e-6)[1] == 1
+    np.testing.assert_allclose(drawn(0.75, top_k=2), [0, 0.625, 0, 0.375], atol=0.03)
+    np.testing.assert_allclose(drawn(0.6, top_k=2), [0, 1, 0, 0], atol=0)  # .5 / .8 of the two
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.5, -1.0, float("nan")])
+def test_top_p_is_a_probability(small, top_p):
+    config, variables, apply = small
+    with pytest.raises(ValueError, match="`top_p` must be above 0 and at most 1"):
+        generate(apply, variables, [[3, 4]], 2, **settings(config, top_p=top_p))
+
+
+def test_one_call_generates_from_a_model_and_its_packed_parameters(small):
+    config, variables, _ = small
+    model = Llama(config)
+    policy = qjax.Policy([qjax.Rule("*embed*", weight=None), qjax.Rule("*", weight=qjax.int8())])
+    tokens = jnp.ones((1, 4), jnp.int32)
+    params = qjax.quantize(model.apply, variables, policy, calibration=[tokens]).params
+    found = qjax.generate(model, params, [[3, 4], [5, 6, 7]], 5, eos_ids=())
+    apply = qjax.quantized(model.apply)
+    for prompt, new in zip([[3, 4], [5, 6, 7]], found.new, strict=True):
+        alone = generate(apply, params, [prompt], 5, **settings(config))
+        np.testing.assert_array_equal(new, alone.new[0])
+    cache = qjax.Policy([qjax.Rule("2/*", cache=qjax.kv_cache(qjax.int8(), window=4))])
+    assert qjax.generate(model, params, [[3, 4]], 5, kv_cache=cache, temperature=1.0, seed=3).tokens.shape == (1, 7)
+    with pytest.raises(TypeError, match="`model` must have an `apply"):
+        qjax.generate(model.apply, params, [[3, 4]])
+    with pytest.raises(ValueError, match="`init_cache` is needed"):
+        qjax.generate(type("Other", (), {"apply": staticmethod(model.apply)})(), params, [[3, 4]])

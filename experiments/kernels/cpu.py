@@ -1,0 +1,191 @@
+"""Products with packed weights against XLA's float products on a CPU. See README.md.
+
+Both sides take turns in one process. Cold: every call has another copy of its weight, as many copies as the caches cannot hold. Warm: one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax_kernels import cpu
+
+SHAPES = ((4096, 4096), (4096, 11008), (14336, 4096), (4097, 11009))  # (N, K)
+ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
+# At M: what the project set itself, as times XLA float32 on cold weights.
+TARGETS = {
+    "W4 g128": {1: 5.0, 2: 1.0, 4: 1.8, 8: 1.0, 16: 1.0, 32: 0.95, 128: 0.95, 512: 0.95},
+    "W8A8": {1: 5.0, 4: 3.0, 16: 2.0, 128: 1.6},
+    "W4A8 g128": {1: 5.0, 4: 3.0, 16: 2.0, 128: 1.6},
+}
+
+
+class Contender(NamedTuple):
+    """One way to multiply: compiled function of (x, weight), copies of the weight, bytes that a call reads of one."""
+
+    name: str
+    call: Callable[[jax.Array, Any], jax.Array]
+    weights: list[Any]
+    nbytes: int
+
+
+def contenders(n: int, k: int, cold: int, seed: int, bf16: bool) -> list[Contender]:
+    """XLA's products in both layouts, and the kernels; each with copies of its weight that have `cold` bytes together."""
+    rng = np.random.default_rng(seed)
+    w = jnp.asarray(rng.standard_normal((n, k), np.float32))
+    group = 128
+    codes4 = jnp.asarray(rng.integers(-8, 8, (n, k), np.int8))
+    codes8 = jnp.asarray(rng.integers(-127, 128, (n, k), np.int8))
+    groups = jnp.asarray(rng.random((n, -(-k // group)), np.float32) + 0.1)
+    channel = jnp.asarray(rng.random((n, 1), np.float32) + 0.1)
+    pack = jax.jit(cpu.prepack, static_argnames=("bits", "group_size"))
+    w4, w8 = pack(codes4, groups, bits=4, group_size=group), pack(codes8, channel, bits=8)
+
+    def make(name: str, call: Callable[..., jax.Array], weight: Any) -> Contender:
+        nbytes = sum(a.nbytes for a in jax.tree.leaves(weight))
+        copies = [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(min(-(-cold // nbytes), 200) - 1))]
+        return Contender(name, jax.jit(call), jax.block_until_ready(copies), nbytes)
+
+    rounding = cpu.Rounding()
+    out = [
+        make("XLA f32 (N,K)", lambda x, w: x @ w.T, w),
+        make("XLA f32 (K,N)", lambda x, w: x @ w, jnp.copy(w.T)),
+        make("W4 g128", lambda x, w: cpu.matmul(x, w), w4),
+        make("W8", lambda x, w: cpu.matmul(x, w), w8),
+        make("W8A8", lambda x, w: cpu.matmul(x, w, rounding=rounding), w8),
+        make("W4A8 g128", lambda x, w: cpu.matmul(x, w, rounding=rounding), w4),
+    ]
+    if bf16:
+        half = w.astype(jnp.bfloat16)
+        out += [
+            make("XLA bf16 (N,K)", lambda x, w: x.astype(jnp.bfloat16) @ w.T, half),
+            make("XLA bf16 (K,N)", lambda x, w: x.astype(jnp.bfloat16) @ w, jnp.copy(half.T)),
+            make("W4 g128 bf16", lambda x, w: cpu.matmul(x.astype(jnp.bfloat16), w), w4),
+        ]
+    return out
+
+
+def torch_contenders(n: int, k: int, cold: int, seed: int) -> list[Contender]:
+    """torch's own int8 and int4 products on CPUs, if torch is there."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    torch.set_num_threads(os.cpu_count() or 1)
+    rng = np.random.default_rng(seed)
+
+    def rows(x: Any) -> Any:
+        return torch.from_numpy(np.array(x))
+
+    out = []
+    if k % 128 == 0 and n % 16 == 0:
+        nibbles = torch.from_numpy(rng.integers(0, 16, (n, k)).astype(np.int32))
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+        scales = torch.rand(k // 128, n, 2, dtype=torch.bfloat16)
+        copies = [packed.clone() for _ in range(min(-(-cold // packed.nbytes), 200))]
+        out.append(
+            Contender(
+                "torch int4 g128 (bf16)",
+                lambda x, w: torch.ops.aten._weight_int4pack_mm_for_cpu(rows(x).bfloat16(), w, 128, scales),
+                copies,
+                packed.nbytes,
+            )
+        )
+    eight = torch.from_numpy(rng.integers(-127, 128, (n, k)).astype(np.int8))
+    scale = torch.rand(n, dtype=torch.bfloat16)
+    copies = [eight.clone() for _ in range(min(-(-cold // eight.nbytes), 200))]
+    out.append(Contender("torch int8 (bf16)", lambda x, w: torch.ops.aten._weight_int8pack_mm(rows(x).bfloat16(), w, scale), copies, eight.nbytes))
+    return out
+
+
+def race(all_of: list[Contender], x: jax.Array, seconds: float, warm: bool) -> dict[str, float]:
+    """Median seconds of each, in turns."""
+    times: dict[str, list[float]] = {c.name: [] for c in all_of}
+    for c in all_of:
+        jax.block_until_ready(c.call(x, c.weights[0]))
+    began, turn = time.perf_counter(), 0
+    while turn < 5 or (time.perf_counter() - began < seconds and turn < 200):
+        for c in all_of:
+            weight = c.weights[0] if warm else c.weights[turn % len(c.weights)]
+            if warm:
+                jax.block_until_ready(c.call(x, weight))  # whatever ran before has left the caches
+            start = time.perf_counter()
+            jax.block_until_ready(c.call(x, weight))
+            times[c.name].append(time.perf_counter() - start)
+        turn += 1
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second that XLA's threads read of an array that no cache holds."""
+    a = jnp.ones((threads, 2**27 // threads), jnp.float32)
+    total = jax.jit(lambda a: jnp.max(a, axis=1))
+    total(a).block_until_ready()
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        total(a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return a.nbytes / float(np.median(times))
+
+
+def table(n: int, k: int, results: dict[int, dict[str, float]], sizes: dict[str, int]) -> None:
+    """Prints times of XLA float32, the better layout, and how many times faster the others are."""
+    names = [name for name in sizes if not name.startswith("XLA f32")]
+    print(f"\n### N = {n}, K = {k}\n\n| M | XLA f32, ms | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}", flush=True)
+    for m, times in results.items():
+        base = min(t for name, t in times.items() if name.startswith("XLA f32"))
+        cells = []
+        for name in names:
+            target = TARGETS.get(name, {}).get(m)
+            mark = "" if target is None else " ✓" if base / times[name] >= target else f" (< {target:g})"
+            cells.append(f"{times[name] * 1e3:.2f} ms {base / times[name]:.2f}x{mark}")
+        print(f"| {m} | {base * 1e3:.2f} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="*", default=[f"{n}x{k}" for n, k in SHAPES], help="N x K")
+    parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each table row")
+    parser.add_argument("--warm", action="store_true", help="one copy of each weight")
+    parser.add_argument("--cold-bytes", type=float, default=700e6, help="of all copies of a weight")
+    parser.add_argument("--bf16", action="store_true", help="XLA's bfloat16 products too")
+    parser.add_argument("--torch", action="store_true", help="torch's int8 and int4 products too")
+    parser.add_argument("--json", help="file for the medians")
+    args = parser.parse_args()
+    if cpu.why_not_loaded():
+        raise SystemExit(cpu.why_not_loaded())
+    threads = os.cpu_count() or 1
+    speed = bandwidth(threads)
+    print(f"jax {jax.__version__}, {platform.machine()}, {threads} threads, {cpu.best_instruction_set()}; reads {speed / 1e9:.1f} GB/s; "
+          f"{'warm' if args.warm else 'cold'} weights")  # fmt: skip
+    kept = {}
+    for shape in args.shapes:
+        n, k = (int(size) for size in shape.split("x"))
+        cold = 0 if args.warm else int(args.cold_bytes)
+        sides = contenders(n, k, cold, 0, args.bf16) + (torch_contenders(n, k, cold, 0) if args.torch else [])
+        results = {}
+        for m in args.rows:
+            x = jnp.asarray(np.random.default_rng(m).standard_normal((m, k), np.float32))
+            results[m] = race(sides, x, args.seconds, args.warm)
+        table(n, k, results, {c.name: c.nbytes for c in sides})
+        if 1 in results:
+            rates = {c.name: c.nbytes / results[1][c.name] / speed for c in sides}
+            print("\nof the bandwidth at M = 1: " + ", ".join(f"{name} {rate:.0%}" for name, rate in rates.items()), flush=True)
+        kept[shape] = results
+        del sides
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"threads": threads, "bandwidth": speed, "warm": args.warm, "seconds": kept}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Which kernel each format gets on a machine, from facts alone: nothing runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+from qjax_kernels.request import Device, Request
+
+from qjax.core import ActSpec, Spec
+from qjax.runtime.kernels import Runtime, choose
+from qjax.runtime.request import activation_of, weight_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """What runs a product x (rows, K) w (N, K)^T.
+
+    Attributes:
+      weight: the spec of w, as text.
+      activation: that of x, "" where it stays float.
+      rows: of x.
+      kernel: a kernel's name, or "xla".
+      reasons: (kernel, why not) for those that would have come first; ("", reason) where no kernel is written for such products.
+    """
+
+    weight: str
+    activation: str
+    rows: int
+    kernel: str
+    reasons: tuple[tuple[str, str], ...]
+
+
+def path_of(
+    weight: Spec, activation: ActSpec | None, runtime: Runtime, rows: int, n: int = 4096, k: int = 4096, dtype: str = "bfloat16"
+) -> Path:
+    """Says what runs a product.
+
+    Args:
+      weight: the spec of w.
+      activation: that of x, or None.
+      runtime: where, and the kernels to choose from.
+      rows: of x.
+      n: of w.
+      k: contracted values.
+      dtype: of x and the result, "float32" or "bfloat16".
+
+    Returns:
+      A `Path`.
+
+    Example:
+      >>> import qjax
+      >>> path_of(qjax.int4(block=(32, 32)), None, Runtime(Device("cpu", "avx2")), 1).reasons
+      (('', 'a 2-D block of weights shares a scale'),)
+    """
+    texts = str(weight), "" if activation is None else str(activation), rows
+    form, act = weight_of(weight, k), activation_of(activation)
+    if isinstance(form, str):
+        return Path(*texts, "xla", (("", form),))
+    if act is not None and act[0] is None:
+        return Path(*texts, "xla", (("", act[1]),))
+    request = Request(runtime.device, rows, n, k, form, "float32" if dtype == "float32" else "bfloat16", act[0] if act else None)
+    choice = choose(request, runtime.kernels, tuned=runtime.tuned)
+    return Path(*texts, "xla" if choice.kernel is None else choice.kernel.name, choice.reasons)
+
+
+def advice(device: Device) -> tuple[str, ...]:
+    """What to install for faster paths on the machine that this runs on; () if nothing is missing.
+
+    Args:
+      device: where programs run now.
+
+    Returns:
+      Sentences.
+    """
+    found = [_accelerator(device, pathlib.Path("/dev"))]
+    if device.platform == "cpu":
+        from qjax_kernels import cpu
+
+        reason = cpu.why_not_loaded()
+        found.append(f"there are no C++ kernels: {reason}" if reason else "")
+    if device.platform == "cuda" and importlib.util.find_spec("absl") is None:
+        found.append("kernels for GPUs need absl-py: pip install absl-py")
+    return tuple(filter(None, found))
+
+
+def _accelerator(device: Device, devices: pathlib.Path) -> str:
+    """An accelerator that the machine has and jax does not use."""
+    if device.platform == "cpu" and _any(devices, ("nvidia[0-9]*",)):
+        return "this machine has an NVIDIA GPU that jax does not see: pip install 'jax[cuda13]'"
+    if device.platform == "cpu" and _any(devices, ("accel[0-9]*",)):
+        return "this machine has a TPU that jax does not see: pip install 'jax[tpu]'"
+    return ""
+
+
+def _any(folder: pathlib.Path, patterns: Sequence[str]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))

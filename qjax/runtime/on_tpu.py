@@ -1,0 +1,65 @@
+"""The kernels of `qjax_kernels.tpu` as values: Pallas, with weights (K, N) in integers as wide as the chip has."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from qjax_kernels.request import Request, Weight
+from qjax_kernels.tpu.fp8 import fp8
+from qjax_kernels.tpu.fp8 import why_not as why_not_fp8
+from qjax_kernels.tpu.int8 import int8
+from qjax_kernels.tpu.int8 import why_not as why_not_int8
+from qjax_kernels.tpu.weight_only import weight_only
+from qjax_kernels.tpu.weight_only import why_not as why_not_weight_only
+
+from qjax.core import ActSpec, IntSpec
+from qjax.runtime.kernels import Codes, Kernel, Layout
+from qjax.runtime.request import Operands
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Returns them, the fastest first."""
+    layout = Layout("tpu kernels", _pack, _unpack)
+    return (
+        Kernel("tpu int8", "tpu", lambda request: why_not_int8(request) or "", _int8, layout, ("int8",)),
+        Kernel("tpu fp8", "tpu", lambda request: why_not_fp8(request) or "", _fp8, layout, (None, "fp8")),
+        Kernel("tpu weight-only", "tpu", lambda request: why_not_weight_only(request) or "", _weight_only, layout, (None,)),
+    )
+
+
+def _pack(weight: Weight, codes: Codes) -> dict[str, jax.Array]:
+    kind = jnp.int4 if weight.bits == 4 else jnp.int8
+    if weight.kind == "fp8":
+        numbers = jax.lax.bitcast_convert_type(codes.codes, jnp.float8_e4m3fn)
+        return {"codes": numbers.swapaxes(-1, -2), "scale": codes.scale.swapaxes(-1, -2)}
+    return {"codes": codes.codes.swapaxes(-1, -2).astype(kind), "scale": codes.scale.swapaxes(-1, -2)}
+
+
+def _unpack(weight: Weight, k: int, laid: dict[str, jax.Array]) -> Codes:
+    del k
+    if weight.kind == "fp8":
+        numbers = jax.lax.bitcast_convert_type(laid["codes"], jnp.uint8)
+        return Codes(numbers.swapaxes(-1, -2), laid["scale"].swapaxes(-1, -2), None, None)
+    return Codes(laid["codes"].astype(jnp.int8).swapaxes(-1, -2), laid["scale"].swapaxes(-1, -2), None, None)
+
+
+def _group(request: Request) -> int:
+    return request.k if request.weight.group_size is None else request.weight.group_size
+
+
+def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
+    del act
+    codes, scale = operands.laid["codes"], operands.laid["scale"]
+    return weight_only(operands.x, codes, scale, group=_group(request), chip=request.device.chip)
+
+
+def _fp8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
+    codes, scale = operands.laid["codes"], operands.laid["scale"]
+    return fp8(operands.x, codes, scale, chip=request.device.chip, rounded=act is not None)
+
+
+def _int8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
+    full = act is not None and isinstance(act.spec, IntSpec) and act.spec.scale_rule == "full"
+    codes, scale = operands.laid["codes"], operands.laid["scale"]
+    levels = 127.0 if full else 127.5
+    return int8(operands.x, codes, scale, group=_group(request), chip=request.device.chip, levels=levels)

@@ -1,0 +1,146 @@
+"""`prepack`: weights in the layout that the kernels of a machine read, laid out once, when they are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from qjax.core import QTensor
+from qjax.program import Leaf, ProgramCache, Site, split_arguments
+from qjax.runtime.installed import runtime_of
+from qjax.runtime.kernels import Kernel, Layout, Runtime, choose
+from qjax.runtime.layouts import laid_out
+from qjax.runtime.request import request_of
+
+
+def prepack(
+    fn: Callable[..., Any],
+    *,
+    kernel: str | None = None,
+    device: Any = None,
+    kernels: Sequence[Kernel] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
+    donate: bool = False,
+) -> Callable[..., Any]:
+    """Transforms `fn` into a function of the same arguments that gives its parameters laid out for the kernels that will run.
+
+    Do it once, after `qjax.load`, and call `qjax.quantized(fn)` with what it returns: kernels with a layout of their own run no other
+    weights. A leaf stays as it is where no kernel wants it laid out, where its products want it in different layouts, where something
+    else than products and lookups reads it, and where it is spread over several devices. What is laid out is still a `QTensor`:
+    it can be scanned over, differentiated, dequantized and saved, in the format that it came from.
+
+    Args:
+      fn: as for `qjax.quantized`.
+      kernel: as for `qjax.quantized`.
+      device: as for `qjax.quantized`.
+      kernels: as for `qjax.quantized`.
+      tuned: as for `qjax.quantized`.
+      donate: free each leaf's old codes as soon as the new ones are there, so that never more than one weight is in memory twice.
+
+    Returns:
+      A function of (params, *args), arrays or, except for the parameters, shapes, that returns the parameters.
+
+    Raises:
+      TypeError: `fn` is no function.
+      ValueError: as `qjax.quantized`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> params = {"w": qjax.core.quantize(jnp.ones((64, 64)), qjax.int4(), axes=(0,))}
+      >>> laid = prepack(fn, kernels=[])(params, jnp.ones((1, 64)))  # nothing to lay it out for
+      >>> laid["w"] is params["w"]
+      True
+    """
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
+    programs = ProgramCache(fn)
+
+    @functools.wraps(fn)
+    def call(params: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = runtime_of(kernel, device, kernels, tuned)
+        arguments = split_arguments(params, args, kwargs)
+        program = programs(arguments)
+        values = [*arguments.params]
+        for leaf in program.leaves:
+            q = values[leaf.index]
+            found = layout_for(leaf, q, runtime) if isinstance(q, QTensor) else ""
+            if not isinstance(found, str):
+                values[leaf.index] = _lay_out(q.plain(), found, leaf)
+                if donate:
+                    _free(q)
+        tree, _, _ = arguments.rebuild(values, [*arguments.inputs])
+        return tree
+
+    return call
+
+
+def layout_for(leaf: Leaf, q: QTensor, runtime: Runtime) -> Layout | str:
+    """The layout that the kernels want which run a leaf's products; why it keeps its own, where it does."""
+    if not runtime.kernels:
+        return "no kernels are installed for this platform"
+    if leaf.consumers:
+        return f"it is also read by {', '.join(leaf.consumers)}"
+    if any(len(a.sharding.device_set) > 1 for a in jax.tree.leaves(q) if isinstance(a, jax.Array) and not isinstance(a, Tracer)):
+        return "it is spread over several devices"
+    wanted: dict[Layout, None] = {}
+    for site in leaf.sites:
+        if site.op == "gather":
+            continue
+        found = _layout_of_site(site, q, runtime)
+        if isinstance(found, str):
+            return found
+        wanted[found] = None
+    if len(wanted) != 1:
+        return "its products want it in different layouts" if wanted else "it is only looked up in"
+    (layout,) = wanted
+    if any(site.op == "gather" for site in leaf.sites) and layout.rows is None:
+        return "rows are looked up in it, too"
+    return layout
+
+
+def _layout_of_site(site: Site, q: QTensor, runtime: Runtime) -> Layout | str:
+    if site.view.fixed or site.view.partial:
+        return "parts of it are taken by an index"
+    bare = dataclasses.replace(q, adapter_left=None, adapter_right=None)
+    request = request_of(site, bare, runtime.device, q.dtype, q.dtype)
+    if isinstance(request, str):
+        return request
+    kept = [i for i in range(q.ndim) if i - q.ndim not in q.axes]
+    stacked, parts = _leading(site)
+    if kept[: len(stacked) + len(parts)] != [*stacked, *parts]:
+        return "its layers and experts are not the first axes of the stored weight"
+    kernel = choose(request, runtime.kernels, runtime.force, where=site.path, tuned=runtime.tuned).kernel
+    if kernel is None:
+        return "no kernel takes its products"
+    return f"{kernel.name} reads codes as they are stored" if kernel.layout is None else kernel.layout
+
+
+def _leading(site: Site) -> tuple[list[int], list[int]]:
+    """The parameter's axes that scans take apart, and those that hold parts of one product."""
+    stacked = [axis for axis, _ in site.view.scans]
+    parts = [atom.axis for w, _ in site.batch for atom in site.view.dims[w]]
+    return stacked, list(dict.fromkeys(parts))
+
+
+def _lay_out(q: QTensor, layout: Layout, leaf: Leaf) -> QTensor:
+    site = next(site for site in leaf.sites if site.op != "gather")
+    stacked, parts = _leading(site)
+    return _jitted(q, layout, len(parts), len(stacked))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _jitted(q: QTensor, layout: Layout, parts: int, stacked: int) -> QTensor:
+    return laid_out(q, layout, parts, stacked)
+
+
+def _free(q: QTensor) -> None:
+    for array in (q.codes, q.scale, q.zero_point):
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer):
+            array.delete()
