@@ -149,11 +149,19 @@ def prepack(
             raise ValueError("`table` is for unsigned indices without `zero_points`: pass signed=False and None")
     if zero_points is None and not signed and table is None:
         zero_points = jnp.zeros(shape, jnp.int32)
+    if zero_points is not None:
+        zero_points = _of_groups("zero_points", jnp.asarray(zero_points), shape)
+    return _prepack(codes, scales, zero_points, table, layout, signed)
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _prepack(
+    codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, table: jax.Array | None, layout: Layout, signed: bool
+) -> Packed:
     zeros = jnp.zeros(0, jnp.int32)
     if zero_points is not None:
-        zeros = _of_groups("zero_points", jnp.asarray(zero_points), shape)
-        zeros = zeros.astype(jnp.int32 if jnp.issubdtype(zeros.dtype, jnp.integer) else jnp.float32) - (0 if signed else layout.center)
-        zeros = _blocked(zeros, layout)
+        kind = jnp.int32 if jnp.issubdtype(zero_points.dtype, jnp.integer) else jnp.float32
+        zeros = _blocked(zero_points.astype(kind) - (0 if signed else layout.center), layout)
     table = jnp.zeros(0, jnp.float32) if table is None else jnp.pad(table, (0, 16 - table.size))
     return Packed(_pack(codes, layout, signed), _blocked(scales.astype(jnp.float32), layout), zeros, table, layout)
 

@@ -37,7 +37,7 @@ def test_kernels_are_there_where_a_compiler_is():
         ({"weight": Weight("codebook", 8)}, "room for 16"),
         ({"weight": Weight("codebook", 4), "activation": "int8"}, "no integers"),
         ({"activation": "fp8"}, "FP8 activations"),
-        ({"activation": "int8", "k": 40000}, "overflow"),
+        ({"activation": "int8", "k": 40000, "weight": Weight("int", 8)}, "overflow"),
     ],
 )
 def test_why_not(change, reason):
@@ -125,6 +125,9 @@ def test_versions_of_the_interface(monkeypatch):
     assert "built for version 0.4" in library._why_not(Library(0, 4, 1))
     assert "built for version 1.0" in library._why_not(Library(1, 0, 1))
     assert "layout version 2" in library._why_not(Library(0, 3, 2))
+
+
+def test_a_header_without_a_version():
     with pytest.raises(ValueError, match="declares no"):
         library.ffi_version("nothing")
 
