@@ -218,11 +218,12 @@ def gather_rows(weight: Packed, indices: jax.Array, dtype: jnp.dtype | None = No
     flat = jnp.clip(jnp.ravel(jnp.asarray(indices)), 0, layout.n - 1).astype(jnp.int32)
     block, lane = flat // _LANES, flat % _LANES
     lanes = weight.codes[0].reshape(layout.blocks, layout.units, layout.bits, _LANES, 4)
-    # Adjacent advanced indices would be one gather of (1, units, bits, 1, 4) each: nothing else of the weight is read.
-    rows = jax.vmap(lambda b, i: jax.lax.dynamic_slice(lanes, (b, 0, 0, i, 0), (1, layout.units, layout.bits, 1, 4)).reshape(layout.units, layout.bits, 4))(
-        block, lane
-    )
-    codes = _columns(_decode(rows, layout.bits), layout)
+
+    def row(b: jax.Array, i: jax.Array) -> jax.Array:  # one gather for all rows: nothing else of the weight is read
+        one = jax.lax.dynamic_slice(lanes, (b, 0, 0, i, 0), (1, layout.units, layout.bits, 1, 4))
+        return one.reshape(layout.units, layout.bits, 4)
+
+    codes = _columns(_decode(jax.vmap(row)(block, lane), layout.bits), layout)
     scale = _spread(weight.scales[0, block, :, lane], layout)
     if weight.table.size:
         out = weight.table[codes] * scale

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from qjax_kernels import cpu
-from qjax_kernels.cpu import library, reference
+from qjax_kernels.cpu import layout, library, reference
 
 HERE = library.load()
 SETS = HERE.instruction_sets
@@ -224,7 +223,7 @@ def test_compiled_program_holds_no_float_copy_of_the_weight():
 def test_packed_bytes_and_round_trip():
     for seed, case in enumerate(CASES):
         packed, w = make(seed, *case[:-1])
-        np.testing.assert_allclose(jax.jit(reference.dequantize)(packed)[0], w, rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(layout.dequantize)(packed)[0], w, rtol=1e-6, atol=1e-5)
     for bits in (2, 3, 4, 8):
         packed = cpu.prepack(np.zeros((64, 256), np.int8), np.ones((64, 2)), bits=bits, group_size=128)
         assert packed.codes.nbytes == 64 * 256 * bits // 8 and packed.scales.nbytes == 64 * 2 * 4

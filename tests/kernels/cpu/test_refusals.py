@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from qjax_kernels import cpu
 from qjax_kernels.cpu import build, library
 from qjax_kernels.request import Device, Request, Weight
@@ -82,7 +81,16 @@ def test_refused_arguments(packed):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("change", "message"), [({"version": 7}, "layout version 7"), ({"bits": 8}, "`codes`"), ({"group": 16}, "`codes`|`scales`"), ({"isa": 9}, "instruction set"), ({"k": 63}, "`x`|`codes`")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 7}, "layout version 7"),
+        ({"bits": 8}, "`codes`"),
+        ({"group": 16}, "`codes`|`scales`"),
+        ({"isa": 9}, "instruction set"),
+        ({"k": 63}, "`x`|`codes`"),
+    ],
+)
 def test_the_library_checks_for_itself(packed, change, message):
     """A program that was exported with another package reaches the library without Python's checks."""
     facts = {"version": 1, "bits": 4, "k": 64, "n": 20, "group": 32, "isa": 0, "integer": 0, "low": -128, "high": 127}
