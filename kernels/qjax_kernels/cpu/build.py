@@ -20,7 +20,7 @@ import tempfile
 SOURCES = pathlib.Path(__file__).parent / "src"
 LIBRARY = "libqjax_cpu.dylib" if sys.platform == "darwin" else "libqjax_cpu.so"
 
-_COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-w"]
+_COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma"]
 _X86 = {
     "avx2": ["-mavx2", "-mfma"],

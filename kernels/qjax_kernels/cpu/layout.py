@@ -149,11 +149,19 @@ def prepack(
             raise ValueError("`table` is for unsigned indices without `zero_points`: pass signed=False and None")
     if zero_points is None and not signed and table is None:
         zero_points = jnp.zeros(shape, jnp.int32)
+    if zero_points is not None:
+        zero_points = _of_groups("zero_points", jnp.asarray(zero_points), shape)
+    return _prepack(codes, scales, zero_points, table, layout, signed)
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _prepack(
+    codes: jax.Array, scales: jax.Array, zero_points: jax.Array | None, table: jax.Array | None, layout: Layout, signed: bool
+) -> Packed:
     zeros = jnp.zeros(0, jnp.int32)
     if zero_points is not None:
-        zeros = _of_groups("zero_points", jnp.asarray(zero_points), shape)
-        zeros = zeros.astype(jnp.int32 if jnp.issubdtype(zeros.dtype, jnp.integer) else jnp.float32) - (0 if signed else layout.center)
-        zeros = _blocked(zeros, layout)
+        kind = jnp.int32 if jnp.issubdtype(zero_points.dtype, jnp.integer) else jnp.float32
+        zeros = _blocked(zero_points.astype(kind) - (0 if signed else layout.center), layout)
     table = jnp.zeros(0, jnp.float32) if table is None else jnp.pad(table, (0, 16 - table.size))
     return Packed(_pack(codes, layout, signed), _blocked(scales.astype(jnp.float32), layout), zeros, table, layout)
 
@@ -210,11 +218,12 @@ def gather_rows(weight: Packed, indices: jax.Array, dtype: jnp.dtype | None = No
     flat = jnp.clip(jnp.ravel(jnp.asarray(indices)), 0, layout.n - 1).astype(jnp.int32)
     block, lane = flat // _LANES, flat % _LANES
     lanes = weight.codes[0].reshape(layout.blocks, layout.units, layout.bits, _LANES, 4)
-    # Adjacent advanced indices would be one gather of (1, units, bits, 1, 4) each: nothing else of the weight is read.
-    rows = jax.vmap(lambda b, i: jax.lax.dynamic_slice(lanes, (b, 0, 0, i, 0), (1, layout.units, layout.bits, 1, 4)).reshape(layout.units, layout.bits, 4))(
-        block, lane
-    )
-    codes = _columns(_decode(rows, layout.bits), layout)
+
+    def row(b: jax.Array, i: jax.Array) -> jax.Array:  # one gather for all rows: nothing else of the weight is read
+        one = jax.lax.dynamic_slice(lanes, (b, 0, 0, i, 0), (1, layout.units, layout.bits, 1, 4))
+        return one.reshape(layout.units, layout.bits, 4)
+
+    codes = _columns(_decode(jax.vmap(row)(block, lane), layout.bits), layout)
     scale = _spread(weight.scales[0, block, :, lane], layout)
     if weight.table.size:
         out = weight.table[codes] * scale

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from qjax_kernels.cpu import reference
-from qjax_kernels.cpu.layout import BITS, LAYOUT_VERSION, Packed
+from qjax_kernels.cpu.layout import BITS, LAYOUT_VERSION, Packed, dequantize
 from qjax_kernels.cpu.library import INSTRUCTION_SETS, TARGET, load
 from qjax_kernels.request import Request
 
@@ -104,7 +104,8 @@ def matmul(
       (..., N), or (parts, ..., N). Gradients flow to x and the scales as if x were not rounded; `vmap` adds rows or parts.
 
     Raises:
-      ValueError: shapes that do not fit, a weight packed in another layout, an instruction set that is not there, a table beside `rounding`.
+      ValueError: shapes that do not fit, a weight packed in another layout, an instruction set that is not there, a table
+        beside `rounding`.
       TypeError: dtypes that no kernel takes.
 
     Example:
@@ -117,10 +118,11 @@ def matmul(
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise TypeError(f"`x` must be float32 or bfloat16, got {x.dtype}")
     call = _checked(weight, rounding, instruction_set, dtype or x.dtype)
-    if rounding is not None and not (0 < rounding.divisor and -128 <= rounding.low < rounding.high <= 127):
+    if rounding is not None and not (rounding.divisor > 0 and -128 <= rounding.low < rounding.high <= 127):
         raise ValueError(f"`rounding` must have a positive divisor and -128 <= low < high <= 127, got {rounding}")
     rows, shape = _as_rows(x, weight)
-    return _differentiable(call, rows, weight).reshape(*shape, weight.layout.n)
+    y: jax.Array = _differentiable(call, rows, weight)  # type: ignore[assignment]
+    return y.reshape(*shape, weight.layout.n)
 
 
 def matmul_codes(
@@ -241,7 +243,7 @@ def _ragged_backward(call: _Call, saved: Any, cotangent: jax.Array) -> tuple[Any
     x, weight, sizes = saved
 
     def product(x: jax.Array, weight: Packed) -> jax.Array:
-        w = reference.dequantize(weight).swapaxes(1, 2)
+        w = dequantize(weight).swapaxes(1, 2)
         return lax.ragged_dot(x.astype(jnp.float32), w, sizes, precision=lax.Precision.HIGHEST).astype(call.dtype)
 
     _, pull = jax.vjp(product, x, weight)

@@ -236,7 +236,7 @@ constexpr int64_t kAhead = 3, kRing = 4;
 template <int BITS, bool INTEGER, int NB>
 inline void few_decode(const uint8_t* codes, int64_t block_bytes, int64_t step, const __m512i table, uint8_t* tiles) {
   for (int b = 0; b < NB; ++b, codes += block_bytes, tiles += kRing * kTileBytes) {
-    for (int64_t i = 0; i < step * BITS; ++i) __builtin_prefetch(codes + 3072 + 64 * i);
+    for (int64_t i = 0; i < step * BITS; ++i) __builtin_prefetch(codes + 1024 + 64 * i);
     if constexpr (INTEGER)
       decode_bytes<BITS>(codes, step, tiles);
     else
@@ -305,8 +305,6 @@ void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i tab
   for (int64_t t = 0; t < count; ++t) {
     if constexpr (kDirect) {
       const uint8_t* at = codes + t * code_bytes;
-      for (int b = 0; b < NB; ++b)
-        for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(at + b * block_bytes + 2048 + i);
       few_multiply<INTEGER, NB>(x + t * x_tile, x_tile, x_row, at, block_bytes, 1);
     } else {
       few_multiply<INTEGER, NB>(x + t * planes * x_tile, x_tile, x_row, tiles + t % kRing * kTileBytes, kRing * kTileBytes, planes);
