@@ -181,8 +181,10 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, codes_ref, row_ref, sum_ref, *, le
 
 
 def quantize(x_ref, codes_ref, row_ref, levels: float) -> None:
-    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k): 32 rows at a time (one tile of int8), a tile of k after the
-    other, in loops: the code of it is short and runs once for all columns."""
+    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k).
+
+    32 rows at a time (one tile of int8), a tile of k after the other, in loops: its code is short and runs once for all columns.
+    """
     steps, m, size = codes_ref.shape
     few = min(m, 32)
 

@@ -69,10 +69,11 @@ def weight_only(
 
     Rows of x, columns of w and the contracted length may be any numbers. Rows and columns of the last tiles that stick out are computed
     and not written. Along K, x and the scales are padded with zeros to whole tiles (a copy of x, only where K is not a multiple of the
-    tile's); codes are not, because whatever integer is there is multiplied by a zero.
+    tile's); codes are not, because whatever integer is there is multiplied by a zero. (XLA may copy a packed weight whose K or N is no
+    multiple of 128 into whole native tiles first.)
 
-    Rounding: with the scale before the dot, `s` and `w * s` are rounded to bfloat16 (relative error 2^-8 together), on v5e and v5p only
-    `w * s` is (2^-9); with the scale behind, nothing is rounded but y. A float32 x keeps float32 everywhere, in six passes of the unit.
+    Rounding: with the scale before the dot, `s` and `w * s` are rounded to bfloat16 (a relative error of 2^-8 each at most), on v5e and v5p
+    only `w * s` is; with the scale behind, nothing is rounded but y. A float32 x keeps float32 everywhere, in six passes of the unit.
 
     Args:
       x: (M, K) float32 or bfloat16.

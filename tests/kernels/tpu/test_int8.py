@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-
 from qjax_kernels import reference, shapes
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu import tiles
@@ -29,10 +28,9 @@ def operands(case, bits, dtype):
     return jnp.asarray(x, dtype), jnp.asarray(w, jnp.int4 if bits == 4 else jnp.int8), jnp.asarray(scale, jnp.float32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bit_for_bit(case, bits):
-    dtype = jnp.bfloat16 if bits == 4 else jnp.float32
+@pytest.mark.parametrize(("bits", "dtype"), [(4, jnp.bfloat16), (8, jnp.float32)])
+def test_bit_for_bit(case, bits, dtype):
     x, w, scale = operands(case, bits, dtype)
     group = case.group or case.k
     y = int8(x, w, scale, group=group, chip="v6e", limit=SMALL, interpret=True)
