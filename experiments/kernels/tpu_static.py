@@ -173,7 +173,8 @@ def rows(chips: list[str], sizes, kernels: tuple[str, ...] = ("",)) -> list[dict
             row = {"chip": chip.name, "tile": size, "kernel": name, "body": body, "total": total}
             if size is not None:
                 row["dma"] = dma_bundles(chip, size[1] * size[2] * (16 if name == "bf16" else int(name[1])) // 8)
-            row |= {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * math.prod(arguments[min(1, len(arguments) - 1)][0])}
+            weight = arguments[min(1, len(arguments) - 1)][0]
+            row |= {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * math.prod(weight)}
             found.append(row)
             print(json.dumps(row), f"{time.monotonic() - start:.1f}s", flush=True)
     return found
