@@ -13,8 +13,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from qjax.models import books_llama
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu.chips import CHIPS
 from qjax_kernels.tpu.cost import estimate
@@ -22,7 +20,17 @@ from qjax_kernels.tpu.int8 import int8
 from qjax_kernels.tpu.int8 import why_not as why_not_int8
 from qjax_kernels.tpu.weight_only import weight_only
 
-KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}
+from qjax.models import books_llama
+
+KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
 GROUP = 128
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu.chips import CHIPS
 from qjax_kernels.tpu.cost import RATES, estimate
