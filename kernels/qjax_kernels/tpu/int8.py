@@ -105,7 +105,8 @@ def int8(
         return run(x, w, scale), (w, scale)
 
     def backward(saved, t: jax.Array):
-        return float_gradient(t, *saved, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
+        w, scale = saved
+        return float_gradient(t, w, scale, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
 
     product.defvjp(forward, backward)
     return product(x, w, scale)

@@ -59,6 +59,7 @@ def test_two_parts_join_by_their_log_sum_exps():
     np.testing.assert_allclose(joined, whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_race(capfd):
     given = operands(b=2, h=2, g=1, t=200)
     lengths = jnp.int32([150, 20])

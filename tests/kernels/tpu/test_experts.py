@@ -45,6 +45,7 @@ def test_equals_the_ragged_product(sizes, m, k, group, bits):
     np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.float32).astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_no_race(capfd):
     x, w, scale = operands(33, 128, 256, 3, 128)
     sizes = jnp.int32([5, 0, 20])

@@ -26,6 +26,7 @@ def test_codes_are_those_of_the_rotated_row(m, k, size, dtype):
     assert not np.any(codes[2])
 
 
+@pytest.mark.slow
 def test_no_race(capfd):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 256)), jnp.float32)
     codes, _ = rotate_and_quantize(x, size=256, chip="v6e", interpret=pltpu.InterpretParams(detect_races=True))
