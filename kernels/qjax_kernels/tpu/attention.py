@@ -72,7 +72,7 @@ def decode_attention(
     """Attention of one new token of each sequence to its cache. No gradient: decoding is not trained through.
 
     The number of tokens may be any; what lies behind a sequence's length, or behind the cache, is masked whatever it is. Rounding: codes
-    and their sums with a bfloat16 q are exact in float32; `p b` is rounded to bfloat16 (2^-9) before it meets the codes of v, unless q is
+    and their sums with a bfloat16 q are exact in float32; `p b` is rounded to bfloat16 (2^-8) before it meets the codes of v, unless q is
     float32.
 
     Args:
@@ -87,8 +87,8 @@ def decode_attention(
       interpret: run on a CPU, for tests.
 
     Returns:
-      (o (B, H, D), the dtype of q; the scores' log-sum-exp (B, H) float32, -1e30 for an empty cache). With the two, the result joins that of
-      tokens kept elsewhere, such as the float window: weights `softmax` of the log-sum-exps.
+      (o (B, H, D), the dtype of q; the scores' log-sum-exp (B, H) float32, -1e30 for an empty cache). With the two, the result joins
+      that of tokens kept elsewhere, such as the float window: weights `softmax` of the log-sum-exps.
 
     Raises:
       ValueError: shapes that do not fit, an unknown chip.

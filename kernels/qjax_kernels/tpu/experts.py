@@ -86,7 +86,7 @@ def experts(
     """
     if w.ndim != 3 or scale.ndim != 3 or scale.shape[0] != w.shape[0] or sizes.shape != w.shape[:1]:
         raise ValueError(f"`w` (E, K, N), `scale` (E, groups, N) and `sizes` (E,) do not fit: {w.shape}, {scale.shape}, {sizes.shape}")
-    check(x, *(jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (w, scale)), group)
+    check(x, jax.ShapeDtypeStruct(w.shape[1:], w.dtype), jax.ShapeDtypeStruct(scale.shape[1:], scale.dtype), group)
     run = functools.partial(_run, group=group, chip=chip_of(chip), limit=limit, interpret=interpret)
 
     @jax.custom_vjp

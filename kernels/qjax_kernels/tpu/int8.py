@@ -105,7 +105,8 @@ def int8(
         return run(x, w, scale), (w, scale)
 
     def backward(saved, t: jax.Array):
-        return float_gradient(t, *saved, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
+        w, scale = saved
+        return float_gradient(t, w, scale, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
 
     product.defvjp(forward, backward)
     return product(x, w, scale)
@@ -181,8 +182,10 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, codes_ref, row_ref, sum_ref, *, le
 
 
 def quantize(x_ref, codes_ref, row_ref, levels: float) -> None:
-    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k): 32 rows at a time (one tile of int8), a tile of k after the
-    other, in loops: the code of it is short and runs once for all columns."""
+    """Writes codes (steps, m, k) and scales (m, 1) of the rows of x (m, steps k).
+
+    32 rows at a time (one tile of int8), a tile of k after the other, in loops: its code is short and runs once for all columns.
+    """
     steps, m, size = codes_ref.shape
     few = min(m, 32)
 

@@ -4,9 +4,9 @@
 
 with H the Sylvester matrix of +-1: H_size = H_(size / 128) (x) H_128.
 
-Data flow: whole rows of x are copied in; the matrix unit multiplies each 128 lanes by H_128, whose entries are exact; the factor over lanes' blocks
-is log2(size / 128) rounds of additions and subtractions; then the largest magnitude of a row, its scale, its codes. x is read once and
-int8 codes are written; the rotated floats never leave the chip.
+Data flow: whole rows of x are copied in; the matrix unit multiplies each 128 lanes by H_128, whose entries are exact; the factor over
+blocks of lanes is log2(size / 128) rounds of additions and subtractions; then the largest magnitude of a row, its scale, its codes. x is
+read once and int8 codes are written; the rotated floats never leave the chip.
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def accumulate(accumulator, y: jax.Array, step: jax.Array) -> None:
     accumulator[...] = jnp.where(step == 0, y, accumulator[...] + y)
 
 
-def params(*semantics: str, vmem: int = 0) -> pltpu.CompilerParams:
+def params(*semantics: Literal["parallel", "arbitrary"], vmem: int = 0) -> pltpu.CompilerParams:
     """Compiler parameters; `vmem` above the default limit of 16 MiB raises it."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem if vmem > 16 * 2**20 else None)
 

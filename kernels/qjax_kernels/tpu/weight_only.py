@@ -21,6 +21,8 @@ from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.chips import Chip, Placement, chip_of, why_not_chip
 from qjax_kernels.tpu.tiles import Interpret, Tile
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
 _FEW_ROWS = 32  # up to here the results of a dot are fewer than its weights, and the scale goes behind it on every chip
 
 
@@ -69,10 +71,11 @@ def weight_only(
 
     Rows of x, columns of w and the contracted length may be any numbers. Rows and columns of the last tiles that stick out are computed
     and not written. Along K, x and the scales are padded with zeros to whole tiles (a copy of x, only where K is not a multiple of the
-    tile's); codes are not, because whatever integer is there is multiplied by a zero.
+    tile's); codes are not, because whatever integer is there is multiplied by a zero. (XLA may copy a packed weight whose K or N is no
+    multiple of 128 into whole native tiles first.)
 
-    Rounding: with the scale before the dot, `s` and `w * s` are rounded to bfloat16 (relative error 2^-8 together), on v5e and v5p only
-    `w * s` is (2^-9); with the scale behind, nothing is rounded but y. A float32 x keeps float32 everywhere, in six passes of the unit.
+    Rounding: with the scale before the dot, `s` and `w * s` are rounded to bfloat16 (a relative error of 2^-8 each at most), on v5e and v5p
+    only `w * s` is; with the scale behind, nothing is rounded but y. A float32 x keeps float32 everywhere, in six passes of the unit.
 
     Args:
       x: (M, K) float32 or bfloat16.
@@ -105,7 +108,8 @@ def weight_only(
         return run(x, w, scale), (w, scale)
 
     def backward(saved, t: jax.Array):
-        return float_gradient(t, *saved, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
+        w, scale = saved
+        return float_gradient(t, w, scale, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
 
     product.defvjp(forward, backward)
     return product(x, w, scale)
@@ -116,7 +120,7 @@ def float_gradient(t: jax.Array, w: jax.Array, scale: jax.Array, group: int) -> 
     return jnp.dot(t, dequantize(w, scale, group, t.dtype).T, preferred_element_type=jnp.float32).astype(t.dtype)
 
 
-def check(x: jax.Array, w: jax.Array, scale: jax.Array, group: int) -> None:
+def check(x: Shaped, w: Shaped, scale: Shaped, group: int) -> None:
     """Raises what is wrong with the arguments of a product."""
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"`x` (M, K) and `w` (K, N) do not fit: {x.shape} and {w.shape}")
