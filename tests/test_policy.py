@@ -73,6 +73,13 @@ def test_bad_rules_are_refused_by_name(make, error, message):
         make()
 
 
+def test_sites_refuses_what_quantize_would_with_a_remedy_for_all_parameters():
+    params = {"a": jnp.ones((48, 104)), "b": jnp.ones((104, 4))}
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(group_size=16))])
+    with pytest.raises(ValueError, match="take 8, the nearest size that divides those of all parameters of the rule"):
+        qjax.sites(lambda p, x: x @ p["a"] @ p["b"], policy)(params, jnp.ones((2, 48)))
+
+
 def test_sites_touches_no_number_and_counts_the_bytes_quantize_makes():
     policy = Policy([Rule("*", weight=qjax.int4(group_size=2))])
     shapes = jax.eval_shape(lambda: PARAMS)
@@ -100,7 +107,7 @@ def test_rules_for_caches_stand_beside_the_others(tmp_path):
     policy = Policy([Rule("*/key", cache=spec), Rule("*", weight=qjax.int8()), Rule("head/*", cache=qjax.kv_cache(None))])
     result = qjax.quantize(fn, PARAMS, policy, calibration=[TOKENS])
     assert {row.spec for row in result.report.rows if row.spec} == {str(qjax.int8())}  # a cache rule matches no parameter
-    assert any("'*/key', 'head/*'" in note and "quantized_cache" in note for note in result.report.notes)
+    assert any("'*/key'" in n and "'head/*'" in n and str(spec) in n and "quantized_cache" in n for n in result.report.notes)
     qjax.save(tmp_path / "it", result)
     assert qjax.load(tmp_path / "it").policy == policy
     rules = json.loads((tmp_path / "it" / DOCUMENT).read_text())["policy"]["rules"]

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from qjax.calibration import SecondMoment, hessian
-from qjax.core import IntSpec, QTensor, blocks
+from qjax.core import IntSpec, LearnedSpec, QTensor, blocks
 from qjax.ptq.candidates import Rescaling
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
@@ -186,9 +186,10 @@ def check_tuned(problem: Problem) -> IntSpec:
     """
     spec = problem.spec
     if not isinstance(spec, IntSpec):
+        others = "qjax.kmeans()" if isinstance(spec, LearnedSpec) else "qjax.gptq(), qjax.awq() or qjax.rtn()"
         raise ValueError(
-            f"`method` autoround tunes the rounding on a uniform grid, but {problem.name!r} becomes {spec}: take an integer spec, e.g. "
-            "qjax.int4(group_size=128), or another method (qjax.gptq, qjax.awq, qjax.rtn) for this one"
+            f"`method` autoround tunes the rounding on a uniform grid, but {problem.name!r} becomes {spec}: take an integer spec such as "
+            f"qjax.int4(), or for this one {others}"
         )
     check_matrix_blocks(problem, "autoround")
     return spec

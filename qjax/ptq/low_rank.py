@@ -156,7 +156,8 @@ def low_rank(rank: int = 32, then: Method | None = None, kind: Kind = "eora", dt
     2410.06040, theorem 2). No inverse of S is taken, so inputs that span less than all directions need no damping.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"`rank` must be an int of at least 1, got {rank!r}")
+        hint = ": the method goes behind it, qjax.low_rank(32, then=...)" if isinstance(rank, Method) else ""
+        raise ValueError(f"`rank` must be an int of at least 1, got {rank!r}{hint}")
     for argument, value, choices in (("kind", kind, get_args(Kind)), ("dtype", dtype, get_args(AdapterDtype))):
         if value not in choices:
             raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -124,8 +124,9 @@ def online_rotation(then: Method | None = None, seed: int = 0) -> Online:
     if not isinstance(method, Method) or isinstance(method, type):
         raise TypeError(f"`then` must be a method such as qjax.gptq(), got {then!r}")
     if isinstance(method, (Rescaling, Online)):
+        how = "give it once" if isinstance(method, Online) else f"write qjax.{method.name}(then=qjax.online_rotation(...))"
         raise ValueError(f"`then` must be a method that rounds, such as qjax.gptq(), got {method.name}: an input is rescaled first and "
-                         "rotated once; write qjax.awq(then=qjax.online_rotation(...))")  # fmt: skip
+                         f"rotated once; {how}")  # fmt: skip
     if method.observer is not None and not isinstance(method.observer, (SecondMoment, CrossMoment, SampleRows)):
         raise ValueError(f"`then` {method.name} asks for statistics that cannot be rotated ({type(method.observer).__name__}): take one "
                          "that asks for second moments or rows, such as qjax.gptq()")  # fmt: skip

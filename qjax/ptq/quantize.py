@@ -420,6 +420,7 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
 
     Raises:
       TypeError: `policy` is no policy.
+      ValueError: the returned function does, for groups that do not divide, as `quantize` would (`plan` lists them in place of that).
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -434,7 +435,9 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:
         program = programs(split_arguments(params, args, kwargs))
-        rows = (*map(planned_row, policy.resolve(program)), *map(product_row, policy.resolve_products(program)))
+        choices = policy.resolve(program)
+        check_groups([choice for choice in choices if choice.spec is not None])
+        rows = (*map(planned_row, choices), *map(product_row, policy.resolve_products(program)))
         return Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows)))
 
     return call

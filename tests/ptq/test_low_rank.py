@@ -237,6 +237,7 @@ def test_zeros_that_are_none_any_more_are_told():
 def test_what_it_refuses():
     for make, message in (
         (lambda: qjax.low_rank(0), "`rank` must be an int of at least 1, got 0"),
+        (lambda: qjax.low_rank(qjax.gptq()), r"the method goes behind it, qjax.low_rank\(32, then="),
         (lambda: qjax.low_rank(kind="pca"), "`kind` must be one of 'eora', 'lqer', 'svd', got 'pca'"),
         (lambda: qjax.low_rank(dtype="int8"), "`dtype` must be one of 'float16'"),
         (lambda: qjax.low_rank(then=qjax.awq()), "`then` must be a method that rounds"),
