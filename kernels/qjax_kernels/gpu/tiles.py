@@ -22,6 +22,8 @@ class Tiles:
         are shuffled between threads. Four-bit codes only.
       x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Only for eight bits on both
         sides.
+      digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
+        in groups only.
       cluster: thread blocks with neighbouring rows of x that receive each block of w together. Needs two warpgroups.
     """
 
@@ -35,6 +37,7 @@ class Tiles:
     reorder: bool = False
     x_left: bool = False
     cluster: int = 1
+    digits: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where no kernel has such tiles."""
