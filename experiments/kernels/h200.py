@@ -3,7 +3,7 @@
     python experiments/kernels/h200.py --out results --budget 480
     python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
 
-Parts (`--parts`): correct, ceilings, times, search. Everything is written to `--out` as it is found, and a second call with the same
+Parts (`--parts`): correct, ceilings, times, search, again (few tiles that were chosen beforehand, beside bfloat16 and XLA). Everything is written to `--out` as it is found, and a second call with the same
 folder goes on where the first ended.
 """
 
@@ -363,6 +363,12 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]
         return small
     return [
         *small,
+        ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, digits=True)),
+        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 2, split_k=2, digits=True)),
+        ("int4", 50, 1088, 1408, 128, Tiles(64, 256, 128, 3, warpgroups=2, digits=True)),
+        ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, reorder=True, cluster=2)),
+        ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, reorder=True, cluster=2)),
+        ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True, reorder=True)),
         ("int4", 1, 4096, 4096, 128, None),
         ("int4", 1, 1088, 4096, 128, Tiles(8, 64, 256, 4, split_k=3)),
         ("int4", 13, 1088, 2048, 128, None),
@@ -470,7 +476,7 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles]:
             blocks = -(-n // block_n) * split
             if 132 <= blocks <= 132 * 7 and k // (block_k * split) >= 2 and stages <= k // (block_k * split):
                 found.append(Tiles(block_m, block_n, block_k, stages, split, reorder=reorder))
-        for split, (block_n, warpgroups), reorder in itertools.product((1, 2, 4), ((128, 2), (256, 2), (256, 4)), reorders):
+        for split, (block_n, warpgroups), reorder in itertools.product((1, 2, 4), ((128, 2), (256, 2)), reorders):
             if not eight and 100 <= -(-n // block_n) * split <= 132 * 4:
                 found.append(Tiles(block_m, block_n, 256 if m <= 32 else 128, 4, split, warpgroups=warpgroups, reorder=reorder))
     elif eight:
@@ -508,6 +514,81 @@ def search(bench: Bench, names: list[str], shapes, row_counts, limit: int) -> No
             print("best", name, m, k, n, json.dumps(table[name][f"{m},{k},{n}"]), flush=True)
 
 
+def chosen() -> dict[tuple[int, int], dict[int, list[Tiles]]]:
+    """Tiles that reasoning ahead of time puts first, by (K, N) and rows; the last of each is the best of the run before."""
+    fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True, reorder=True)
+    wide = dataclasses.replace(fast, block_n=256, stages=3)
+    deep = dataclasses.replace(fast, block_k=256, stages=2)
+    pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True)
+    return {
+        (8192, 28672): {
+            1: [
+                Tiles(8, 128, 512, 2, digits=True),
+                Tiles(8, 64, 512, 2, digits=True),
+                Tiles(8, 64, 512, 3, digits=True),
+                Tiles(8, 64, 512, 2, split_k=2, digits=True),
+                Tiles(8, 64, 512, 2, reorder=True),
+            ],
+            16: [
+                Tiles(16, 128, 512, 2, digits=True),
+                Tiles(16, 64, 512, 2, digits=True),
+                Tiles(16, 128, 256, 3, digits=True),
+                Tiles(16, 64, 512, 2, reorder=True),
+            ],
+            64: [
+                Tiles(64, 256, 128, 3, warpgroups=2, digits=True),
+                Tiles(64, 128, 256, 2, digits=True),
+                dataclasses.replace(pair, cluster=2),
+                dataclasses.replace(pair, scale_first=True, cluster=2),
+                pair,
+                Tiles(64, 64, 128, 4, reorder=True),
+            ],
+            512: [
+                dataclasses.replace(wide, cluster=2),
+                dataclasses.replace(fast, cluster=2),
+                deep,
+                wide,
+                dataclasses.replace(fast, stages=3),
+            ],
+        },
+        (4096, 4096): {
+            1: [
+                Tiles(8, 64, 512, 2, split_k=4, digits=True),
+                Tiles(8, 64, 512, 2, split_k=2, digits=True),
+                Tiles(8, 64, 512, 2, split_k=4),
+                Tiles(8, 64, 1024, 1, split_k=4),
+                Tiles(8, 128, 128, 3, split_k=8),
+            ],
+            16: [
+                Tiles(16, 64, 512, 2, split_k=4, digits=True),
+                Tiles(16, 64, 512, 2, split_k=4),
+                Tiles(16, 64, 256, 4, split_k=8),
+            ],
+            64: [
+                Tiles(64, 128, 128, 3, split_k=8, digits=True),
+                Tiles(64, 64, 128, 4, split_k=4, reorder=True),
+                Tiles(64, 64, 128, 2, split_k=8),
+            ],
+            512: [
+                dataclasses.replace(fast, reorder=False),
+                dataclasses.replace(fast, cluster=2),
+                deep,
+                Tiles(128, 256, 128, 3, split_k=2, warpgroups=2, scale_first=True),
+            ],
+        },
+    }
+
+
+def again(bench: Bench) -> None:
+    """bfloat16, what XLA makes of int4, and the chosen tiles, side by side."""
+    for (k, n), by_rows in chosen().items():
+        for m, found in by_rows.items():
+            if bench.clock.left() < 15:
+                print(f"again: the budget was spent before M={m} {k}x{n}", flush=True)
+                continue
+            bench.run([Job("bf16", m, k, n), Job("W4A16 XLA", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
+
+
 def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
     """Every program at every shape with the default tiles."""
     for (k, n), m in itertools.product(shapes, row_counts):
@@ -519,7 +600,7 @@ def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
 
 def markdown(record: Record) -> str:
     """The timed programs as a table: microseconds, and how often faster than bfloat16."""
-    timed = [row for part in ("times", "search") for row in record.found.get(part, []) if "us" in row]
+    timed = [row for part in ("times", "search", "again") for row in record.found.get(part, []) if "us" in row]
     best: dict[tuple, dict[str, float]] = {}
     for row in timed:
         at = best.setdefault((row["k"], row["n"], row["m"]), {})
@@ -588,6 +669,8 @@ def work(options: argparse.Namespace) -> None:
         if "times" in parts:
             names = ["bf16", "W4A16 XLA"] if options.dry else options.names.split(",")
             times(bench, names, [(256, 128)] if options.dry else shapes, [1, 8] if options.dry else row_counts)
+        if "again" in parts and not options.dry:
+            again(bench)
         if "search" in parts and not options.dry:
             search(bench, options.search_names.split(","), shapes, [int(m) for m in options.search_rows.split(",")], options.limit)
     table = markdown(record)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic import Layout, load, transposed
-from .tiles import Tiles
+from .tiles import COPIER_REGISTERS, Tiles
 
 
 def over_columns(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -54,7 +54,7 @@ def stream(
         plgpu.emit_pipeline_warp_specialized(
             advance,
             grid=(steps,),
-            memory_registers=40,
+            memory_registers=COPIER_REGISTERS,
             in_specs=in_specs,
             max_concurrent_steps=tiles.stages,
             wg_axis="wg",
