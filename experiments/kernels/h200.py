@@ -3,8 +3,8 @@
     python experiments/kernels/h200.py --out results --budget 480
     python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
 
-Parts (`--parts`): correct, ceilings, times, search, again (few tiles that were chosen beforehand, beside bfloat16 and XLA). Everything is written to `--out` as it is found, and a second call with the same
-folder goes on where the first ended.
+Parts (`--parts`): correct, ceilings, times, search, and again, which times a few tiles that were chosen beforehand beside bfloat16 and XLA.
+Everything is written to `--out` as it is found, and a second call with the same folder goes on where the first ended.
 """
 
 import argparse
@@ -65,9 +65,9 @@ class Record:
             self.add(part, row | {"failed": "the process hung or died here"})
 
     def begin(self, part: str, row: dict) -> None:
-        """Notes what is about to run, and ends the process if it takes longer than two minutes."""
+        """Notes what is about to run, and ends the process if it takes longer than 40 seconds."""
         self.running.write_text(json.dumps([part, row]))
-        faulthandler.dump_traceback_later(120, exit=True)
+        faulthandler.dump_traceback_later(40, exit=True)
 
     def known(self, part: str, row: dict) -> dict | None:
         """The row that an earlier process found for the same thing."""
@@ -217,8 +217,8 @@ def copies(job: Job, m: int) -> int:
 def unrolled(job: Job) -> Callable:
     """A program of one product for every weight, each of which waits for the one before.
 
-    Products that share an operand would be merged into one that reads it once, and independent ones may run beside each other: either gives a
-    time that no model sees. So every weight occurs once, and a barrier ties the next x to the last y.
+    Products that share an operand would be merged into one that reads it once, and independent ones may run beside each other: either gives
+    a time that no model sees. So every weight occurs once, and a barrier ties the next x to the last y.
     """
     function = job.function()
 
@@ -398,10 +398,10 @@ def reference(x, codes, scales, group: int | None) -> np.ndarray:
     return x @ (np.asarray(codes.astype(jnp.float32), np.float64) * factors).T
 
 
-def correct(record: Record, clock: Clock, dry: bool, interpret) -> None:
+def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int) -> None:
     """Every kernel on fresh inputs against float64; device memory is filled with NaN first, so that what is not written shows."""
     seed = int(time.time())
-    for i, (kind, m, n, k, group, tiles) in enumerate(cases(dry)):
+    for i, (kind, m, n, k, group, tiles) in enumerate(cases(dry)[:limit]):
         if clock.left() < 0:
             print(f"correct: the budget was spent before {kind} {m}x{n}x{k}", flush=True)
             return
@@ -627,6 +627,7 @@ def main() -> None:
     parser.add_argument("--search-rows", default="1,16,64,512,4096")
     parser.add_argument("--search-names", default="W4A16,W8A8")
     parser.add_argument("--limit", type=int, default=12, help="tiles tried for one kernel at one shape")
+    parser.add_argument("--cases", type=int, default=100, help="of correctness, the first ones")
     parser.add_argument("--threads", type=int, default=4, help="that compile")
     parser.add_argument("--dry", action="store_true", help="tiny shapes through the interpreter on a CPU")
     parser.add_argument("--child", action="store_true", help="internal: work in this process")
@@ -663,7 +664,7 @@ def work(options: argparse.Namespace) -> None:
     bench = Bench(clock, record, options.threads)
     with scope:
         if "correct" in parts:
-            correct(record, clock, options.dry, interpret)
+            correct(record, clock, options.dry, interpret, options.cases)
         if "ceilings" in parts:
             ceilings(record, clock, options.dry)
         if "times" in parts:

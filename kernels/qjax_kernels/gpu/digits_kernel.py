@@ -44,7 +44,7 @@ def units(x: jax.Array) -> jax.Array:
 def digits(x: jax.Array, unit: jax.Array) -> jax.Array:
     """x in fixed point, as two signed digits to the base 256: v = round(x / t) = 256 high + low, |v| < 2^14.
 
-    What is smaller than the largest element of the 128 by less than 2^6 is kept exactly; the error of the rest is at most 2^-14 of that element.
+    Elements down to 2^-6 of the largest of the 128 are kept exactly; the error of the rest is at most 2^-14 of the largest.
 
     Args:
       x: (M, K) bfloat16, K a multiple of 128.
@@ -62,8 +62,8 @@ def digits(x: jax.Array, unit: jax.Array) -> jax.Array:
 def _bytes(codes: jax.Array) -> jax.Array:
     """Codes (R, PIECE) int4 as int8, times sixteen: the columns are those of `evens_first`.
 
-    A thread's 32 bits hold eight consecutive codes. The upper nibbles of the four bytes are the odd ones, each sixteen times itself once the
-    lower nibbles are cleared; shifted left by four, the even ones stand there.
+    A thread's 32 bits hold eight consecutive codes. The upper nibbles of the four bytes are the odd ones, each sixteen times itself once
+    the lower nibbles are cleared; shifted left by four, the even ones stand there.
     """
     converted = plgpu.ShapeDtypeStruct(codes.shape, jnp.int8, layout=Layout.WGMMA_8BIT)
 
@@ -128,8 +128,8 @@ def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: 
 
     def piece(step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry):
         cols = slice(p * PIECE, (p + 1) * PIECE)
-        mine, own = (w_ref.at[pl.ds(first_row, rows), cols], s_ref.at[pl.ds(first_row, rows)]) if workers > 1 else (w_ref.at[:, cols], s_ref)
-        weight = _codes(mine, interpret is not None)
+        own = pl.ds(first_row, rows)
+        weight = _codes(w_ref.at[own, cols], interpret is not None)
 
         def sums(acc):
             plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))
@@ -138,7 +138,7 @@ def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: 
         both = pl.run_scoped(sums, plgpu.ACC((rows, 2 * bm), jnp.int32))
         exact = both[:, :bm] * 256 + both[:, bm:]
         column = lax.rem((step * bk + p * PIECE) // group, per_copy)
-        scale = row_values(own.at[:, column])
+        scale = row_values(s_ref.at[own, column])
         own_units = column_values(t_ref.at[p, pl.ds(0, bm)])
         return carry + exact.astype(jnp.float32) * over_rows(own_units, shape) * over_columns(scale, shape)
 

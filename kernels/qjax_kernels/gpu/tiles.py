@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-
 COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
 
 
@@ -60,7 +59,8 @@ class Tiles:
         left, name = (self.block_m, "block_m") if self.x_left else (self.block_n, "block_n")
         if self.warpgroups < 1 or left % (64 * self.warpgroups) or left < 64:
             raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; every one takes a multiple of 64 rows")
-        if self.warpgroups > 1 and self.warpgroups * worker_registers(self.warpgroups) + COPIER_REGISTERS > launched_registers(self.warpgroups):
+        wanted = self.warpgroups * worker_registers(self.warpgroups) + COPIER_REGISTERS
+        if self.warpgroups > 1 and wanted > launched_registers(self.warpgroups):
             raise ValueError(f"`warpgroups` is {self.warpgroups}: they would wait for registers that nobody gives back; take 2, 3 or 7")
         if self.digits and self.x_left:
             raise ValueError("`digits` puts rows of w on the left; leave `x_left` False")
