@@ -3,7 +3,8 @@
     python experiments/kernels/h200.py --out results --budget 480
     python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
 
-Parts (`--parts`): correct, ceilings, times, search, and again, which times a few tiles that were chosen beforehand beside bfloat16 and XLA.
+Parts (`--parts`): correct, ceilings, times, search, and again, which times a few tiles that were chosen beforehand beside bfloat16 and XLA;
+and decode.
 Everything is written to `--out` as it is found, and a second call with the same folder goes on where the first ended.
 """
 
@@ -28,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(pathlib.Path(__file__).parent)]
 
+from decode import Shape, empty_caches, parameters, product, step  # noqa: E402
 from qjax_kernels.gpu.eight_bit import eight_bit_matmul, rounded_rows  # noqa: E402
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
@@ -589,6 +591,42 @@ def again(bench: Bench) -> None:
             bench.run([Job("bf16", m, k, n), Job("W4A16 XLA", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
 
 
+def few(n: int, k: int) -> Tiles:
+    """Tiles for one row: enough thread blocks for every multiprocessor, without a second program where N alone gives them."""
+    return Tiles(8, 64, 512, 2, split_k=1 if n >= 16384 else 4, digits=True)
+
+
+def decode(record: Record, clock: Clock, dry: bool) -> None:
+    """Tokens a second of one row, and the memory that it takes: weights, keys and values, temporaries."""
+    shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
+    styles = [("int4", "digits", few), ("int4", "default tiles", lambda n, k: None), ("int8", "default tiles", lambda n, k: None)]
+    for kind, how, tiles in [("bf16", "", lambda n, k: None)] if dry else [*styles, ("bf16", "", lambda n, k: None)]:
+        if clock.left() < 15:
+            print("decode: the budget was spent before", kind, flush=True)
+            return
+        row: dict[str, Any] = {"kind": kind, "how": how}
+        if record.known("decode", row):
+            continue
+        weights_, caches = parameters(shape, kind), empty_caches(shape)
+        token, place = jnp.int32(1), jnp.int32(0)
+        program = jax.jit(step(shape, product(tiles)), donate_argnums=1).lower(weights_, caches, token, place).compile()
+        record.begin("decode", row)
+        memory = program.memory_analysis()
+        row["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
+        places = [jnp.int32(i) for i in range(96)]
+        for i in range(32):
+            token, caches = program(weights_, caches, token, places[i])
+        jax.block_until_ready(token)
+        start = time.perf_counter()
+        for i in range(32, 96):
+            token, caches = program(weights_, caches, token, places[i])
+        jax.block_until_ready(token)
+        row["us"] = round((time.perf_counter() - start) / 64 * 1e6, 1)
+        row["tokens/s"] = round(1e6 / row["us"], 1)
+        record.add("decode", row)
+        del weights_, caches, program
+
+
 def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
     """Every program at every shape with the default tiles."""
     for (k, n), m in itertools.product(shapes, row_counts):
@@ -672,6 +710,8 @@ def work(options: argparse.Namespace) -> None:
             times(bench, names, [(256, 128)] if options.dry else shapes, [1, 8] if options.dry else row_counts)
         if "again" in parts and not options.dry:
             again(bench)
+        if "decode" in parts:
+            decode(record, clock, options.dry)
         if "search" in parts and not options.dry:
             search(bench, options.search_names.split(","), shapes, [int(m) for m in options.search_rows.split(",")], options.limit)
     table = markdown(record)
