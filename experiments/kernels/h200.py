@@ -599,8 +599,13 @@ def few(n: int, k: int) -> Tiles:
 def decode(record: Record, clock: Clock, dry: bool) -> None:
     """Tokens a second of one row, and the memory that it takes: weights, keys and values, temporaries."""
     shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
-    styles = [("int4", "digits", few), ("int4", "default tiles", lambda n, k: None), ("int8", "default tiles", lambda n, k: None)]
-    for kind, how, tiles in [("bf16", "", lambda n, k: None)] if dry else [*styles, ("bf16", "", lambda n, k: None)]:
+    styles = [
+        ("int4", "digits", few),
+        ("bf16", "", lambda n, k: None),
+        ("int8", "default tiles", lambda n, k: None),
+        ("int4", "default tiles", lambda n, k: None),
+    ]
+    for kind, how, tiles in [("bf16", "", lambda n, k: None)] if dry else styles:
         if clock.left() < 15:
             print("decode: the budget was spent before", kind, flush=True)
             return

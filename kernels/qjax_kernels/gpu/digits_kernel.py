@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from .mosaic import LANE, Layout, load, swizzled, transposed
+from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .pipeline import column_values, over_columns, over_rows, row_values, staging, store, stream
 from .tiles import Tiles
 
@@ -80,7 +80,7 @@ def _bytes(codes: jax.Array) -> jax.Array:
                 registers[(index[0], index[1] * 2 + half, *index[2:])] = mgpu_utils.bitcast(arith.andi(bits, upper), four)
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=True)
 
-    return convert(codes)
+    return convert(codes)  # pyright: ignore[reportCallIssue]
 
 
 def _codes(codes_ref, interpreted: bool) -> jax.Array:
@@ -135,7 +135,7 @@ def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: 
             plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))
             return acc[...]
 
-        both = pl.run_scoped(sums, plgpu.ACC((rows, 2 * bm), jnp.int32))
+        both = pl.run_scoped(sums, ACC((rows, 2 * bm), jnp.int32))
         exact = both[:, :bm] * 256 + both[:, bm:]
         column = lax.rem((step * bk + p * PIECE) // group, per_copy)
         scale = row_values(s_ref.at[own, column])

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .mosaic import Layout, load, transposed
+from .mosaic import ACC, Layout, load, transposed
 from .tiles import COPIER_REGISTERS, Tiles
 
 
@@ -48,7 +48,7 @@ def stream(
             run(acc)
             finish(acc[...])
 
-        pl.run_scoped(scoped, plgpu.ACC(shape, dtype))
+        pl.run_scoped(scoped, ACC(shape, dtype))
 
     if tiles.warpgroups > 1:
         plgpu.emit_pipeline_warp_specialized(

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from .mosaic import LANE, Layout, load, swizzled, transposed
+from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .pipeline import fetch_vector, over_columns, row_values, staging, store, stream, vector_size
 from .tiles import Tiles
 
@@ -49,10 +49,10 @@ def _nibbles(codes: jax.Array) -> jax.Array:
                     " mov.b32 b, 0x43084308; sub.bf16x2 $0, a, b; }",
                     "=r,r",
                 )
-                registers[(index[0], index[1] * 4 + j, *index[2:])] = mgpu_utils.bitcast(both, pair)
+                registers[(index[0], index[1] * 4 + j, *index[2:])] = mgpu_utils.bitcast(both, pair)  # pyright: ignore[reportArgumentType]
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return convert(codes)
+    return convert(codes)  # pyright: ignore[reportCallIssue]
 
 
 def _float_codes(codes_ref, bits: int, reorder: bool, interpreted: bool) -> jax.Array:
@@ -107,7 +107,7 @@ def weight_only(
             weight = _float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
             if group is not None:
                 column = lax.rem((step * bk + p * PIECE) // group, per_copy)
-                weight = weight * over_columns(_row_scales(s_ref.at[own], column, jnp.bfloat16), weight.shape)
+                weight = weight * over_columns(_row_scales(s_ref.at[own], column, jnp.bfloat16), (64, PIECE))
             part = acc if rows == 64 else acc.at[start : start + 64]
             plgpu.wgmma(part, weight, transposed(x_ref.at[:, cols]))
 
@@ -120,7 +120,7 @@ def weight_only(
             plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))
             return acc[...]
 
-        part = pl.run_scoped(group_sum, plgpu.ACC(shape, jnp.float32))
+        part = pl.run_scoped(group_sum, ACC(shape, jnp.float32))
         column = lax.rem((step * bk + p * PIECE) // group, per_copy)
         return carry + part * over_columns(_row_scales(s_ref.at[own], column, jnp.float32), shape)
 
@@ -167,7 +167,8 @@ def weight_only(
         ]
         operands = [x_gmem, w_gmem]
         if group is not None:
-            in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))))
+            reach = group * per_copy
+            in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // reach)))
             operands.append(s_gmem)
         stream(
             advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=after
