@@ -3,8 +3,9 @@
     python experiments/kernels/h200.py --out results --budget 480
     python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
 
-Parts (`--parts`): correct, ceilings, times, search. Everything is written to `--out` as it is found, and a second call with the same
-folder goes on where the first ended.
+Parts (`--parts`): correct, ceilings, times, search, and again, which times a few tiles that were chosen beforehand beside bfloat16 and XLA;
+and decode.
+Everything is written to `--out` as it is found, and a second call with the same folder goes on where the first ended.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import faulthandler
 import itertools
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -27,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(pathlib.Path(__file__).parent)]
 
+from decode import Shape, empty_caches, parameters, product, step  # noqa: E402
 from qjax_kernels.gpu.eight_bit import eight_bit_matmul, rounded_rows  # noqa: E402
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
@@ -64,9 +67,9 @@ class Record:
             self.add(part, row | {"failed": "the process hung or died here"})
 
     def begin(self, part: str, row: dict) -> None:
-        """Notes what is about to run, and ends the process if it takes longer than two minutes."""
+        """Notes what is about to run, and ends the process if it takes longer than 40 seconds."""
         self.running.write_text(json.dumps([part, row]))
-        faulthandler.dump_traceback_later(120, exit=True)
+        faulthandler.dump_traceback_later(40, exit=True)
 
     def known(self, part: str, row: dict) -> dict | None:
         """The row that an earlier process found for the same thing."""
@@ -209,18 +212,37 @@ def fewest_bytes(job: Job) -> float:
 
 
 def copies(job: Job, m: int) -> int:
-    """Sets of weights to rotate over, so that none is still in the cache."""
-    return 2 if m > 1024 else max(2, min(24, int(4 * CACHE_BYTES / (WEIGHT_BYTES[job.kind] * job.n * job.k)) + 1))
+    """Sets of weights, one a product, so many that none is still in the cache when it is used again."""
+    return 4 if m > 1024 else max(4, min(24, int(4 * CACHE_BYTES / (WEIGHT_BYTES[job.kind] * job.n * job.k)) + 1))
 
 
 def unrolled(job: Job) -> Callable:
-    """A program of the product of every x with every weight, no two of them alike."""
+    """A program of one product for every weight, each of which waits for the one before.
+
+    Products that share an operand would be merged into one that reads it once, and independent ones may run beside each other: either gives
+    a time that no model sees. So every weight occurs once, and a barrier ties the next x to the last y.
+    """
     function = job.function()
 
     def many(x_list, w_list):
-        return [function(x, *w) for x in x_list for w in w_list]
+        found: list[jax.Array] = []
+        for i, w in enumerate(w_list):
+            x = x_list[i % len(x_list)]
+            if found:
+                x, found[-1] = jax.lax.optimization_barrier((x, found[-1]))
+            found.append(function(x, *w))
+        return found
 
     return jax.jit(many)
+
+
+def products(program) -> int:
+    """Products in a compiled program: calls of the matrix library, of kernels and of fusions around a product; -1 where none are told."""
+    text = program.as_text()
+    called = re.findall(r"custom_call_target=\"([^\"]*)\"", text)
+    kernels = sum(any(word in target for word in ("cublas", "gemm", "mosaic", "cudnn")) for target in called)
+    # A fusion that Triton compiles holds its dot in a computation of its own: as many dots as products.
+    return kernels + len(re.findall(r"= \S+ dot\(", text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- timing
@@ -306,12 +328,13 @@ class Bench:
                 row = row | {"failed": f"{type(error).__name__}: {error}"[:300]}
             else:
                 program, seconds = future.result()
-                calls = len(xs) * len(ws)
+                calls = len(ws)
                 try:
                     row = row | measured(program, (xs, ws), calls, self.clock)
                     row["TB/s"] = round(fewest_bytes(job) / row["us"] / 1e6, 3)
                     row["TFLOP/s"] = round(2 * job.m * job.n * job.k / row["us"] / 1e6, 1)
                     row["compile_s"] = round(seconds, 1)
+                    row |= {"calls": calls, "products": products(program)}
                     row["temp_MB"] = round(getattr(program.memory_analysis(), "temp_size_in_bytes", 0) / 2**20, 3)
                 except jax.errors.JaxRuntimeError as failure:
                     broken, row = True, row | {"failed": f"run: {failure}"[:300]}
@@ -342,6 +365,12 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]
         return small
     return [
         *small,
+        ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, digits=True)),
+        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 2, split_k=2, digits=True)),
+        ("int4", 50, 1088, 1408, 128, Tiles(64, 256, 128, 3, warpgroups=2, digits=True)),
+        ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, reorder=True, cluster=2)),
+        ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, reorder=True, cluster=2)),
+        ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True, reorder=True)),
         ("int4", 1, 4096, 4096, 128, None),
         ("int4", 1, 1088, 4096, 128, Tiles(8, 64, 256, 4, split_k=3)),
         ("int4", 13, 1088, 2048, 128, None),
@@ -371,10 +400,10 @@ def reference(x, codes, scales, group: int | None) -> np.ndarray:
     return x @ (np.asarray(codes.astype(jnp.float32), np.float64) * factors).T
 
 
-def correct(record: Record, clock: Clock, dry: bool, interpret) -> None:
+def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int) -> None:
     """Every kernel on fresh inputs against float64; device memory is filled with NaN first, so that what is not written shows."""
     seed = int(time.time())
-    for i, (kind, m, n, k, group, tiles) in enumerate(cases(dry)):
+    for i, (kind, m, n, k, group, tiles) in enumerate(cases(dry)[:limit]):
         if clock.left() < 0:
             print(f"correct: the budget was spent before {kind} {m}x{n}x{k}", flush=True)
             return
@@ -449,7 +478,7 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles]:
             blocks = -(-n // block_n) * split
             if 132 <= blocks <= 132 * 7 and k // (block_k * split) >= 2 and stages <= k // (block_k * split):
                 found.append(Tiles(block_m, block_n, block_k, stages, split, reorder=reorder))
-        for split, (block_n, warpgroups), reorder in itertools.product((1, 2, 4), ((128, 2), (256, 2), (256, 4)), reorders):
+        for split, (block_n, warpgroups), reorder in itertools.product((1, 2, 4), ((128, 2), (256, 2)), reorders):
             if not eight and 100 <= -(-n // block_n) * split <= 132 * 4:
                 found.append(Tiles(block_m, block_n, 256 if m <= 32 else 128, 4, split, warpgroups=warpgroups, reorder=reorder))
     elif eight:
@@ -487,6 +516,122 @@ def search(bench: Bench, names: list[str], shapes, row_counts, limit: int) -> No
             print("best", name, m, k, n, json.dumps(table[name][f"{m},{k},{n}"]), flush=True)
 
 
+def chosen() -> dict[tuple[int, int], dict[int, list[Tiles]]]:
+    """Tiles that reasoning ahead of time puts first, by (K, N) and rows; the last of each is the best of the run before."""
+    fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True, reorder=True)
+    wide = dataclasses.replace(fast, block_n=256, stages=3)
+    deep = dataclasses.replace(fast, block_k=256, stages=2)
+    pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True)
+    return {
+        (8192, 28672): {
+            1: [
+                Tiles(8, 128, 512, 2, digits=True),
+                Tiles(8, 64, 512, 2, digits=True),
+                Tiles(8, 64, 512, 3, digits=True),
+                Tiles(8, 64, 512, 2, split_k=2, digits=True),
+                Tiles(8, 64, 512, 2, reorder=True),
+            ],
+            16: [
+                Tiles(16, 128, 512, 2, digits=True),
+                Tiles(16, 64, 512, 2, digits=True),
+                Tiles(16, 128, 256, 3, digits=True),
+                Tiles(16, 64, 512, 2, reorder=True),
+            ],
+            64: [
+                Tiles(64, 256, 128, 3, warpgroups=2, digits=True),
+                Tiles(64, 128, 256, 2, digits=True),
+                dataclasses.replace(pair, cluster=2),
+                dataclasses.replace(pair, scale_first=True, cluster=2),
+                pair,
+                Tiles(64, 64, 128, 4, reorder=True),
+            ],
+            512: [
+                dataclasses.replace(wide, cluster=2),
+                dataclasses.replace(fast, cluster=2),
+                deep,
+                wide,
+                dataclasses.replace(fast, stages=3),
+            ],
+        },
+        (4096, 4096): {
+            1: [
+                Tiles(8, 64, 512, 2, split_k=4, digits=True),
+                Tiles(8, 64, 512, 2, split_k=2, digits=True),
+                Tiles(8, 64, 512, 2, split_k=4),
+                Tiles(8, 64, 1024, 1, split_k=4),
+                Tiles(8, 128, 128, 3, split_k=8),
+            ],
+            16: [
+                Tiles(16, 64, 512, 2, split_k=4, digits=True),
+                Tiles(16, 64, 512, 2, split_k=4),
+                Tiles(16, 64, 256, 4, split_k=8),
+            ],
+            64: [
+                Tiles(64, 128, 128, 3, split_k=8, digits=True),
+                Tiles(64, 64, 128, 4, split_k=4, reorder=True),
+                Tiles(64, 64, 128, 2, split_k=8),
+            ],
+            512: [
+                dataclasses.replace(fast, reorder=False),
+                dataclasses.replace(fast, cluster=2),
+                deep,
+                Tiles(128, 256, 128, 3, split_k=2, warpgroups=2, scale_first=True),
+            ],
+        },
+    }
+
+
+def again(bench: Bench) -> None:
+    """bfloat16, what XLA makes of int4, and the chosen tiles, side by side."""
+    for (k, n), by_rows in chosen().items():
+        for m, found in by_rows.items():
+            if bench.clock.left() < 15:
+                print(f"again: the budget was spent before M={m} {k}x{n}", flush=True)
+                continue
+            bench.run([Job("bf16", m, k, n), Job("W4A16 XLA", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
+
+
+def few(n: int, k: int) -> Tiles:
+    """Tiles for one row: enough thread blocks for every multiprocessor, without a second program where N alone gives them."""
+    return Tiles(8, 64, 512, 2, split_k=1 if n >= 16384 else 4, digits=True)
+
+
+def decode(record: Record, clock: Clock, dry: bool) -> None:
+    """Tokens a second of one row, and the memory that it takes: weights, keys and values, temporaries."""
+    shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
+    styles = [
+        ("int4", "digits", few),
+        ("bf16", "", lambda n, k: None),
+        ("int8", "default tiles", lambda n, k: None),
+        ("int4", "default tiles", lambda n, k: None),
+    ]
+    for kind, how, tiles in [("bf16", "", lambda n, k: None)] if dry else styles:
+        if clock.left() < 15:
+            print("decode: the budget was spent before", kind, flush=True)
+            return
+        row: dict[str, Any] = {"kind": kind, "how": how}
+        if record.known("decode", row):
+            continue
+        weights_, caches = parameters(shape, kind), empty_caches(shape)
+        token, place = jnp.int32(1), jnp.int32(0)
+        program = jax.jit(step(shape, product(tiles)), donate_argnums=1).lower(weights_, caches, token, place).compile()
+        record.begin("decode", row)
+        memory = program.memory_analysis()
+        row["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
+        places = [jnp.int32(i) for i in range(96)]
+        for i in range(32):
+            token, caches = program(weights_, caches, token, places[i])
+        jax.block_until_ready(token)
+        start = time.perf_counter()
+        for i in range(32, 96):
+            token, caches = program(weights_, caches, token, places[i])
+        jax.block_until_ready(token)
+        row["us"] = round((time.perf_counter() - start) / 64 * 1e6, 1)
+        row["tokens/s"] = round(1e6 / row["us"], 1)
+        record.add("decode", row)
+        del weights_, caches, program
+
+
 def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
     """Every program at every shape with the default tiles."""
     for (k, n), m in itertools.product(shapes, row_counts):
@@ -498,7 +643,7 @@ def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
 
 def markdown(record: Record) -> str:
     """The timed programs as a table: microseconds, and how often faster than bfloat16."""
-    timed = [row for part in ("times", "search") for row in record.found.get(part, []) if "us" in row]
+    timed = [row for part in ("times", "search", "again") for row in record.found.get(part, []) if "us" in row]
     best: dict[tuple, dict[str, float]] = {}
     for row in timed:
         at = best.setdefault((row["k"], row["n"], row["m"]), {})
@@ -525,6 +670,7 @@ def main() -> None:
     parser.add_argument("--search-rows", default="1,16,64,512,4096")
     parser.add_argument("--search-names", default="W4A16,W8A8")
     parser.add_argument("--limit", type=int, default=12, help="tiles tried for one kernel at one shape")
+    parser.add_argument("--cases", type=int, default=100, help="of correctness, the first ones")
     parser.add_argument("--threads", type=int, default=4, help="that compile")
     parser.add_argument("--dry", action="store_true", help="tiny shapes through the interpreter on a CPU")
     parser.add_argument("--child", action="store_true", help="internal: work in this process")
@@ -561,12 +707,16 @@ def work(options: argparse.Namespace) -> None:
     bench = Bench(clock, record, options.threads)
     with scope:
         if "correct" in parts:
-            correct(record, clock, options.dry, interpret)
+            correct(record, clock, options.dry, interpret, options.cases)
         if "ceilings" in parts:
             ceilings(record, clock, options.dry)
         if "times" in parts:
             names = ["bf16", "W4A16 XLA"] if options.dry else options.names.split(",")
             times(bench, names, [(256, 128)] if options.dry else shapes, [1, 8] if options.dry else row_counts)
+        if "again" in parts and not options.dry:
+            again(bench)
+        if "decode" in parts:
+            decode(record, clock, options.dry)
         if "search" in parts and not options.dry:
             search(bench, options.search_names.split(","), shapes, [int(m) for m in options.search_rows.split(",")], options.limit)
     table = markdown(record)

@@ -6,18 +6,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LANE = plgpu.LoweringSemantics.Lane
 Layout = plgpu.Layout
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 def load(ref, layout, optimized: bool = True):
     """Reads all of a reference into registers of a layout; 0.10 wants the index apart."""
-    if jax.version.__version_info__ < (0, 11):
+    if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
-    return plgpu.load(ref, layout=layout, optimized=optimized)
+    return plgpu.load(ref, layout=layout, optimized=optimized)  # pyright: ignore[reportCallIssue]
 
 
 def transposed(ref):
     """The transposed view of a matrix in shared memory."""
-    if jax.version.__version_info__ < (0, 11):
+    if jax.__version_info__ < (0, 11):
         return plgpu.transpose_ref(ref, (1, 0))
     return ref.T
 

@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .mosaic import Layout, load, transposed
-from .tiles import Tiles
+from .mosaic import ACC, Layout, load, transposed
+from .tiles import COPIER_REGISTERS, Tiles
 
 
 def over_columns(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -48,13 +48,13 @@ def stream(
             run(acc)
             finish(acc[...])
 
-        pl.run_scoped(scoped, plgpu.ACC(shape, dtype))
+        pl.run_scoped(scoped, ACC(shape, dtype))
 
     if tiles.warpgroups > 1:
         plgpu.emit_pipeline_warp_specialized(
             advance,
             grid=(steps,),
-            memory_registers=40,
+            memory_registers=COPIER_REGISTERS,
             in_specs=in_specs,
             max_concurrent_steps=tiles.stages,
             wg_axis="wg",

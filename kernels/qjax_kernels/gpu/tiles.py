@@ -3,6 +3,18 @@
 import dataclasses
 import math
 
+COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
+
+
+def worker_registers(warpgroups: int) -> int:
+    """Registers that a thread of a computing warpgroup asks for once the kernel runs: what is left of 512, in eights."""
+    return (512 - COPIER_REGISTERS) // warpgroups // 8 * 8
+
+
+def launched_registers(warpgroups: int) -> int:
+    """Registers, for a thread of every warpgroup together, that a kernel is started with: an equal part of 512 each, in eights."""
+    return (warpgroups + 1) * (512 // (warpgroups + 1) // 8 * 8)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -22,7 +34,10 @@ class Tiles:
         are shuffled between threads. Four-bit codes only.
       x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Only for eight bits on both
         sides.
-      cluster: thread blocks with neighbouring rows of x that receive each block of w together. Needs two warpgroups.
+      digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
+        in groups only.
+      cluster: thread blocks that receive each block of one operand together: of w those with neighbouring rows of x (eight bits on both
+        sides), of x those with neighbouring rows of w (weight-only). Needs two warpgroups.
     """
 
     block_m: int
@@ -35,6 +50,7 @@ class Tiles:
     reorder: bool = False
     x_left: bool = False
     cluster: int = 1
+    digits: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where no kernel has such tiles."""
@@ -43,6 +59,11 @@ class Tiles:
         left, name = (self.block_m, "block_m") if self.x_left else (self.block_n, "block_n")
         if self.warpgroups < 1 or left % (64 * self.warpgroups) or left < 64:
             raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; every one takes a multiple of 64 rows")
+        wanted = self.warpgroups * worker_registers(self.warpgroups) + COPIER_REGISTERS
+        if self.warpgroups > 1 and wanted > launched_registers(self.warpgroups):
+            raise ValueError(f"`warpgroups` is {self.warpgroups}: they would wait for registers that nobody gives back; take 2, 3 or 7")
+        if self.digits and self.x_left:
+            raise ValueError("`digits` puts rows of w on the left; leave `x_left` False")
         if self.x_left and (self.block_n % 8 or not 8 <= self.block_n <= 256):
             raise ValueError(f"`block_n` is {self.block_n}; with `x_left` it must be a multiple of 8 from 8 to 256")
         if self.cluster < 1 or (self.cluster > 1 and self.warpgroups < 2):
@@ -55,7 +76,9 @@ class Tiles:
     def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
         """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w."""
         scales = self.block_n * 16 if scale_bytes else 0
-        return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales
+        # One float32 for a row of x and 128 columns; the copy engine wants 32 of them at least.
+        units = self.block_k // 128 * max(self.block_m, 32) * 4 if self.digits else 0
+        return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + units
 
     def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
         """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""

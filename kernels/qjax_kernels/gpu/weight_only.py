@@ -66,6 +66,7 @@ def weight_only_matmul(
     Raises:
       ValueError: the tiles cannot be used for these codes.
     """
+    from .digits_kernel import digit_products
     from .weight_only_kernel import reordered, weight_only
 
     m, k = x.shape
@@ -73,6 +74,8 @@ def weight_only_matmul(
     tiles = weight_only_tiles(m, codes.shape[0], k, bits, cores) if tiles is None else tiles
     if tiles.reorder and bits != 4:
         raise ValueError(f"`tiles.reorder` is for codes of 4 bits, these have {bits}; leave it False")
+    if tiles.digits and (bits != 4 or group_size is None):
+        raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
     per_copy = 16 // scales.dtype.itemsize
     if group_size is not None and (group_size * per_copy) % tiles.block_k:
         raise ValueError(
@@ -80,6 +83,9 @@ def weight_only_matmul(
         )
     if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
+    if tiles.digits:
+        y = digit_products(x, codes, scales, group=group_size or k, tiles=tiles, interpret=interpret)
+        return y.sum(0).astype(x.dtype) if tiles.split_k > 1 else y
     padded = m if m < 8 else -(-m // 8) * 8
     if padded != m:
         x = jnp.pad(x, ((0, padded - m), (0, 0)))

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from .mosaic import LANE, Layout, load, swizzled, transposed
+from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .pipeline import fetch_vector, over_columns, row_values, staging, store, stream, vector_size
 from .tiles import Tiles
 
@@ -49,10 +49,10 @@ def _nibbles(codes: jax.Array) -> jax.Array:
                     " mov.b32 b, 0x43084308; sub.bf16x2 $0, a, b; }",
                     "=r,r",
                 )
-                registers[(index[0], index[1] * 4 + j, *index[2:])] = mgpu_utils.bitcast(both, pair)
+                registers[(index[0], index[1] * 4 + j, *index[2:])] = mgpu_utils.bitcast(both, pair)  # pyright: ignore[reportArgumentType]
         return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
-    return convert(codes)
+    return convert(codes)  # pyright: ignore[reportCallIssue]
 
 
 def _float_codes(codes_ref, bits: int, reorder: bool, interpreted: bool) -> jax.Array:
@@ -97,31 +97,36 @@ def weight_only(
     out_dtype = jnp.float32 if split else jnp.bfloat16
     per_copy = 16 // scales.dtype.itemsize
     after = group is not None and not tiles.scale_first
+    together = tiles.cluster
+
+    def added(step, p, x_ref, w_ref, s_ref, first_row, acc):
+        """Adds a piece to sums that the tensor cores keep; 64 rows are converted while the 64 before are multiplied."""
+        cols = slice(p * PIECE, (p + 1) * PIECE)
+        for start in range(0, rows, 64):
+            own = pl.ds(first_row + start, 64)
+            weight = _float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
+            if group is not None:
+                column = lax.rem((step * bk + p * PIECE) // group, per_copy)
+                weight = weight * over_columns(_row_scales(s_ref.at[own], column, jnp.bfloat16), (64, PIECE))
+            part = acc if rows == 64 else acc.at[start : start + 64]
+            plgpu.wgmma(part, weight, transposed(x_ref.at[:, cols]))
 
     def piece(step, p, x_ref, w_ref, s_ref, first_row, carry):
-        cols = slice(p * PIECE, (p + 1) * PIECE)
-        mine = w_ref.at[pl.ds(first_row, rows), cols] if groups_wg > 1 else w_ref.at[:, cols]
-        weight = _float_codes(mine, bits, tiles.reorder, interpret is not None)
-        rhs = transposed(x_ref.at[:, cols])
-        if group is None:
-            plgpu.wgmma(carry, weight, rhs)
-            return carry
-        column = lax.rem((step * bk + p * PIECE) // group, per_copy)
-        own = s_ref.at[pl.ds(first_row, rows)] if groups_wg > 1 else s_ref
-        if not after:
-            scale = _row_scales(own, column, jnp.bfloat16)
-            plgpu.wgmma(carry, weight * over_columns(scale, weight.shape), rhs)
-            return carry
+        """The sum with a group's own sum, scaled, in it."""
+        cols, own = slice(p * PIECE, (p + 1) * PIECE), pl.ds(first_row, rows)
+        weight = _float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
 
         def group_sum(acc):
-            plgpu.wgmma(acc, weight, rhs)
+            plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))
             return acc[...]
 
-        part = pl.run_scoped(group_sum, plgpu.ACC(shape, jnp.float32))
-        return carry + part * over_columns(_row_scales(own, column, jnp.float32), shape)
+        part = pl.run_scoped(group_sum, ACC(shape, jnp.float32))
+        column = lax.rem((step * bk + p * PIECE) // group, per_copy)
+        return carry + part * over_columns(_row_scales(s_ref.at[own], column, jnp.float32), shape)
 
     def body(x_gmem, w_gmem, s_gmem, out_gmem, out_smem, channel_smem, barrier):
-        k_part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
+        k_part, m_block = lax.axis_index("k"), lax.axis_index("m")
+        n_block = lax.axis_index("n") * together + (lax.axis_index("cluster") if together > 1 else 0)
         warpgroup = lax.axis_index("wg") if groups_wg > 1 else 0
         first_row = warpgroup * rows
         first_step = k_part * steps
@@ -130,7 +135,11 @@ def weight_only(
             *refs, carry = args
             x_ref, w_ref, s_ref = (*refs, None) if group is None else refs
             for p in range(bk // PIECE):
-                carry = piece(index[0] + first_step, p, x_ref, w_ref, s_ref, first_row, carry)
+                here = (index[0] + first_step, p, x_ref, w_ref, s_ref, first_row, carry)
+                if after:
+                    carry = piece(*here)
+                else:
+                    added(*here)
             if not after:
                 plgpu.wgmma_wait(0)
             return carry
@@ -148,12 +157,18 @@ def weight_only(
             store(total.astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
 
         in_specs = [
-            plgpu.BlockSpec((bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(bk, 16)),
+            plgpu.BlockSpec(
+                (bm, bk),
+                lambda i: (m_block, i + first_step),
+                transforms=swizzled(bk, 16),
+                collective_axes=("cluster",) if together > 1 else (),
+            ),
             plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, bits)),
         ]
         operands = [x_gmem, w_gmem]
         if group is not None:
-            in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))))
+            reach = group * per_copy
+            in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // reach)))
             operands.append(s_gmem)
         stream(
             advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=after
@@ -168,10 +183,11 @@ def weight_only(
             plgpu.SMEM((groups_wg, vector_size(rows, scales.dtype)), scales.dtype),
             plgpu.Barrier(num_barriers=groups_wg),
         ],
-        grid=(tiles.split_k, -(-n // bn), -(-m // bm)),
+        grid=(tiles.split_k, -(-n // (bn * together)), -(-m // bm)),
         grid_names=("k", "n", "m"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
         **({} if groups_wg == 1 else {"num_threads": groups_wg + 1, "thread_name": "wg"}),
+        **({} if together == 1 else {"cluster": (together,), "cluster_names": ("cluster",)}),
     )
     return kernel(x, codes, scales.reshape(n) if group is None else scales)

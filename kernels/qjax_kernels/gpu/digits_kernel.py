@@ -1,0 +1,186 @@
+"""The Hopper kernel of four-bit products with few rows: rows of x stand as two eight-bit digits, and all sums of a group are integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
+from .pipeline import column_values, over_columns, over_rows, row_values, staging, store, stream
+from .tiles import Tiles
+
+PIECE = 128  # k that share a scale of x, and that one run of tensor-core instructions takes
+FRACTION = 13  # bits below the leading one of the largest element of a piece
+
+
+def evens_first(x: jax.Array) -> jax.Array:
+    """Columns of x in the order in which threads hold nibbles: of every 32, those at even places, then those at odd ones."""
+    *lead, k = x.shape
+    return x.reshape(*lead, k // 32, 16, 2).swapaxes(-1, -2).reshape(*lead, k)
+
+
+def units(x: jax.Array) -> jax.Array:
+    """t = 2^(floor(log2 max |x|) - 13) over 128 columns; NaN where one of them is infinite or NaN.
+
+    The largest is taken of what is wanted in the end, element by element, so that a program of one reduction does it.
+
+    Args:
+      x: (..., K) bfloat16, K a multiple of 128.
+
+    Returns:
+      (..., K / 128) float32.
+    """
+    exponent = (lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) >> 7) & 255
+    power = lax.bitcast_convert_type((jnp.maximum(exponent, FRACTION + 1) - FRACTION) << 23, jnp.float32)
+    return jnp.max(jnp.where(exponent == 255, jnp.nan, power).reshape(*x.shape[:-1], -1, PIECE), axis=-1)
+
+
+def digits(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """x in fixed point, as two signed digits to the base 256: v = round(x / t) = 256 high + low, |v| < 2^14.
+
+    Elements down to 2^-6 of the largest of the 128 are kept exactly; the error of the rest is at most 2^-14 of the largest.
+
+    Args:
+      x: (M, K) bfloat16, K a multiple of 128.
+      unit: (M, K / 128), of `units`.
+
+    Returns:
+      (2, M, K) int8, high digits first.
+    """
+    value = x.astype(jnp.float32).reshape(*unit.shape, PIECE) / unit[..., None]
+    whole = jnp.nan_to_num(jnp.round(value)).astype(jnp.int32).reshape(x.shape)
+    high = (whole + 128) >> 8
+    return jnp.stack([high, whole - high * 256]).astype(jnp.int8)
+
+
+def _bytes(codes: jax.Array) -> jax.Array:
+    """Codes (R, PIECE) int4 as int8, times sixteen: the columns are those of `evens_first`.
+
+    A thread's 32 bits hold eight consecutive codes. The upper nibbles of the four bytes are the odd ones, each sixteen times itself once
+    the lower nibbles are cleared; shifted left by four, the even ones stand there.
+    """
+    converted = plgpu.ShapeDtypeStruct(codes.shape, jnp.int8, layout=Layout.WGMMA_8BIT)
+
+    @plgpu.inline_mgpu(arg_types=(Layout.WGMMA_UPCAST_4X,), return_type=converted)
+    def convert(_, packed):
+        word = ir.IntegerType.get_signless(32)
+        four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        registers = np.empty(mgpu.WGMMA_LAYOUT_8BIT.registers_shape(packed.shape), dtype=object)
+        upper = arith.constant(word, ir.IntegerAttr.get(word, 0xF0F0F0F0 - 2**32))
+        for index, register in np.ndenumerate(packed.registers):
+            odd = mgpu_utils.bitcast(register, word)
+            even = arith.shli(odd, arith.constant(word, 4))
+            for half, bits in enumerate((even, odd)):
+                registers[(index[0], index[1] * 2 + half, *index[2:])] = mgpu_utils.bitcast(arith.andi(bits, upper), four)
+        return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=True)
+
+    return convert(codes)  # pyright: ignore[reportCallIssue]
+
+
+def _codes(codes_ref, interpreted: bool) -> jax.Array:
+    """Sixteen times the codes (R, PIECE) out of shared memory as int8 in the registers of operand A."""
+    codes = load(codes_ref, Layout.WGMMA_UPCAST_4X)
+    # An interpreter has no registers to reinterpret: the same columns by plain indexing.
+    return evens_first(codes.astype(jnp.int8) * 16) if interpreted else _bytes(codes)
+
+
+def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: int, tiles: Tiles, interpret=None) -> jax.Array:
+    """The kernel, with what goes before it: y_mn = sum_g s_ng t_mg (256 sum_g high c + sum_g low c).
+
+    The tensor cores multiply integers and their sums are exact; a group's sum becomes a float32 when it is scaled.
+
+    Args:
+      x: (M, K) bfloat16.
+      codes: (N, K) int4.
+      scales: (N, K / group).
+      group: consecutive k that share a scale of the weight, a multiple of 128.
+      tiles: the cut; a thread block takes `block_m` high digits and as many low ones.
+      interpret: as `pallas` takes it.
+
+    Returns:
+      (M, N) bfloat16, or (split_k, M, N) float32 parts that are to be added.
+    """
+    m, k = x.shape
+    n = codes.shape[0]
+    bm, bn, bk, workers = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
+    rows, pieces = bn // workers, bk // PIECE
+    shape = (rows, bm)
+    staged = staging(shape, transpose=True)
+    steps = -(-k // (bk * tiles.split_k))
+    split = tiles.split_k > 1
+    out_dtype = jnp.float32 if split else jnp.bfloat16
+    per_copy = 16 // scales.dtype.itemsize
+
+    # Tails of K are zeros, and so are rows up to a full block. The copy engine moves 128 bytes at least: 32 of t.
+    m_blocks, width, reach = -(-m // bm), max(bm, 32), steps * tiles.split_k * bk
+    blocks_of_x = jnp.pad(x, ((0, m_blocks * bm - m), (0, reach - k))).reshape(m_blocks, bm, reach)
+    unit = units(jnp.pad(blocks_of_x, ((0, 0), (0, width - bm), (0, 0))))
+    # A block of rows: its high digits, then its low ones.
+    high_low = digits(blocks_of_x.reshape(-1, reach), unit[:, :bm].reshape(m_blocks * bm, -1))
+    sides = evens_first(high_low).reshape(2, m_blocks, bm, reach).swapaxes(0, 1).reshape(m_blocks * 2 * bm, reach)
+    unit = unit.swapaxes(1, 2).reshape(m_blocks * reach // PIECE, width)
+
+    def piece(step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry):
+        cols = slice(p * PIECE, (p + 1) * PIECE)
+        own = pl.ds(first_row, rows)
+        weight = _codes(w_ref.at[own, cols], interpret is not None)
+
+        def sums(acc):
+            plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))
+            return acc[...]
+
+        both = pl.run_scoped(sums, ACC((rows, 2 * bm), jnp.int32))
+        exact = both[:, :bm] * 256 + both[:, bm:]
+        column = lax.rem((step * bk + p * PIECE) // group, per_copy)
+        scale = row_values(s_ref.at[own, column])
+        own_units = column_values(t_ref.at[p, pl.ds(0, bm)])
+        return carry + exact.astype(jnp.float32) * over_rows(own_units, shape) * over_columns(scale, shape)
+
+    def body(x_gmem, w_gmem, s_gmem, t_gmem, out_gmem, out_smem):
+        k_part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
+        warpgroup = lax.axis_index("wg") if workers > 1 else 0
+        first_row, first_step = warpgroup * rows, k_part * steps
+
+        def advance(index, x_ref, w_ref, s_ref, t_ref, carry):
+            for p in range(pieces):
+                carry = piece(index[0] + first_step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry)
+            return carry
+
+        def finish(total):
+            out = out_gmem.at[k_part] if split else out_gmem
+
+            def target(start):
+                return out.at[pl.ds(m_block * bm + start, staged[0]), pl.ds(n_block * bn + first_row, staged[1])]
+
+            # Codes are sixteen times themselves.
+            store((total * 0.0625).astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
+
+        in_specs = [
+            plgpu.BlockSpec((2 * bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(PIECE, 8)),
+            plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, 4)),
+            plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))),
+            plgpu.BlockSpec((pieces, width), lambda i: (m_block * steps * tiles.split_k + i + first_step, 0)),
+        ]
+        operands = [x_gmem, w_gmem, s_gmem, t_gmem]
+        stream(
+            advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=True
+        )
+
+    out_shape = (tiles.split_k, m, n) if split else (m, n)
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        scratch_types=[plgpu.SMEM((workers, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8))],
+        grid=(tiles.split_k, -(-n // bn), m_blocks),
+        grid_names=("k", "n", "m"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
+        interpret=interpret,
+        **({} if workers == 1 else {"num_threads": workers + 1, "thread_name": "wg"}),
+    )
+    return kernel(sides, codes, scales, unit)
