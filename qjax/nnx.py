@@ -25,8 +25,9 @@ def function(model: nnx.Module, mutable: bool = False) -> Callable[..., Any]:
     Args:
       model: the module; its structure is taken as it is now, its numbers are not.
       mutable: whether the function also returns the state that is no `nnx.Param` as it is after the call: caches, counts, batch
-        statistics. `nnx.merge_state(state, changed)` is the state of the next call; parameters, which may be packed, stay in it. It is
-        dropped otherwise: put the module in evaluation mode.
+        statistics. `nnx.merge_state(state, changed)` is the state of the next call. It is dropped otherwise: put the module in evaluation
+        mode. Two things are left out of it. An `nnx.Param` that the call changes: parameters may be packed, and stay what they are in
+        the state. And a variable that the call creates, as one that it sows: the module's structure, taken before, has no place for it.
 
     Returns:
       A function of a state (as `nnx.state(model)` or `result.params`) and the arguments of `__call__`, that returns what `__call__` does;
@@ -45,11 +46,12 @@ def function(model: nnx.Module, mutable: bool = False) -> Callable[..., Any]:
     """
     _check(model, "function")
     graphdef = nnx.graphdef(model)
+    there = frozenset(path for path, _ in nnx.to_flat_state(nnx.state(model)))
 
     def fn(state: Any, *inputs: Any, **kwargs: Any) -> Any:
-        called = nnx.merge(graphdef, state)
+        called = nnx.merge(graphdef, state, copy=True)  # else a call outside of jit changes the variables of `state` in place
         out = called(*inputs, **kwargs)
-        return (out, nnx.split(called, nnx.Param, ...)[2]) if mutable else out
+        return (out, nnx.split(called, nnx.Param, lambda path, _: path in there, ...)[2]) if mutable else out
 
     return fn
 

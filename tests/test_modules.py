@@ -224,6 +224,29 @@ class Counting(nnx.Module):
         return self.norm(self.linear(x))
 
 
+class Keeping(nnx.Module):
+    """Makes a variable in its call, as `sow` does."""
+
+    def __init__(self, rngs):
+        self.linear, self.norm = nnx.Linear(8, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        self.hidden = nnx.Intermediate(self.linear(x))
+        self.linear.bias[...] = self.linear.bias[...] + 1
+        return self.norm(self.hidden[...])
+
+
+def test_what_a_call_creates_is_no_state_of_the_next():
+    model, x = Keeping(nnx.Rngs(0)), normal(6, 8)
+    fn, state = qjax.nnx.function(model, mutable=True), nnx.state(model)
+    for _ in range(2):
+        _, changed = fn(state, x)
+        assert nnx.to_pure_dict(changed).keys() == {"norm"}  # nor is the bias, a Param
+        state = nnx.merge_state(state, changed)
+    assert not nnx.state(model)["norm"]["mean"][...].any() and not state["linear"]["bias"][...].any()  # nothing is changed in place
+    np.testing.assert_allclose(nnx.to_pure_dict(state)["norm"]["mean"], (1 - 0.99**2) * (x @ model.linear.kernel[...]).mean(0), atol=1e-6)
+
+
 def test_the_function_of_an_nnx_module_gives_back_the_state_that_a_call_changes():
     """Packed parameters stay in the state and are no result of the call."""
     model, x = Counting(nnx.Rngs(0)), normal(6, 8)

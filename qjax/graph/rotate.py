@@ -37,7 +37,8 @@ class Rotation:
       error: relative change of the results, see `verify`.
       runs: whether a parameter's axes are flattened together and cut into runs of `size`, each of which is rotated: the heads of a flat
         axis. Else every one of its axes is rotated whole.
-      zeros: (path of a weight, share of it that was exactly zero and is not any more), where there is any.
+      zeros: (path of a weight, share of it that was exactly zero and is not any more), where there is any; of a stack the share of the
+        layer that has most.
     """
 
     size: int
@@ -92,7 +93,8 @@ def rotate(
     data flow (see `rotatable`): sums, root mean squares, means (R then keeps the vector of ones), products with what does
     not vary along the axis. A norm's scale moves into its readers before (a fold, see `find_fold`) and is one afterwards. The tree keeps
     its leaves and the program stays as it is. New parameters are computed in float64 and rounded once to their dtype. What was pruned is
-    not sparse in another basis: a class with a weight that would lose exact zeros of more than `MOST_ZEROS` of it is refused.
+    not sparse in another basis: a class with a weight that would lose exact zeros of more than `MOST_ZEROS` of it, or of one layer of it,
+    is refused.
 
     Args:
       program: from `trace`.
@@ -219,10 +221,28 @@ def _one(
 def _lost_zeros(
     program: Program, old: Sequence[Any], new: Sequence[Any], rotated: Iterable[tuple[int, Any]]
 ) -> tuple[tuple[str, float], ...]:
-    """(path, share of exact zeros that a rotation filled in) of the weights that have any; a bias is not pruned."""
+    """(path, share of exact zeros that a rotation filled in, see `most_of`) of the weights that have any; a bias is not pruned."""
     weights = {leaf for leaf, _ in rotated if program.leaves[leaf].sites}
-    each = {leaf: (np.asarray(old[leaf]) == 0) & (np.asarray(new[leaf]) != 0) for leaf in sorted(weights)}
-    return tuple((program.leaves[leaf].path, float(lost.mean())) for leaf, lost in each.items() if lost.any())
+    each = {program.leaves[i]: (np.asarray(old[i]) == 0) & (np.asarray(new[i]) != 0) for i in sorted(weights)}
+    return tuple((leaf.path, max(most_of(lost, site.stacked) for site in leaf.sites)) for leaf, lost in each.items() if lost.any())
+
+
+def most_of(mask: Any, stacked: Iterable[int]) -> float:
+    """The share of a mask that is true, of the independent part that has most of it: one pruned layer is not made up for by full ones.
+
+    Args:
+      mask: bool (...,).
+      stacked: axes that hold independent parts.
+
+    Returns:
+      A number from 0 to 1.
+
+    Example:
+      >>> most_of(np.array([[True, False], [False, False]]), (0,)), most_of(np.array([[True, False], [False, False]]), ())
+      (0.5, 0.25)
+    """
+    apart = {axis % mask.ndim for axis in stacked}
+    return float(mask.mean(axis=tuple(a for a in range(mask.ndim) if a not in apart)).max())
 
 
 def _pruned(zeros: Iterable[tuple[str, float]]) -> str:

@@ -7,7 +7,8 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
-_MEASURED = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+")  # what was measured, not what is counted or names something
+# What was measured, with its sign, not what is counted or names something; the dash in 0.25-0.5 is no sign.
+_MEASURED = re.compile(r"(?:(?<![\w.)])-)?(?:\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+)")
 
 
 def merged(notes: Mapping[tuple[int, ...], Sequence[str]]) -> tuple[str, ...]:

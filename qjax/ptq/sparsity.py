@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from qjax.core import CodebookSpec, IntSpec, LearnedSpec, Spec
 from qjax.core.learned import PINNED_FROM
 from qjax.graph.rotate import MOST_ZEROS as MOST_ZEROS
+from qjax.graph.rotate import most_of
 from qjax.ptq.method import Problem
 from qjax.ptq.parts import matrices
 
@@ -35,7 +36,7 @@ def check_zeros(problem: Problem) -> tuple[str, ...]:
       A remark for the report, where a few zeros become something else.
 
     Raises:
-      ValueError: more than `MOST_ZEROS` of the weight is exactly zero, and the spec has no zero.
+      ValueError: more than `MOST_ZEROS` of the weight, or of one of its independent parts, is exactly zero, and the spec has no zero.
 
     Example:
       >>> import qjax
@@ -50,7 +51,7 @@ def check_zeros(problem: Problem) -> tuple[str, ...]:
         return (f"{100 * lost:.2g} % of it is exactly zero, too little for {spec} to keep a level for",) if lost else ()
     if has_zero(spec):
         return ()
-    share = float(jnp.mean(w == 0))
+    share = most_of(jnp.asarray(w) == 0, problem.stacked)
     if share > MOST_ZEROS:
         raise ValueError(
             f"`weight`={spec} has no level that is exactly zero, and {100 * share:.3g} % of {path!r} is: what was pruned would come back; "
@@ -76,8 +77,7 @@ def pruned_share(problem: Problem) -> float:
     """
     zero = problem.w == 0
     among = zero & ~jnp.all(zero, axis=problem.axes, keepdims=True)
-    rest = tuple(a for a in range(-zero.ndim, 0) if a not in problem.stacked)
-    return float(jnp.max(jnp.mean(among, axis=rest)))
+    return most_of(among, problem.stacked)
 
 
 def is_pruned(problem: Problem) -> bool:

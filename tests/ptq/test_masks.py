@@ -10,7 +10,7 @@ import qjax
 from qjax.core import QTensor, int3, int8, uint4
 from qjax.ptq.gptq_solver import GPTQOptions, solve
 from qjax.ptq.method import Problem
-from qjax.ptq.sparsity import check_filled
+from qjax.ptq.sparsity import check_filled, check_zeros
 from tests.ptq.test_gptq_golden import decoded
 
 N, K, ROWS = 24, 96, 400
@@ -128,6 +128,8 @@ def test_a_grid_without_a_zero_is_refused_for_a_pruned_weight_and_said_of_a_few_
     w = pruned("2:4").T
     with pytest.raises(ValueError, match=r"`weight`=.*no level that is exactly zero, and 50 % of 'up' is: .*qjax.int4"):
         qjax.quantize(lambda p, x: x @ p["up"], {"up": w}, policy, [jnp.ones((2, K))])
+    with pytest.raises(ValueError, match="50 % of 'w'"):  # a part that is pruned counts by itself
+        check_zeros(Problem(jnp.stack([w, *[jnp.ones_like(w)] * 9]), signs, (-2,), (-3,), 1, "w"))
     few = np.where(np.arange(K * N).reshape(K, N) < 20, 0, np.where(w == 0, 1e-3, w))
     result = qjax.quantize(lambda p, x: x @ p["up"], {"up": few}, policy, [jnp.ones((2, K))])
     assert any("0.87 % of it is exactly zero" in note for note in result.report.rows[0].notes)

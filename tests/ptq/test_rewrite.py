@@ -208,6 +208,29 @@ def test_modules_untie_their_head_too():
         np.testing.assert_allclose(result.fn(result.params, tokens), want, rtol=1e-4, atol=1e-5)
 
 
+def test_one_pruned_layer_of_a_scan_is_refused_as_the_same_layer_by_itself():
+    p = {"in": normal(6, 8, 8).at[0, ::2].set(0), "out": normal(6, 8, 8, seed=1), "head": normal(8, 5, seed=2), "a": normal(6, 8, seed=3)}
+
+    def layer(x, w):
+        return x + jnp.tanh(x @ w["in"]) @ w["out"]
+
+    def scanned(p, x):
+        layers = {name: p[name] for name in ("in", "out")}
+        return jax.lax.scan(lambda x, w: (layer(x, w), None), x @ p["a"], layers)[0] @ p["head"]
+
+    def unrolled(p, x):
+        x = x @ p["a"]
+        for w in p["layers"]:
+            x = layer(x, w)
+        return x @ p["head"]
+
+    apart = {"layers": [{name: p[name][i] for name in ("in", "out")} for i in range(6)], "head": p["head"], "a": p["a"]}
+    for fn, params, path in ((scanned, p, "in"), (unrolled, apart, "layers/0/in")):
+        result = qjax.rewrite(fn, params, [normal(7, 6)], [qjax.rotation(key=jax.random.key(0))])
+        assert any(f"50 % of {path} is exactly zero and would not be" in line.text for line in result.refused)
+        assert jax.tree.all(jax.tree.map(lambda a, b: a is b, params, result.params))
+
+
 @pytest.mark.parametrize(("every", "run"), [(False, "stream"), (True, "between two layers")])
 def test_a_rotation_keeps_what_was_pruned_or_says_what_it_lost(every, run):
     """More than a tenth of exact zeros: refused by name; fewer: counted; rows of zeros stay zeros and are not spoken of."""
