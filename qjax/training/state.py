@@ -80,7 +80,7 @@ def check(quant: Any, plan: Planned) -> None:
     """
     want, given = shapes(plan), quant or {}
     if want and quant is None:
-        raise ValueError("`quant` is missing: this policy has learned ranges, a schedule or random rounding; pass quant=fq.init(key, "
+        raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass quant=fq.init(key, "
                          "params, *args)")  # fmt: skip
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
     wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(want)}

@@ -31,22 +31,29 @@ def figure(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_second_model_trains_and_is_loaded_as_a_function_of_its_parameters(second_model, tmp_path):
+def test_the_second_model_learns_its_teacher_and_is_loaded_as_a_function_of_its_parameters(second_model, tmp_path):
     config = second_model.Config(vocabulary=32, width=24, layers=2, heads=3, kv_heads=1, hidden=40, context=8)
-    ids = np.arange(400, dtype=np.int32) % 32
-    texts = second_model.Texts([ids[:300]], ids[300:364].reshape(8, 8), ids[336:].reshape(8, 8))
-    params, log = second_model.fit(config, texts, steps=40, batch=8, seed=0, rate=0.1, every=20)
-    again, _ = second_model.fit(config, texts, steps=40, batch=8, seed=0, rate=0.1, every=20)
+    table = 3 * jnp.eye(32)[(jnp.arange(32) + 1) % 32]  # the next token is likely one more
+
+    def made(key, count):
+        starts = jax.random.randint(key, (count, 1), 0, 32)
+        return np.asarray((starts + jnp.arange(8)) % 32, np.int32)
+
+    source = second_model.Teacher(lambda table, tokens: table[tokens], table, made)
+    params, again = (second_model.fit(config, source, steps=40, batch=8, seed=0, chunk=16) for _ in range(2))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))  # by its seed alone
-    assert len(log) == 2 and float(log[-1].split()[3]) < float(log[0].split()[3]) < 1.05 * math.log(32)
 
     second_model.save(params, tmp_path / "weights.safetensors")
-    apply, loaded = second_model.load(tmp_path / "weights.safetensors", jnp.float32, config)
-    tokens = jnp.asarray(texts.heldout)
+    apply, loaded = second_model.load_second(tmp_path / "weights.safetensors", jnp.float32, config)
+    tokens = jnp.asarray(made(jax.random.key(9), 8))
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, rounded))
-    assert apply(loaded, tokens).shape == (8, 8, 32)
-    half, halved = second_model.load(tmp_path / "weights.safetensors", jnp.bfloat16, config)
+    logits = apply(loaded, tokens)
+    assert logits.shape == (8, 8, 32)
+    entropy = -jnp.sum(jax.nn.softmax(table) * jax.nn.log_softmax(table), axis=-1).mean()
+    loss = -jnp.mean(jnp.sum(jax.nn.softmax(table[tokens]) * jax.nn.log_softmax(logits), axis=-1))
+    assert entropy < loss < 0.9 * math.log(32)
+    half, halved = second_model.load_second(tmp_path / "weights.safetensors", jnp.bfloat16, config)
     assert half(halved, tokens).dtype == jnp.bfloat16
 
     policy = qjax.Policy([*second_model.KEEP, qjax.Rule("*", weight=qjax.int3(group_size=8))])
@@ -60,15 +67,13 @@ def test_weights_that_were_not_trained_are_asked_for(second_model, tmp_path):
         second_model.load_second(tmp_path / "none.safetensors")
 
 
-def test_the_parts_of_the_texts_do_not_meet(second_model):
-    texts = second_model.read_texts(64)
-    rows = second_model.calibration(texts.train, 64, count=16)
-    assert rows.shape == (16, 64) and texts.stop.shape[1] == texts.heldout.shape[1] == 64
-    seen = {tuple(window) for ids in texts.train for window in np.lib.stride_tricks.sliding_window_view(ids, 24)}
-    for part in (texts.stop, texts.heldout):
-        assert not any(tuple(row[20:44]) in seen for row in part)
-    assert all(tuple(row[20:44]) in seen for row in rows)
-    assert len(np.unique(texts.heldout, axis=0)) == len(texts.heldout)
+@pytest.mark.slow
+def test_the_teacher_makes_windows_that_begin_as_all_do_and_differ_by_key(second_model):
+    source = second_model.teacher(16)
+    first, other = (source.windows(jax.random.key(seed), 3) for seed in (0, 1))
+    assert first.shape == (3, 16) and (first[:, 0] == second_model.START).all()
+    assert (first != other).any() and np.array_equal(first, source.windows(jax.random.key(0), 3))
+    assert source.logits(source.params, jnp.asarray(first)).shape == (3, 16, 4096)
 
 
 def records():
