@@ -60,7 +60,7 @@ def trained(apply, params, quant, fq, data, rate, teacher=None):
     With a teacher the loss is the divergence from its distribution.
     """
     steps = len(data)
-    ramp = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20 + 1, steps)
+    ramp = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
     kinds = {"weights": optax.adamw(ramp, weight_decay=0.0), "learned": optax.adam(optax.cosine_decay_schedule(rate / 10, steps)),
              "fixed": optax.set_to_zero()}  # fmt: skip
     marks = jax.tree.map(lambda _: "weights", params), fq.labels(quant) if fq is not None else {}

@@ -186,10 +186,10 @@ def check_tuned(problem: Problem) -> IntSpec:
     """
     spec = problem.spec
     if not isinstance(spec, IntSpec):
-        others = "qjax.kmeans()" if isinstance(spec, LearnedSpec) else "qjax.gptq(), qjax.awq() or qjax.rtn()"
+        others = "qjax.kmeans" if isinstance(spec, LearnedSpec) else "qjax.gptq, qjax.awq, qjax.rtn"
         raise ValueError(
             f"`method` autoround tunes the rounding on a uniform grid, but {problem.name!r} becomes {spec}: take an integer spec such as "
-            f"qjax.int4(), or for this one {others}"
+            f"qjax.int4(), or another method ({others}) for this one"
         )
     check_matrix_blocks(problem, "autoround")
     return spec
