@@ -80,8 +80,8 @@ def check(quant: Any, plan: Planned) -> None:
     """
     want, given = shapes(plan), quant or {}
     if want and quant is None:
-        raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass quant=fq.init(key, "
-                         "params, *args)")  # fmt: skip
+        raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass "
+                         "quant=fq.init(key, params, *args)")  # fmt: skip
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
     wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(want)}
     other = [name for name in flat.keys() | wanted.keys() if getattr(flat.get(name), "shape", 0) != getattr(wanted.get(name), "shape", 1)]

@@ -33,6 +33,7 @@ def test_it_says_what_the_library_says(tiny, texts):
     assert found["batches"] == 5 and 0 < found["rows"][0]["outside"] <= 0.011
 
 
+@pytest.mark.slow
 def test_a_text_of_another_kind_shows_and_one_of_the_same_does_not(tiny, texts):
     other = json_of("calibrate", tiny, "--compare", texts["a"], texts["other"], "--only", "*layers_0*")
     same = json_of("calibrate", tiny, "--compare", texts["a"], texts["b"], "--only", "*layers_0*")

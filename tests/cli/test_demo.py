@@ -26,6 +26,7 @@ def found(packed):
     return _second_process(open_model(str(packed)), packed, TOKENS)
 
 
+@pytest.mark.slow
 def test_a_second_process_gives_the_same_logits_to_the_last_bit(found):
     assert found["identical"] is True
     assert found["here"]["sha256"] == found["there"]["sha256"]

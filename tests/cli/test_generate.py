@@ -51,6 +51,7 @@ def test_keys_may_share_scales_along_time_and_numbers_may_be_fp8(tiny):
     assert found["kv_cache_bytes"] == 2 * 32 * half + 32 * 4 * 2 + (half * 2 + 31 * half * 4) + 2 * 4 * 4
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_packed_model_is_packed(packed):
     result = invoke("generate", packed, "--prompt", "On the", "--max-new-tokens", 3, "--kv-cache", "int4", "--kv-window", 4)
     assert result.exit_code == 0

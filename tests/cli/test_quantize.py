@@ -143,6 +143,7 @@ def test_awq_and_integer_activations(tiny, passages, tmp_path):
     assert json_of("eval", tmp_path / "w8a8", "--against", tiny, "--text", passages)["kl"] < 0.05
 
 
+@pytest.mark.slow
 def test_it_says_what_becomes_of_the_activations(tiny, passages, tmp_path):
     given = ["--calibration", passages, "--samples", 8, "--weight", "int8", *ONE_SHAPE]
     static = invoke("quantize", tiny, tmp_path / "a", *given, "--activation", "static", "--observer", "percentile")
