@@ -53,6 +53,7 @@ from qjax.ptq.spill import Live
 from qjax.ptq.streams import Batch, Task, flat_leaves, grouped, streams_of, visits_of
 from qjax.ptq.work import Work, forward, rows_seen, work_of
 from qjax.report import Report, format_bytes
+from qjax.runtime.installed import runtime_of
 from qjax.runtime.overflow import counted
 
 COMPILE = 0.4  # seconds that a program takes to be compiled, about what the segments of a language model take on a CPU
@@ -243,9 +244,9 @@ def plan(
     program = batches[0][0]
     check_same_sites(batches)
     choices, problems = _without_problems(policy.resolve(program))
-    named = policy.resolve_products(program)
-    rows = (*map(planned_row, choices), *map(product_row, named))
-    report = Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows)))
+    named, runtime = policy.resolve_products(program), runtime_of()
+    rows = (*(planned_row(choice, runtime) for choice in choices), *map(product_row, named))
+    report = Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows, runtime)))
     chosen = [choice for choice in choices if choice.spec is not None]
     tasks, now = {}, Work()
     for choice in chosen:

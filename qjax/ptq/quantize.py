@@ -41,6 +41,7 @@ from qjax.ptq.work import work_of
 from qjax.report import Report, Row
 from qjax.runtime.adapter import why_not as why_no_adapter
 from qjax.runtime.installed import runtime_of
+from qjax.runtime.kernels import Runtime
 from qjax.runtime.select import kernel_of
 
 Done = dict[int, tuple[QTensor, tuple[str, ...]]]
@@ -306,20 +307,20 @@ def describe(
     rescaled: Mapping[int, tuple[str, ...]],
 ) -> Report:
     """Writes the report of a run: measures the error each parameter took."""
-    rows = []
+    rows, runtime = [], runtime_of()
     # Of all, before the first is read.
     errors = jax.device_get({i: relative_error(jnp.asarray(flat[i]), q) for i, (q, _) in done.items()})
     for choice in choices:
         q, notes = done.get(choice.leaf.index, (None, ()))
         notes = (*rescaled.get(choice.leaf.index, ()), *notes)
         if q is None:
-            rows.append(dataclasses.replace(planned_row(choice), notes=notes))
+            rows.append(dataclasses.replace(planned_row(choice, runtime), notes=notes))
             continue
         w = jnp.asarray(flat[choice.leaf.index])
-        row, error = planned_row(choice, q), float(errors[choice.leaf.index])
+        row, error = planned_row(choice, runtime, q), float(errors[choice.leaf.index])
         notes = dict.fromkeys((*notes, *small_scales(w, q, choice.leaf.sites[0].stacked), *row.notes))
         rows.append(dataclasses.replace(row, error=error, notes=tuple(notes)))
-    return Report(tuple(rows), (*program_notes(program), *layout_notes(rows)), seconds)
+    return Report(tuple(rows), (*program_notes(program), *layout_notes(rows, runtime)), seconds)
 
 
 @jax.jit
@@ -338,8 +339,8 @@ def relative_error(w: jax.Array, q: QTensor) -> jax.Array:
     return jnp.sum(error) / jnp.maximum(jnp.sum(whole), 1e-30)
 
 
-def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
-    """What would become of a parameter, without touching a number; `q` where it is known what did."""
+def planned_row(choice: Choice, runtime: Runtime, q: QTensor | None = None) -> Row:
+    """What would become of a parameter, without touching a number; `q` where it is known what did; `runtime` names its kernels."""
     leaf, spec = choice.leaf, choice.spec
     nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
     row = Row(
@@ -362,7 +363,7 @@ def planned_row(choice: Choice, q: QTensor | None = None) -> Row:
     act, note = choice.activation, (choice.activation_note,) if choice.activation_note else ()
     if act is not None and act.outliers is not None and q.act is not None:
         act = q.act  # which knows the capacity
-    kernels = dict.fromkeys(kernel_of(site, spec, act, q) for site in leaf.sites)
+    kernels = dict.fromkeys(kernel_of(site, spec, act, q, runtime) for site in leaf.sites)
     reasons = tuple(reason for _, reason, _ in kernels if reason)
     if q.adapter_left is not None:
         whole = (f"its low-rank part is multiplied out in front of the product: {why}" for s in leaf.sites if (why := why_no_adapter(s)))
@@ -393,10 +394,10 @@ def program_notes(program: Program) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def layout_notes(rows: Sequence[Row]) -> tuple[str, ...]:
+def layout_notes(rows: Sequence[Row], runtime: Runtime) -> tuple[str, ...]:
     """Says what has to be done before the kernels of a report run."""
     named = {name for row in rows for name in row.kernel.split(", ")}
-    laid = [kernel.name for kernel in runtime_of().kernels if kernel.layout is not None and kernel.name in named]
+    laid = [kernel.name for kernel in runtime.kernels if kernel.layout is not None and kernel.name in named]
     text = "weights have a layout of their own: params = qjax.prepack(fn)(result.params, *inputs), once; others run on XLA"
     return (f"{' and '.join(laid)}: {text}",) if laid else ()
 
@@ -435,9 +436,9 @@ def sites(fn: Callable[..., Any], policy: Policy) -> Callable[..., Report]:
 
     def call(params: Any, *args: Any, **kwargs: Any) -> Report:
         program = programs(split_arguments(params, args, kwargs))
-        choices = policy.resolve(program)
+        choices, runtime = policy.resolve(program), runtime_of()
         check_groups([choice for choice in choices if choice.spec is not None])
-        rows = (*map(planned_row, choices), *map(product_row, policy.resolve_products(program)))
-        return Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows)))
+        rows = (*(planned_row(choice, runtime) for choice in choices), *map(product_row, policy.resolve_products(program)))
+        return Report(rows, (*program_notes(program), *cache_notes(policy), *layout_notes(rows, runtime)))
 
     return call

@@ -13,7 +13,6 @@ from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
 from qjax.runtime.adapter import adapter_product
 from qjax.runtime.adapter import why_not as why_no_adapter
-from qjax.runtime.installed import runtime_of
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.kernels import Runtime, choose
 from qjax.runtime.layouts import laid_rows
@@ -78,9 +77,7 @@ def _plain(site: Site, eqn: Any, operands: list[Any]) -> Plain:
     return run
 
 
-def kernel_of(
-    site: Site, spec: Spec, act: ActSpec | None, q: QTensor, runtime: Runtime | None = None
-) -> tuple[str, str, tuple[str, ...]]:
+def kernel_of(site: Site, spec: Spec, act: ActSpec | None, q: QTensor, runtime: Runtime) -> tuple[str, str, tuple[str, ...]]:
     """Returns what runs a site.
 
     Args:
@@ -88,12 +85,11 @@ def kernel_of(
       spec: of its weight.
       act: of its activations.
       q: its weight, arrays or shapes, whole.
-      runtime: the kernels to choose from; None for those that are installed, on jax's default device.
+      runtime: the kernels to choose from.
 
     Returns:
       (name; why its activations are rounded in front of a float product, or ""; why faster kernels do not run it, in words).
     """
-    runtime = runtime_of() if runtime is None else runtime
     adapter = q.adapter_left is not None
     bare = dataclasses.replace(q, adapter_left=None, adapter_right=None) if adapter and not why_no_adapter(site) else q
     request = request_of(site, dataclasses.replace(bare, act=act), runtime.device, q.dtype, q.dtype)
