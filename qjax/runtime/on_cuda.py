@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from qjax_kernels.gpu import eight_bit, weight_only
-from qjax_kernels.gpu.tiles import eight_bit_tiles
+from qjax_kernels.gpu.tiles import padded_rows
 from qjax_kernels.request import Request, Weight
 
 from qjax.core import ActSpec, encode_activation
@@ -19,8 +17,8 @@ def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
     layout = Layout("cuda kernels", _pack, _unpack)
     return (
-        Kernel("hopper 8 bit", "cuda", lambda request: eight_bit.why_not(request) or "", _eight_bit, layout, ("int8", "fp8")),
-        Kernel("hopper weight-only", "cuda", lambda request: weight_only.why_not(request) or "", _weight_only, layout, (None,)),
+        Kernel("hopper 8 bit", "cuda", eight_bit.why_not, _eight_bit, layout, ("int8", "fp8")),
+        Kernel("hopper weight-only", "cuda", weight_only.why_not, _weight_only, layout, (None,)),
     )
 
 
@@ -46,19 +44,12 @@ def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> j
 
 def _eight_bit(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     """Rows are rounded as the spec says, which the kernel's own rounding need not do."""
-    from qjax_kernels.gpu.eight_bit_kernel import eight_bit as run  # the compiler's packages are wanted only here
-
-    x, w = operands.x, operands.laid
     if act is None:
         raise ValueError("`act` must say how rows are rounded")
-    tiles = eight_bit_tiles(request.m, request.n, request.k, _cores(request))
-    m = request.m if request.m < 8 else -(-request.m // 8) * 8
-    codes, scale, _ = encode_activation(jnp.pad(x, ((0, m - request.m), (0, 0))), act, (1,))
-    reach = max(32, -(-m // tiles.block_m) * tiles.block_m)  # the copy engine reads 128 bytes of scales at least
-    scale = jnp.pad(scale[:, 0], (0, reach - m))
-    y = run(codes, scale, w["codes"], w["scale"].reshape(request.n), tiles=tiles, out_dtype=jnp.dtype(request.dtype))
-    y = functools.reduce(jnp.add, y).astype(request.dtype) if tiles.split_k > 1 else y
-    return y[: request.m]
+    x, laid, m = operands.x, operands.laid, request.m
+    codes, scale, _ = encode_activation(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), act, (1,))
+    how = {"out_dtype": jnp.dtype(request.dtype), "cores": _cores(request)}
+    return eight_bit.scaled_product(codes, scale[:, 0], laid["codes"], laid["scale"], **how)[:m]
 
 
 def _cores(request: Request) -> int:

@@ -21,9 +21,9 @@ def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
     layout = Layout("tpu kernels", _pack, _unpack)
     return (
-        Kernel("tpu int8", "tpu", lambda request: why_not_int8(request) or "", _int8, layout, ("int8",)),
-        Kernel("tpu fp8", "tpu", lambda request: why_not_fp8(request) or "", _fp8, layout, (None, "fp8")),
-        Kernel("tpu weight-only", "tpu", lambda request: why_not_weight_only(request) or "", _weight_only, layout, (None,)),
+        Kernel("tpu int8", "tpu", why_not_int8, _int8, layout, ("int8",)),
+        Kernel("tpu fp8", "tpu", why_not_fp8, _fp8, layout, (None, "fp8")),
+        Kernel("tpu weight-only", "tpu", why_not_weight_only, _weight_only, layout, (None,)),
     )
 
 

@@ -1,6 +1,7 @@
 """The kernels that come with the package, through `qjax.quantized`: on this machine, and compiled for others."""
 
 import concurrent.futures
+import dataclasses
 import re
 
 import jax
@@ -97,6 +98,29 @@ def test_programs_for_hopper_hold_their_kernel():
     assert laid["w"].laid["codes"].dtype == jnp.int4
     traced = jax.jit(qjax.quantized(product, device=device, kernel="hopper weight-only")).trace(laid, x)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_rounded_rows_go_to_hopper_padded_to_the_blocks_that_are_copied(monkeypatch):
+    """Neighbouring blocks share what they copy above 128 rows, so scales reach to the end of the last pair of blocks."""
+    pytest.importorskip("absl")
+    from qjax_kernels.gpu import eight_bit_kernel
+
+    seen, kernel = [], eight_bit_kernel.eight_bit
+
+    def spy(rows, scales, *args, tiles, **settings):
+        seen.append((rows.shape, scales.shape, tiles))
+        return kernel(rows, scales, *args, tiles=tiles, **settings)
+
+    monkeypatch.setattr(eight_bit_kernel, "eight_bit", spy)
+    device, x = Device("cuda", "sm_90a", 132), jnp.ones((261, 512), jnp.bfloat16)
+    weight = quantize(jnp.ones((512, 256), jnp.bfloat16), qjax.int8(), (0,))
+    params = {"w": dataclasses.replace(weight, act=qjax.dynamic(qjax.int8()))}
+    laid = qjax.prepack(product, device=device)(params, x)
+    traced = jax.jit(qjax.quantized(product, device=device, kernel="hopper 8 bit")).trace(laid, x)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert {(rows, scales) for rows, scales, _ in seen} == {((264, 512), (512,))} and all(tiles.cluster == 2 for *_, tiles in seen)
+
+
 
 
 def test_every_platform_has_kernels():

@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from ..request import Request
-from .tiles import SHARED_BYTES, Tiles, eight_bit_tiles
+from .tiles import SHARED_BYTES, Tiles, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
 
 
-def why_not(request: Request) -> str | None:
-    """Why the kernel cannot serve a request; None where it can.
+def why_not(request: Request) -> str:
+    """Why the kernel cannot serve a request; "" where it can.
 
     Args:
       request: what is asked.
 
     Returns:
-      One sentence that names the obstacle, or None.
+      One sentence that names the obstacle, or "".
     """
     weight = request.weight
     kinds = {("int", 8): "int8", ("fp8", 8): "fp8"}
@@ -33,7 +33,7 @@ def why_not(request: Request) -> str | None:
         (request.n % 64 != 0, f"N must be a multiple of 64, not {request.n}"),
         (importlib.util.find_spec("absl") is None, "Mosaic GPU needs the package absl-py"),
     )
-    return next((reason for unmet, reason in reasons if unmet), None)
+    return next((reason for unmet, reason in reasons if unmet), "")
 
 
 def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
@@ -78,21 +78,41 @@ def eight_bit_matmul(
     Raises:
       ValueError: the tiles need more shared memory than there is.
     """
+    m = x.shape[0]
+    rows, row_scales = rounded_rows(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), codes.dtype)
+    return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)[:m]
+
+
+def scaled_product(
+    rows: jax.Array, row_scales: jax.Array, codes: jax.Array, scales: jax.Array, *, out_dtype, tiles: Tiles | None = None,
+    cores: int = 132, interpret=None,
+) -> jax.Array:  # fmt: skip
+    """The same of rows that are rounded already.
+
+    Args:
+      rows: (M, K) int8 or float8_e4m3fn, M below 8 or a multiple of 8 (see `tiles.padded_rows`).
+      row_scales: (M,) float32.
+      codes: (N, K) of the same type.
+      scales: (N, 1) or (N,): bfloat16, float16 or float32.
+      out_dtype: of the result.
+      tiles: the cut; None for the one that suits the shape.
+      cores: multiprocessors of the GPU.
+      interpret: an interpreter's parameters, for tests without a GPU.
+
+    Returns:
+      (M, N) of `out_dtype`.
+
+    Raises:
+      ValueError: the tiles need more shared memory than there is.
+    """
     from .eight_bit_kernel import eight_bit
 
-    m, k = x.shape
-    n = codes.shape[0]
+    (m, k), n = rows.shape, codes.shape[0]
     tiles = eight_bit_tiles(m, n, k, cores) if tiles is None else tiles
     if (used := tiles.shared_bytes(8, 0, 1)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
-    padded = m if m < 8 else -(-m // 8) * 8
-    if padded != m:
-        x = jnp.pad(x, ((0, padded - m), (0, 0)))
-    rows, row_scales = rounded_rows(x, codes.dtype)
     # The copy engine reads whole blocks of scales, 128 bytes at least.
     block = tiles.block_m * tiles.cluster
-    reach = max(32, -(-padded // block) * block)
-    row_scales = jnp.pad(row_scales, (0, reach - padded))
-    y = eight_bit(rows, row_scales, codes, scales.reshape(n), tiles=tiles, out_dtype=x.dtype, interpret=interpret)
-    y = y.sum(0).astype(x.dtype) if tiles.split_k > 1 else y
-    return y[:m] if padded != m else y
+    row_scales = jnp.pad(row_scales, (0, max(32, -(-m // block) * block) - m))
+    y = eight_bit(rows, row_scales, codes, scales.reshape(n), tiles=tiles, out_dtype=out_dtype, interpret=interpret)
+    return y.sum(0).astype(out_dtype) if tiles.split_k > 1 else y

@@ -92,6 +92,11 @@ def blocks(m: int, n: int, tiles: Tiles) -> int:
     return math.ceil(m / tiles.block_m) * math.ceil(n / tiles.block_n) * tiles.split_k
 
 
+def padded_rows(m: int) -> int:
+    """Rows of x that the copy engine takes for m of them: below 8 any number, else a multiple of 8."""
+    return m if m < 8 else -(-m // 8) * 8
+
+
 SHARED_BYTES = 227 * 1024
 """Shared memory that a thread block of a Hopper GPU may take."""
 

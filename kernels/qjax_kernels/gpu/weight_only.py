@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from ..request import Request
-from .tiles import SHARED_BYTES, Tiles, weight_only_tiles
+from .tiles import SHARED_BYTES, Tiles, padded_rows, weight_only_tiles
 
 
-def why_not(request: Request) -> str | None:
-    """Why the kernel cannot serve a request; None where it can.
+def why_not(request: Request) -> str:
+    """Why the kernel cannot serve a request; "" where it can.
 
     Args:
       request: what is asked.
 
     Returns:
-      One sentence that names the obstacle, or None.
+      One sentence that names the obstacle, or "".
     """
     weight = request.weight
     group = weight.group_size
@@ -34,7 +34,7 @@ def why_not(request: Request) -> str | None:
         (scale_row is not None and scale_row % 16 != 0, f"a row of {request.k // (group or 1)} scales is no multiple of 16 bytes"),
         (importlib.util.find_spec("absl") is None, "Mosaic GPU needs the package absl-py"),
     )
-    return next((reason for unmet, reason in reasons if unmet), None)
+    return next((reason for unmet, reason in reasons if unmet), "")
 
 
 def weight_only_matmul(
@@ -86,11 +86,9 @@ def weight_only_matmul(
     if tiles.digits:
         y = digit_products(x, codes, scales, group=group_size or k, tiles=tiles, interpret=interpret)
         return y.sum(0).astype(x.dtype) if tiles.split_k > 1 else y
-    padded = m if m < 8 else -(-m // 8) * 8
-    if padded != m:
-        x = jnp.pad(x, ((0, padded - m), (0, 0)))
+    x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))
     if tiles.reorder:
         x = reordered(x)
     y = weight_only(x, codes, scales, bits=bits, group=group_size, tiles=tiles, interpret=interpret)
     y = y.sum(0).astype(x.dtype) if tiles.split_k > 1 else y
-    return y[:m] if padded != m else y
+    return y[:m]
