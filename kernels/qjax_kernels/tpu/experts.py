@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -20,6 +19,7 @@ from qjax_kernels.reference import dequantize
 from qjax_kernels.request import Request
 from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.chips import Chip, Placement, chip_of, why_not_chip
+from qjax_kernels.tpu.gradient import to_rows_alone
 from qjax_kernels.tpu.tiles import Interpret, Tile
 from qjax_kernels.tpu.weight_only import check, multiply, placement
 
@@ -89,21 +89,10 @@ def experts(
     check(x, jax.ShapeDtypeStruct(w.shape[1:], w.dtype), jax.ShapeDtypeStruct(scale.shape[1:], scale.dtype), group)
     run = functools.partial(_run, group=group, chip=chip_of(chip), limit=limit, interpret=interpret)
 
-    @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array, scale: jax.Array, sizes: jax.Array) -> jax.Array:
-        return run(x, w, scale, sizes)
+    def gradient(t: jax.Array, w: jax.Array, scale: jax.Array, sizes: jax.Array) -> jax.Array:
+        return lax.ragged_dot(t, dequantize(w, scale, group, t.dtype).swapaxes(1, 2), sizes)
 
-    def forward(x: jax.Array, w: jax.Array, scale: jax.Array, sizes: jax.Array):
-        return run(x, w, scale, sizes), (w, scale, sizes)
-
-    def backward(saved, t: jax.Array):
-        w, scale, sizes = saved
-        dx = lax.ragged_dot(t, dequantize(w, scale, group, t.dtype).swapaxes(1, 2), sizes)
-        nothing = [np.zeros(a.shape, jax.dtypes.float0) for a in (w, sizes)]
-        return dx, nothing[0], jnp.zeros_like(scale), nothing[1]
-
-    product.defvjp(forward, backward)
-    return product(x, w, scale, sizes)
+    return to_rows_alone(run, gradient)(x, w, scale, sizes)
 
 
 def visits(sizes: jax.Array, rows: int, height: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qjax_kernels.request import Request
 from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.chips import Chip, chip_of, why_not_chip
+from qjax_kernels.tpu.gradient import to_rows_alone
 from qjax_kernels.tpu.int8 import rounded_product
 from qjax_kernels.tpu.tiles import Interpret, Tile
 
@@ -94,21 +95,12 @@ def fp8(
         )
     else:
         run = functools.partial(_weight_only, chip=where, limit=limit, interpret=interpret)
+    return to_rows_alone(run, _gradient)(x, w, scale)
 
-    @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
-        return run(x, w, scale)
 
-    def forward(x: jax.Array, w: jax.Array, scale: jax.Array):
-        return run(x, w, scale), (w, scale)
-
-    def backward(saved, t: jax.Array):
-        w, scale = saved
-        weight = (w.astype(jnp.float32) * scale).astype(t.dtype)
-        return jnp.dot(t, weight.T, preferred_element_type=jnp.float32).astype(t.dtype), jnp.zeros_like(w), jnp.zeros_like(scale)
-
-    product.defvjp(forward, backward)
-    return product(x, w, scale)
+def _gradient(t: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    weight = (w.astype(jnp.float32) * scale).astype(t.dtype)
+    return jnp.dot(t, weight.T, preferred_element_type=jnp.float32).astype(t.dtype)
 
 
 def _check(x: jax.Array, w: jax.Array, scale: jax.Array, rounded: bool) -> None:

@@ -11,13 +11,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qjax_kernels.request import Request
 from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.chips import Chip, chip_of, why_not_chip
+from qjax_kernels.tpu.gradient import to_rows_alone
 from qjax_kernels.tpu.tiles import Interpret, Tile
 from qjax_kernels.tpu.weight_only import check, float_gradient
 
@@ -96,20 +96,7 @@ def int8(
     if group < w.shape[0] and group % 128:
         raise ValueError(f"`group` must be a multiple of 128 or at least {w.shape[0]}, got {group}")
     run = functools.partial(rounded_product, group=group, chip=chip_of(chip), levels=levels, limit=limit, interpret=interpret)
-
-    @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
-        return run(x, w, scale)
-
-    def forward(x: jax.Array, w: jax.Array, scale: jax.Array):
-        return run(x, w, scale), (w, scale)
-
-    def backward(saved, t: jax.Array):
-        w, scale = saved
-        return float_gradient(t, w, scale, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
-
-    product.defvjp(forward, backward)
-    return product(x, w, scale)
+    return to_rows_alone(run, functools.partial(float_gradient, group=group))(x, w, scale)
 
 
 def _row_bytes(rows: int, k: int, itemsize: int) -> int:

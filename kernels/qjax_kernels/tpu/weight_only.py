@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -19,6 +18,7 @@ from qjax_kernels.reference import dequantize
 from qjax_kernels.request import Request
 from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.chips import Chip, Placement, chip_of, why_not_chip
+from qjax_kernels.tpu.gradient import to_rows_alone
 from qjax_kernels.tpu.tiles import Interpret, Tile
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -99,20 +99,7 @@ def weight_only(
     """
     check(x, w, scale, group)
     run = functools.partial(_run, group=group, chip=chip_of(chip), limit=limit, interpret=interpret)
-
-    @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
-        return run(x, w, scale)
-
-    def forward(x: jax.Array, w: jax.Array, scale: jax.Array):
-        return run(x, w, scale), (w, scale)
-
-    def backward(saved, t: jax.Array):
-        w, scale = saved
-        return float_gradient(t, w, scale, group), np.zeros(w.shape, jax.dtypes.float0), jnp.zeros_like(scale)
-
-    product.defvjp(forward, backward)
-    return product(x, w, scale)
+    return to_rows_alone(run, functools.partial(float_gradient, group=group))(x, w, scale)
 
 
 def float_gradient(t: jax.Array, w: jax.Array, scale: jax.Array, group: int) -> jax.Array:
