@@ -162,8 +162,9 @@ def main():
     options = parser.parse_args()
     records = json.loads(pathlib.Path(options.json).read_text())
     models = options.model or list(dict.fromkeys(r["model"] for r in records))
+    show = print_matrix if options.brief else print_tables
     for model in models:
-        print_matrix(records, model) if options.brief else print_tables(records, model)
+        show(records, model)
     if len(models) == 2:
         print_reversals(records, *models)
 

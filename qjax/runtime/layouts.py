@@ -111,9 +111,10 @@ def laid_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | None:
     """Looks rows up in a table that is laid out for a kernel; None where its layout has no way to."""
     q, dims = weight.q, eqn.params["dimension_numbers"]
     form = q.form
-    simple = isinstance(form, LaidOut) and form.layout.rows is not None and q.ndim == 2 and q.axes == (-1,)
-    simple = simple and q.perm is None and q.rotation is None and q.input_scale is None and q.adapter_left is None
-    if not simple or tuple(dims.start_index_map) != (0,) or not isinstance(form, LaidOut) or form.layout.rows is None:
+    if not isinstance(form, LaidOut) or form.layout.rows is None:
+        return None
+    plain = q.perm is None and q.rotation is None and q.input_scale is None and q.adapter_left is None
+    if not plain or q.ndim != 2 or q.axes != (-1,) or tuple(dims.start_index_map) != (0,):
         return None
     count, inside = q.shape[0], indices[..., 0]
     rows = form.layout.rows(form.weight, form.k, q.laid, jnp.clip(inside, 0, count - 1))[..., : math.prod(q.sizes)]

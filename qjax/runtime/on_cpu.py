@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from qjax_kernels import cpu
 from qjax_kernels.request import Request, Weight
 
-from qjax.core import ActSpec, IntSpec
+from qjax.core import ActSpec
 from qjax.runtime.kernels import Codes, Kernel, Layout
-from qjax.runtime.request import Operands
+from qjax.runtime.request import Operands, reach_of
 
 _FEWEST = 1 << 14  # weights; below, the call costs what the product does
 
@@ -62,10 +62,6 @@ def _float(request: Request, operands: Operands, act: ActSpec | None) -> jax.Arr
 
 
 def _integer(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
-    return cpu.matmul(operands.x, operands.laid, rounding=_rounding(act), dtype=jnp.dtype(request.dtype))
-
-
-def _rounding(act: ActSpec | None) -> cpu.Rounding:
-    """How int8 activations are rounded: to half steps, or full ones without -128."""
-    full = act is not None and isinstance(act.spec, IntSpec) and act.spec.scale_rule == "full"
-    return cpu.Rounding(127.0, -127, 127) if full else cpu.Rounding(127.5, -128, 127)
+    reach = reach_of(act)
+    rounding = cpu.Rounding(reach, -127 if reach == 127 else -128, 127)
+    return cpu.matmul(operands.x, operands.laid, rounding=rounding, dtype=jnp.dtype(request.dtype))

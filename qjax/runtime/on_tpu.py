@@ -12,9 +12,9 @@ from qjax_kernels.tpu.int8 import why_not as why_not_int8
 from qjax_kernels.tpu.weight_only import weight_only
 from qjax_kernels.tpu.weight_only import why_not as why_not_weight_only
 
-from qjax.core import ActSpec, IntSpec
+from qjax.core import ActSpec
 from qjax.runtime.kernels import Codes, Kernel, Layout
-from qjax.runtime.request import Operands
+from qjax.runtime.request import Operands, reach_of
 
 
 def kernels() -> tuple[Kernel, ...]:
@@ -59,7 +59,5 @@ def _fp8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array
 
 
 def _int8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
-    full = act is not None and isinstance(act.spec, IntSpec) and act.spec.scale_rule == "full"
     codes, scale = operands.laid["codes"], operands.laid["scale"]
-    levels = 127.0 if full else 127.5
-    return int8(operands.x, codes, scale, group=_group(request), chip=request.device.chip, levels=levels)
+    return int8(operands.x, codes, scale, group=_group(request), chip=request.device.chip, levels=reach_of(act))

@@ -142,6 +142,16 @@ def activation_of(act: ActSpec | None) -> tuple[Any, str] | None:
     return ("int8", "") if fits else (None, f"activations {act} are not symmetric int8")
 
 
+def reach_of(act: ActSpec | None) -> float:
+    """How many steps of int8 the largest magnitude of a row is: 127.5 reaches half a step beyond the codes, 127 leaves -128 out.
+
+    >>> from qjax.core import dynamic, int8
+    >>> reach_of(dynamic(int8())), reach_of(dynamic(int8(scale_rule="full")))
+    (127.5, 127.0)
+    """
+    return 127.0 if act is not None and isinstance(act.spec, IntSpec) and act.spec.scale_rule == "full" else 127.5
+
+
 def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array) -> Operands:
     """Brings the operands of a site into the form that kernels take.
 

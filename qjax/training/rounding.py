@@ -154,7 +154,7 @@ def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state:
     if act is not None:
         x = operands[other]
         rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0)._replace(key=keys[0]))
-        rounded = _from(max(train.schedule.activations, 0), quant, rounded, x)
+        rounded = _from(train.schedule.activations, quant, rounded, x)
         outs = _product(site, eqn, operands, rounded)
     else:
         outs = compat.bind(eqn, [materialize(v) for v in operands])

@@ -41,7 +41,7 @@ class Schedule:
     @property
     def ends(self) -> int:
         """The step from which weights and activations are rounded to the bits of their specs."""
-        return max(self.weights, self.activations, *(step for step, _ in self.bits), 0)
+        return max(self.weights, self.activations, *(step for step, _ in self.bits))
 
     def refusal(self, spec: Spec) -> str:
         """Why a spec cannot follow `bits`; "" if it can."""
