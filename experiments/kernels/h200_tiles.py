@@ -1,0 +1,144 @@
+"""Which tiles `h200.py` tries: those that cover every path of the kernels, those worth a search, those chosen beforehand."""
+
+import dataclasses
+import itertools
+
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles
+
+
+def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]]:
+    """(kind, m, n, k, group, tiles) that cover every path: tails, padding, splits, both pipelines, clusters, orders of nibbles."""
+    small = [
+        ("int4", 8, 64, 1024, 128, Tiles(8, 64, 256, 2)),
+        ("int4", 16, 64, 1024, 128, Tiles(16, 64, 256, 2, reorder=True)),
+        ("int8c", 3, 192, 512, None, Tiles(8, 64, 128, 2, split_k=2)),
+    ]
+    if dry:
+        return small
+    return [
+        *small,
+        ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, digits=True)),
+        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 2, split_k=2, digits=True)),
+        ("int4", 50, 1088, 1408, 128, Tiles(64, 256, 128, 3, warpgroups=2, digits=True)),
+        ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, reorder=True, cluster=2)),
+        ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, reorder=True, cluster=2)),
+        ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True, reorder=True)),
+        ("int4", 1, 4096, 4096, 128, None),
+        ("int4", 1, 1088, 4096, 128, Tiles(8, 64, 256, 4, split_k=3)),
+        ("int4", 13, 1088, 2048, 128, None),
+        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 256, 3)),
+        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 256, 3, reorder=True)),
+        ("int4", 64, 1024, 4096, 256, Tiles(64, 128, 128, 3)),
+        ("int4", 64, 1024, 4096, 128, Tiles(64, 128, 128, 3, scale_first=True, reorder=True)),
+        ("int4", 200, 1088, 4096, 128, None),
+        ("int4", 512, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, reorder=True)),
+        ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 3, warpgroups=2)),
+        ("int4", 16, 1024, 2048, None, None),
+        ("int8", 1, 1088, 4096, 128, None),
+        ("int8", 100, 1024, 2048, None, None),
+        ("int8c", 1, 4096, 4096, None, None),
+        ("int8c", 17, 1088, 2048, None, None),
+        ("int8c", 300, 1088, 2048, None, None),
+        ("int8c", 512, 1024, 2048, None, Tiles(128, 256, 128, 3, warpgroups=2, x_left=True)),
+        ("fp8", 5, 1024, 2048, None, None),
+        ("fp8", 300, 1088, 2048, None, None),
+    ]
+
+
+def candidates(name: str, m: int, n: int, k: int) -> list[Tiles]:
+    """Tiles worth a try, the likeliest first."""
+    bits = 4 if name == "W4A16" else 8
+    eight = name in ("W8A8", "FP8")
+    block_m = max(8, -(-m // 8) * 8)
+    found: list[Tiles] = []
+    if m <= 64:
+        reorders = (False, True) if name == "W4A16" else (False,)
+        for split, block_n, block_k, stages, reorder in itertools.product((1, 2, 4, 8), (64, 128), (256, 128, 512), (4, 3, 2, 6), reorders):
+            blocks = -(-n // block_n) * split
+            if 132 <= blocks <= 132 * 7 and k // (block_k * split) >= 2 and stages <= k // (block_k * split):
+                found.append(Tiles(block_m, block_n, block_k, stages, split, reorder=reorder))
+        for split, (block_n, warpgroups), reorder in itertools.product((1, 2, 4), ((128, 2), (256, 2)), reorders):
+            if not eight and 100 <= -(-n // block_n) * split <= 132 * 4:
+                found.append(Tiles(block_m, block_n, 256 if m <= 32 else 128, 4, split, warpgroups=warpgroups, reorder=reorder))
+    elif eight:
+        for block_m_, block_n, stages, cluster in itertools.product((128, 256), (128, 256), (3, 4), (1, 2)):
+            if block_m_ * block_n <= 128 * 256 and (cluster == 1 or m > block_m_):
+                found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, x_left=True, cluster=cluster))
+    else:
+        either = (True, False)
+        for block_m_, block_n, stages, first, reorder in itertools.product((64, 128, 256), (128, 256), (3, 4, 2), either, either):
+            # Sums of their own for a group and 128 columns of them do not fit into registers.
+            if block_m_ * block_n <= (128 if first else 64) * 256 and (bits == 4 or not reorder) and block_m_ <= block_m:
+                found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, scale_first=first, reorder=reorder))
+    scale_bytes, x_bytes = (0, 1) if eight else (2, 2)
+    return [tiles for tiles in found if tiles.shared_bytes(bits, scale_bytes, x_bytes) <= SHARED_BYTES]
+
+
+def spread_out(found: list, limit: int) -> list:
+    """At most `limit` of a list, evenly spaced, so that all kinds of candidates are tried."""
+    return found if len(found) <= limit else [found[i * len(found) // limit] for i in range(limit)]
+
+
+def chosen() -> dict[tuple[int, int], dict[int, list[Tiles]]]:
+    """Tiles that reasoning ahead of time puts first, by (K, N) and rows; the last of each is the best of the run before."""
+    fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True, reorder=True)
+    wide = dataclasses.replace(fast, block_n=256, stages=3)
+    deep = dataclasses.replace(fast, block_k=256, stages=2)
+    pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True)
+    return {
+        (8192, 28672): {
+            1: [
+                Tiles(8, 128, 512, 2, digits=True),
+                Tiles(8, 64, 512, 2, digits=True),
+                Tiles(8, 64, 512, 3, digits=True),
+                Tiles(8, 64, 512, 2, split_k=2, digits=True),
+                Tiles(8, 64, 512, 2, reorder=True),
+            ],
+            16: [
+                Tiles(16, 128, 512, 2, digits=True),
+                Tiles(16, 64, 512, 2, digits=True),
+                Tiles(16, 128, 256, 3, digits=True),
+                Tiles(16, 64, 512, 2, reorder=True),
+            ],
+            64: [
+                Tiles(64, 256, 128, 3, warpgroups=2, digits=True),
+                Tiles(64, 128, 256, 2, digits=True),
+                dataclasses.replace(pair, cluster=2),
+                dataclasses.replace(pair, scale_first=True, cluster=2),
+                pair,
+                Tiles(64, 64, 128, 4, reorder=True),
+            ],
+            512: [
+                dataclasses.replace(wide, cluster=2),
+                dataclasses.replace(fast, cluster=2),
+                deep,
+                wide,
+                dataclasses.replace(fast, stages=3),
+            ],
+        },
+        (4096, 4096): {
+            1: [
+                Tiles(8, 64, 512, 2, split_k=4, digits=True),
+                Tiles(8, 64, 512, 2, split_k=2, digits=True),
+                Tiles(8, 64, 512, 2, split_k=4),
+                Tiles(8, 64, 1024, 1, split_k=4),
+                Tiles(8, 128, 128, 3, split_k=8),
+            ],
+            16: [
+                Tiles(16, 64, 512, 2, split_k=4, digits=True),
+                Tiles(16, 64, 512, 2, split_k=4),
+                Tiles(16, 64, 256, 4, split_k=8),
+            ],
+            64: [
+                Tiles(64, 128, 128, 3, split_k=8, digits=True),
+                Tiles(64, 64, 128, 4, split_k=4, reorder=True),
+                Tiles(64, 64, 128, 2, split_k=8),
+            ],
+            512: [
+                dataclasses.replace(fast, reorder=False),
+                dataclasses.replace(fast, cluster=2),
+                deep,
+                Tiles(128, 256, 128, 3, split_k=2, warpgroups=2, scale_first=True),
+            ],
+        },
+    }
