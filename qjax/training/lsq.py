@@ -96,7 +96,7 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
     @jax.custom_jvp
     def run(x: jax.Array, scale: jax.Array, offset: Any, used: jax.Array, zero: Any, limits: Any) -> jax.Array:
         del scale, offset
-        return affine_decode(affine_encode(x, used, zero, with_limits(spec, *limits)), used, zero)
+        return affine_decode(affine_encode(x, used, zero, _WithLimits(spec, *limits)), used, zero)
 
     @run.defjvp
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -116,12 +116,9 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
     return run(x, scale, offset, used, zero, limits)
 
 
-def with_limits(spec: Any, qmin: jax.Array, qmax: jax.Array) -> Any:
+class _WithLimits:
     """A spec with the given limits."""
-    return _Limits(spec, qmin, qmax)
 
-
-class _Limits:
     def __init__(self, spec: Any, qmin: jax.Array, qmax: jax.Array):
         self.spec, self.qmin, self.qmax = spec, qmin, qmax
 
