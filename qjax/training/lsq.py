@@ -96,7 +96,8 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
     @jax.custom_jvp
     def run(x: jax.Array, scale: jax.Array, offset: Any, used: jax.Array, zero: Any, limits: Any) -> jax.Array:
         del scale, offset
-        return affine_decode(affine_encode(x, used, zero, _WithLimits(spec, *limits)), used, zero)
+        limited: Any = _WithLimits(spec, *limits)
+        return affine_decode(affine_encode(x, used, zero, limited), used, zero)
 
     @run.defjvp
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
