@@ -71,7 +71,7 @@ def weight_only_matmul(
 
     m, k = x.shape
     bits = 4 if codes.dtype == jnp.int4 else 8
-    tiles = weight_only_tiles(m, codes.shape[0], k, bits, cores) if tiles is None else tiles
+    tiles = weight_only_tiles(m, codes.shape[0], k, bits, cores, group_size) if tiles is None else tiles
     if tiles.reorder and bits != 4:
         raise ValueError(f"`tiles.reorder` is for codes of 4 bits, these have {bits}; leave it False")
     if tiles.digits and (bits != 4 or group_size is None):
