@@ -2,11 +2,10 @@
 
     python experiments/kernels/gpu_static.py --write
 
-Needs what the extra `aot` installs; rows go to gpu_static/<version of jax>.json. `registers` and `spills` are what ptxas says of the
-kernel; `loop` is the instructions of its longest loop, which a stage of the pipeline executes, `total` all of them, `products` the tensor core
-instructions in that loop; `shared` is the bytes of shared memory by `Tiles.shared_bytes`; `temporaries` are device memory beside operands and
-result: sums of split K, rows of x that were put in another form. For an A100 what XLA makes of the same products is compiled: no kernel of
-ours runs there. Nothing here is a speed.
+Needs what the extra `aot` installs; rows go to gpu_static/<version of jax>.json. `registers` and `spills` are what ptxas says;
+`loop` is the instructions of its longest loop, which a stage of the pipeline executes, `total` all of them, `products` the tensor core
+instructions in that loop; `shared` is the bytes of shared memory by `Tiles.shared_bytes` (jax refuses what is too much); `temporaries`
+are device memory beside operands and result: sums of split K, rows of x that were put in another form. Nothing here is a speed.
 """
 
 import argparse
@@ -54,6 +53,7 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | None]]:
         ("W8A16 g128", 16, LARGE, None),
         ("W8A16 g128", 512, LARGE, None),
         ("W4A16 column", 16, LARGE, None),
+        ("W4A16 g128 bias silu", 16, SMALL, Tiles(16, 128, 256, 3)),
         ("W8A8", 16, SMALL, None),
         ("W8A8", 512, LARGE, None),
         ("W8A8", 64, LARGE, None),
@@ -64,22 +64,24 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | None]]:
 def operands(kernel: str, m: int, n: int, k: int) -> list[tuple[tuple[int, ...], jnp.dtype]]:
     """(shape, dtype) of x, codes and scales."""
     kind = jnp.float8_e4m3fn if kernel == "FP8" else jnp.int4 if kernel.startswith("W4") else jnp.int8
-    groups = k // GROUP if kernel.endswith("g128") else 1
-    return [((m, k), jnp.bfloat16), ((n, k), kind), ((n, groups), jnp.float32)]
+    groups = k // GROUP if "g128" in kernel else 1
+    bias = [((n,), jnp.float32)] if "bias" in kernel else []
+    return [((m, k), jnp.bfloat16), ((n, k), kind), ((n, groups), jnp.float32), *bias]
 
 
 def function(kernel: str, tiles: Tiles | None):
-    """The product, of x, codes and scales."""
+    """The product, of x, codes, scales and, if there is one, the bias."""
     if kernel in ("W8A8", "FP8"):
         return functools.partial(eight_bit_matmul, tiles=tiles)
-    return functools.partial(weight_only_matmul, group_size=GROUP if kernel.endswith("g128") else None, tiles=tiles)
+    how: dict = {"group_size": GROUP if "g128" in kernel else None, "tiles": tiles, "activation": "silu" if "silu" in kernel else None}
+    return lambda x, codes, scales, bias=None: weight_only_matmul(x, codes, scales, bias=bias, **how)
 
 
 def chosen(kernel: str, m: int, n: int, k: int) -> tuple[Tiles, tuple[int, int, int]]:
     """The default tiles, and bits of a code, bytes of a scale and of an element of x in a stage."""
     if kernel in ("W8A8", "FP8"):
         return eight_bit_tiles(m, n, k), (8, 0, 1)
-    bits, grouped = int(kernel[1]), kernel.endswith("g128")
+    bits, grouped = int(kernel[1]), "g128" in kernel
     return weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None), (bits, 2 if grouped else 0, 2)
 
 

@@ -1,4 +1,4 @@
-"""The Hopper kernels compiled for an H200 on a machine without one: nothing spilled, and what they take held against the committed count."""
+"""The Hopper kernels compiled for an H200 on a machine without one: nothing is spilled, and instructions are those committed."""
 
 import importlib.util
 import json
