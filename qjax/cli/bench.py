@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from qjax.cli import estimates
+from qjax.cli.estimates import TARGETS, show
 from qjax.cli.shared import emit, json_option
 
 SPECS = ("int8", "int4", "uint4", "nf4", "int3", "int2", "int8+int8", "int4+int8")
@@ -31,7 +31,7 @@ def _options(command: Any) -> Any:
 
 @click.command("bench")
 @_options
-@click.option("--target", type=click.Choice(list(estimates.TARGETS)), help="Estimate for this chip instead; nothing is measured.")
+@click.option("--target", type=click.Choice(list(TARGETS)), help="Estimate for this chip instead; nothing is measured.")
 def command(
     sizes: Any,
     rows: tuple[int, ...],
@@ -50,9 +50,9 @@ def command(
     if target is not None:
         from qjax.runtime import Device
 
-        device = Device(*estimates.TARGETS[target])  # pyright: ignore[reportArgumentType]
+        device = Device(*TARGETS[target])  # pyright: ignore[reportArgumentType]
         products = [(name, request) for name, _, _, request in _products(device, sizes, rows, specs, dtype or "bfloat16")]
-        estimates.show(target, products, as_json)
+        show(target, products, as_json)
         return
     runtime, timings = _measure(sizes, rows, specs, dtype, seconds, warm, as_json)
     _show(runtime, timings, as_json, {})
