@@ -125,7 +125,8 @@ def _layout_of_site(site: Site, q: QTensor, runtime: Runtime) -> Layout | str:
 def _leading(site: Site) -> tuple[list[int], list[int]]:
     """The parameter's axes that scans take apart, and those that hold parts of one product."""
     stacked = [axis for axis, _ in site.view.scans]
-    parts = [atom.axis for w, _ in site.batch for atom in site.view.dims[w]]
+    dims = [0] if site.op == "ragged_dot_general" else [w for w, _ in site.batch]
+    parts = [atom.axis for w in dims for atom in site.view.dims[w]]
     return stacked, list(dict.fromkeys(parts))
 
 

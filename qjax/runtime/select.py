@@ -43,7 +43,9 @@ def packed_rule(
             (out,), state = packed_rule(site, eqn, plain, state, runtime)
             return [(out.astype(jnp.float32) + thin).astype(out.dtype)], state
     if runtime is not None and isinstance(weight, Packed) and site.op != "gather":
-        out = kernel_product(site, eqn, materialize(operands[1 - site.operand]), weight, runtime, _plain(site, eqn, operands))
+        others = tuple(jnp.asarray(materialize(v)) for v in operands[2:])
+        x = materialize(operands[1 - site.operand])
+        out = kernel_product(site, eqn, x, weight, runtime, _plain(site, eqn), others)
         if out is not None:
             return [out], state
     if isinstance(weight, Packed) and weight.q.form is not None:
@@ -67,11 +69,11 @@ def packed_rule(
     return compat.bind(eqn, [materialize(v) for v in operands]), state
 
 
-def _plain(site: Site, eqn: Any, operands: list[Any]) -> Plain:
-    """The same without kernels, of the activation and the weight."""
+def _plain(site: Site, eqn: Any) -> Plain:
+    """The same without kernels, of the activation, the weight, and what comes behind them."""
 
-    def run(x: jax.Array, weight: Packed) -> jax.Array:
-        values = [weight if i == site.operand else x if i == 1 - site.operand else v for i, v in enumerate(operands)]
+    def run(x: jax.Array, weight: Packed, *others: jax.Array) -> jax.Array:
+        values = [x, weight, *others] if site.operand == 1 else [weight, x, *others]
         return packed_rule(site, eqn, values, None)[0][0]
 
     return run
