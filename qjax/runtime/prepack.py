@@ -87,7 +87,8 @@ def layout_for(leaf: Leaf, q: QTensor, runtime: Runtime) -> Layout | str:
         return "no kernels are installed for this platform"
     if leaf.consumers:
         return f"it is also read by {', '.join(leaf.consumers)}"
-    if any(len(a.sharding.device_set) > 1 for a in jax.tree.leaves(q) if isinstance(a, jax.Array) and not isinstance(a, Tracer)):
+    arrays = [a for a in jax.tree.leaves(q) if isinstance(a, jax.Array) and not isinstance(a, Tracer)]
+    if any(not a.sharding.is_fully_replicated for a in arrays):
         return "it is spread over several devices"
     wanted: dict[Layout, None] = {}
     for site in leaf.sites:

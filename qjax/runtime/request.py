@@ -93,6 +93,8 @@ def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: An
     n = math.prod(sizes[w] for w in range(len(sizes)) if w not in along and w not in {w for w, _ in site.pairs})
     if 0 in (m, parts, n):
         return "it is empty"
+    if site.sharded and (math.prod(site.out_shape) != m * n * (1 if ragged else parts) or _met(site) != math.prod(q.sizes)):
+        return "each device has a part of it inside a shard_map"
     both = {np.dtype(dtype).name, np.dtype(out_dtype).name} == {"bfloat16"}
     return Request(
         device=device,
@@ -105,6 +107,11 @@ def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: An
         parts=parts,
         ragged=ragged,
     )
+
+
+def _met(site: Site) -> int:
+    """How many values a row of the activation has."""
+    return math.prod(site.x_shape[x] for _, x in site.pairs)
 
 
 def weight_of(spec: Spec, k: int) -> Weight | str:
