@@ -13,6 +13,7 @@ from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
 from qjax.runtime.adapter import adapter_product
 from qjax.runtime.adapter import why_not as why_no_adapter
+from qjax.runtime.fused import Memo, Together, product_together
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.kernels import Runtime, choose
 from qjax.runtime.layouts import laid_rows
@@ -25,7 +26,7 @@ FLOAT, INTEGER, MIXED, FP8 = "xla", "xla int8", "xla int8 + 16 bit outliers", "x
 
 
 def packed_rule(
-    site: Site, eqn: Any, operands: list[Any], state: Any, runtime: Runtime | None = None
+    site: Site, eqn: Any, operands: list[Any], state: Any, runtime: Runtime | None = None, memo: Memo | None = None
 ) -> tuple[list[Any], Any]:
     """Runs a site whose weight is packed: on a kernel of `runtime` that takes it, else as follows, which is all XLA.
 
@@ -40,8 +41,15 @@ def packed_rule(
         thin = adapter_product(site, eqn, operands)
         if thin is not None:
             plain = [Packed(weight.q.with_adapter(None), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
-            (out,), state = packed_rule(site, eqn, plain, state, runtime)
+            (out,), state = packed_rule(site, eqn, plain, state, runtime, memo)
             return [(out.astype(jnp.float32) + thin).astype(out.dtype)], state
+    if isinstance(weight, Packed) and isinstance(weight.q.form, Together):
+        if runtime is not None and memo is not None and weight.q.adapter_left is None:
+            out = product_together(site, eqn, materialize(operands[1 - site.operand]), weight, runtime, memo, _plain)
+            if out is not None:
+                return [out], state
+        apart = [Packed(weight.q.plain(), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
+        return packed_rule(site, eqn, apart, state, runtime)
     if runtime is not None and isinstance(weight, Packed) and site.op != "gather":
         others = tuple(jnp.asarray(materialize(v)) for v in operands[2:])
         x = materialize(operands[1 - site.operand])
