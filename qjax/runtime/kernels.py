@@ -53,8 +53,8 @@ class Kernel:
       name: what reports, `qjax.quantized(kernel=...)` and `qjax doctor` call it.
       platform: as `Device.platform`.
       why_not: why it cannot take a request, or is slower for it than what XLA does; "" if it should.
-      run: the product y (P, M, N) of `request.dtype`, without P where there is one part or `request.ragged`. The activation spec is for kernels that round
-        activations, None for others.
+      run: the product y (P, M, N) of `request.dtype`, without P where there is one part or `request.ragged`. The activation spec is for
+        kernels that round activations, None for others.
       layout: of the weights that it reads, or None for codes as a `QTensor` has them. Other weights go to other kernels, because laying one
         out costs more than a product with it; where it is forced they are laid out in every call.
       activations: what becomes of activations in it, as `Request.activation` says; it is not asked about others.

@@ -103,7 +103,8 @@ def groups_of(program: Program, values: Sequence[Any], layouts: Mapping[int, Lay
       values: its parameters.
       layouts: of each packed leaf, by index, or why it keeps its own.
     """
-    alone = {leaf.sites[0].key: leaf for leaf in program.leaves if len(leaf.sites) == 1 and not isinstance(layouts.get(leaf.index, ""), str)}
+    wanted = {index for index, layout in layouts.items() if not isinstance(layout, str)}
+    alone = {leaf.sites[0].key: leaf for leaf in program.leaves if len(leaf.sites) == 1 and leaf.index in wanted}
     groups: list[list[Leaf]] = []
     for shared in shared_inputs(program, exactly=True):
         mine: list[list[Leaf]] = []
