@@ -97,13 +97,16 @@ def generate(
     )
 
 
-def prepacked(model: Any, params: Any, *, donate: bool = False, kernel: str | None = None, device: Any = None) -> Any:
+def prepacked(
+    model: Any, params: Any, *, donate: bool = False, fuse: bool = False, kernel: str | None = None, device: Any = None
+) -> Any:
     """Lays packed parameters out for the kernels that decode one token, see `qjax.prepack`.
 
     Args:
       model: a `Llama`.
       params: its parameters.
       donate: free the old codes.
+      fuse: one product for q, k and v, and one for gate and up, see `qjax.prepack`.
       kernel: as for `qjax.quantized`.
       device: as for `qjax.quantized`.
 
@@ -113,7 +116,7 @@ def prepacked(model: Any, params: Any, *, donate: bool = False, kernel: str | No
     cache = jax.eval_shape(lambda: _llama_cache(model)(1, 64))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     position = jax.ShapeDtypeStruct((), jnp.int32)
-    return prepack(model.apply, kernel=kernel, device=device, donate=donate)(params, token, cache, position)
+    return prepack(model.apply, kernel=kernel, device=device, donate=donate, fuse=fuse)(params, token, cache, position)
 
 
 @functools.lru_cache(maxsize=16)
