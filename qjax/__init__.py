@@ -100,6 +100,7 @@ from qjax.training import host_offload as host_offload
 from qjax.training import learn_rotation as learn_rotation
 from qjax.training import lion8bit as lion8bit
 from qjax.training import lsq as lsq
+from qjax.training import moving_range as moving_range
 from qjax.training import pact as pact
 from qjax.training import qat as qat
 from qjax.training import schedule as schedule

@@ -18,6 +18,8 @@ from qjax.training.lsq import LearnedStep as LearnedStep
 from qjax.training.lsq import lsq as lsq
 from qjax.training.moments import Blocks as Blocks
 from qjax.training.moments import Moment8 as Moment8
+from qjax.training.moving_range import MovingRange as MovingRange
+from qjax.training.moving_range import moving_range as moving_range
 from qjax.training.pact import Clipped as Clipped
 from qjax.training.pact import pact as pact
 from qjax.training.qat import QAT as QAT

@@ -86,7 +86,7 @@ def test_it_stands_with_the_other_transformations_of_optax():
     assert optax.apply_updates(params, updates)["stack"].dtype == jnp.bfloat16
     assert not updates["frozen"]["codes"].any() and np.all(np.abs(np.abs(updates["norm"]) - 1e-3) < 1e-9)
     inner = state.inner_states["adam"].inner_state.inner_state[0]
-    assert inner.mu["odd"].absmax.shape == (17,) and inner.nu["stack"].absmax.shape == (2, 16)
+    assert inner.mu["odd"].absmax.shape == (17,) and inner.nu["stack"].absmax.shape == (2, 16, 1)
     assert inner.mu["stack"].codes.dtype == np.uint8
 
 
