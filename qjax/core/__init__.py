@@ -24,6 +24,9 @@ from qjax.core.cache import read_cache as read_cache
 from qjax.core.codebook import codebook_decode as codebook_decode
 from qjax.core.codebook import codebook_encode as codebook_encode
 from qjax.core.codebook import codebook_params as codebook_params
+from qjax.core.dynamic_map import DYNAMIC as DYNAMIC
+from qjax.core.dynamic_map import UNSIGNED_DYNAMIC as UNSIGNED_DYNAMIC
+from qjax.core.dynamic_map import dynamic_encode as dynamic_encode
 from qjax.core.factories import bf16 as bf16
 from qjax.core.factories import codebook as codebook
 from qjax.core.factories import fp16 as fp16

@@ -20,12 +20,12 @@ from qjax.runtime.products import rotated_pair
 from qjax.runtime.products import shared_axes as product_axes
 from qjax.runtime.rotation import rotate_axes
 from qjax.runtime.select import column_axes, shared_axes
-from qjax.training.estimator import Learned, Moment
+from qjax.training.estimator import Learned, Moment, TracksRanges
 from qjax.training.gradients import rounded_gradient
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
-from qjax.training.side_state import keys_for, of_site, whole_ranges
-from qjax.training.state import Quant, moment_of
+from qjax.training.side_state import keys_for, of_leaf, of_site, whole_ranges
+from qjax.training.state import LEAST, Quant, moment_of
 from qjax.training.straight_through import straight_through_activation
 
 _SIDES = ("left", "right")
@@ -85,16 +85,19 @@ def _from(first: int, quant: Quant, new: jax.Array, old: jax.Array) -> jax.Array
     return new if first == 0 else jnp.where(quant["step"] >= first, new, old)
 
 
-def rounding(plan: Planned, quant: Quant, exact: Mapping[int, QTensor]) -> Callable[[list[Any]], list[Any]] | None:
+def rounding(
+    plan: Planned, quant: Quant, exact: Mapping[int, QTensor], tracks: bool = False
+) -> Callable[[list[Any]], tuple[list[Any], dict[Key, Any]]] | None:
     """The program with rounded activations and gradients; None if it has none of them.
 
     Args:
       plan: what is rounded where.
       quant: the state.
       exact: of `integer_weight`, by the parameter's index.
+      tracks: whether ranges follow the data, where their estimator says so.
 
     Returns:
-      A function of flat arguments.
+      A function of flat arguments, which returns flat results and what sites and products took along, for `followed`.
     """
     program, by_site = plan.program, plan.site_of
     pairs = {choice.product.key: choice for choice in plan.products}
@@ -103,18 +106,21 @@ def rounding(plan: Planned, quant: Quant, exact: Mapping[int, QTensor]) -> Calla
     sites = {site.key: site for site in program.sites if site.key in by_site}
 
     def rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
-        return _at_site(site, eqn, operands, by_site[site.key], state or {}, quant), state
+        trained, state = by_site[site.key], _tracked(by_site[site.key], operands[1 - site.operand], state, quant) if tracks else state
+        return _at_site(site, eqn, operands, trained, state or {}, quant), state
 
     def product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
-        return _at_product(product, eqn, operands, pairs[product.key], state or {}, quant), state
+        choice = pairs[product.key]
+        state = _tracked_pair(choice, operands, state, quant) if tracks else state
+        return _at_product(product, eqn, operands, choice, state or {}, quant), state
 
     products = {key: choice.product for key, choice in pairs.items()}
     interpreter = Interpreter(sites, rule, watched=frozenset(sites), products=products, product_rule=product_rule)
     state = _side_state(plan, quant)
 
-    def run(values: list[Any]) -> list[Any]:
+    def run(values: list[Any]) -> tuple[list[Any], dict[Key, Any]]:
         packed = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
-        return interpreter(program.jaxpr, packed, state)[0]
+        return interpreter(program.jaxpr, packed, state)
 
     return run
 
@@ -140,6 +146,54 @@ def _side_state(plan: Planned, quant: Quant) -> dict[Key, Any]:
         if mine:
             state[product.key] = mine
     return state
+
+
+def followed(plan: Planned, quant: Quant, side: Mapping[Key, Any]) -> Quant:
+    """The state with the ranges that sites and products came back with.
+
+    Args:
+      plan: what is rounded where.
+      quant: the state.
+      side: of `rounding`.
+
+    Returns:
+      A state of the same structure.
+    """
+    lengths = scan_lengths(plan.program)
+    activations, products = dict(quant.get("activations", {})), dict(quant.get("products", {}))
+    for trained in plan.weights.values():
+        if trained.leaf.path in activations and isinstance(trained.train.activation, TracksRanges):
+            turns = [tuple(lengths[scan] for scan in site.scans) for site in trained.sites]
+            activations[trained.leaf.path] = {
+                name: of_leaf([side[site.key][name] for site in trained.sites], trained.leaf, trained.sites, turns, name in LEAST)
+                for name in activations[trained.leaf.path]
+            }
+    for choice in plan.products:
+        name = choice.product.name
+        if name in products and isinstance(training_of(choice.rule).activation, TracksRanges):
+            products[name] = {each: side[choice.product.key][each] for each in products[name]}
+    return {**quant, **{kind: new for kind, new in (("activations", activations), ("products", products)) if kind in quant}}
+
+
+def _tracked(trained: Trained, x: jax.Array, state: Any, quant: Quant) -> Any:
+    """What a site takes along, with ranges that have seen `x`."""
+    estimator = trained.train.activation
+    if trained.act is None or not trained.act.static or not isinstance(estimator, TracksRanges):
+        return state
+    learned = {name: value for name, value in state.items() if name != "key"}
+    return {**state, **estimator.track(x, learned, moment_of(trained.train, quant, 0))}
+
+
+def _tracked_pair(choice: ProductChoice, operands: list[Any], state: Any, quant: Quant) -> Any:
+    """What a product takes along, with ranges that have seen its operands."""
+    train, pair = training_of(choice.rule), operands
+    if not isinstance(train.activation, TracksRanges) or not any(act.static for act in choice.operands or ()):
+        return state
+    if choice.rotation is not None:
+        pair = rotated_pair(choice.product, operands[0], operands[1], choice.rotation)
+    now = moment_of(train, quant, 0)
+    seen = {side: train.activation.track(x, state[side], now) for side, x in zip(_SIDES, pair, strict=True) if side in state}
+    return {**state, **seen}
 
 
 def _key(train: QAT, quant: Quant, number: int, turns: Sequence[int]) -> dict[str, jax.Array]:
