@@ -76,6 +76,7 @@ from qjax.ptq import gptq as gptq
 from qjax.ptq import hqq as hqq
 from qjax.ptq import kmeans as kmeans
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import loftq as loftq
 from qjax.ptq import low_rank as low_rank
 from qjax.ptq import online_rotation as online_rotation
 from qjax.ptq import plan as plan

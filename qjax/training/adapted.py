@@ -173,9 +173,9 @@ def _refusal(leaf: Leaf, train: Lora) -> str:
     if others:
         return f"it is also read by {', '.join(others)}"
     if train.dora and any(site.op == "gather" for site in leaf.sites):
-        return "a lookup has no magnitudes (dora=False has none either)"
+        return "a lookup has no magnitudes, so DoRA has no form for it (dora=False has)"
     if train.dora and any(why_not(site) for site in leaf.sites if site.op == "dot_general"):
-        return "DoRA needs the norms of whole outputs, and it is contracted over a part of its axes (dora=False can)"
+        return "DoRA needs the norms of whole outputs, and it is contracted over a part of its axes (dora=False has no such need)"
     if len({site.contracted for site in leaf.sites}) > 1:
         return "its sites contract different axes"
     return ""
