@@ -181,16 +181,27 @@ def _refusal(leaf: Leaf, train: Lora) -> str:
     return ""
 
 
+_WHAT = "`adapters` must be what .init(key, base, ...) gave: the packed base is the second argument and never trained"
+
+
+def check_form(adapters: Any) -> None:
+    """Refuses what no adapters of any policy look like, before anything is traced with it.
+
+    Raises:
+      TypeError: naming the argument.
+    """
+    packed = any(map(_is_q, jax.tree.leaves(adapters, is_leaf=_is_q)))
+    if packed or not isinstance(adapters, Mapping) or not all(isinstance(parts, Mapping) and "a" in parts for parts in adapters.values()):
+        raise TypeError(f"{_WHAT}; got {'a tree with packed leaves' if packed else type(adapters).__name__}")
+
+
 def check_adapters(adapters: Any, plan: Mapping[int, Adapted]) -> None:
     """Refuses a tree that is not the adapters of this program and policy.
 
     Raises:
-      TypeError: it is no such tree; leaves that are not floating.
+      TypeError: leaves that are not floating.
       ValueError: paths or shapes of another policy or program.
     """
-    hint = "`adapters` must be what .init(key, base, ...) gave: the packed base is the second argument and never trained"
-    if not isinstance(adapters, Mapping) or any(isinstance(x, QTensor) for x in jax.tree.leaves(adapters, is_leaf=_is_q)):
-        raise TypeError(f"{hint}, got {type(adapters).__name__}" + (" with packed leaves" if isinstance(adapters, Mapping) else ""))
     wanted = {one.leaf.path: one for one in plan.values()}
     for names, what in ((adapters.keys() - wanted.keys(), "holds"), (wanted.keys() - adapters.keys(), "lacks")):
         if names:
@@ -203,7 +214,7 @@ def check_adapters(adapters: Any, plan: Mapping[int, Adapted]) -> None:
             raise ValueError(f"`adapters` of {path!r} have shapes {got}, and the policy wants {shapes}: train with that of .init(...)")
         for name, x in parts.items():
             if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise TypeError(f"`adapters` {path!r} {name!r} is {x.dtype}, not floating: {hint}")
+                raise TypeError(f"`adapters` {path!r} {name!r} is {x.dtype}, not floating: {_WHAT}")
 
 
 def check_base(flat: Sequence[Any], plan: Mapping[int, Adapted], policy: Policy, program: Program) -> None:

@@ -19,7 +19,7 @@ from qjax.ptq.quantize import shapes_of
 from qjax.runtime.installed import runtime_of
 from qjax.runtime.products import product_rule
 from qjax.runtime.quantized import checked_products, named_products
-from qjax.training.adapted import Adapted, Adapters, adapted, check_adapters, check_base
+from qjax.training.adapted import Adapted, Adapters, adapted, check_adapters, check_base, check_form
 from qjax.training.adapted_site import adapted_rule, with_parts
 from qjax.training.side_state import keys_for
 
@@ -47,6 +47,7 @@ class QLoRA:
         return adapted(self.programs(split_arguments(base, args, kwargs)), self.policy)
 
     def __call__(self, adapters: Adapters, base: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
+        check_form(adapters)
         arguments, program, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         values = [with_parts(w, plan[i], adapters[plan[i].leaf.path]) if i in plan else w for i, w in enumerate(arguments.params)]
@@ -101,6 +102,7 @@ class QLoRA:
         Raises:
           ValueError: a parameter is float, or has magnitudes (DoRA): merge it.
         """
+        check_form(adapters)
         arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         flat = list(arguments.params)
@@ -125,6 +127,7 @@ class QLoRA:
         Returns:
           The tree of parameters that `fn` takes.
         """
+        check_form(adapters)
         arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         merged = [_merged(w, plan.get(i), adapters) for i, w in enumerate(arguments.params)]
