@@ -15,4 +15,5 @@ from qjax.policy.rule import Method as Method
 from qjax.policy.rule import RotatesInputs as RotatesInputs
 from qjax.policy.rule import Rule as Rule
 from qjax.policy.rule import Trains as Trains
+from qjax.policy.rule import TrainsBeside as TrainsBeside
 from qjax.program.trace import path_str as path_str

@@ -66,6 +66,14 @@ class Trains(Protocol):
         ...
 
 
+@runtime_checkable
+class TrainsBeside(Protocol):
+    """What a rule trains in place of its parameters, `qjax.lora()`: they may stay float."""
+
+    @property
+    def beside(self) -> bool: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
@@ -86,7 +94,8 @@ class Rule:
       cache: what the caches whose path matches become, `qjax.kv_cache(...)`. Such a rule never matches a parameter or a product, and
         the others never match a cache. It counts where the cache is packed, in `qjax.quantized_cache`, which says what a path is.
       train: how weights and activations train in `qjax.fake_quant`: an estimator such as `qjax.lsq()`, or `qjax.qat(...)` for one of
-        each and a schedule. None is the straight-through estimator. `qjax.quantize` refuses a rule whose ranges are learned.
+        each and a schedule. None is the straight-through estimator. `qjax.quantize` refuses a rule whose ranges are learned. Or
+        `qjax.lora(...)`: adapters, which `qjax.qlora` trains beside the frozen parameters, packed or (without a `weight`) float.
 
     Raises:
       TypeError: an argument of the wrong kind.
@@ -140,7 +149,7 @@ class Rule:
             return
         if not isinstance(self.train, Trains) or isinstance(self.train, type):
             raise TypeError(f"`train` must be an estimator such as qjax.lsq(), or qjax.qat(...), got {self.train!r}")
-        if self.weight is None and not activations:
+        if self.weight is None and not activations and not isinstance(self.train, TrainsBeside):
             raise TypeError(f"`train` {self.train!r} has nothing to do in rule {self.pattern!r}: it leaves everything float")
         self.train.check(self.weight, activations)
 

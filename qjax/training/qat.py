@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from qjax.core import ActSpec, Spec
-from qjax.policy import Rule
+from qjax.policy import Rule, TrainsBeside
 from qjax.training.estimator import ActivationEstimator, WeightEstimator, check_estimators
 from qjax.training.gradients import check_gradient
 from qjax.training.schedule import Schedule
@@ -92,5 +92,7 @@ def training_of(rule: Rule | None) -> QAT:
     train: Any = None if rule is None else rule.train
     if isinstance(train, QAT):
         return train
+    if isinstance(train, TrainsBeside):
+        raise ValueError(f"`train` {train!r} is of adapters, which stand beside parameters that are frozen: use qjax.qlora(fn, policy)")
     weight = train if isinstance(train, WeightEstimator) else StraightThrough()
     return QAT(weight, train if isinstance(train, ActivationEstimator) else StraightThrough())
