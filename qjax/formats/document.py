@@ -186,6 +186,7 @@ _LATER = {
     "adapter_left": None,
     "adapter_right": None,
     "train": None,
+    "activation_bits": [],
 }
 
 

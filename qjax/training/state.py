@@ -111,13 +111,14 @@ def labels(quant: Quant) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "learned" if path[-1].key in LEARNED else "fixed", quant)
 
 
-def moment_of(train: QAT, quant: Quant, number: int) -> Moment:
-    """What an estimator is told in this step; `number` tells sites apart."""
+def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:
+    """What an estimator of weights, or of activations, is told in this step; `number` tells sites apart."""
     step = quant.get("step")
     if step is None or not train.steps:
         return Moment()
     frozen = None if train.schedule.freeze is None else step >= train.schedule.freeze
-    return Moment(_key(quant, number) if train.random else None, train.schedule.bits_at(step), frozen)
+    bits = train.schedule.bits_at(step, activation)
+    return Moment(_key(quant, number) if train.random else None, bits, frozen)
 
 
 def _key(quant: Quant, number: int) -> jax.Array:
