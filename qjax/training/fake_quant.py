@@ -16,7 +16,7 @@ from qjax.program import ProgramCache, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.training.planned import Planned, planned
 from qjax.training.rounding import integer_weight, rounded_weight, rounding
-from qjax.training.state import Quant, begin, check, labels, ranges
+from qjax.training.state import Quant, advance, begin, check, labels, ranges
 
 Forward = Literal["float", "integer"]
 
@@ -114,7 +114,7 @@ class FakeQuant:
 
     def advance(self, quant: Quant) -> Quant:
         """Returns the state of the next step: schedules go on, and random rounding draws anew. Call it once after each update."""
-        return {**quant, "step": quant["step"] + 1} if "step" in quant else quant
+        return advance(quant)
 
     def labels(self, quant: Quant) -> Any:
         """Returns "learned" or "fixed" for every array of the state, for `optax.multi_transform`."""

@@ -81,7 +81,7 @@ def check(quant: Any, plan: Planned) -> None:
     want, given = shapes(plan), quant or {}
     if want and quant is None:
         raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass "
-                         "quant=fq.init(key, params, *args)")  # fmt: skip
+                         "quant=fq.init(key, params, *args), or give a module its state by qjax.linen.begin or qjax.nnx.begin")  # fmt: skip
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
     wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(want)}
     other = [name for name in flat.keys() | wanted.keys() if getattr(flat.get(name), "shape", 0) != getattr(wanted.get(name), "shape", 1)]
@@ -109,6 +109,11 @@ def check_calibrated(quant: Quant) -> None:
 def labels(quant: Quant) -> Any:
     """"learned" or "fixed" for every array of a state, a tree for `optax.multi_transform`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "learned" if path[-1].key in LEARNED else "fixed", quant)
+
+
+def advance(quant: Quant) -> Quant:
+    """The state of the next step."""
+    return {**quant, "step": quant["step"] + 1} if "step" in quant else dict(quant)
 
 
 def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:

@@ -61,7 +61,7 @@ def test_what_was_not_written_yet_is_read_as_it_came_and_misfits_are_refused():
     want, _ = qjax.fake_quant(attend, rules)(W, rows(3), EMPTY + 1.0, jnp.int32(9))
     first = qjax.core.append_cache(qjax.quantized_cache(attend, rules)(W, rows(3), EMPTY, jnp.int32(0)), EMPTY[:9] + 1.0, 0).read()[0]
     np.testing.assert_allclose(y, want + CAPACITY * WIDTH + first, rtol=1e-5)
-    with pytest.raises(ValueError, match="has room for 32 tokens, of which .* leaves up to 40 float"):
+    with pytest.raises(ValueError, match=r"has room for 32 tokens, of which .* leaves up to 40 float"):
         qjax.fake_quant(attend, policy(qjax.kv_cache(qjax.int8(), window=40)))(W, rows(3), EMPTY, jnp.int32(0))
     without = qjax.fake_quant(lambda p, x: x @ p, Policy([Rule("2", cache=KEYS), Rule("*", weight=qjax.int8())]))
     assert without(W, rows(3)).shape == (3, WIDTH)  # a program without caches trains without them

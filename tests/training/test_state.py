@@ -244,8 +244,9 @@ def test_refusals():
         fq(DENSE, X, quant=whole)
     with pytest.raises(ValueError, match=r"its scales are learned: train with qjax\.fake_quant and pack with qjax\.convert"):
         qjax.quantize(dense, DENSE, fq.policy, [X])
-    with pytest.raises(ValueError, match=r"a module has no place for the state .* qjax\.nnx\.function"):
-        qjax.linen.fake_quant(nn.Dense(3), fq.policy)
+    with pytest.raises(ValueError, match=r"`quant` is missing: .* by qjax\.linen\.begin or"):
+        model = qjax.linen.fake_quant(nn.Dense(3), Policy([Rule("*", weight=qjax.int4(), train=qjax.lsq())]))
+        model.apply(model.init(jax.random.key(0), X), X)
     with pytest.raises(TypeError, match=r"`fq` must be what qjax\.fake_quant gave"):
         qjax.convert(dense, DENSE, X)
     with pytest.raises(ValueError, match="the data gives the input of 'a' NaN"):
