@@ -18,7 +18,7 @@ from qjax.training.estimator import TracksRanges
 from qjax.training.planned import Planned, planned
 from qjax.training.qat import training_of
 from qjax.training.rounding import followed, integer_weight, rounded_weight, rounding
-from qjax.training.state import Quant, begin, check, labels, ranges
+from qjax.training.state import Quant, advance, begin, check, labels, ranges
 
 Forward = Literal["float", "integer"]
 
@@ -143,7 +143,7 @@ class FakeQuant:
 
     def advance(self, quant: Quant) -> Quant:
         """Returns the state of the next step: schedules go on, and random rounding draws anew. Call it once after each update."""
-        return {**quant, "step": quant["step"] + 1} if "step" in quant else quant
+        return advance(quant)
 
     def labels(self, quant: Quant) -> Any:
         """Returns "learned" or "fixed" for every array of the state, for `optax.multi_transform`."""
@@ -184,8 +184,8 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
     Returns:
       A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`. Policies with
       learned or static ranges, a schedule or random rounding have a state: `quant = fq.init(key, params, *args)`, passed as
-      `quant=`; `fq.advance(quant)` goes to the next step, `fq.tracked(...)` also returns ranges that follow the data, `fq.calibrate(quant, params, batches)` sets static ranges,
-      `fq.labels(quant)` tells what to train.
+      `quant=`; `fq.advance(quant)` goes to the next step, `fq.tracked(...)` also returns ranges that follow the data,
+      `fq.calibrate(quant, params, batches)` sets static ranges, `fq.labels(quant)` tells what to train.
 
     Raises:
       TypeError: `policy` is no policy. When called, ValueError: a state that is missing, or of another policy.

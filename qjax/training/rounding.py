@@ -21,12 +21,13 @@ from qjax.runtime.products import shared_axes as product_axes
 from qjax.runtime.rotation import rotate_axes
 from qjax.runtime.select import column_axes, shared_axes
 from qjax.training.estimator import Learned, Moment, TracksRanges
+from qjax.training.fake_cache import FakeCache, fake_cache
 from qjax.training.gradients import rounded_gradient
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
 from qjax.training.side_state import keys_for, of_leaf, of_site, whole_ranges
 from qjax.training.state import LEAST, Quant, moment_of
-from qjax.training.straight_through import straight_through_activation
+from qjax.training.straight_through import straight_through_activation, straight_through_at
 
 _SIDES = ("left", "right")
 
@@ -55,7 +56,7 @@ def integer_weight(w: Any, trained: Trained, quant: Quant) -> QTensor | None:
     if act is None or act.is_float or act.outliers is not None or trained.rotation is not None or not isinstance(spec, IntSpec):
         return None
     whole = isinstance(spec.granularity, PerChannel | PerTensor) and not any(why_not(site, spec) for site in trained.sites)
-    settled = not (train.schedule.weights or train.schedule.activations or train.schedule.bits)
+    settled = not (train.schedule.weights or train.schedule.activations or train.schedule.bits or train.schedule.activation_bits)
     if not whole or not settled or (act.static and train.activation.random):
         return None
     learned = jax.lax.stop_gradient(quant.get("weights", {}).get(trained.leaf.path, {}))
@@ -88,7 +89,7 @@ def _from(first: int, quant: Quant, new: jax.Array, old: jax.Array) -> jax.Array
 def rounding(
     plan: Planned, quant: Quant, exact: Mapping[int, QTensor], tracks: bool = False
 ) -> Callable[[list[Any]], tuple[list[Any], dict[Key, Any]]] | None:
-    """The program with rounded activations and gradients; None if it has none of them.
+    """The program with rounded activations, caches and gradients; None if it has none of them.
 
     Args:
       plan: what is rounded where.
@@ -101,7 +102,8 @@ def rounding(
     """
     program, by_site = plan.program, plan.site_of
     pairs = {choice.product.key: choice for choice in plan.products}
-    if not by_site and not pairs:
+    caches = {choice.leaf.index: (choice.leaf, choice.spec) for choice in plan.caches if choice.spec is not None}
+    if not by_site and not pairs and not caches:
         return None
     sites = {site.key: site for site in program.sites if site.key in by_site}
 
@@ -119,8 +121,11 @@ def rounding(
     state = _side_state(plan, quant)
 
     def run(values: list[Any]) -> tuple[list[Any], dict[Key, Any]]:
-        packed = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
-        return interpreter(program.jaxpr, packed, state)
+        values = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
+        for index, (leaf, spec) in caches.items():
+            values[index] = fake_cache(values[index], leaf, spec)
+        outs, side = interpreter(program.jaxpr, values, state)
+        return [v.tokens() if isinstance(v, FakeCache) else v for v in outs], side
 
     return run
 
@@ -207,7 +212,7 @@ def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state:
     keys = jax.random.split(state["key"]) if "key" in state else (None, None)
     if act is not None:
         x = operands[other]
-        rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0)._replace(key=keys[0]))
+        rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0, activation=True)._replace(key=keys[0]))
         rounded = _from(train.schedule.activations, quant, rounded, x)
         outs = _product(site, eqn, operands, rounded)
     else:
@@ -242,15 +247,21 @@ def _rounded(
     site: Site, eqn: Any, x: jax.Array, act: ActSpec, trained: Trained, state: dict[str, Any], moment: Moment
 ) -> jax.Array:
     turn, axes = trained.rotation, _in_parameter_order(site)
-    moment = moment._replace(bits=None)  # a schedule of bits is for weights
     if act.static:
         learned = {name: value for name, value in state.items() if name != "key"}
         return trained.train.activation.fake_activation(x, act, learned, moment, _features(site, eqn, x))
     dtype = x.dtype
     if turn is not None:
         x = rotate_axes(x.astype(jnp.float32), axes, turn)
-    rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim), column_axes(site, x.ndim))
+    rounded = _dynamic(x, act, shared_axes(site, eqn, act, x.ndim), column_axes(site, x.ndim), moment)
     return rounded if turn is None else rotate_axes(rounded, axes, turn, back=True).astype(dtype)
+
+
+def _dynamic(x: jax.Array, act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...], moment: Moment) -> jax.Array:
+    """Rounded with ranges of its own, to the bits of the step."""
+    if moment.bits is None:
+        return straight_through_activation(x, act, axes, rows)
+    return straight_through_at(x, act, axes, moment)
 
 
 def _features(site: Site, eqn: Any, x: jax.Array) -> int:
@@ -281,14 +292,14 @@ def _at_product(
     if choice.rotation is not None:
         operands = [*rotated_pair(product, operands[0], operands[1], choice.rotation)]
     keys = jax.random.split(state["key"], 3) if "key" in state else (None, None, None)
-    moment, rounded = moment_of(train, quant, 0)._replace(bits=None), []
+    moment, rounded = moment_of(train, quant, 0, activation=True), []
     for side, (x, act) in enumerate(zip(operands, choice.operands or (), strict=True)):
         if act.static:
             features = math.prod(x.shape[i] for i in product.contracted[side])
             now = moment._replace(key=keys[side])
             rounded.append(train.activation.fake_activation(x, act, state[_SIDES[side]], now, features))
         else:
-            rounded.append(straight_through_activation(x, act, product_axes(act.per_token, product, side)))
+            rounded.append(_dynamic(x, act, product_axes(act.per_token, product, side), (), moment))
     operands = [x.astype(dtype) for x, dtype in zip(rounded, dtypes, strict=True)]
     outs = compat.bind(eqn, operands)
     if train.schedule.activations:

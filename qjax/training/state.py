@@ -81,7 +81,7 @@ def check(quant: Any, plan: Planned, calibrated: bool = True) -> None:
     want, given = shapes(plan), quant or {}
     if want and quant is None:
         raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass "
-                         "quant=fq.init(key, params, *args)")  # fmt: skip
+                         "quant=fq.init(key, params, *args), or give a module its state by qjax.linen.begin or qjax.nnx.begin")  # fmt: skip
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
     wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(want)}
     other = [name for name in flat.keys() | wanted.keys() if getattr(flat.get(name), "shape", 0) != getattr(wanted.get(name), "shape", 1)]
@@ -112,13 +112,19 @@ def labels(quant: Quant) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "learned" if path[-1].key in LEARNED else "fixed", quant)
 
 
-def moment_of(train: QAT, quant: Quant, number: int) -> Moment:
-    """What an estimator is told in this step; `number` tells sites apart."""
+def advance(quant: Quant) -> Quant:
+    """The state of the next step."""
+    return {**quant, "step": quant["step"] + 1} if "step" in quant else dict(quant)
+
+
+def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:
+    """What an estimator of weights, or of activations, is told in this step; `number` tells sites apart."""
     step = quant.get("step")
     if step is None or not train.steps:
         return Moment()
     frozen = None if train.schedule.freeze is None else step >= train.schedule.freeze
-    return Moment(_key(quant, number) if train.random else None, train.schedule.bits_at(step), frozen)
+    bits = train.schedule.bits_at(step, activation)
+    return Moment(_key(quant, number) if train.random else None, bits, frozen)
 
 
 def _key(quant: Quant, number: int) -> jax.Array:
