@@ -186,7 +186,8 @@ class Rule:
     def activation_of(self, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
         """What becomes of activations that meet the weight in these primitives, and a remark: what the method makes of `activation`."""
         given = None if isinstance(self.activation, tuple) else self.activation  # a pair is for a product
-        return self.method.activation(given, ops) if isinstance(self.method, ChoosesActivation) else (given, "")
+        chooses = self.method is not None and isinstance(self.method, ChoosesActivation)  # asked of every site, and a protocol is slow
+        return self.method.activation(given, ops) if chooses else (given, "")
 
     def matches(self, path: str) -> bool:
         return fnmatch.fnmatchcase(path, self.pattern)
