@@ -197,6 +197,32 @@ def test_static_fp8_multiplies_by_the_scale_that_calibration_found(tmp_path):
     np.testing.assert_array_equal(fn(loaded.params, x), fn(result.params, x))
 
 
+def test_products_of_two_activations_run_on_fp8(tmp_path):
+    """Attention's two products: scores of e4m3 per row, values of static e5m2 probabilities; both on FP8 operands, float32 sums."""
+
+    def attend(p, q, k, v):
+        scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k))
+        return {"scores": jnp.einsum("btd,bsd->bts", q, k), "out": jnp.einsum("bts,bsd->btd", scores, v)}
+
+    q, k, v = normal(2, 5, 16), normal(2, 7, 16, seed=1), normal(2, 7, 16, seed=2)
+    rules = [qjax.Rule("*:dot_general.0", activation=qjax.dynamic(E4M3())), qjax.Rule("*:dot_general.1", activation=qjax.dynamic(E4M3())),
+             qjax.Rule("*:dot_general.2", activation=(qjax.static(E4M3()), qjax.static(E5M2())))]  # fmt: skip
+    result = qjax.quantize(attend, {}, qjax.Policy(rules), calibration=[(q, k, v)])
+    run = jax.jit(qjax.quantized(attend, sites=result.sites))
+    np.testing.assert_allclose(
+        run({}, q, k, v)["scores"], np.einsum("btd,bsd->bts", rounded(q, "e4m3", 16), rounded(k, "e4m3", 16)), rtol=1e-5, atol=1e-5
+    )
+    lines = [line for line in run.lower({}, q, k, v).as_text().splitlines() if "dot_general" in line]
+    assert lines and all(line.count("xf8E") == 2 for line in lines)
+    assert [row.kernel for row in result.report.rows] == ["xla float8"] * 3
+    (name,) = [name for name in result.sites if result.sites[name].nbytes == 8]
+    float_scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k))
+    np.testing.assert_allclose(result.sites[name].operands[0].scale, float(float_scores.max()) / 448, rtol=0.2)
+    qjax.save(tmp_path, result)
+    again = jax.jit(qjax.quantized(attend, sites=qjax.load(tmp_path).sites))({}, q, k, v)
+    np.testing.assert_array_equal(again["out"], run({}, q, k, v)["out"])
+
+
 def test_a_range_searched_for_fp8_is_measured_on_fp8():
     """Clipping does not help floats: their small numbers stay as exact however far the range goes. Integers it does."""
     x = normal(64, K, seed=1).at[0, 0].set(40.0)
@@ -214,7 +240,8 @@ BAD = [
     (lambda: qjax.dynamic(E4M3(block=(4, 4))), ValueError, "`spec` of activations must have no groups"),
     (lambda: qjax.dynamic(qjax.mxfp4(), per="tensor"), ValueError, "`spec` of activations must have no groups"),
     (lambda: qjax.dynamic(qjax.ternary()), ValueError, "`spec` of activations must not be ternary"),
-    (lambda: qjax.Rule("a:b", activation=qjax.dynamic(E4M3())), ValueError, "is of floats, and products of two activations"),
+    (lambda: qjax.Rule("a:b", activation=qjax.dynamic(qjax.mxfp8())), ValueError, "multiply integers, or FP8 with a float scale"),
+    (lambda: qjax.Rule("a:b", activation=(qjax.dynamic(E4M3()), qjax.dynamic(qjax.int8()))), ValueError, "FP8 .* on both sides"),
     (lambda: qjax.Rule("*", weight=qjax.mxfp4(), activation=qjax.dynamic(qjax.int8())), TypeError, "needs a `weight` spec of integers"),
 ]
 
