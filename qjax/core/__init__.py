@@ -90,8 +90,10 @@ from qjax.core.products import QProduct as QProduct
 from qjax.core.qtensor import ARRAYS as ARRAYS
 from qjax.core.qtensor import Form as Form
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.core.qtensor import check_overflow as check_overflow
 from qjax.core.qtensor import pack_codes as pack_codes
 from qjax.core.qtensor import quantize as quantize
+from qjax.core.qtensor import quantize_unchecked as quantize_unchecked
 from qjax.core.qtensor import quantized_shapes as quantized_shapes
 from qjax.core.qtensor import with_plain_scales as with_plain_scales
 from qjax.core.qtensor import zero_dtype as zero_dtype
@@ -99,7 +101,9 @@ from qjax.core.reductions import divide as divide
 from qjax.core.rounding import block_decode as block_decode
 from qjax.core.rounding import block_encode as block_encode
 from qjax.core.rounding import block_params as block_params
+from qjax.core.rounding import check_all_finite as check_all_finite
 from qjax.core.rounding import check_finite as check_finite
+from qjax.core.rounding import check_shape as check_shape
 from qjax.core.rounding import in_range as in_range
 from qjax.core.rounding import padding as padding
 from qjax.core.rounding import range_params as range_params
