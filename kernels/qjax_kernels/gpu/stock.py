@@ -1,8 +1,8 @@
 """Products with weights of 4 or 8 bits by groups on GPUs that have no kernel of ours (Ampere, Ada, Blackwell), as XLA formulations.
 
 Dequantize-then-multiply writes the whole float weight to memory there. Few rows: one product for each group, side by side, into which XLA
-fuses the conversion of the codes, and the scales on their sums. Many rows: a block of rows of w after the other, so that no more than one block is
-ever float, and the cache holds it.
+fuses the conversion of the codes, and the scales on their sums. Many rows: one block of rows of w after the other, so that no more than
+a block is ever float, and the cache holds it.
 """
 
 import functools
@@ -53,8 +53,8 @@ def grouped_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group_s
       group_size: consecutive k that share a scale, a divisor of K.
 
     Returns:
-      (M, N) of the type of x. Few rows: sums and scales are float32. Many: the scaled weight is rounded to the type of x. It is ordinary jax,
-      derivatives included.
+      (M, N) of the type of x. Few rows: sums and scales are float32. Many: the scaled weight is rounded to the type of x.
+      It is ordinary jax, derivatives included.
 
     Example:
       >>> grouped_matmul(jnp.ones((1, 4)), jnp.int8([[1, 2, 3, 4]]), jnp.float32([[1.0, 10.0]]), group_size=2).tolist()
