@@ -31,10 +31,11 @@ from qjax_kernels.gpu.eight_bit import eight_bit_matmul  # noqa: E402
 from qjax_kernels.gpu.stock import grouped_matmul  # noqa: E402
 from qjax_kernels.gpu.tiles import Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
+from qjax_kernels.shapes import HOPPER  # noqa: E402
 
 GROUP = 128
 DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
-SMALL, LARGE = (4096, 4096), (28672, 8192)  # (N, K) of what was measured on an H200
+SMALL, LARGE = HOPPER[0][::-1], HOPPER[-1][::-1]  # N, K
 
 
 def cases() -> list[tuple[str, int, tuple[int, int], Tiles | None]]:
