@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import re
 
 import jax
@@ -121,6 +122,16 @@ def test_rounded_rows_go_to_hopper_padded_to_the_blocks_that_are_copied(monkeypa
     assert {(rows, scales) for rows, scales, _ in seen} == {((264, 512), (512,))} and all(tiles.cluster == 2 for *_, tiles in seen)
 
 
+
+
+def test_gpus_that_no_kernel_is_written_for_multiply_by_groups():
+    device, x = Device("cuda", "sm_80"), jax.ShapeDtypeStruct((2, 4096), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
+    params = {"w": jax.eval_shape(functools.partial(quantize, spec=qjax.int4(group_size=128), axes=(0,)), w)}
+    laid = jax.eval_shape(qjax.prepack(product, device=device), params, x)
+    run = jax.jit(qjax.quantized(product, device=device, kernel="cuda by groups"))
+    text = run.trace(laid, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tensor<2048x32x128xbf16>" in text and "tensor<32x2x2048xf32>" in text  # codes by group, sums by group
 
 
 def test_every_platform_has_kernels():
