@@ -76,6 +76,7 @@ from qjax.ptq import gptq as gptq
 from qjax.ptq import hqq as hqq
 from qjax.ptq import kmeans as kmeans
 from qjax.ptq import llm_int8 as llm_int8
+from qjax.ptq import loftq as loftq
 from qjax.ptq import low_rank as low_rank
 from qjax.ptq import online_rotation as online_rotation
 from qjax.ptq import plan as plan
@@ -92,13 +93,21 @@ from qjax.runtime import prepack as prepack
 from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import LearnedRotation as LearnedRotation
+from qjax.training import QLoRA as QLoRA
+from qjax.training import adam8bit as adam8bit
+from qjax.training import check_trainable as check_trainable
 from qjax.training import convert as convert
 from qjax.training import dorefa as dorefa
 from qjax.training import fake_quant as fake_quant
+from qjax.training import host_offload as host_offload
 from qjax.training import learn_rotation as learn_rotation
+from qjax.training import lion8bit as lion8bit
+from qjax.training import lora as lora
 from qjax.training import lsq as lsq
+from qjax.training import moving_range as moving_range
 from qjax.training import pact as pact
 from qjax.training import qat as qat
+from qjax.training import qlora as qlora
 from qjax.training import schedule as schedule
 from qjax.training import ste as ste
 

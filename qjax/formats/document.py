@@ -186,6 +186,8 @@ _LATER = {
     "adapter_left": None,
     "adapter_right": None,
     "train": None,
+    "turns": 1,  # of low-rank parts
+    "activation_bits": [],
 }
 
 

@@ -40,7 +40,7 @@ from qjax.ptq.low_rank import LowRank
 from qjax.ptq.online_rotation import Online
 from qjax.ptq.rtn import RoundToNearest
 from qjax.ptq.smoothquant import SmoothQuant
-from qjax.training import QAT, Clipped, DoReFa, LearnedStep, StraightThrough
+from qjax.training import QAT, Clipped, DoReFa, LearnedStep, Lora, StraightThrough
 from qjax.training.estimator import ActivationEstimator, WeightEstimator
 
 
@@ -92,11 +92,12 @@ KINDS: dict[str, type] = {
     "lsq": LearnedStep,
     "pact": Clipped,
     "dorefa": DoReFa,
+    "lora": Lora,
 }
 METHODS = (RoundToNearest, GPTQ, HQQ, KMeans, LowRank, SmoothQuant, AWQ, LLMInt8, Online, AutoRound, OtherMethod)
 OBSERVERS = (MinMax, MovingAverage, AbsMax, Percentile, Entropy, Mse)
 ESTIMATORS = (StraightThrough, LearnedStep, Clipped, DoReFa)
-_PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS, Trains: (QAT, *ESTIMATORS),
+_PROTOCOLS = {Method: METHODS, ptq.Method: METHODS, RangeFinder: OBSERVERS, Trains: (QAT, Lora, *ESTIMATORS),
               WeightEstimator: ESTIMATORS, ActivationEstimator: ESTIMATORS}  # fmt: skip
 _NAMES = {cls: name for name, cls in KINDS.items()}
 

@@ -112,13 +112,16 @@ def generate(
     return decode(apply, params, prompts, max_new_tokens, init_cache=init, context_length=context, **options)
 
 
-def prepacked(model: Any, params: Any, *, donate: bool = False, kernel: str | None = None, device: Any = None) -> Any:
+def prepacked(
+    model: Any, params: Any, *, donate: bool = False, fuse: bool = False, kernel: str | None = None, device: Any = None
+) -> Any:
     """Lays packed parameters out for the kernels that decode one token, see `qjax.prepack`.
 
     Args:
       model: a `Llama`.
       params: its parameters.
       donate: free the old codes.
+      fuse: one product for q, k and v, and one for gate and up, see `qjax.prepack`.
       kernel: as for `qjax.quantized`.
       device: as for `qjax.quantized`.
 
@@ -128,7 +131,7 @@ def prepacked(model: Any, params: Any, *, donate: bool = False, kernel: str | No
     cache = jax.eval_shape(lambda: _llama_cache(model)(1, 64))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     position = jax.ShapeDtypeStruct((), jnp.int32)
-    return prepack(model.apply, kernel=kernel, device=device, donate=donate)(params, token, cache, position)
+    return prepack(model.apply, kernel=kernel, device=device, donate=donate, fuse=fuse)(params, token, cache, position)
 
 
 def _draft(draft: Any, whole: Decoder, context: int, kernel: str | None, device: Any) -> tuple[Decoder, int]:

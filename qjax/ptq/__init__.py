@@ -9,6 +9,7 @@ from qjax.ptq.gptq import gptq as gptq
 from qjax.ptq.hqq import hqq as hqq
 from qjax.ptq.kmeans import kmeans as kmeans
 from qjax.ptq.llm_int8 import llm_int8 as llm_int8
+from qjax.ptq.loftq import loftq as loftq
 from qjax.ptq.low_rank import low_rank as low_rank
 from qjax.ptq.method import Method as Method
 from qjax.ptq.method import Outcome as Outcome

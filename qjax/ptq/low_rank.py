@@ -13,7 +13,7 @@ import numpy as np
 
 from qjax.calibration import ColumnPower, CrossMoment, CrossMoments, Moments, Power, SecondMoment
 from qjax.calibration.observers import Observer, Together
-from qjax.core import ActSpec, Adapter, QTensor, check_finite
+from qjax.core import ActSpec, Adapter, QTensor, adapter_matrix, check_finite, uncanonicalize
 from qjax.ptq.candidates import activation_of, checked_then
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Method, Outcome, Problem
@@ -34,10 +34,12 @@ class LowRank:
     then: Method = dataclasses.field(default_factory=rtn)
     measure: Kind = "eora"
     dtype: AdapterDtype = "float16"
+    turns: int = 1
 
     @property
     def name(self) -> str:
         how = [] if self.measure == "eora" else [self.measure]
+        how += [] if self.turns == 1 else [f"iterations={self.turns}"]
         how += [] if self.dtype == "float16" else [self.dtype]
         return f"low_rank({', '.join([str(self.rank), *how, f'then={self.then.name}'])})"
 
@@ -72,20 +74,34 @@ class LowRank:
         self._check(problem)
         filled = check_filled(problem, self.name)
         both = isinstance(self.observer, Together)
-        outcome = self.then.quantize(problem, state[0] if both else None if self.then.observer is None else state)
+        own = state[0] if both else None if self.then.observer is None else state
         statistic, notes = self._statistic(problem, state[1] if both else state)
-        q = outcome.q
-        error = problem.w.astype(jnp.float32) - dataclasses.replace(q, dtype=np.dtype(np.float32)).dequantize()
+        outcome, least = self._corrected(problem, own, statistic)
+        for _ in range(self.turns - 1):
+            change = uncanonicalize(adapter_matrix(outcome.q.adapter), problem.axes, outcome.q.sizes)
+            rest = (problem.w.astype(jnp.float32) - change).astype(problem.w.dtype)
+            again, error = self._corrected(problem, own, statistic, rest)
+            if bool(error < least):  # the two steps do not always go down
+                outcome, least = again, error
+            else:
+                break
+        return Outcome(outcome.q, (*outcome.notes, *notes, *filled))
+
+    def _corrected(self, problem: Problem, state: Any, statistic: Any, rounded: jax.Array | None = None) -> tuple[Outcome, jax.Array]:
+        """What is rounded (the weight itself, or what an adapter left of it) with the adapter of its error; and |w - w_hat|^2."""
+        outcome = self.then.quantize(problem if rounded is None else problem._replace(w=rounded), state)
+        error = problem.w.astype(jnp.float32) - dataclasses.replace(outcome.q, dtype=np.dtype(np.float32)).dequantize()
         left, right = _correct(matrices(problem._replace(w=error)), statistic, self.rank, self.dtype)
         for part in (left, right):
             check_finite(part, f"the {self.dtype} adapter of {problem.name}")
-        return Outcome(q.with_adapter(_placed(problem, left, right)), (*outcome.notes, *notes, *filled))
+        q = outcome.q.with_adapter(_placed(problem, left, right))
+        return Outcome(q, outcome.notes), jnp.float32(0) if self.turns == 1 else _distance(problem.w, q)
 
     def work(self, problem: Problem) -> Work:
         stack, n, k = matrix_sizes(problem)
         small = min(n, k)
         own = Work(10.0 * small**3 * (2 if self.measure == "eora" and k < n else 1) + 4.0 * small * n * k).times(stack)
-        return work_of(self.then, problem).plus(own)
+        return work_of(self.then, problem).plus(own).times(self.turns)
 
     def _statistic(self, problem: Problem, state: Any) -> tuple[jax.Array | None, tuple[str, ...]]:
         """What the error is weighed by, (stack, K, K) or (stack, K), and a remark where there is nothing."""
@@ -177,6 +193,12 @@ def _correct(error: jax.Array, statistic: jax.Array | None, rank: int, dtype: st
     # Rows without an error (of zeros, for one) stay exactly what they are.
     left = jnp.where(jnp.any(error != 0, axis=-1, keepdims=True), left, 0.0)
     return left.astype(dtype), right.astype(dtype)
+
+
+@jax.jit
+def _distance(w: jax.Array, q: QTensor) -> jax.Array:
+    """|w - w_hat|^2, float32."""
+    return jnp.sum(jnp.square(w.astype(jnp.float32) - dataclasses.replace(q, dtype=np.dtype(np.float32)).dequantize()))
 
 
 def _parts(error: jax.Array, statistic: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

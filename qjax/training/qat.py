@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from qjax.core import ActSpec, Spec
-from qjax.policy import Rule
+from qjax.policy import Rule, TrainsBeside
 from qjax.training.estimator import ActivationEstimator, WeightEstimator, check_estimators
 from qjax.training.gradients import check_gradient
 from qjax.training.schedule import Schedule
@@ -47,11 +47,14 @@ class QAT:
 
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         check_estimators(self.weight, self.activation, weight, activations)
-        reason = "" if weight is None else self.schedule.refusal(weight)
-        if reason:
+        reasons = ["" if weight is None else self.schedule.refusal(weight)]
+        reasons += [self.schedule.refusal(act.spec, activation=True) for act in activations]
+        for reason in filter(None, reasons):
             raise ValueError(f"`train`: {reason}")
-        if self.schedule.activations and any(not act.static and act.outliers is not None for act in activations):
-            raise ValueError("`train`: activations with outlier columns cannot set in later: leave `activations` of the schedule out")
+        moves = self.schedule.activations or self.schedule.activation_bits
+        if moves and any(not act.static and act.outliers is not None for act in activations):
+            raise ValueError("`train`: activations with outlier columns cannot set in later or have other bits: leave "
+                             "`activations` and `activation_bits` of the schedule out")
 
 
 def qat(
@@ -92,5 +95,7 @@ def training_of(rule: Rule | None) -> QAT:
     train: Any = None if rule is None else rule.train
     if isinstance(train, QAT):
         return train
+    if isinstance(train, TrainsBeside):
+        raise ValueError(f"`train` {train!r} is of adapters, which stand beside parameters that are frozen: use qjax.qlora(fn, policy)")
     weight = train if isinstance(train, WeightEstimator) else StraightThrough()
     return QAT(weight, train if isinstance(train, ActivationEstimator) else StraightThrough())

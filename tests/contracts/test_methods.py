@@ -32,6 +32,7 @@ METHODS = [
     qjax.kmeans(),
     qjax.kmeans(weighted=False),
     qjax.low_rank(4),
+    qjax.loftq(2, iterations=2),
     qjax.low_rank(3, kind="lqer", then=qjax.gptq(mse=False), dtype="float32"),
     qjax.awq(),
     qjax.smoothquant(),
