@@ -93,6 +93,7 @@ from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import LearnedRotation as LearnedRotation
 from qjax.training import adam8bit as adam8bit
+from qjax.training import adaround as adaround
 from qjax.training import convert as convert
 from qjax.training import dorefa as dorefa
 from qjax.training import fake_quant as fake_quant
