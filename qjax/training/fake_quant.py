@@ -73,7 +73,8 @@ class FakeQuant:
         plan = self.plan(params, *args, **kwargs)
         trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
         if not any(isinstance(train.activation, TracksRanges) for train in trains):
-            raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function itself")
+            raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function "
+                             "itself")  # fmt: skip
         check(quant, plan, calibrated=False)
         return self._run(plan, quant, True, params, args, kwargs)
 
@@ -184,8 +185,8 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
     Returns:
       A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`. Policies with
       learned or static ranges, a schedule or random rounding have a state: `quant = fq.init(key, params, *args)`, passed as
-      `quant=`; `fq.advance(quant)` goes to the next step, `fq.tracked(...)` also returns ranges that follow the data,
-      `fq.calibrate(quant, params, batches)` sets static ranges, `fq.labels(quant)` tells what to train.
+      `quant=`; `fq.advance(quant)` goes to the next step, `fq.calibrate(quant, params, batches)` sets static ranges, `fq.tracked(...)`
+      also returns ranges that follow the data, `fq.labels(quant)` tells what to train.
 
     Raises:
       TypeError: `policy` is no policy. When called, ValueError: a state that is missing, or of another policy.
