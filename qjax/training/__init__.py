@@ -1,5 +1,7 @@
 """Training through quantization."""
 
+from qjax.training.adapted import Adapted as Adapted
+from qjax.training.adapted import check_trainable as check_trainable
 from qjax.training.convert import convert as convert
 from qjax.training.dorefa import DoReFa as DoReFa
 from qjax.training.dorefa import dorefa as dorefa
@@ -7,8 +9,6 @@ from qjax.training.fake_quant import FakeQuant as FakeQuant
 from qjax.training.fake_quant import fake_quant as fake_quant
 from qjax.training.learned_rotation import LearnedRotation as LearnedRotation
 from qjax.training.learned_rotation import learn_rotation as learn_rotation
-from qjax.training.adapted import Adapted as Adapted
-from qjax.training.adapted import check_trainable as check_trainable
 from qjax.training.lora import Lora as Lora
 from qjax.training.lora import lora as lora
 from qjax.training.lsq import LearnedStep as LearnedStep

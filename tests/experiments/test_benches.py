@@ -17,6 +17,8 @@ ALONE = [
     ("qat_digits", ["--seeds", "1", "--folds", "2", "--images", "200", "--epochs", "1", "--rows", "W2A2"], r"W2A2, QAT \| [\d.]+ %"),
     ("qat_language_model", ["--steps", "1", "--batch", "1", "--windows", "8", "--rows", "W2", "--methods", "rounding", "--trains",
                             "learned steps"], r"QAT learned steps \| [\d.]+ \|"),
+    ("qlora_language_model", ["--tables", "adapt", "--steps", "1", "--batch", "1", "--windows", "8", "--rows", "QLoRA"],
+     r"QLoRA \| [\d,]+ \| [\d.]+ \|"),
     ("tpu", ["--rows", "16"], r"no TPU"),
     ("trace_cost", ["1"], r'"interpreted / by hand": [\d.]+'),
 ]

@@ -208,7 +208,7 @@ def test_what_cannot_be_trained_is_refused():
         qjax.qlora(linear, Policy([dataclasses.replace(LORA, train=qjax.lora(3))]))(adapters, base, X)
     with pytest.raises(ValueError, match="`base` leaf 'v' is float, and its rule says nf4"):
         tuned(adapters, WEIGHTS, X)
-    with pytest.raises(ValueError, match="use qjax.qlora"):
+    with pytest.raises(ValueError, match=r"use qjax\.qlora"):
         qjax.fake_quant(linear, Policy([LORA]))(WEIGHTS, X)
     dora = Policy([dataclasses.replace(LORA, train=qjax.lora(2, dora=True))])
     with pytest.raises(ValueError, match="has magnitudes"):
