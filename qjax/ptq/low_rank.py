@@ -78,7 +78,8 @@ class LowRank:
         statistic, notes = self._statistic(problem, state[1] if both else state)
         outcome, least = self._corrected(problem, own, statistic)
         for _ in range(self.turns - 1):
-            change = uncanonicalize(adapter_matrix(outcome.q.adapter), problem.axes, outcome.q.sizes)
+            found: Any = outcome.q.adapter
+            change = uncanonicalize(adapter_matrix(found), problem.axes, outcome.q.sizes)
             rest = (problem.w.astype(jnp.float32) - change).astype(problem.w.dtype)
             again, error = self._corrected(problem, own, statistic, rest)
             if bool(error < least):  # the two steps do not always go down
