@@ -47,7 +47,7 @@ PROGRAMS = {  # case: (what it is packed to, DoRA, rules in front)
 }
 
 
-MORE = [pytest.param(name, marks=() if name in ("scan_remat", "experts", "conv") else pytest.mark.slow) for name in PROGRAMS]
+MORE = [pytest.param(name, marks=() if name in ("scan_remat", "experts") else pytest.mark.slow) for name in PROGRAMS]
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -276,6 +276,7 @@ def test_no_residual_of_the_forward_pass_is_an_unpacked_weight():
     assert kept and max(leaf.size for leaf in kept) < 48 * 40
 
 
+@pytest.mark.slow
 def test_modules_by_their_functions_seeds_under_vmap_and_bf16():
     from flax import nnx
 
