@@ -94,13 +94,17 @@ from qjax.runtime import quantized as quantized
 from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import LearnedRotation as LearnedRotation
 from qjax.training import QLoRA as QLoRA
+from qjax.training import adam8bit as adam8bit
 from qjax.training import check_trainable as check_trainable
 from qjax.training import convert as convert
 from qjax.training import dorefa as dorefa
 from qjax.training import fake_quant as fake_quant
+from qjax.training import host_offload as host_offload
 from qjax.training import learn_rotation as learn_rotation
+from qjax.training import lion8bit as lion8bit
 from qjax.training import lora as lora
 from qjax.training import lsq as lsq
+from qjax.training import moving_range as moving_range
 from qjax.training import pact as pact
 from qjax.training import qat as qat
 from qjax.training import qlora as qlora

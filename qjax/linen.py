@@ -1,4 +1,4 @@
-"""For people with a Linen module: `fake_quant`, `quantize` and `rewrite`."""
+"""For people with a Linen module: `fake_quant` and what goes with it, `quantize` and `rewrite`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core.scope import subtract_filters
 
-from qjax.policy import Policy, check_weights_only
+from qjax.policy import Policy, check_policy
 from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq import rewrite as rewrite_function
@@ -18,6 +19,11 @@ from qjax.ptq.progress import Listener
 from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
+from qjax.training import convert as convert_function
+from qjax.training.state import advance as next_state
+from qjax.training.state import labels as state_labels
+
+QUANT = "quant"  # the collection of the quantizers' state
 
 
 def quantize(
@@ -126,49 +132,136 @@ class FakeQuantModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_initializing():
             return self.module(*args, **kwargs)
-        plain = self.module.clone(parent=None, name=None)
-        rngs = dict.fromkeys(self.scope.rngs, jax.random.key(0)) if self.scope is not None else {}
-        collections = dict(self.variables)
-        mutable = [name for name in collections if self.is_mutable_collection(name)]
-
-        # Only traced, to find the sites: which key a dropout gets does not matter for that.
-        def forward(variables: Any, *args: Any) -> Any:
-            return plain.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
-
-        weights = FakeQuant(forward, self.policy).leaves(collections, *args)
-
-        def fake(params: Any) -> Any:
-            return {**params, "params": weights({**collections, **params})["params"]}
-
-        run = nn.map_variables(
-            lambda module, *args: module(*args, **kwargs), "params", trans_in_fn=fake, mutable=False, init=False
-        )
-        return run(self.module, *args)
+        scope: Any = self.scope
+        held = {name: tree for name, tree in self.variables.items() if name != QUANT}
+        rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
+        changes = subtract_filters(scope.mutable, ["params", QUANT])
+        fq = FakeQuant(_forward(self.module, changes), self.policy)
+        out, changed = fq(held, rngs, *args, quant=self.variables.get(QUANT, {}).get("state"), **kwargs)
+        for collection, entries in changed.items():
+            for name, value in entries.items():
+                self.put_variable(collection, name, value)
+        return out
 
 
-def fake_quant(model: nn.Module, policy: Policy) -> nn.Module:
+def _forward(module: nn.Module, mutable: Any = False) -> Any:
+    """The function fn(variables, rngs, *args, **kwargs) of a module, which also returns what it changed."""
+    plain = module.clone(parent=None, name=None)
+
+    def forward(variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
+
+    def fixed(variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain.apply(variables, *args, rngs=rngs, **kwargs), {}
+
+    return fixed if mutable is False else forward
+
+
+def fake_quant(model: nn.Module, policy: Policy) -> FakeQuantModule:
     """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
 
     Args:
       model: any Linen module; not changed.
-      policy: which parameters are fake-quantized.
+      policy: which parameters, activations and products are fake-quantized.
 
     Returns:
-      A module with the same parameter tree: `init` gives the variables that `model.init` gives, and each may use the
-      other's.
+      A module with the same parameter tree: `init` gives the variables that `model.init` gives, and each may use the other's. A policy
+      whose quantizers have a state keeps it in the collection "quant" of the variables: `begin` makes it, `labels` says what of all
+      variables trains, `advance` goes to the next step, `convert` packs what was trained.
 
     Raises:
       TypeError: `model` is no module of this kind, or `policy` no policy.
-      ValueError: a rule with an `activation`, which a module cannot round yet.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax, flax.linen as nn
-      >>> model = qjax.linen.fake_quant(nn.Dense(4), qjax.Policy([qjax.Rule("kernel", weight=qjax.int4())]))
-      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 8)))
-      >>> jax.tree.map(jnp.shape, variables)
-      {'params': {'bias': (4,), 'kernel': (8, 4)}}
+      >>> rule = qjax.Rule("kernel", weight=qjax.int4(), activation=qjax.static(qjax.int8()), train=qjax.lsq())
+      >>> model, x = qjax.linen.fake_quant(nn.Dense(4), qjax.Policy([rule])), jnp.ones((1, 8))
+      >>> variables = qjax.linen.begin(model, jax.random.key(0), model.init(jax.random.key(1), x), x)
+      >>> jax.tree.map(jnp.shape, variables["quant"]["state"])
+      {'activations': {'kernel': {'scale': (1, 1)}}, 'weights': {'kernel': {'scale': (4, 1)}}}
+      >>> model.apply(variables, x).shape, qjax.linen.convert(model, variables, x).params["params"]["kernel"].spec
+      ((1, 4), int4(per="channel"))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.fake_quant")
-    check_weights_only(policy)
+    check_policy(policy)
     return FakeQuantModule(model.clone(parent=None), policy)
+
+
+def begin(model: FakeQuantModule, key: jax.Array, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns the variables with the state of the quantizers as these parameters and data have it, in the collection "quant".
+
+    Args:
+      model: from `fake_quant`.
+      key: a random key.
+      variables: those of the module, trained or from `init`; a state in them is left out.
+      *args: arguments of `__call__`, in evaluation mode.
+      **kwargs: keyword arguments of `__call__`.
+
+    Returns:
+      Variables; without a collection "quant" where the policy has no state.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`.
+      ValueError: as `qjax.FakeQuant.init`.
+    """
+    fq, held = _function(model, "begin"), _without_state(variables)
+    state = fq.init(key, held, {}, *args, **kwargs)
+    return {**held, QUANT: {"state": state}} if state else held
+
+
+def advance(variables: Any) -> dict[str, Any]:
+    """Returns the variables of the next step: schedules go on, random rounding draws anew. Call it once after each update.
+
+    Args:
+      variables: with a collection "quant", or without.
+
+    Returns:
+      Variables.
+    """
+    return {**variables, QUANT: {"state": next_state(variables[QUANT]["state"])}} if QUANT in variables else dict(variables)
+
+
+def labels(variables: Any) -> dict[str, Any]:
+    """Returns "weights", "learned" or "fixed" for every variable, for `optax.multi_transform`: parameters, learned ranges, the rest.
+
+    Args:
+      variables: those of a module.
+
+    Returns:
+      A tree like `variables`.
+    """
+    marks = {name: jax.tree.map(lambda _, n=name: "weights" if n == "params" else "fixed", tree) for name, tree in variables.items()}
+    return {**marks, QUANT: {"state": state_labels(variables[QUANT]["state"])}} if QUANT in variables else marks
+
+
+def convert(model: FakeQuantModule, variables: Any, *args: Any, **kwargs: Any) -> Result:
+    """Packs what was trained; see `qjax.convert`.
+
+    Args:
+      model: from `fake_quant`.
+      variables: the trained ones, with the collection "quant" if the policy has a state.
+      *args: arguments of `__call__`; shapes are enough.
+      **kwargs: keyword arguments of `__call__`.
+
+    Returns:
+      A `Result` whose `params` are the variables of the module that `fake_quant` was given, with packed leaves, for
+      `jax.jit(qjax.quantized(module.apply))(result.params, x)`.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`.
+      ValueError: as `qjax.convert`.
+    """
+    state = variables.get(QUANT, {}).get("state")
+    return convert_function(_function(model, "convert"), _without_state(variables), {}, *args, quant=state, **kwargs)
+
+
+def _function(model: Any, verb: str) -> FakeQuant:
+    if not isinstance(model, FakeQuantModule):
+        raise TypeError(f"`model` of qjax.linen.{verb} must be from qjax.linen.fake_quant, got {type(model).__name__}")
+    forward = _forward(model.module)
+    return FakeQuant(lambda variables, rngs, *args, **kwargs: forward(variables, rngs, *args, **kwargs)[0], model.policy)
+
+
+def _without_state(variables: Any) -> dict[str, Any]:
+    return {name: tree for name, tree in variables.items() if name != QUANT}

@@ -1,4 +1,4 @@
-"""For people with an NNX module: `fake_quant`, `quantize` and `rewrite`."""
+"""For people with an NNX module: `fake_quant` and what goes with it, `quantize` and `rewrite`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
-from qjax.policy import Policy, check_weights_only
+from qjax.policy import Policy, check_policy
 from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq import rewrite as rewrite_function
@@ -17,6 +18,9 @@ from qjax.ptq.progress import Listener
 from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
+from qjax.training import convert as convert_function
+from qjax.training.state import advance as next_state
+from qjax.training.state import labels
 
 
 def function(model: nnx.Module, mutable: bool = False) -> Callable[..., Any]:
@@ -131,32 +135,47 @@ def rewrite(model: nnx.Module, calibration: Iterable[Any], steps: Sequence[Step]
     return rewrite_function(function(model), nnx.state(model), calibration, steps, untie=untie)
 
 
+class Quantizer(nnx.Variable):
+    """A number of the quantizers' state that does not train: a static range, the step, the seed."""
+
+
+class Learned(Quantizer):
+    """A learned number of the quantizers' state; not an `nnx.Param`, so that it can have a learning rate of its own."""
+
+
 def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("__call__",)) -> Any:
     """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
 
     Args:
       model: any NNX module; not changed.
-      policy: which parameters are fake-quantized.
-      methods: the methods that compute with fake-quantized parameters; all others compute in float.
+      policy: which parameters, activations and products are fake-quantized.
+      methods: the methods that compute with fake-quantized parameters; all others compute in float. One, if the policy's quantizers have
+        a state.
 
     Returns:
       A copy of the module whose `methods` compute with fake-quantized parameters. Its state has the same paths, its
-      `Param`s stay float, and what a call changes (batch statistics, random counts) is changed in it.
+      `Param`s stay float, and what a call changes (batch statistics, random counts) is changed in it. A policy whose quantizers have a
+      state needs `begin`, which gives the copy an attribute `quant` of `Learned` and `Quantizer` variables; train with
+      `wrt=nnx.Any(nnx.Param, qjax.nnx.Learned)`. `convert` packs what was trained.
 
     Raises:
       TypeError: `model` is no module of this kind, or `policy` no policy.
-      ValueError: a rule with an `activation`, which a module cannot round yet.
+      ValueError: `methods` names one that there is not.
 
     Example:
-      >>> import jax.numpy as jnp, qjax
+      >>> import jax, jax.numpy as jnp, qjax
       >>> from flax import nnx
-      >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
-      >>> fq = qjax.nnx.fake_quant(model, qjax.Policy([qjax.Rule("kernel", weight=qjax.int4())]))
-      >>> isinstance(fq, nnx.Linear), fq(jnp.ones((2, 8))).shape
-      (True, (2, 4))
+      >>> model, x = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 8))
+      >>> rule = qjax.Rule("kernel", weight=qjax.int4(), activation=qjax.static(qjax.int8()), train=qjax.lsq())
+      >>> fq = qjax.nnx.begin(qjax.nnx.fake_quant(model, qjax.Policy([rule])), jax.random.key(0), x)
+      >>> isinstance(fq, nnx.Linear), fq(x).shape, len(jax.tree.leaves(nnx.state(fq, qjax.nnx.Learned)))
+      (True, (2, 4), 2)
+      >>> result = qjax.nnx.convert(fq, x)
+      >>> jax.jit(qjax.quantized(qjax.nnx.function(model)))(result.params, x).shape
+      (2, 4)
     """
     _check(model, "fake_quant")
-    check_weights_only(policy)
+    check_policy(policy)
     base = type(model)
     for name in methods:
         if not callable(getattr(base, name, None)):
@@ -164,21 +183,128 @@ def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("_
     copy = nnx.clone(model)
     # A subclass, so that the copy is what the original is, with the attributes and paths it has.
     wrapped = {name: _fake_quantized(getattr(base, name), policy) for name in methods}
-    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), wrapped)
+    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), {**wrapped, _HOW: (base, policy, methods)})
     return copy
+
+
+def begin(model: Any, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    """Returns a copy of the module with the state of its quantizers as its parameters and these data have it.
+
+    Args:
+      model: from `fake_quant`, in evaluation mode; not changed.
+      key: a random key.
+      *args: arguments of the method that computes with fake-quantized parameters.
+      **kwargs: keyword arguments of it.
+
+    Returns:
+      A module.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`.
+      ValueError: it has several methods, or an attribute `quant` of its own; as `qjax.FakeQuant.init`.
+    """
+    copy = nnx.clone(model)
+    _, _, methods = _how(copy, "begin")
+    if len(methods) > 1:
+        raise ValueError(f"`model` has {len(methods)} fake-quantized methods, {', '.join(methods)}, and one state: name one")
+    held = copy.__dict__.get(_QUANT)
+    if held is not None and not isinstance(held, nnx.Dict):
+        raise ValueError(f"`model` has an attribute {_QUANT!r} of its own, where the state of the quantizers would be: rename it")
+    if held is not None:
+        delattr(copy, _QUANT)
+    fq, params, rest = _function(copy)
+    state = fq.init(key, params, rest, *args, **kwargs)
+    if state:
+        setattr(copy, _QUANT, _variables(state, labels(state)))
+    return copy
+
+
+def advance(model: Any) -> None:
+    """Goes to the next step, in place as an optimizer does: schedules go on, random rounding draws anew. Call it after each update.
+
+    Args:
+      model: from `begin`.
+    """
+    quant = _state(model)
+    if quant is not None and "step" in quant:
+        model.quant.step[...] = next_state(quant)["step"]
+
+
+def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
+    """Packs what was trained; see `qjax.convert`.
+
+    Args:
+      model: from `fake_quant`, or `begin`; in evaluation mode.
+      *args: arguments of the method that computes with fake-quantized parameters; shapes are enough.
+      **kwargs: keyword arguments of it.
+
+    Returns:
+      A `Result` whose `params` is the state of the module that `fake_quant` was given, with packed `Param`s, for
+      `jax.jit(qjax.quantized(qjax.nnx.function(module)))(result.params, x)`.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`.
+      ValueError: as `qjax.convert`.
+    """
+    _how(model, "convert")
+    quant = _state(model)
+    fq, params, rest = _function(_without_state(model))
+    result = convert_function(fq, params, rest, *args, quant=quant, **kwargs)
+    return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
+
+
+_HOW, _QUANT = "_fake_quantized_as", "quant"
+
+
+def _how(model: Any, verb: str) -> tuple[type, Policy, tuple[str, ...]]:
+    found = getattr(type(model), _HOW, None)
+    if found is None:
+        raise TypeError(f"`model` of qjax.nnx.{verb} must be from qjax.nnx.fake_quant, got {type(model).__name__}")
+    return found
+
+
+def _without_state(model: Any) -> Any:
+    copy = nnx.clone(model)
+    if hasattr(copy, _QUANT):
+        delattr(copy, _QUANT)
+    return copy
+
+
+def _function(model: Any) -> tuple[FakeQuant, Any, Any]:
+    """The function fn(params, rest, *args) of a module without a state, and its arguments."""
+    base, policy, methods = _how(model, "fake_quant")
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def forward(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(base, methods[0])(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)
+
+    return FakeQuant(forward, policy), params, rest
+
+
+def _variables(state: Any, marks: Any) -> Any:
+    """A state as nested variables."""
+    if isinstance(state, dict):
+        return nnx.Dict({name: _variables(value, marks[name]) for name, value in state.items()})
+    return (Learned if marks == "learned" else Quantizer)(state)
+
+
+def _state(model: Any) -> Any:
+    """The state that a module holds, as plain dictionaries; None if it has none."""
+    held = model.__dict__.get(_QUANT)
+    return nnx.to_pure_dict(nnx.state(held)) if isinstance(held, nnx.Dict) else None
 
 
 def _fake_quantized(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        graphdef, params, rest = nnx.split(self, nnx.Param, ...)
+        graphdef, params, held, rest = nnx.split(self, nnx.Param, Quantizer, ...)
 
-        def forward(params: Any, rest: Any, *args: Any) -> Any:
-            return method(nnx.merge(graphdef, params, rest), *args, **kwargs)
+        def forward(params: Any, rest: Any, held: Any, *args: Any, **kwargs: Any) -> Any:
+            module = nnx.merge(graphdef, params, held, rest, copy=True)
+            out = method(module, *args, **kwargs)
+            return out, nnx.split(module, nnx.Param, Quantizer, ...)[3]
 
-        weights = FakeQuant(forward, policy).leaves(params, rest, *args)
-        quantized = nnx.merge(graphdef, weights(params), rest)
-        out = method(quantized, *args, **kwargs)
-        nnx.update(self, nnx.split(quantized, nnx.Param, ...)[2])
+        out, changed = FakeQuant(forward, policy)(params, rest, held, *args, quant=_state(self), **kwargs)
+        nnx.update(self, changed)
         return out
 
     return call

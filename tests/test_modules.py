@@ -138,6 +138,53 @@ def test_linen_fake_quant_trains_with_state_and_dropout():
     assert (variables["batch_stats"]["BatchNorm_0"]["mean"] != 0).any()
 
 
+LEARNED = Policy([Rule("*ernel", weight=qjax.int4(), activation=qjax.static(qjax.int8()),
+                       train=qjax.qat(qjax.lsq(), qjax.lsq(), schedule=qjax.schedule(weights=1)))])  # fmt: skip
+KINDS = {"weights": optax.sgd(1e-3), "learned": optax.sgd(1e-2), "fixed": optax.set_to_zero()}
+
+
+def learned_of(variables):
+    state = variables["quant"]["state"]
+    return jax.tree.leaves({name: state[name] for name in ("weights", "activations")})
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+        return nn.Dense(2)(nn.Dropout(0.1, deterministic=not train)(nn.relu(x)))
+
+
+def test_a_linen_module_holds_what_quantizers_learn():
+    x = normal(4, 3)
+    model, plain = qjax.linen.fake_quant(Small(), LEARNED), Small()
+    variables = qjax.linen.begin(model, jax.random.key(0), model.init(jax.random.key(1), x), x)
+    first, optimizer = variables["quant"], optax.multi_transform(KINDS, qjax.linen.labels(variables))
+
+    @jax.jit
+    def step(variables, state, key):
+        def loss(variables):
+            out, changed = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+            return jnp.sum((out - 1) ** 2), (out, changed)
+
+        (value, (out, changed)), grads = jax.value_and_grad(loss, has_aux=True)(variables)
+        updates, state = optimizer.update(grads, state, variables)
+        return qjax.linen.advance({**optax.apply_updates(variables, updates), **changed}), state, value, out
+
+    state, values, outs = optimizer.init(variables), [], []
+    for i in range(4):
+        variables, state, value, out = step(variables, state, jax.random.key(i))
+        values.append(float(value))
+        outs.append(out)
+    assert values[-1] < values[1] and float(variables["quant"]["state"]["step"]) == 4
+    assert all(bool(jnp.any(a != b)) for a, b in zip(*map(learned_of, (variables, {"quant": first})), strict=True))
+    assert bool(jnp.any(variables["batch_stats"]["BatchNorm_0"]["mean"] != 0))
+    result = qjax.linen.convert(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert "quant" not in result.params and [row.method for row in result.report.rows if row.spec] == ["lsq", "lsq"]
+    got = jax.jit(qjax.quantized(plain.apply))(result.params, x)
+    np.testing.assert_allclose(got, jax.jit(model.apply)(variables, x), rtol=1e-4, atol=1e-5)
+
+
 class NNXNet(nnx.Module):
     def __init__(this, rngs):
         this.conv = nnx.Conv(3, 10, (3, 3), rngs=rngs)
@@ -182,6 +229,31 @@ def test_nnx_fake_quant_trains_and_updates_its_own_state():
     assert fq(X).shape == (4, 6, 6, 10)
 
 
+def test_an_nnx_module_holds_what_quantizers_learn():
+    model, x = nnx.Sequential(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(5, 2, rngs=nnx.Rngs(1))), normal(4, 3)
+    fq = qjax.nnx.begin(qjax.nnx.fake_quant(model, LEARNED), jax.random.key(0), x)
+    trained = nnx.Any(nnx.Param, qjax.nnx.Learned)
+    first, optimizer = jax.tree.map(jnp.copy, nnx.state(fq, trained)), nnx.Optimizer(fq, optax.sgd(1e-3), wrt=trained)
+
+    @nnx.jit
+    def step(model, optimizer):
+        diff = nnx.DiffState(0, trained)
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2), argnums=diff)(model)
+        optimizer.update(model, grads)
+        qjax.nnx.advance(model)
+        return loss
+
+    losses = [float(step(fq, optimizer)) for _ in range(4)]
+    assert losses[-1] < losses[1] and float(fq.quant.step[...]) == 4
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), nnx.state(fq, trained), first)
+    assert len(jax.tree.leaves(moved)) == 8 and all(jax.tree.leaves(moved))
+    result = qjax.nnx.convert(fq, x)
+    assert jax.tree.structure(result.params, is_leaf=is_q) == jax.tree.structure(nnx.state(model))
+    got = jax.jit(qjax.quantized(qjax.nnx.function(model)))(result.params, x)
+    np.testing.assert_allclose(got, fq(x), rtol=1e-4, atol=1e-5)
+    assert not hasattr(model, "quant")
+
+
 def test_equinox_module_as_a_plain_function():
     """Its leaves hold callables; they are static."""
     mlp = eqx.nn.MLP(6, 4, 9, 2, key=jax.random.key(0))
@@ -205,13 +277,21 @@ def test_the_wrong_kind_of_module_is_named(verb):
 
 
 def test_what_a_module_cannot_do_is_refused_at_once():
-    activations = qjax.Policy([qjax.Rule("*", weight=qjax.int8(), activation=qjax.dynamic(qjax.int8()))])
-    with pytest.raises(ValueError, match=r"rule '\*' has `activation` dynamic.* apply qjax.fake_quant to its function"):
-        qjax.linen.fake_quant(nn.Dense(3), activations)
+    for verb in (qjax.linen.begin, qjax.linen.convert):
+        with pytest.raises(TypeError, match=r"`model` of qjax.linen.\w+ must be from qjax.linen.fake_quant, got Dense"):
+            verb(nn.Dense(3), {"params": {}}, X)
+    linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"`model` of qjax.nnx.convert must be from qjax.nnx.fake_quant, got Linear"):
+        qjax.nnx.convert(linear, X)
+    linear.quant = nnx.Param(jnp.ones(1))
+    with pytest.raises(ValueError, match=r"`model` has an attribute 'quant' of its own"):
+        qjax.nnx.begin(qjax.nnx.fake_quant(linear, INT8), jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"`methods` names 'decode', which Linear does not have"):
+        qjax.nnx.fake_quant(linear, INT8, ("decode",))
     with pytest.raises(TypeError, match=r"`policy` must be a qjax.Policy, got IntSpec"):
         qjax.linen.fake_quant(nn.Dense(3), qjax.int8())
     with pytest.raises(ValueError, match=r"`variables` must be a dictionary with 'params'.* got one with 'kernel'"):
-        qjax.linen.quantize(nn.Dense(3), {"kernel": jnp.ones((8, 3))}, activations, calibration=[jnp.ones((2, 8))])
+        qjax.linen.quantize(nn.Dense(3), {"kernel": jnp.ones((8, 3))}, INT8, calibration=[jnp.ones((2, 8))])
 
 
 class Counting(nnx.Module):

@@ -124,6 +124,15 @@ def run_in_a_process(model, key, cache):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_here(model, key):
+    """A cell in this process, which read its programs for the cells before: of no worth for seconds and memory, so without them."""
+    try:
+        record = run_cell(model, key)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return {"model": model, "key": key, "error": [str(error)]}
+    return {name: value for name, value in record.items() if name not in ("seconds", "compile_seconds", "peak_bytes", "peak_bytes_before")}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(MODELS), help="One of the two; both by default.")
@@ -132,6 +141,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Start no new cell after this.")
     parser.add_argument("--json", default=str(HERE / "results.json"), help="Where records go; cells that are there are not run again.")
     parser.add_argument("--cache", default=str(HERE / "weights" / "compiled"), help="Folder of compiled programs.")
+    parser.add_argument("--here", action="store_true", help="All cells in this process, without seconds and memory: for a busy machine.")
     parser.add_argument("--cell", help="Run one cell in this process and print its record.")
     options = parser.parse_args()
     if options.cell:
@@ -146,9 +156,9 @@ def main():
 
     def work(cell):
         late = time.monotonic() - started > 60 * options.minutes
-        return None if late else run_in_a_process(*cell, options.cache)
+        return None if late else run_here(*cell) if options.here else run_in_a_process(*cell, options.cache)
 
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1 if options.here else options.jobs) as pool:
         for future in concurrent.futures.as_completed([pool.submit(work, cell) for cell in wanted]):
             record = future.result()
             if record is None:

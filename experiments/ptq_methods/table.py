@@ -1,10 +1,12 @@
 """The tables of README.md from the records of bench.py: chosen on the first half of the text, reported on the second."""
 
 import argparse
+import itertools
 import json
 import pathlib
 
 import numpy as np
+from scipy import stats
 
 from qjax.evaluation import paired_bootstrap
 
@@ -76,44 +78,101 @@ def line(row):
     to_rounding = f"{low:.4f} .. {high:.4f}" if high else ""
     closed = "{:.0%} ({:.0%} .. {:.0%})".format(*row["closed"]) if "closed" in row else ""
     kl_closed = f"{row['kl closed']:.0%}" if "kl closed" in row else ""
-    peak = (record["peak_bytes"] - record["peak_bytes_before"]) / 1e6
+    peak = f"{(record['peak_bytes'] - record['peak_bytes_before']) / 1e6:.0f}" if "peak_bytes" in record else ""
     worse = " (worse)" if "to rounding" in row and row["to rounding"][1] > 1 else ""
-    seconds = f"{record['seconds'] - record['compile_seconds']:.1f} + {record['compile_seconds']:.1f}"
+    seconds = f"{record['seconds'] - record['compile_seconds']:.1f} + {record['compile_seconds']:.1f}" if "seconds" in record else ""
     return (f"| {record['method']}{worse} | {row['chosen on']:.3f} | {row['perplexity']:.3f} | {to_rounding} | {closed} "
-            f"| {record['kl']:.5f} | {kl_closed} | {record['bits_per_weight']:.3f} | {seconds} | {peak:.0f} |")  # fmt: skip
+            f"| {record['kl']:.5f} | {kl_closed} | {record['bits_per_weight']:.3f} | {seconds} | {peak} |")  # fmt: skip
 
 
 HEAD = ("| | first half | perplexity | ratio to rounding | of its gap closed | KL | of it closed | bits | s, + to compile | MB |\n"
         "|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
 
 
-def significant(a, b):
-    """-1 where the windows' means of `a` are below those of `b` beyond doubt (95 % of a paired bootstrap), 1 where above, else 0."""
-    found = paired_bootstrap(b, a)
-    return int(found.low > 0) - int(found.high < 0)
+def student(a, b, scatter=0.0):
+    """Student's t of the mean of `a - b` over the same windows, and its one-sided p: of a true mean on the other side of zero.
+
+    `scatter` is the standard deviation that the difference has beside the windows', from run to run.
+    """
+    difference = a - b
+    error = np.hypot(difference.std(ddof=1) / np.sqrt(len(difference)), scatter)
+    t = float(difference.mean() / error) if error > 0 else 0.0
+    return t, float(stats.t.sf(abs(t), len(difference) - 1))
+
+
+def reversal(ours, theirs):
+    """p that a pair is in truth not ordered in opposite ways on two models, of their (t, p) each.
+
+    Gail and Simon 1985 for two groups: the larger of the two one-sided p where the signs differ, else 1.
+    """
+    return max(ours[1], theirs[1]) if ours[0] * theirs[0] < 0 else 1.0
+
+
+def holm(p):
+    """Adjusted p: those below alpha hold together with an error of alpha in all (Holm 1979)."""
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1))
+    return np.minimum(stepped, 1.0)[np.argsort(order)]
+
+
+def benjamini_hochberg(p):
+    """Adjusted p: of those below alpha, alpha are expected to be wrong (Benjamini and Hochberg 1995)."""
+    order = np.argsort(p)[::-1]
+    stepped = np.minimum.accumulate(np.asarray(p)[order] * len(p) / np.arange(len(p), 0, -1))
+    return np.minimum(stepped, 1.0)[np.argsort(order)]
 
 
 MEASURES = {"perplexity": lambda record: halves(record)[1], "divergence": lambda record: np.asarray(record["kls"])}
+MEANS = {"perplexity": lambda record: np.mean(halves(record)[1]), "divergence": lambda record: record["kl"]}
+ALPHA = 0.05
 
 
-def print_reversals(records, first, second):
-    """Pairs of methods whose order on one model is beyond doubt, and what becomes of them on the other, in each measure."""
+def scatters(records, again):
+    """By (measure, bits): the root mean square difference of two runs of the same cell, as two methods differ by it from run to run."""
+    first, found = {(r["model"], r["key"]): r for r in records if r.get("bits")}, {}
+    for record in again:
+        other = first.get((record["model"], record["key"]))
+        for name, mean in MEANS.items() if other is not None and other.get("seconds") != record.get("seconds") else ():
+            found.setdefault((name, record["bits"]), []).append(mean(record) - mean(other))
+    return {what: (float(np.sqrt(np.mean(np.square(moved)))), len(moved)) for what, moved in found.items() if np.any(moved)}
+
+
+def compared(records, first, second, name, scatter):
+    """All pairs of methods of a cell that both models have: (cell, a, b, (t, p) on the first, (t, p) on the second), a - b < 0 on the first."""
     (_, ours), (_, theirs) = cells(records, first), cells(records, second)
-    print(f"\n## Pairs whose order is beyond doubt on {first}, and what becomes of them on {second}\n")
-    print("| | measure | pairs | the same | undecided | the other way round |\n|---|---|---|---|---|---|")
-    total = {name: [0, 0, 0, 0] for name in MEASURES}
     for cell in (cell for cell in ours if cell in theirs):
-        for name, of in MEASURES.items():
-            mine, others = ({r["method"]: of(r) for r in group[cell] if name == "perplexity" or "kls" in r} for group in (ours, theirs))
-            shared = [m for m in mine if m in others]
-            pairs = [(a, b) for a in shared for b in shared if significant(mine[a], mine[b]) < 0]
-            ways = [significant(others[a], others[b]) for a, b in pairs]
-            turned = "; ".join(f"{a} < {b}" for (a, b), way in zip(pairs, ways, strict=True) if way > 0)
-            counts = len(pairs), ways.count(-1), ways.count(0), ways.count(1)
-            total[name] = [sum(x) for x in zip(total[name], counts, strict=True)]
-            print(f"| {cell[0]} bit, {cell[1]} | {name} | {' | '.join(map(str, counts))}{f': {turned}' if turned else ''} |")
-    for name, counts in total.items():
-        print(f"| all | {name} | {' | '.join(map(str, counts))} |")
+        of, beside = MEASURES[name], scatter.get((name, cell[0]), (0.0, 0))[0]
+        mine, others = ({r["method"]: of(r) for r in group[cell] if name == "perplexity" or "kls" in r} for group in (ours, theirs))
+        for a, b in itertools.combinations([m for m in mine if m in others], 2):
+            here, there = (student(x[a], x[b], beside) for x in (mine, others))
+            yield (cell, a, b, here, there) if here[0] < 0 else (cell, b, a, (-here[0], here[1]), (-there[0], there[1]))
+
+
+def print_reversals(records, first, second, scatter):
+    """Pairs of methods in each measure: ordered on one model, on the other, and turned round when it is counted how many were tested."""
+    print(f"\n## The order on {first} and on {second}\n")
+    if scatter:
+        said = ", ".join(f"{name} at {bits} bit {rms:.5f} ({count} cells)" for (name, bits), (rms, count) in sorted(scatter.items()))
+        print(f"With the scatter of two runs of a cell beside that of the windows: {said}.\n")
+    print("| | measure | pairs | ordered beyond doubt on the first | the same on the second | undecided | turned round | of all pairs, "
+          "at a false discovery rate of 5 % | with 5 % for one error in all |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    survive = []
+    for name in MEASURES:
+        pairs = list(compared(records, first, second, name, scatter))
+        p = [reversal(here, there) for *_, here, there in pairs]
+        rate, family = benjamini_hochberg(p) <= ALPHA, holm(p) <= ALPHA
+        survive += [(name, value, pair, held) for value, pair, low, held in zip(p, pairs, rate, family, strict=True) if low]
+        where = [pair[0] for pair in pairs]
+        for cell in [*dict.fromkeys(where), None]:
+            mine = [i for i, at in enumerate(where) if cell in (at, None)]
+            ordered = [i for i in mine if pairs[i][3][1] < ALPHA / 2]
+            ways = [np.sign(pairs[i][4][0]) * (pairs[i][4][1] < ALPHA / 2) for i in ordered]
+            counts = len(mine), len(ordered), ways.count(-1), ways.count(0), ways.count(1), int(rate[mine].sum()), int(family[mine].sum())
+            print(f"| {f'{cell[0]} bit, {cell[1]}' if cell else 'all'} | {name} | {' | '.join(map(str, counts))} |")
+    print(f"\n### Turned round when all pairs are counted\n\n| | measure | better on {first} | better on {second} | t, t | p | one error in all |")
+    print("|---|---|---|---|---|---|---|")
+    for name, value, (cell, a, b, here, there), held in sorted(survive, key=lambda row: (row[0] != "perplexity", row[1])):
+        print(f"| {cell[0]} bit, {cell[1]} | {name} | {a} | {b} | {here[0]:.1f}, {there[0]:.1f} | {value:.0e} | {'yes' if held else 'no'} |")
 
 
 SIZES = ("channel", "g128", "g64", "g32")
@@ -159,6 +218,7 @@ def main():
     parser.add_argument("--json", default=str(pathlib.Path(__file__).parent / "results.json"))
     parser.add_argument("--model", nargs="*", default=None)
     parser.add_argument("--brief", action="store_true", help="methods against granularities in place of all figures of each cell")
+    parser.add_argument("--again", default=None, help="records of the same cells from other runs: tells how far they scatter")
     options = parser.parse_args()
     records = json.loads(pathlib.Path(options.json).read_text())
     models = options.model or list(dict.fromkeys(r["model"] for r in records))
@@ -166,7 +226,8 @@ def main():
     for model in models:
         show(records, model)
     if len(models) == 2:
-        print_reversals(records, *models)
+        again = json.loads(pathlib.Path(options.again).read_text()) if options.again else []
+        print_reversals(records, *models, scatters(records, again))
 
 
 if __name__ == "__main__":

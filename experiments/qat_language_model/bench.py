@@ -1,6 +1,7 @@
 """Quantization-aware training of the shipped language model against the best rounding after training. See README.md."""
 
 import argparse
+import functools
 import json
 import pathlib
 import platform
@@ -73,20 +74,17 @@ def trained(apply, params, quant, fq, data, rate, teacher=None):
         wanted = jax.nn.log_softmax(apply(teacher, tokens).astype(jnp.float32))
         return (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits.astype(jnp.float32)))).sum(-1).mean()
 
-    @jax.jit
-    def run(both, data, teacher):
-        del teacher
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry, tokens):
+        grads = jax.grad(loss)(carry[0], tokens)
+        updates, state = optimizer.update(grads, carry[1], carry[0])
+        return optax.apply_updates(carry[0], updates), state
 
-        def step(carry, tokens):
-            value, grads = jax.value_and_grad(loss)(carry[0], tokens)
-            updates, state = optimizer.update(grads, carry[1], carry[0])
-            return (optax.apply_updates(carry[0], updates), state), value
-
-        (both, _), values = jax.lax.scan(step, (both, optimizer.init(both)), data)
-        return both, values
-
-    both, values = run((params, quant), data, teacher)
-    return *both, np.asarray(values)
+    both = jax.tree.map(jnp.copy, (params, quant))
+    carry = both, optimizer.init(both)
+    for tokens in data:
+        carry = step(carry, tokens)
+    return carry[0]
 
 
 def measure(options):
@@ -106,7 +104,7 @@ def measure(options):
 
     mark("float, before", apply, start, time.perf_counter())
     since = time.perf_counter()
-    tuned, _, _ = trained(apply, start, {}, None, data, options.rate)
+    tuned, _ = trained(apply, start, {}, None, data, options.rate)
     mark("float", apply, tuned, since)
     calibration = [data[i, :8] for i in range(min(16, len(data)))]
     for name in options.rows or SPECS:
@@ -116,10 +114,10 @@ def measure(options):
             mark(f"{name}, {method}", qjax.quantized(apply), result.params, since)
         for kind in options.trains or TRAINS:
             fq = qjax.fake_quant(apply, policy(name, train=TRAINS[kind]))
-            for source, first in (("", start), (", distilled", tuned)):
+            for source, first in (("", start), *([(", distilled", tuned)] if options.distill else [])):
                 since = time.perf_counter()
                 quant = fq.init(jax.random.key(0), first, data[0])
-                params, quant, _ = trained(apply, first, quant, fq, data, options.rate, tuned if source else None)
+                params, quant = trained(apply, first, quant, fq, data, options.rate, tuned if source else None)
                 result = qjax.convert(fq, params, data[0], quant=quant)
                 mark(f"{name}, QAT {kind}{source}", qjax.quantized(apply), result.params, since)
     return losses, seconds
@@ -156,6 +154,7 @@ def main():
     parser.add_argument("--rows", nargs="*", choices=list(SPECS))
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="After training.")
     parser.add_argument("--trains", nargs="*", choices=list(TRAINS))
+    parser.add_argument("--distill", action="store_true", help="Train from the trained float model on its distribution, too.")
     parser.add_argument("--json", help="Write the numbers here, too.")
     options = parser.parse_args()
     losses, seconds = measure(options)

@@ -66,32 +66,46 @@ def apply(variables, images):
     return MODEL.apply(variables, images)
 
 
-@partial(jax.jit, static_argnames="epochs")
-def train(key, images, labels, epochs):
-    """Trains one network: AdamW, one cosine of the learning rate, every image moved by at most one pixel."""
-    start, loop = jax.random.split(key)
-    variables = MODEL.init(start, images[:1])
-    steps = len(images) // BATCH
-    optimizer = optax.adamw(optax.cosine_decay_schedule(4e-3, epochs * steps), weight_decay=1e-3)
+def batch(key, images, labels):
+    """Images of a step, every one moved by at most one pixel, and their labels."""
+    pick, move = jax.random.split(key)
+    chosen = jax.random.randint(pick, (BATCH,), 0, len(images))
+    moves = jax.random.randint(move, (BATCH, 2), 0, 3)
+    wide = jnp.pad(images[chosen], ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), images.shape[1:]))(wide, moves), labels[chosen]
 
-    def step(carry, key):
+
+def training(steps):
+    """How a network trains, two functions: AdamW, one cosine of the learning rate."""
+    optimizer = optax.adamw(optax.cosine_decay_schedule(4e-3, steps), weight_decay=1e-3)
+
+    def begin(key, images):
+        variables = MODEL.init(key, images[:1])
+        return variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+
+    def step(carry, key, images, labels):
         params, stats, state = carry
-        pick, move = jax.random.split(key)
-        chosen = jax.random.randint(pick, (BATCH,), 0, len(images))
-        moves = jax.random.randint(move, (BATCH, 2), 0, 3)
-        wide = jnp.pad(images[chosen], ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), images.shape[1:]))(wide, moves)
+        x, wanted = batch(key, images, labels)
 
         def loss(params):
             logits, new = MODEL.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean(), new["batch_stats"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean(), new["batch_stats"]
 
         grads, stats = jax.grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), stats, state), None
+        return optax.apply_updates(params, updates), stats, state
 
-    carry = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
-    (params, stats, _), _ = jax.lax.scan(step, carry, jax.random.split(loop, epochs * steps))
+    return begin, step
+
+
+@partial(jax.jit, static_argnames="epochs")
+def train(key, images, labels, epochs):
+    """Trains one network."""
+    start, loop = jax.random.split(key)
+    steps = epochs * (len(images) // BATCH)
+    begin, step = training(steps)
+    run = jax.lax.scan(lambda carry, key: (step(carry, key, images, labels), None), begin(start, images), jax.random.split(loop, steps))
+    (params, stats, _), _ = run
     return {"params": params, "batch_stats": stats}
 
 

@@ -13,7 +13,7 @@ class Device:
     Attributes:
       platform: as jax calls it.
       chip: the generation that kernels are written for: "v5e", "v5p", "v6e", "tpu7x"; "sm_80", "sm_90a", "sm_100a"; on CPUs the best
-        instruction set that is there: "avx512_vnni", "avx2", "neon", "plain".
+        instruction set that is there: "amx", "avx512_vnni", "avx2", "neon", "plain".
       cores: multiprocessors of a GPU, cores of a TPU chip, threads of a CPU; never asked of a device while compiling without one.
     """
 
@@ -48,8 +48,11 @@ class Request:
       k: the contracted length.
       weight: how w is stored.
       dtype: of x and y: "float32" or "bfloat16".
-      activation: "int8" or "fp8" where x is rounded per row at run time, None where it stays float.
+      activation: "int8" or "fp8" where x is rounded per row at run time, None where it stays float; "int8 codes" where it is rounded in
+        another way to at most eight bits (a static range, zero points, fewer bits, a scale for all rows), "int8 + outliers" where columns
+        with large values stay out of that.
       parts: products of this kind side by side: experts, stacked weights; 1 for a plain product.
+      ragged: whether the parts share a list of m rows, those of one part after those of another.
     """
 
     device: Device
@@ -58,5 +61,6 @@ class Request:
     k: int
     weight: Weight
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    activation: Literal["int8", "fp8"] | None = None
+    activation: Literal["int8", "fp8", "int8 codes", "int8 + outliers"] | None = None
     parts: int = 1
+    ragged: bool = False

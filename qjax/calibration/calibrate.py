@@ -28,7 +28,7 @@ from qjax.calibration.observe import (
     watched_sites,
 )
 from qjax.calibration.observers import RangeObserver, Together
-from qjax.core import IntSpec, static
+from qjax.core import FloatSpec, IntSpec, static
 from qjax.policy import Policy
 from qjax.program import Arguments, Program, ProgramCache, split_arguments
 
@@ -44,7 +44,7 @@ def calibrate(
     where: str | Policy = "*",
     *,
     observer: RangeObserver[Any] | None = None,
-    spec: IntSpec | None = None,
+    spec: IntSpec | FloatSpec | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Runs data through a function, and says for every site which range its input gets and how far that can be trusted.
@@ -86,7 +86,7 @@ def calibrate(
     """
     check_where(where)
     _check_observer(observer)
-    spec = None if spec is None else static(spec).spec  # pyright: ignore[reportAssignmentType]  # static takes and gives integers
+    spec = None if spec is None else static(spec).spec
     batches, number = counted(calibration)
     programs, plans = ProgramCache(fn), {}
     halves: list[Seen | None] = [None, None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.calibration.histogram import Bins, Histogram, absmax_of, counts, cover_or_show, widths
-from qjax.core import IntSpec, divide
+from qjax.core import FloatSpec, IntSpec, divide
 
 # What an empty bin is given, so that the divergence is finite.
 _SMOOTH = 1e-4
@@ -38,7 +38,7 @@ class Entropy(Histogram):
         if self.per_side < 4 * self.bins:
             raise ValueError(f"`per_side` must be at least 4 * bins = {4 * self.bins}, got {self.per_side}; `entropy` chooses it")
 
-    def range(self, state: Bins, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, state: Bins, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         i = _best_candidates(state, self.bins, self.quantized_bins)
         width = divide(absmax_of(state.seen), self.bins / 2)
         lo, hi = i * width, (i + 1) * width

@@ -11,7 +11,7 @@ from jax import lax
 
 from qjax.calibration.ranges import Range, cover, extremes, join, no_range
 from qjax.calibration.rows import Rows
-from qjax.core import IntSpec
+from qjax.core import FloatSpec, IntSpec
 
 # The smallest width is float32's smallest normal number: what is smaller counts as zero, as XLA has it on most hardware.
 _LEAST_EXPONENT = -126
@@ -135,7 +135,7 @@ def add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple
     return low, a[1] + b[1] + (low < a[0]).astype(jnp.uint32)
 
 
-def cover_or_show(state: Bins, lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+def cover_or_show(state: Bins, lo: jax.Array, hi: jax.Array, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
     """Returns a range cut to the data's own and made to hold zero; where the data are not finite, neither is the result.
 
     Args:

@@ -13,7 +13,7 @@ from jax import lax
 
 from qjax.calibration.histogram import Bins, Histogram, absmax_of, counts, cover_or_show, widths
 from qjax.calibration.ranges import cover
-from qjax.core import IntSpec, affine_decode, affine_encode, divide, params_from_range
+from qjax.core import FloatSpec, IntSpec, block_decode, block_encode, divide, range_params
 
 # How many ranges are judged at once: enough to amortize a step of the loop, few enough to bound the memory.
 _BATCH = 8
@@ -32,7 +32,7 @@ class Mse(Histogram):
         if not 2 <= self.steps <= 1024:
             raise ValueError(f"`steps` must lie between 2 and 1024, e.g. 64, got {self.steps}")
 
-    def range(self, state: Bins, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, state: Bins, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         return _range(state, self.steps, spec)
 
 
@@ -71,7 +71,7 @@ def mse(steps: int = 64) -> Mse:
 
 # Compiled also for callers outside `jit`, who would otherwise compile the loops again at every call.
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _range(state: Bins, steps: int, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+def _range(state: Bins, steps: int, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
     values, weights = _samples(state)
     full_lo, full_hi = cover(state.seen.lo, state.seen.hi, spec)
     absmax = absmax_of(state.seen)
@@ -81,8 +81,8 @@ def _range(state: Bins, steps: int, spec: IntSpec) -> tuple[jax.Array, jax.Array
         values, weights, lo, hi, absmax = part
 
         def error(shares: jax.Array) -> jax.Array:
-            scale, zero_point = params_from_range(lo * shares[0], hi * shares[1], spec)
-            rounded = affine_decode(affine_encode(values, scale, zero_point, spec), scale, zero_point)
+            scale, zero_point = range_params(lo * shares[0], hi * shares[1], spec)
+            rounded = block_decode(block_encode(values, scale, zero_point, spec), scale, zero_point, spec)
             return jnp.sum(weights * jnp.square(divide(rounded - values, absmax)))
 
         shares = _search(error, steps, spec)
@@ -102,7 +102,7 @@ def _samples(state: Bins) -> tuple[jax.Array, jax.Array]:
     return values, weights / jnp.maximum(jnp.sum(weights, axis=(1, 2), keepdims=True), 1.0)
 
 
-def _search(error: Callable[[jax.Array], jax.Array], steps: int, spec: IntSpec) -> jax.Array:
+def _search(error: Callable[[jax.Array], jax.Array], steps: int, spec: IntSpec | FloatSpec) -> jax.Array:
     """The shares (lo, hi) of the full range with the least error, float32 (2,)."""
     sides = [(True, True)] if spec.symmetric else [(True, True), (False, True), (True, False)]
     moves = jnp.asarray([side for side in sides for _ in ("coarse", "fine")])

@@ -15,7 +15,7 @@ from qjax.calibration.observers import Observer
 from qjax.calibration.products import OperandObservers, operand_rows
 from qjax.calibration.ranges import minmax
 from qjax.calibration.rows import columns, site_rows, stack_size, why_no_rows
-from qjax.core import ActSpec, IntSpec, int8, static
+from qjax.core import ActSpec, FloatSpec, IntSpec, int8, static
 from qjax.policy import Policy, Rule, is_candidate, no_site_reason
 from qjax.program import Interpreter, Key, Product, Program, ProgramCache, Site, compat, materialize, split_arguments
 
@@ -102,7 +102,7 @@ class Watched:
     site: Site
     names: Names
     observer: Observer[Any]
-    spec: IntSpec
+    spec: IntSpec | FloatSpec
 
 
 def check_where(where: Any) -> None:
@@ -116,7 +116,7 @@ def check_where(where: Any) -> None:
 
 
 def watched_sites(
-    program: Program, where: str | Policy, observer: Observer[Any] | None, spec: IntSpec | None = None
+    program: Program, where: str | Policy, observer: Observer[Any] | None, spec: IntSpec | FloatSpec | None = None
 ) -> tuple[list[Watched], dict[str, str]]:
     """Finds the sites that a pattern or a policy names.
 
@@ -162,10 +162,10 @@ def _policy_of(where: str, program: Program) -> Policy:
     return Policy([rule])
 
 
-def _of_rule(act: ActSpec | None) -> tuple[Observer[Any], IntSpec]:
+def _of_rule(act: ActSpec | None) -> tuple[Observer[Any], IntSpec | FloatSpec]:
     observer: Any = minmax() if act is None or act.observer is None else act.observer
-    spec: Any = int8() if act is None or act.is_float else act.spec
-    return observer, static(spec).spec  # pyright: ignore[reportReturnType]  # static takes and gives integers
+    spec: Any = int8() if act is None or (act.is_float and not act.static) else act.spec
+    return observer, static(spec).spec
 
 
 @jax.tree_util.register_dataclass
@@ -188,7 +188,7 @@ class Observation:
             raise ValueError(f"`other` was made by {other.observer}, not by {self.observer}: observe both with the same observer")
         return Observation(self.observer.merge(self.state, other.state), self.observer)
 
-    def range(self, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         """Returns the range to cover, (lo, hi), float32 (parts,) each, for what the activations are to become."""
         if not hasattr(self.observer, "range"):
             raise TypeError(f"`observer` {self.observer} finds no range: observe with qjax.minmax(), qjax.entropy() or another that does")
@@ -245,7 +245,7 @@ class Observe:
             raise ValueError(f"`b` has other sites than `a`: {', '.join(sorted(a.keys() ^ b.keys()))} in one of them only")
         return {name: a[name].merge(b[name]) for name in a}
 
-    def ranges(self, seen: Seen, spec: IntSpec) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def ranges(self, seen: Seen, spec: IntSpec | FloatSpec) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Returns (lo, hi) for every site, float32 (parts,) each, for what the activations are to become."""
         return {name: observation.range(spec) for name, observation in seen.items()}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.calibration.rows import Rows
-from qjax.core import IntSpec
+from qjax.core import FloatSpec, IntSpec
 
 S = TypeVar("S")
 
@@ -60,7 +60,7 @@ class Together:
 class RangeObserver(Observer[S], Protocol[S]):
     """An observer that chooses the range of values that a static activation grid covers."""
 
-    def range(self, state: S, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, state: S, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         """Returns the range to cover, float32 (stack,) each.
 
         A symmetric spec gets `-t .. t` (`0 .. t` if unsigned), an asymmetric one a range that holds zero; a part that saw no

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.calibration.histogram import Bins, Histogram, add, as_float, cover_or_show, widths
-from qjax.core import IntSpec
+from qjax.core import FloatSpec, IntSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Percentile(Histogram):
         if not 0 < self.p <= 100:
             raise ValueError(f"`p` must be a percentage above 0 and up to 100, e.g. 99.999, got {self.p!r}")
 
-    def range(self, state: Bins, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, state: Bins, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         return _range(state, self.p, spec)
 
 
@@ -61,7 +61,7 @@ def percentile(p: float = 99.999) -> Percentile:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _range(state: Bins, p: float, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+def _range(state: Bins, p: float, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
     low, high = _tails(state.low, state.high)
     negative, positive = ((low[:, i], high[:, i]) for i in (0, 1))
     both = add(negative, positive)

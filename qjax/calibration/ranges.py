@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.calibration.rows import Rows
-from qjax.core import IntSpec
+from qjax.core import FloatSpec, IntSpec
 
 
 class Range(NamedTuple):
@@ -86,7 +86,7 @@ def no_range(stack: int) -> Range:
     return Range(jnp.zeros((stack,), jnp.float32), jnp.zeros((stack,), jnp.float32), jnp.zeros((stack,), jnp.int32))
 
 
-def cover(lo: jax.Array, hi: jax.Array, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+def cover(lo: jax.Array, hi: jax.Array, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
     """Returns the range of a grid that holds `lo .. hi`: every grid holds zero, a symmetric one is as long on both sides.
 
     Symmetric: `-t .. t` with `t = max(-lo, hi)`; symmetric and unsigned (negative values become 0): `0 .. max(hi, 0)`;
@@ -128,7 +128,7 @@ class MinMax:
     def merge(self, a: Range, b: Range) -> Range:
         return join(a, b)
 
-    def range(self, state: Range, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, state: Range, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         return cover(state.lo, state.hi, spec)
 
 
@@ -155,7 +155,7 @@ class MovingAverage:
         share = a.count.astype(jnp.float32) / jnp.maximum(a.count + b.count, 1).astype(jnp.float32)
         return self._blend(a, b, share)
 
-    def range(self, state: Range, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, state: Range, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         return cover(state.lo, state.hi, spec)
 
     def _blend(self, a: Range, b: Range, share: jax.Array) -> Range:
@@ -179,7 +179,7 @@ class AbsMax:
     def merge(self, a: Peak, b: Peak) -> Peak:
         return Peak(jnp.maximum(a.absmax, b.absmax), a.count + b.count)
 
-    def range(self, state: Peak, spec: IntSpec) -> tuple[jax.Array, jax.Array]:
+    def range(self, state: Peak, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         return cover(-state.absmax, state.absmax, spec)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from qjax.cli.estimates import TARGETS, show
 from qjax.cli.shared import emit, json_option
 
 SPECS = ("int8", "int4", "uint4", "nf4", "int3", "int2", "int8+int8", "int4+int8")
@@ -30,13 +31,29 @@ def _options(command: Any) -> Any:
 
 @click.command("bench")
 @_options
+@click.option("--target", type=click.Choice(list(TARGETS)), help="Estimate for this chip instead; nothing is measured.")
 def command(
-    sizes: Any, rows: tuple[int, ...], specs: tuple[str, ...], dtype: str | None, seconds: float, warm: bool, as_json: bool
+    sizes: Any,
+    rows: tuple[int, ...],
+    specs: tuple[str, ...],
+    dtype: str | None,
+    seconds: float,
+    warm: bool,
+    as_json: bool,
+    target: str | None,
 ) -> None:
     """Measures products of packed weights on every kernel that takes them, on XLA, and with float weights.
 
-    All ways take turns in one process; the numbers are medians.
+    All ways take turns in one process; the numbers are medians. With --target it estimates from counted instructions and bytes what our
+    kernels would take on a chip that need not be there.
     """
+    if target is not None:
+        from qjax.runtime import Device
+
+        device = Device(*TARGETS[target])  # pyright: ignore[reportArgumentType]
+        products = [(name, request) for name, _, _, request in _products(device, sizes, rows, specs, dtype or "bfloat16")]
+        show(target, products, as_json)
+        return
     runtime, timings = _measure(sizes, rows, specs, dtype, seconds, warm, as_json)
     _show(runtime, timings, as_json, {})
 
@@ -67,23 +84,31 @@ def tune(
 
 
 def _measure(sizes: Any, rows: Any, specs: Any, dtype: Any, seconds: float, warm: bool, quiet: bool) -> tuple[Any, list[Any]]:
-    from qjax.runtime import Request, runtime_of
-    from qjax.runtime.request import weight_of
+    from qjax.runtime import runtime_of
     from qjax.runtime.timing import time_product
 
     runtime = runtime_of()
     dtype = dtype or ("float32" if runtime.device.platform == "cpu" else "bfloat16")
     timings = []
+    for name, spec, act, request in _products(runtime.device, sizes, rows, specs, dtype):
+        if not quiet:
+            click.echo(f"{name}, {request.n} x {request.k}, {request.m} rows", err=True)
+        timings.append((name, time_product(spec, act, request, runtime, seconds=seconds, cold=not warm)))
+    return runtime, timings
+
+
+def _products(device: Any, sizes: Any, rows: Any, specs: Any, dtype: str) -> list[tuple[str, Any, Any, Any]]:
+    """(name, spec of the weight, spec of the activations, request) of each product that is asked for."""
+    from qjax.runtime import Request
+    from qjax.runtime.request import weight_of
+
+    found = []
     for n, k in sizes or _model_sizes():
         for name in specs:
             spec, act = _spec(name, k)
             form = weight_of(spec, k)
-            for m in rows:
-                if not quiet:
-                    click.echo(f"{name}, {n} x {k}, {m} rows", err=True)
-                request = Request(runtime.device, m, n, k, form, dtype, "int8" if act else None)  # pyright: ignore[reportArgumentType]
-                timings.append((name, time_product(spec, act, request, runtime, seconds=seconds, cold=not warm)))
-    return runtime, timings
+            found += [(name, spec, act, Request(device, m, n, k, form, dtype, "int8" if act else None)) for m in rows]  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def _model_sizes() -> list[tuple[int, int]]:

@@ -27,6 +27,9 @@ CACHES = [*(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)), "
               help="--kv-cache: whether a scale of keys is that of a token, or of a channel over 32 tokens.")
 @click.option("--kv-window", type=click.IntRange(min=0), default=32, show_default=True,
               help="--kv-cache: how many of the latest tokens stay float.")
+@click.option("--draft", "draft_name", metavar="MODEL",
+              help="A faster model of the same tokens, such as MODEL packed: it proposes, MODEL checks. The text is MODEL's own.")
+@click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True, help="--draft: tokens that a step proposes.")
 @json_option
 def command(
     model: str,
@@ -41,12 +44,14 @@ def command(
     kv_cache: str | None,
     kv_keys: str,
     kv_window: int,
+    draft_name: str | None,
+    draft_tokens: int,
     as_json: bool,
 ) -> None:
     """Continues texts with MODEL (default: books-llama-4m), float or packed."""
     import jax
 
-    from qjax.cli.measure import cache_length, cache_of, run
+    from qjax.cli.measure import cache_length, cache_of, run, run_drafted
     from qjax.evaluation import encode, tree_bytes
 
     started = time.perf_counter()
@@ -61,25 +66,25 @@ def command(
             raise click.UsageError(f"--prompt {prompt!r} holds no token: give some text")
     longest = max(map(len, rows))
     _check_length(opened, longest, max_new_tokens)
-    opened = _laid_out(opened, kernel)
+    opened, draft = _laid_out(opened, kernel), _opened_draft(opened, draft_name, longest, max_new_tokens, kv_cache)
     length = cache_length(opened, longest + max_new_tokens)
     memory, unpacked = (tree_bytes(jax.eval_shape(lambda p=p: cache_of(opened, length, p, len(rows)))) for p in (policy, None))
     streams = [Stream(opened.tokenizer, ids, stops) for ids in rows]
     alone = len(rows) == 1 and not as_json
     if alone:
         click.echo(prompts[0], nl=False)
-    made = run(
-        opened,
-        rows,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=min(top_k, opened.config.vocab_size),
-        top_p=top_p,
-        key=jax.random.key(seed),
-        kv_cache=policy,
-        eos_ids=opened.config.eos_token_ids,
-        on_token=_listener(streams[0] if alone else None, streams, stops, [len(ids) - min(map(len, rows)) for ids in rows]),
-    )
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": min(top_k, opened.config.vocab_size),
+        "top_p": top_p,
+        "key": jax.random.key(seed),
+        "eos_ids": opened.config.eos_token_ids,
+        "on_token": _listener(streams[0] if alone else None, streams, stops, [len(ids) - min(map(len, rows)) for ids in rows]),
+    }
+    if draft is None:
+        made = run(opened, rows, max_new_tokens, kv_cache=policy, **options)
+    else:
+        made = run_drafted(opened, draft, rows, max_new_tokens, draft_tokens, **options)
     new = [row.tolist() for row in made.new]
     texts = [_text(opened.tokenizer, ids, tokens, stops) for ids, tokens in zip(rows, new, strict=True)]
     several = {"prompts": list(prompts), "texts": texts, "tokens": new}
@@ -89,6 +94,7 @@ def command(
         "tokens_per_second": made.tokens_per_second,
         "first_token_seconds": made.first_token_seconds,
         "seed": seed,
+        **({} if draft is None else {"draft": draft.name, "draft_tokens": draft_tokens, "acceptance": made.acceptance}),
         "kv_cache": values,
         "kv_keys": keys,
         "kv_cache_bytes": memory,
@@ -117,6 +123,22 @@ def _laid_out(opened: Any, kernel: str | None) -> Any:
     if kernel is not None and opened.document is not None and opened.document.sites:
         raise click.UsageError(f"--kernel {kernel}: {opened.name!r} has products of two activations, which have their own")
     return laid_out(opened, kernel, donate=True)
+
+
+def _opened_draft(model: Any, name: str | None, prompt: int, new: int, kv_cache: str | None) -> Any:
+    """The draft, laid out; None without one."""
+    from qjax.cli.measure import laid_out
+
+    if name is None:
+        return None
+    if kv_cache is not None:
+        raise click.UsageError("--kv-cache with --draft: a packed cache keeps what it takes back only rounded; leave one of them away")
+    draft = open_model(name)
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise click.UsageError(f"--draft {name!r} has a vocabulary of {draft.config.vocab_size}, and {model.name!r} one of "
+                               f"{model.config.vocab_size}: a draft must have the model's tokens")  # fmt: skip
+    _check_length(draft, prompt, new)
+    return laid_out(draft, donate=True)
 
 
 def _listener(shown: Any, streams: list["Stream"], stops: tuple[str, ...], wait: list[int]) -> Any:
@@ -182,6 +204,8 @@ def _speed(document: dict[str, Any], count: int) -> None:
     if packed > unpacked:
         cache += ", larger than in float: a smaller --kv-window leaves fewer tokens float"
     peak = document["peak_memory_bytes"]
+    share = document.get("acceptance")
+    speed += "" if share is None else f", {share:.0%} of the draft's tokens accepted"
     memory = f", parameters {format_bytes(document['parameter_bytes'])}"
     memory += "" if peak is None else f", process at most {format_bytes(peak)}"
     click.echo(f"{count} tokens{speed}{cache}{memory} ({document['platform']})", err=True)

@@ -12,7 +12,7 @@ from qjax.cli.shared import Model
 from qjax.core import QTensor
 from qjax.evaluation import divergence, perplexity_of, token_losses, tree_bytes
 from qjax.evaluation.text import padded_batches
-from qjax.models import Llama, generate, init_cache, prepacked
+from qjax.models import Decoder, Llama, generate, init_cache, prepacked, speculate
 from qjax.policy import Policy
 from qjax.runtime import quantized, quantized_cache
 
@@ -108,6 +108,14 @@ def run(model: Model, ids: Any, new_tokens: int, *, kv_cache: Policy | None = No
     rows = ids if np.ndim(ids[0]) else [ids]
     cache = partial(cache_of, model, cache_length(model, max(map(len, rows)) + new_tokens), kv_cache)
     return generate(apply, model.params, [np.asarray(row) for row in rows], new_tokens, init_cache=cache, context_length=context, **options)
+
+
+def run_drafted(model: Model, draft: Model, ids: Sequence[Sequence[int]], new_tokens: int, draft_tokens: int, **options: Any) -> Any:
+    """Generates as `run` does, with `draft` to propose what `model` checks."""
+    context = min(one.config.max_position_embeddings for one in (model, draft))
+    whole, fast = (Decoder(one.apply, one.params, partial(init_cache, one.config)) for one in (model, draft))
+    rows = [np.asarray(row) for row in ids]
+    return speculate(whole, fast, rows, new_tokens, context_length=context, draft_tokens=draft_tokens, **options)
 
 
 def cache_length(model: Model, tokens: int) -> int:

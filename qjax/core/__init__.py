@@ -24,6 +24,9 @@ from qjax.core.cache import read_cache as read_cache
 from qjax.core.codebook import codebook_decode as codebook_decode
 from qjax.core.codebook import codebook_encode as codebook_encode
 from qjax.core.codebook import codebook_params as codebook_params
+from qjax.core.dynamic_map import DYNAMIC as DYNAMIC
+from qjax.core.dynamic_map import UNSIGNED_DYNAMIC as UNSIGNED_DYNAMIC
+from qjax.core.dynamic_map import dynamic_encode as dynamic_encode
 from qjax.core.factories import bf16 as bf16
 from qjax.core.factories import codebook as codebook
 from qjax.core.factories import fp16 as fp16
@@ -87,8 +90,10 @@ from qjax.core.products import QProduct as QProduct
 from qjax.core.qtensor import ARRAYS as ARRAYS
 from qjax.core.qtensor import Form as Form
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.core.qtensor import check_overflow as check_overflow
 from qjax.core.qtensor import pack_codes as pack_codes
 from qjax.core.qtensor import quantize as quantize
+from qjax.core.qtensor import quantize_unchecked as quantize_unchecked
 from qjax.core.qtensor import quantized_shapes as quantized_shapes
 from qjax.core.qtensor import with_plain_scales as with_plain_scales
 from qjax.core.qtensor import zero_dtype as zero_dtype
@@ -96,7 +101,9 @@ from qjax.core.reductions import divide as divide
 from qjax.core.rounding import block_decode as block_decode
 from qjax.core.rounding import block_encode as block_encode
 from qjax.core.rounding import block_params as block_params
+from qjax.core.rounding import check_all_finite as check_all_finite
 from qjax.core.rounding import check_finite as check_finite
+from qjax.core.rounding import check_shape as check_shape
 from qjax.core.rounding import in_range as in_range
 from qjax.core.rounding import padding as padding
 from qjax.core.rounding import range_params as range_params

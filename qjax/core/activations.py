@@ -43,7 +43,7 @@ class Outliers:
 class RangeFinder(Protocol):
     """What finds a static range: see `qjax.calibration`, whose observers do."""
 
-    def range(self, state: Any, spec: IntSpec) -> tuple[jax.Array, jax.Array]: ...
+    def range(self, state: Any, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ActSpec:
     """What the activations of a site become. Built by `dynamic` and `static`.
 
     Attributes:
-      spec: integers or floats, per token or per tensor; floats, which are dynamic, also in groups of a row.
+      spec: integers or floats, per token or per tensor; dynamic floats also in groups of a row.
       static: whether the range is known beforehand.
       observer: what finds a static range (see `qjax.calibration`); None takes the extreme values, or there is nothing to find.
       outliers: columns that are left out of the integers (see `qjax.llm_int8`), or None.
@@ -115,23 +115,28 @@ def dynamic(spec: IntSpec | FloatSpec, per: Literal["token", "tensor"] = "token"
     return ActSpec(_whole(spec, per))
 
 
-def static(spec: IntSpec, observer: RangeFinder | None = None) -> ActSpec:
+def static(spec: IntSpec | FloatSpec, observer: RangeFinder | None = None) -> ActSpec:
     """Quantizes activations with one range for all of a site's data, found by calibration and stored with the weight.
 
     Args:
-      spec: integers of 2 to 8 bits, such as `qjax.int8()`, or `qjax.uint8()`, asymmetric, for what comes behind a ReLU.
-      observer: how the range is found; None takes the extreme values.
+      spec: integers of 2 to 8 bits, such as `qjax.int8()`, or `qjax.uint8()`, asymmetric, for what comes behind a ReLU; or FP8 with a
+        float scale: `qjax.fp8_e4m3()`, `qjax.fp8_e5m2()`. What lies beyond the range becomes the largest number.
+      observer: how the range is found; None takes the extreme values, which is right for FP8, whose small numbers stay as exact however
+        large the range is.
 
     Returns:
       An `ActSpec` for `qjax.Rule(activation=...)`.
 
     Raises:
-      TypeError, ValueError: as `dynamic`.
+      TypeError, ValueError: as `dynamic`; floats that are no FP8 with a float scale.
 
     Example:
       >>> import qjax
-      >>> str(static(qjax.uint8()))
-      'static(uint8(per="tensor"))'
+      >>> str(static(qjax.uint8())), str(static(qjax.fp8_e4m3()))
+      ('static(uint8(per="tensor"))', 'static(fp8_e4m3(per="tensor"))')
+
+    Source: of FP8, Micikevicius et al. 2022 (arXiv 2209.05433), section 3: one scale a tensor brings the largest magnitude to the
+    largest number.
     """
     return ActSpec(_whole(spec, "tensor", True), True, observer)
 
@@ -139,8 +144,9 @@ def static(spec: IntSpec, observer: RangeFinder | None = None) -> ActSpec:
 def _check_spec(spec: Any, static: bool) -> None:
     if not isinstance(spec, IntSpec | FloatSpec):
         raise TypeError(f"`spec` of activations must be integers such as qjax.int8() or floats such as qjax.fp8_e4m3(), got {spec!r}")
-    if static and isinstance(spec, FloatSpec):
-        raise TypeError(f"`spec` of static activations must be integers such as qjax.int8(), got {spec!r}: take qjax.dynamic")
+    if static and isinstance(spec, FloatSpec) and (spec.element not in FLOAT8 or spec.scale_dtype in ("e8m0", "e4m3")):
+        raise TypeError(f"`spec` of static activations must be integers such as qjax.int8(), or FP8 with a float scale such as "
+                        f"qjax.fp8_e4m3(), got {spec!r}: take qjax.dynamic")  # fmt: skip
     if isinstance(spec, IntSpec) and spec.float_zero:
         raise ValueError(f'`spec` of activations must have integer zero points (zero_dtype="int"), got {spec}')
     if spec.by_mean:

@@ -204,11 +204,15 @@ class QCache:
         >>> init_cache((2, 64, 8), jnp.float32, qjax.kv_cache(qjax.int4(), window=16), axis=1).quantized_tokens(64)
         48
         """
-        return int(_past_tokens(length, self.spec))
+        return int(past_tokens(length, self.spec))
 
     def read(self) -> jax.Array:
         """The array of `shape` and `dtype` that it stands for; zeros where no token is yet."""
         return read_cache(self)
+
+    def append(self, new: jax.Array, position: Any) -> QCache:
+        """`append_cache`."""
+        return append_cache(self, new, position)
 
     def _packed(self, *_: Any) -> Any:
         raise TypeError(f"{self!r} is packed and has no arithmetic: run the function as qjax.quantized(fn), or .read() it")
@@ -301,7 +305,7 @@ def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     count = new.shape[-2]
     start = jnp.clip(jnp.asarray(position, jnp.int32), 0, cache.capacity - count)
     window = _ring_before(cache, start)
-    first = _past_tokens(start, spec)
+    first = past_tokens(start, spec)
     groups = -(-count // spec.tokens)  # no more than these can fill up; what of them is not full yet is written again later
     tokens = first + jnp.arange(groups * spec.tokens, dtype=jnp.int32)
     leaving = _tokens_at(window, new, start, tokens, count)
@@ -333,7 +337,7 @@ def read_cache(cache: QCache) -> jax.Array:
     if cache.spec.held:
         turns = -(-cache.capacity // cache.spec.held)
         ring = jnp.concatenate([cache.window] * turns, axis=-2)[..., : cache.capacity, :]
-        x = jnp.where(times < _past_tokens(length, cache.spec), x, ring)
+        x = jnp.where(times < past_tokens(length, cache.spec), x, ring)
     return jnp.moveaxis(jnp.where(times < length, x, jnp.zeros((), x.dtype)), -2, cache.axis)
 
 
@@ -351,7 +355,8 @@ def _numbers(past: QTensor, cache: QCache) -> jax.Array:
     return hadamard_transform(x, inverse=True).astype(cache.dtype) if cache.spec.rotate else x
 
 
-def _past_tokens(length: Any, spec: CacheSpec) -> Any:
+def past_tokens(length: Any, spec: CacheSpec) -> Any:
+    """How many of `length` tokens are packed."""
     leaving = jnp.maximum(length - spec.window, 0) if not isinstance(length, int) else max(length - spec.window, 0)
     return leaving // spec.tokens * spec.tokens
 
@@ -380,7 +385,7 @@ def _tokens_at(window: jax.Array, new: jax.Array, start: jax.Array, tokens: jax.
 
 def _write_groups(cache: QCache, groups: QTensor, first: jax.Array, start: jax.Array) -> QTensor:
     """The past with groups from number `first` on replaced, but for those before `start` that it holds: they are not rounded again."""
-    at, held = cache.ndim - 2, _past_tokens(jnp.asarray(cache.length), cache.spec)[..., None]
+    at, held = cache.ndim - 2, past_tokens(jnp.asarray(cache.length), cache.spec)[..., None]
     count = groups.shape[at]
     ends = (first + jnp.arange(1, count + 1, dtype=jnp.int32)) * cache.spec.tokens
     keep = ends.reshape((1,) * at + (-1,)) <= jnp.minimum(held, start)

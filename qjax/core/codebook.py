@@ -51,6 +51,25 @@ def _thresholds(spec: CodebookSpec) -> tuple[np.ndarray, np.ndarray]:
     return (levels[order][1:] + levels[order][:-1]) * np.float32(0.5), order
 
 
+def over_scale(x: jax.Array, absmax: jax.Array) -> jax.Array:
+    """`x * float32(1 / absmax)` in float32, also where the reciprocal is no normal number; 0 where `absmax` is none.
+
+    Args:
+      x: floating.
+      absmax: broadcasts against `x`.
+
+    Returns:
+      float32, the shape of `x`.
+
+    >>> over_scale(jnp.float32([1.0, 3.0]), jnp.float32([4.0, 0.0])).tolist()
+    [0.25, 0.0]
+    """
+    absmax = absmax.astype(jnp.float32)
+    shrink = jnp.where(absmax > _RECIPROCAL_IS_SUBNORMAL, 0.25, 1.0)
+    inverse = 1.0 / jnp.where(absmax < _SMALLEST_NORMAL, jnp.inf, absmax * shrink)
+    return x.astype(jnp.float32) * shrink * jax.lax.optimization_barrier(inverse)
+
+
 def codebook_encode(x: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> jax.Array:
     """The code of the level nearest to `x * float32(1 / absmax)`; a tie goes to the lower level.
 
@@ -69,13 +88,10 @@ def codebook_encode(x: jax.Array, absmax: jax.Array, spec: CodebookSpec) -> jax.
     Source: bitsandbytes on CPU, which multiplies by the reciprocal too. Like there, a value that FP4 rounds to zero
     gets code 8 if it is positive and code 0 if not; both stand for 0.
     """
-    absmax = absmax.astype(jnp.float32)
-    shrink = jnp.where(absmax > _RECIPROCAL_IS_SUBNORMAL, 0.25, 1.0)
-    inverse = 1.0 / jnp.where(absmax < _SMALLEST_NORMAL, jnp.inf, absmax * shrink)
-    x = x.astype(jnp.float32) * shrink * jax.lax.optimization_barrier(inverse)
+    x = over_scale(x, absmax)
     thresholds, order = _thresholds(spec)
     if len(thresholds) > _MOST_COMPARISONS:
-        return jnp.asarray(order, jnp.int32)[jnp.searchsorted(jnp.asarray(thresholds), x, side="left")]
+        return jnp.asarray(order, jnp.int32)[jnp.searchsorted(jnp.asarray(thresholds), x, side="left", method="scan_unrolled")]
     # Comparisons fuse into one pass and need no table: each threshold passed moves on to the next level's code.
     code = jnp.full(x.shape, int(order[0]), jnp.int32)
     for threshold, step in zip(thresholds, np.diff(order), strict=True):

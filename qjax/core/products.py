@@ -24,7 +24,7 @@ class Operand(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QProduct:
-    """A product of two activations that multiplies integers. A pytree of its static scales; one dynamic on both sides has none.
+    """A product of two activations that multiplies integers or FP8. A pytree of its static scales; one dynamic on both sides has none.
 
     Attributes:
       lhs_scale: of the left operand, float32, one for each turn of the loops over layers around the product (scalar outside

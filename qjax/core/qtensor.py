@@ -155,8 +155,10 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all the arrays inside take, padding included."""
-        return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
+        """Bytes that all the arrays inside take, padding included; of arrays that several weights are laid out in, its own share."""
+        own, of_all = getattr(self.form, "share", (1, 1))
+        bytes_of = lambda tree: sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))  # noqa: E731
+        return bytes_of(self) - bytes_of(self.laid) + bytes_of(self.laid) * own // of_all
 
     @property
     def bits_per_weight(self) -> float:

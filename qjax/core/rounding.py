@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,20 @@ def check_finite(w: Any, name: str) -> None:
         nans, infinities = int(jnp.sum(jnp.isnan(w))), int(jnp.sum(jnp.isinf(w)))
     raise ValueError(f"`{name}` holds {nans} NaN and {infinities} infinite values of {w.size}; "
                      "repair or exclude it before quantizing")  # fmt: skip
+
+
+def check_all_finite(weights: Mapping[str, Any]) -> None:
+    """`check_finite` of many arrays, by what the error calls them: none is waited for before all are looked at.
+
+    >>> check_all_finite({"up": jnp.ones(2), "down": jnp.float32([1.0, jnp.inf])})
+    Traceback (most recent call last):
+    ValueError: `down` holds 0 NaN and 1 infinite values of 2; repair or exclude it before quantizing
+    """
+    with jax.ensure_compile_time_eval():
+        finite = jax.device_get({name: _all_finite(w) for name, w in weights.items()})
+    for name, fine in finite.items():
+        if not fine:
+            check_finite(weights[name], name)
 
 
 @jax.jit

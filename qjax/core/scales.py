@@ -9,32 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core.codebook import codebook_decode, codebook_encode, codebook_params
+from qjax.core.dynamic_map import DYNAMIC, DYNAMIC_BLOCK
 from qjax.core.elements import E4M3, decode_minifloat, encode_minifloat
-from qjax.core.granularity import PerGroup
 from qjax.core.reductions import divide, tree_mean
 from qjax.core.specs import BlockSpec, CodebookSpec, FloatSpec, Spec
 
 NAN_BYTES = {"e8m0": 255, "e4m3": 127}  # the scales that stand for NaN
-NESTED_BLOCK = 256  # scales that share a statistic
-
-
-def _dynamic_levels() -> tuple[float, ...]:
-    """The signed 8-bit dynamic map: 2^i numbers evenly spaced between 10^(i - 7) and 10^(i - 6) for i = 0 .. 6, both signs, 0 and 1.
-
-    In float32, in the order of operations of bitsandbytes' `create_dynamic_map`: to the bit its table.
-    """
-    levels = [0.0, 1.0]
-    for i in range(7):
-        n = 2**i + 1
-        step, at = np.float32((np.float32(1) - np.float32(0.1)) / np.float32(n - 1)), np.arange(n)
-        rising, falling = np.float64(np.float32(0.1)) + np.float64(step) * at, 1 - np.float64(step) * (n - 1 - at)
-        edges = np.where(at < n // 2, rising, falling).astype(np.float32)
-        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        levels += [float(v) for v in middles] + [-float(v) for v in middles]
-    return tuple(sorted(levels))
-
-
-DYNAMIC = CodebookSpec("dynamic8", _dynamic_levels(), PerGroup(NESTED_BLOCK))
+NESTED_BLOCK = DYNAMIC_BLOCK  # scales that share a statistic
 
 
 def is_nested(spec: Spec) -> TypeGuard[CodebookSpec]:

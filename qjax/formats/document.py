@@ -187,6 +187,7 @@ _LATER = {
     "adapter_right": None,
     "train": None,
     "turns": 1,  # of low-rank parts
+    "activation_bits": [],
 }
 
 

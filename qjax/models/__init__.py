@@ -12,3 +12,5 @@ from qjax.models.shipped import books_llama as books_llama
 from qjax.models.shipped import books_llama_folder as books_llama_folder
 from qjax.models.shipped import calibration_lines as calibration_lines
 from qjax.models.shipped import heldout_text as heldout_text
+from qjax.models.speculative import Decoder as Decoder
+from qjax.models.speculative import speculate as speculate

@@ -13,6 +13,7 @@ from qjax.models.generate import Generation
 from qjax.models.generate import generate as decode
 from qjax.models.llama import Llama
 from qjax.models.llama import init_cache as llama_cache
+from qjax.models.speculative import Decoder, speculate
 from qjax.policy import Policy
 from qjax.runtime import prepack, quantized, quantized_cache
 
@@ -32,10 +33,15 @@ def generate(
     kv_cache: Policy | None = None,
     init_cache: Callable[[int, int], Any] | None = None,
     context_length: int | None = None,
+    draft: Any = None,
+    draft_tokens: int = 4,
     kernel: str | None = None,
     device: Any = None,
 ) -> Generation:
     """Continues prompts, with one compiled program for what all prompts share and one for each step after it.
+
+    With a draft, a step proposes several tokens by it and checks them in one pass of the model: the tokens are the model's own, or
+    distributed as its own, see `qjax.models.speculate`; `.acceptance` of the result says how often the draft was right.
 
     Args:
       model: a `qjax.models.Llama`, or anything with an `apply(params, tokens (B, T), cache, position) -> (logits (B, T, V), cache)`.
@@ -51,6 +57,8 @@ def generate(
       kv_cache: a policy with rules for caches, as in `qjax.quantized_cache`; None keeps keys and values float.
       init_cache: `init_cache(batch, length)` gives an empty cache; None for that of a `Llama`.
       context_length: of the model; None for that of `model.config`.
+      draft: parameters of the same model that run faster, such as its packed ones, or (model, params) of a `Llama` with its vocabulary.
+      draft_tokens: how many tokens a step proposes.
       kernel: as for `qjax.quantized`.
       device: as for `qjax.quantized`.
 
@@ -59,7 +67,8 @@ def generate(
 
     Raises:
       TypeError: `model` has no `apply`.
-      ValueError: an argument out of range; prompts and new tokens that exceed the context; a model that does not say how its cache begins.
+      ValueError: an argument out of range; prompts and new tokens that exceed the context; a model that does not say how its cache
+        begins; a draft with another vocabulary, or beside a packed cache, which keeps what it takes back only rounded.
 
     Example:
       >>> import qjax
@@ -70,6 +79,10 @@ def generate(
       >>> params = model.init(jax.random.key(0), jnp.ones((1, 3), jnp.int32))
       >>> [row.shape for row in generate(model, params, prompts, 4).new]
       [(4,), (4,)]
+      >>> policy = qjax.Policy([qjax.Rule("*embed*", weight=None), qjax.Rule("*", weight=qjax.int8())])
+      >>> packed = qjax.quantize(model.apply, params, policy, calibration=[jnp.ones((1, 3), jnp.int32)]).params
+      >>> generate(model, params, prompts, 4, draft=packed, draft_tokens=2).tokens.shape
+      (2, 7)
     """
     if not callable(getattr(model, "apply", None)):
         raise TypeError(f"`model` must have an `apply(params, tokens, cache, position)`, got {type(model).__name__}")
@@ -80,30 +93,35 @@ def generate(
         name = "init_cache" if cache is None else "context_length"
         raise ValueError(f"`{name}` is needed: {type(model).__name__} has no configuration that says it")
     apply = _applied(model, kernel, device)
-    ends = tuple(getattr(config, "eos_token_ids", ())) if eos_ids is None else tuple(eos_ids)
-    return decode(
-        apply,
-        params,
-        prompts,
-        max_new_tokens,
-        init_cache=cache if kv_cache is None else _packed_cache(model, params, cache, kv_cache),
-        context_length=context,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        key=jax.random.key(seed),
-        eos_ids=ends,
-        on_token=on_token,
-    )
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "key": jax.random.key(seed),
+        "eos_ids": tuple(getattr(config, "eos_token_ids", ())) if eos_ids is None else tuple(eos_ids),
+        "on_token": on_token,
+    }
+    if draft is not None:
+        if kv_cache is not None:
+            raise ValueError("`kv_cache` with `draft`: a packed cache keeps what it takes back only rounded, so the tokens would not be "
+                             "those of the model alone; leave one of them out")  # fmt: skip
+        whole = Decoder(apply, params, cache)
+        other, context = _draft(draft, whole, context, kernel, device)
+        return speculate(whole, other, prompts, max_new_tokens, context_length=context, draft_tokens=draft_tokens, **options)
+    init = cache if kv_cache is None else _packed_cache(model, params, cache, kv_cache)
+    return decode(apply, params, prompts, max_new_tokens, init_cache=init, context_length=context, **options)
 
 
-def prepacked(model: Any, params: Any, *, donate: bool = False, kernel: str | None = None, device: Any = None) -> Any:
+def prepacked(
+    model: Any, params: Any, *, donate: bool = False, fuse: bool = False, kernel: str | None = None, device: Any = None
+) -> Any:
     """Lays packed parameters out for the kernels that decode one token, see `qjax.prepack`.
 
     Args:
       model: a `Llama`.
       params: its parameters.
       donate: free the old codes.
+      fuse: one product for q, k and v, and one for gate and up, see `qjax.prepack`.
       kernel: as for `qjax.quantized`.
       device: as for `qjax.quantized`.
 
@@ -113,7 +131,19 @@ def prepacked(model: Any, params: Any, *, donate: bool = False, kernel: str | No
     cache = jax.eval_shape(lambda: _llama_cache(model)(1, 64))
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     position = jax.ShapeDtypeStruct((), jnp.int32)
-    return prepack(model.apply, kernel=kernel, device=device, donate=donate)(params, token, cache, position)
+    return prepack(model.apply, kernel=kernel, device=device, donate=donate, fuse=fuse)(params, token, cache, position)
+
+
+def _draft(draft: Any, whole: Decoder, context: int, kernel: str | None, device: Any) -> tuple[Decoder, int]:
+    """The draft, and the context that both have."""
+    if not (isinstance(draft, tuple) and len(draft) == 2 and callable(getattr(draft[0], "apply", None))):
+        return whole._replace(params=draft), context
+    model, params = draft
+    cache = _llama_cache(model)
+    if cache is None:
+        raise ValueError(f"`draft` must be parameters of the model, or a `Llama` and its parameters, got a {type(model).__name__}, whose "
+                         "cache is not known: call qjax.models.speculate")  # fmt: skip
+    return Decoder(_applied(model, kernel, device), params, cache), min(context, model.config.max_position_embeddings)
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ import numpy as np
 
 Apply = Callable[..., tuple[jax.Array, Any]]
 
-_CACHE_STEP = 64  # cache lengths are rounded up to this, so that prompts of near lengths share one decode program
+CACHE_STEP = 64  # cache lengths are rounded up to this, so that prompts of near lengths share one decode program
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Generation:
       tokens_per_second: tokens of all rows per second over the decode steps after the first; None below two steps.
       new: of each row what follows its own prompt, up to the first of `eos_ids` and with it. Prompts of different lengths are in
         `tokens` as they come, so a short one's row goes on behind these.
+      drafted: tokens that a draft proposed, in rows that still ran; None without a draft, see `qjax.models.speculate`.
+      accepted: how many of them the model took.
     """
 
     tokens: np.ndarray
@@ -33,6 +35,13 @@ class Generation:
     second_token_seconds: float
     tokens_per_second: float | None
     new: tuple[np.ndarray, ...] = ()
+    drafted: int | None = None
+    accepted: int | None = None
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of a draft's tokens that the model took; None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted and self.accepted is not None else None
 
 
 def generate(
@@ -87,18 +96,17 @@ def generate(
       ...          context_length=16).tokens.shape
       (1, 8)
     """
-    prompt, lengths = _checked_prompt(tokens, max_new_tokens, context_length)
-    how = _Sampling(_checked_temperature(temperature, key) == 0.0, _checked_top_k(top_k), _checked_top_p(top_p), tuple(eos_ids))
+    prompt, lengths = checked_prompt(tokens, max_new_tokens, context_length)
+    how, chance = checked_sampling(temperature, top_k, top_p, key, eos_ids)
     (batch, longest), shortest = prompt.shape, int(lengths.min())
-    chance = (jax.random.key(0) if key is None else key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
-    cache = init_cache(batch, min(context_length, -(-(longest + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP))
+    cache = init_cache(batch, min(context_length, -(-(longest + max_new_tokens) // CACHE_STEP) * CACHE_STEP))
     ended = jnp.zeros((batch,), bool)
     marks = [time.perf_counter()]
     ragged = None if shortest == longest else (jnp.asarray(prompt), jnp.asarray(lengths))
     start = jnp.asarray(prompt[:, :shortest])
     token, ended, cache = _prefill(params, cache, start, ended, chance, ragged, apply=apply, how=how)
     new = [token]
-    marks.append(_mark(token))
+    marks.append(mark(token))
     for position in range(shortest, longest + max_new_tokens - 1):
         if on_token is not None and on_token(np.asarray(token)):
             break
@@ -107,11 +115,11 @@ def generate(
         token, ended, cache = _decode(params, cache, token, ended, jnp.int32(position), chance, ragged, apply=apply, how=how)
         new.append(token)
         if len(new) == 2:  # this step holds the compilation of all that follow
-            marks.append(_mark(token))
+            marks.append(mark(token))
     else:
         if on_token is not None:
             on_token(np.asarray(token))
-    marks.append(_mark(token))
+    marks.append(mark(token))
     return _generation(prompt[:, :shortest], new, marks, lengths, max_new_tokens, how.eos_ids)
 
 
@@ -140,6 +148,42 @@ def sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if top_k is None and top_p is None:
         return jax.random.categorical(key, logits / temperature, axis=-1).astype(jnp.int32)
+    values, candidates = _candidates(logits, temperature, top_k, top_p)
+    choice = jax.random.categorical(key, values, axis=-1)
+    return jnp.take_along_axis(candidates, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def log_chances(logits: jax.Array, temperature: jax.Array, top_k: int | None, top_p: jax.Array | None) -> jax.Array:
+    """The logarithms of the probabilities that `sample` draws from, over the whole vocabulary.
+
+    Args:
+      logits: (..., V) float32.
+      temperature: as for `sample`.
+      top_k: as for `sample`.
+      top_p: as for `sample`.
+
+    Returns:
+      (..., V) float32, minus infinity for what is never drawn.
+
+    Raises:
+      ValueError: as `sample`.
+
+    Example:
+      >>> found = log_chances(jnp.log(jnp.float32([0.2, 0.5, 0.3])), jnp.float32(1), 2, None)
+      >>> [round(float(p), 3) for p in jnp.exp(found)]
+      [0.0, 0.625, 0.375]
+    """
+    if top_k is None and top_p is None:
+        return jax.nn.log_softmax(logits / temperature, axis=-1)
+    values, candidates = _candidates(logits, temperature, top_k, top_p)
+    kept = jnp.full(logits.shape, -jnp.inf, values.dtype)
+    return jnp.put_along_axis(kept, candidates, jax.nn.log_softmax(values, axis=-1), axis=-1, inplace=False)
+
+
+def _candidates(
+    logits: jax.Array, temperature: jax.Array, top_k: int | None, top_p: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Logits over the temperature of the top k, minus infinity beyond the top p of them, and which tokens they are."""
     if top_k is not None and top_k > logits.shape[-1]:
         raise ValueError(f"`top_k` {top_k} exceeds the vocabulary of {logits.shape[-1]}: give less, or None")
     values, candidates = jax.lax.top_k(logits, logits.shape[-1] if top_k is None else top_k)
@@ -148,16 +192,28 @@ def sample(
         chances = jax.nn.softmax(values, axis=-1)
         before = jnp.cumsum(chances, axis=-1) - chances  # the likeliest one has nothing before it
         values = jnp.where(before < top_p, values, -jnp.inf)
-    choice = jax.random.categorical(key, values, axis=-1)
-    return jnp.take_along_axis(candidates, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return values, candidates
 
 
 @dataclass(frozen=True)
-class _Sampling:
+class Sampling:
+    """How tokens are chosen, as far as programs are compiled for it: greedily, among how many, whether among a top p, what ends a row."""
+
     greedy: bool
     top_k: int | None
     top_p: bool
     eos_ids: tuple[int, ...]
+
+
+Chance = tuple[jax.Array, jax.Array, jax.Array | None]  # key, temperature, top p
+
+
+def checked_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, key: jax.Array | None, eos_ids: tuple[int, ...]
+) -> tuple[Sampling, Chance]:
+    """Checks the arguments of `generate` that say how tokens are chosen; what programs are compiled for, and what they are given."""
+    how = Sampling(_checked_temperature(temperature, key) == 0.0, _checked_top_k(top_k), _checked_top_p(top_p), tuple(eos_ids))
+    return how, (jax.random.key(0) if key is None else key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
 
 
 @partial(jax.jit, static_argnames=("apply", "how"), donate_argnames=("cache",))
@@ -185,7 +241,7 @@ def _choose(logits, previous, ended, position, chance, ragged, how):
     return token, ended | (~inside & jnp.isin(token, jnp.asarray(how.eos_ids, jnp.int32))) if how.eos_ids else ended
 
 
-def _checked_prompt(tokens: Any, max_new_tokens: int, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+def checked_prompt(tokens: Any, max_new_tokens: int, context_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts (B, T) int32, behind the end of short ones their last token, and their lengths (B,)."""
     rows = _rows(tokens)
     if max_new_tokens < 1:
@@ -236,7 +292,8 @@ def _checked_top_k(top_k: int | None) -> int | None:
     return top_k
 
 
-def _mark(token: jax.Array) -> float:
+def mark(token: jax.Array) -> float:
+    """The time at which tokens are there."""
     jax.block_until_ready(token)
     return time.perf_counter()
 
@@ -247,10 +304,11 @@ def _generation(
     tokens = np.concatenate([start, np.stack([np.asarray(token) for token in new], axis=1)], axis=1)
     steady = len(new) - 2
     rate = start.shape[0] * steady / (marks[-1] - marks[-2]) if steady > 0 else None
-    rows = tuple(_until_end(row[length : length + most], eos_ids) for row, length in zip(tokens, lengths, strict=True))
+    rows = tuple(until_end(row[length : length + most], eos_ids) for row, length in zip(tokens, lengths, strict=True))
     return Generation(tokens, marks[1] - marks[0], marks[2] - marks[1], rate, rows)
 
 
-def _until_end(row: np.ndarray, eos_ids: tuple[int, ...]) -> np.ndarray:
+def until_end(row: np.ndarray, eos_ids: tuple[int, ...]) -> np.ndarray:
+    """New tokens up to the first that ends a row, and with it."""
     ends = np.flatnonzero(np.isin(row, eos_ids))
     return row[: ends[0] + 1] if len(ends) else row

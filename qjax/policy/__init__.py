@@ -6,7 +6,6 @@ from qjax.policy.resolve import Policy as Policy
 from qjax.policy.resolve import ProductChoice as ProductChoice
 from qjax.policy.resolve import check_not_learned as check_not_learned
 from qjax.policy.resolve import check_policy as check_policy
-from qjax.policy.resolve import check_weights_only as check_weights_only
 from qjax.policy.resolve import is_candidate as is_candidate
 from qjax.policy.resolve import no_product as no_product
 from qjax.policy.resolve import no_site_reason as no_site_reason

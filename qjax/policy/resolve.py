@@ -180,28 +180,6 @@ def check_policy(policy: Any) -> None:
         raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}: write qjax.Policy([qjax.Rule(...)])")
 
 
-def check_weights_only(policy: Policy) -> None:
-    """Refuses what is no `Policy`, and a policy that rounds activations, where only weights can be.
-
-    Raises:
-      TypeError: as `check_policy`.
-      ValueError: naming the rule and the remedy.
-    """
-    check_policy(policy)
-    for rule in policy.rules:
-        if rule.train is not None:
-            raise ValueError(
-                f"rule {rule.pattern!r} has `train` {rule.train!r}, and a module has no place for the state of quantizers so far: "
-                "apply qjax.fake_quant to its function (model.apply, or qjax.nnx.function(model))"
-            )
-        activation = rule.activation_of()[0]
-        if activation is not None:
-            raise ValueError(
-                f"rule {rule.pattern!r} has `activation` {activation}, and a module trains with rounded weights only so far: "
-                "apply qjax.fake_quant to its function"
-            )
-
-
 def check_not_learned(policy: Policy) -> None:
     """Refuses a policy with ranges that only training finds, where weights are rounded after training.
 

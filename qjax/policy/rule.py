@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
-from qjax.core import ActSpec, CacheSpec, IntSpec, OnlineRotation, Spec
+from qjax.core import FLOAT8, ActSpec, CacheSpec, IntSpec, OnlineRotation, PerGroup, Spec
 from qjax.core.products import describe_pair
 
 
@@ -74,6 +74,11 @@ class TrainsBeside(Protocol):
     def beside(self) -> bool: ...
 
 
+def _is_plain_float8(spec: Any) -> bool:
+    """Whether codes are FP8 with one float scale for a row or the tensor."""
+    return spec.element in FLOAT8 and spec.scale_dtype not in ("e8m0", "e4m3") and not isinstance(spec.granularity, PerGroup)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
@@ -87,7 +92,7 @@ class Rule:
       method: how they get there; None rounds to nearest. Of products of two activations: None, or `qjax.online_rotation()`, which
         rotates both operands before they are rounded.
       activation: what becomes of the activations that meet the weights, `qjax.dynamic(...)` or `qjax.static(...)`: with it the
-        product runs on integers. None leaves them float. Of a product of two activations it is what both of them become, or a
+        product runs on integers, or on FP8. None leaves them float. Of a product of two activations it is what both of them become, or a
         pair, for the left and the right operand as the program has them (`jnp.einsum` may swap them: print the program). A scale
         is shared along the contracted axis; where that is time (the values of a causal model), a dynamic range sees what comes
         later and moves what comes before by rounding steps. A static one does not.
@@ -172,9 +177,11 @@ class Rule:
             raise TypeError(
                 f"`activation` must be qjax.dynamic(...), qjax.static(...), a pair of them or None, got {self.activation!r}: {what}"
             )
-        if any(act.is_float for act in pair if act is not None):
-            raise ValueError(f"`activation` {self.activation} is of floats, and products of two activations multiply integers: {what}; "
-                             "give qjax.dynamic(qjax.int8())")  # fmt: skip
+        floats = [act for act in pair if act is not None and act.is_float]
+        if floats and not (len(floats) == len(pair) and all(_is_plain_float8(act.spec) for act in floats)):
+            raise ValueError(f"`activation` {self.activation}: products of two activations multiply integers, or FP8 with a float scale for "
+                             f"a row or the tensor on both sides: {what}; give qjax.dynamic(qjax.int8()) or "
+                             "qjax.dynamic(qjax.fp8_e4m3())")  # fmt: skip
 
     @property
     def is_product(self) -> bool:
@@ -195,7 +202,8 @@ class Rule:
     def activation_of(self, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
         """What becomes of activations that meet the weight in these primitives, and a remark: what the method makes of `activation`."""
         given = None if isinstance(self.activation, tuple) else self.activation  # a pair is for a product
-        return self.method.activation(given, ops) if isinstance(self.method, ChoosesActivation) else (given, "")
+        chooses = self.method is not None and isinstance(self.method, ChoosesActivation)  # asked of every site, and a protocol is slow
+        return self.method.activation(given, ops) if chooses else (given, "")
 
     def matches(self, path: str) -> bool:
         return fnmatch.fnmatchcase(path, self.pattern)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from qjax.core import QCache, QTensor, append_cache
+from qjax.core import QCache, QTensor
 from qjax.program import compat
 from qjax.program.caches import UPDATE, through, written_along
 from qjax.program.packed import Packed, after_view, materialize, scannable, scannable_cache
@@ -105,7 +105,7 @@ class Interpreter:
         name = eqn.primitive.name
         if name == UPDATE and isinstance(operands[0], QCache) and written_along(eqn) == operands[0].axis:
             cache, new, *starts = operands
-            return [append_cache(cache, materialize(new), starts[cache.axis])]
+            return [cache.append(materialize(new), starts[cache.axis])]
         cached = any(isinstance(v, QCache) for v in operands)
         if cached and name not in _STRUCTURE:  # here it is read
             operands, cached = [materialize(v) if isinstance(v, QCache) else v for v in operands], False

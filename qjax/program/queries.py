@@ -27,11 +27,12 @@ class Producer:
     biases: tuple[str, ...] = ()
 
 
-def shared_inputs(program: Program) -> tuple[tuple[Site, ...], ...]:
+def shared_inputs(program: Program, exactly: bool = False) -> tuple[tuple[Site, ...], ...]:
     """Groups the sites that read the same value (q, k and v; gate and up), in data-flow order.
 
     Args:
       program: from `trace`.
+      exactly: whether a value that was only rearranged or cast is another.
 
     Returns:
       Tuples of sites; a site that shares its input with none stands alone.
@@ -51,7 +52,8 @@ def shared_inputs(program: Program) -> tuple[tuple[Site, ...], ...]:
     for eqn in graph.eqns:
         site = sites.get(eqn.key)
         if site is not None and eqn.eqn is not None:
-            groups.setdefault(_root(eqn.inputs[1 - site.operand], made), []).append(site)
+            atom = eqn.inputs[1 - site.operand]
+            groups.setdefault(atom if exactly else _root(atom, made), []).append(site)
     return tuple(tuple(group) for group in groups.values())
 
 

@@ -23,8 +23,10 @@ def shard_map_packed(
     values: list[Any] = []
     local: list[Any] = []
     for given, spec in zip(operands, eqn.params["in_specs"], strict=True):
-        # A part of a tensor knows nothing of the blocks of scales that run over all of it.
-        operand = Packed(with_plain_scales(given.q.plain()), given.pending) if isinstance(given, Packed) else given
+        operand = given
+        if isinstance(given, Packed) and any(entry is not None for entry in spec):
+            # A part of a tensor knows nothing of the blocks of scales that run over all of it, nor of a kernel's layout.
+            operand = Packed(with_plain_scales(given.q.plain()), given.pending)
         split = packed_specs(operand, spec, mesh) if isinstance(operand, Packed) else None
         if split is None:
             specs.append(spec)
@@ -59,6 +61,9 @@ def packed_specs(packed: Packed, spec: Any, mesh: Any) -> tuple[list[Any], Calla
     nothing is padded and there is no permutation or rotation across parts.
     """
     q = packed.q
+    if all(entry is None for entry in spec):  # every device has all of it, in whatever layout
+        structure = jax.tree.structure(packed)
+        return [PartitionSpec()] * structure.num_leaves, lambda leaves: jax.tree.unflatten(structure, leaves)
     ndim = len(q.shape)
     entries = (*spec, *[None] * (ndim - len(spec)))
     contracted = [a % ndim for a in q.axes]

@@ -27,8 +27,16 @@ def check_groups(choices: Sequence[Choice]) -> None:
             raise ValueError(problem)
 
 
-def undivided(rule: Rule, choices: Sequence[Choice]) -> str:
+def undivided(rule: Rule, choices: Sequence[Choice], among: Sequence[Choice] = ()) -> str:
     """Says which parameters of a rule its group does not divide, and what would fit them all; "" if it divides.
+
+    Args:
+      rule: the rule.
+      choices: the parameters that are looked at.
+      among: all parameters of the rule, which the size that is named has to fit; empty: `choices`.
+
+    Returns:
+      One sentence, or "".
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -51,9 +59,10 @@ def undivided(rule: Rule, choices: Sequence[Choice]) -> str:
     if fixed_blocks(spec):
         return (f"the blocks of {spec}, {size} values, do not divide the {k} contracted values of `{path}`{also}: give pad=True, which "
                 "pads them to whole blocks, or take another spec")  # fmt: skip
-    whole = math.gcd(*lengths.values())
+    every = {choice.leaf.path: columns(choice.leaf.sites[0], choice.leaf) for choice in among or choices}
+    whole = math.gcd(*every.values())
     fits = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: (abs(d - size), -d))
-    what = "the nearest size that divides those of all parameters of the rule" if len(lengths) > 1 else "the nearest size that does"
+    what = "the nearest size that divides those of all parameters of the rule" if len(every) > 1 else "the nearest size that does"
     take = f"take {fits}, {what}," if fits > 1 else "give them rules of their own, for no size divides all,"
     pads = f"to {padded_size(k, spec)}" if not others else "to whole groups"
     return f"{argument}={size} does not divide the {k} contracted values of `{path}`{also}: {take} or pad=True, which pads them {pads}"

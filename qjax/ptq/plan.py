@@ -332,9 +332,10 @@ def _without_problems(choices: Sequence[Choice]) -> tuple[list[Choice], tuple[st
     out, problems = [], {}
     for choice in choices:
         rule = choice.rule
-        alone = undivided(rule, [choice]) if rule is not None and choice.spec is not None else ""
+        mine = [] if rule is None or choice.spec is None else [c for c in choices if c.rule == rule and c.spec is not None]
+        alone = undivided(rule, [choice], mine) if rule is not None and mine else ""
         if alone and rule is not None:
-            problems[rule] = undivided(rule, [c for c in choices if c.rule == rule and c.spec is not None])
+            problems[rule] = undivided(rule, mine)
             choice = Choice(choice.leaf, None, alone)
         elif rule is not None and (reason := refusal_of(choice)):
             problems[rule] = reason

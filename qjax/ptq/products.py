@@ -22,7 +22,7 @@ from qjax.ptq.passes import observe_products
 from qjax.ptq.progress import Monitor, Phase
 from qjax.ptq.work import forward
 from qjax.report import Row
-from qjax.runtime.select import INTEGER
+from qjax.runtime.select import FP8, INTEGER
 
 Range = tuple[jax.Array, jax.Array]
 
@@ -89,7 +89,7 @@ def product_row(choice: ProductChoice) -> Row:
         nbytes=nbytes,
         float_nbytes=0,
         activation="" if pair is None else describe_pair(pair),
-        kernel="" if pair is None else INTEGER,
+        kernel="" if pair is None else FP8 if pair[0].is_float else INTEGER,
         reason=choice.reason,
         what="product",
     )

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.calibration import as_batches, why_no_rows
-from qjax.core import QProduct, QTensor, Spec, check_finite
+from qjax.core import QProduct, QTensor, Spec, check_all_finite
 from qjax.graph import Fold
 from qjax.policy import Choice, Policy, check_not_learned, check_policy
 from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
@@ -241,10 +241,8 @@ def _same_parts(leaf: Leaf) -> bool:
 
 def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> dict[int, tuple[str, ...]]:
     """Refuses parameters that cannot be quantized; gives remarks on others."""
-    remarks = {}
-    for choice in choices:
-        if choice.spec is None:
-            continue
+    chosen = [choice for choice in choices if choice.spec is not None]
+    for choice in chosen:
         w = flat[choice.leaf.index]
         if isinstance(w, Tracer):
             raise TypeError(f"`params` leaf {choice.leaf.path!r} is a tracer: call quantize outside jit, it needs numbers")
@@ -252,8 +250,11 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> dict[int, t
             raise ValueError(f"`params` leaf {choice.leaf.path!r} is quantized already ({w.spec}); quantize the float parameters")
         if not isinstance(w, (jax.Array, np.ndarray)):
             raise TypeError(f"`params` leaf {choice.leaf.path!r} is a {type(w).__name__}: quantize needs numbers")
-        check_finite(w, choice.leaf.path)
-        problem = whole_problem(choice)._replace(w=jnp.asarray(w))
+    check_all_finite({choice.leaf.path: flat[choice.leaf.index] for choice in chosen})
+    remarks = {}
+    for choice in chosen:
+        w = flat[choice.leaf.index]
+        problem = whole_problem(choice)._replace(w=w if isinstance(w, jax.Array) else jnp.asarray(w))
         remarks[choice.leaf.index] = check_zeros(problem)
         if choice.rule is not None and choice.rule.method is not None and fills_zeros(choice.rule.method):
             check_filled(problem, choice.rule.method.name)
@@ -308,15 +309,16 @@ def describe(
 ) -> Report:
     """Writes the report of a run: measures the error each parameter took."""
     rows, runtime = [], runtime_of()
+    weights = {i: jnp.asarray(flat[i]) for i in done}
     # Of all, before the first is read.
-    errors = jax.device_get({i: relative_error(jnp.asarray(flat[i]), q) for i, (q, _) in done.items()})
+    errors = jax.device_get({i: relative_error(weights[i], q) for i, (q, _) in done.items()})
     for choice in choices:
         q, notes = done.get(choice.leaf.index, (None, ()))
         notes = (*rescaled.get(choice.leaf.index, ()), *notes)
         if q is None:
             rows.append(dataclasses.replace(planned_row(choice, runtime), notes=notes))
             continue
-        w = jnp.asarray(flat[choice.leaf.index])
+        w = weights[choice.leaf.index]
         row, error = planned_row(choice, runtime, q), float(errors[choice.leaf.index])
         notes = dict.fromkeys((*notes, *small_scales(w, q, choice.leaf.sites[0].stacked), *row.notes))
         rows.append(dataclasses.replace(row, error=error, notes=tuple(notes)))

@@ -117,7 +117,8 @@ def rescale(
 
 def rescaled_by(choices: Sequence[Choice]) -> dict[int, Choice]:
     """The choices whose method rescales inputs, by the parameter's index."""
-    return {c.leaf.index: c for c in choices if c.rule is not None and isinstance(c.rule.method, Rescaling) and c.spec is not None}
+    given = [c for c in choices if c.spec is not None and c.rule is not None and c.rule.method is not None]
+    return {c.leaf.index: c for c in given if isinstance(c.rule.method, Rescaling)}
 
 
 def _note(notes: Notes, leaves: Iterable[int], text: str) -> None:

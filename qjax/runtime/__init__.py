@@ -6,6 +6,7 @@ from qjax_kernels.request import Weight as Weight
 
 from qjax.runtime.cache import quantized_cache as quantized_cache
 from qjax.runtime.device import device_of as device_of
+from qjax.runtime.fused import fused_sites as fused_sites
 from qjax.runtime.installed import installed_kernels as installed_kernels
 from qjax.runtime.installed import runtime_of as runtime_of
 from qjax.runtime.kernels import Choice as Choice

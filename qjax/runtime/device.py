@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,6 +14,14 @@ from qjax_kernels.request import Device
 # As `jax.Device.device_kind` calls them.
 _TPUS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
          "TPU7x": "tpu7x", "TPU v7x": "tpu7x"}  # fmt: skip
+
+# As /proc/cpuinfo calls what each needs, the best first.
+_CPUS = {
+    "amx": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"},
+    "avx512_vnni": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx2": {"avx2", "fma"},
+    "neon": {"asimddp"},
+}
 
 
 def device_of(device: Any = None) -> Device:
@@ -67,11 +76,17 @@ def cpu_chip() -> str:
             flags = set(next((line for line in file if line.startswith(("flags", "Features"))), "").split())
     except OSError:
         return "plain"
-    if {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"} <= flags:
-        return "avx512_vnni"
-    if {"avx2", "fma"} <= flags:
-        return "avx2"
-    return "neon" if "asimddp" in flags else "plain"
+    return instruction_set(flags)
+
+
+def instruction_set(flags: Collection[str]) -> str:
+    """The best one that kernels are written for of those that a CPU has, as Linux calls them.
+
+    >>> wide = {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+    >>> instruction_set(wide), instruction_set({*wide, "amx_tile", "amx_int8", "amx_bf16"}), instruction_set({"sse2"})
+    ('avx512_vnni', 'amx', 'plain')
+    """
+    return next((name for name, needed in _CPUS.items() if needed <= set(flags)), "plain")
 
 
 def _default() -> Any:

@@ -53,11 +53,12 @@ class Kernel:
       name: what reports, `qjax.quantized(kernel=...)` and `qjax doctor` call it.
       platform: as `Device.platform`.
       why_not: why it cannot take a request, or is slower for it than what XLA does; "" if it should.
-      run: the product y (P, M, N) of `request.dtype`, without P where there is one part. The activation spec is for kernels that round
-        activations, None for others.
+      run: the product y (P, M, N) of `request.dtype`, without P where there is one part or `request.ragged`. The activation spec is for
+        kernels that round activations, None for others.
       layout: of the weights that it reads, or None for codes as a `QTensor` has them. Other weights go to other kernels, because laying one
         out costs more than a product with it; where it is forced they are laid out in every call.
       activations: what becomes of activations in it, as `Request.activation` says; it is not asked about others.
+      ragged: whether it takes parts that share a list of rows; it is not asked about those if not.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Kernel:
     run: Callable[[Request, Operands, ActSpec | None], jax.Array]
     layout: Layout | None = None
     activations: tuple[str | None, ...] = (None, "int8", "fp8")
+    ragged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +152,10 @@ def choose(
         elif request.activation not in kernel.activations:
             own = " or ".join(name or "float" for name in kernel.activations)
             reason = f"it takes {own} activations, and these are {request.activation or 'float'}"
-            if force is None:
+            if force is None and not (request.activation or "").startswith("int8 "):
                 continue
+        elif request.ragged and not kernel.ragged:
+            reason = "it takes no experts that share a list of rows"
         else:
             reason = kernel.why_not(request) or _why_not_laid(kernel, laid, force is not None)
         if not reason:

@@ -80,7 +80,7 @@ def laid_out(q: QTensor, layout: Layout, parts: int, stacked: int) -> QTensor:
     Raises:
       ValueError: its format is none that kernels take.
     """
-    q = _float_scales(q)
+    q = with_float_scales(q)
     k = padded_size(math.prod(q.sizes), q.spec)
     weight = weight_of(q.spec, math.prod(q.sizes))
     if isinstance(weight, str):
@@ -129,13 +129,7 @@ def laid_rows(weight: Packed, eqn: Any, indices: jax.Array) -> jax.Array | None:
     return jnp.moveaxis(x, indices.ndim - 1, dims.offset_dims[0])
 
 
-def _mapped(f: Callable[..., Any], times: int) -> Callable[..., Any]:
-    for _ in range(times):
-        f = jax.vmap(f)
-    return f
-
-
-def _float_scales(q: QTensor) -> QTensor:
+def with_float_scales(q: QTensor) -> QTensor:
     """The same numbers with scales of floats."""
     scales = q.spec.scale_dtype if hasattr(q.spec, "scale_dtype") else ""  # pyright: ignore[reportAttributeAccessIssue]
     nested = isinstance(q.spec, CodebookSpec) and q.spec.double_quant
@@ -144,3 +138,9 @@ def _float_scales(q: QTensor) -> QTensor:
     change: dict[str, Any] = {"double_quant": False} if nested else {"scale_dtype": "float32", "exponent_rule": "floor"}
     spec = dataclasses.replace(q.spec, **change)
     return dataclasses.replace(q, scale=q.scales(), nested_scale=None, nested_offset=None, spec=spec)
+
+
+def _mapped(f: Callable[..., Any], times: int) -> Callable[..., Any]:
+    for _ in range(times):
+        f = jax.vmap(f)
+    return f

@@ -15,14 +15,17 @@ from qjax.program import Packed, Site, compat
 from qjax.program.primitives import PLACEMENTS
 from qjax.runtime.kernels import Choice, Kernel, Runtime, choose
 from qjax.runtime.layouts import laid_out, layout_of
-from qjax.runtime.request import operands_of, request_of, result_of, why_not_operands
+from qjax.runtime.request import operands_of, request_of, result_of, rows_alone, why_not_operands
 
-# A function of (activation, weight): the product as XLA has it, also for the platforms that a kernel is not for.
-Plain = Callable[[jax.Array, Packed], jax.Array]
+# A function of (activation, weight, what else the equation takes): the product as XLA has it, also for the platforms that a kernel is not
+# for.
+Plain = Callable[..., jax.Array]
 _HARMLESS = PLACEMENTS | {"convert_element_type", "copy", "copy_p", "name", "stop_gradient", "pvary", "pbroadcast"}
 
 
-def kernel_product(site: Site, eqn: Any, x: jax.Array, weight: Packed, runtime: Runtime, plain: Plain) -> jax.Array | None:
+def kernel_product(
+    site: Site, eqn: Any, x: jax.Array, weight: Packed, runtime: Runtime, plain: Plain, others: tuple[jax.Array, ...] = ()
+) -> jax.Array | None:
     """Runs a site on a kernel.
 
     The choice is made here, while the program is traced. A program that is lowered for another platform than that of `runtime.device`
@@ -36,6 +39,7 @@ def kernel_product(site: Site, eqn: Any, x: jax.Array, weight: Packed, runtime: 
       weight: the other operand, without an adapter.
       runtime: what to choose from.
       plain: the product as XLA has it.
+      others: the sizes of a `ragged_dot`; nothing for a `dot_general`.
 
     Returns:
       The result of the equation; None where no kernel takes it.
@@ -51,7 +55,7 @@ def kernel_product(site: Site, eqn: Any, x: jax.Array, weight: Packed, runtime: 
     choice = _choose(site, request, runtime, weight)
     if choice.kernel is None:
         return None
-    return _differentiable(site, eqn, request, runtime, weight, plain)(x, weight)
+    return _differentiable(site, eqn, request, runtime, weight, plain)(x, weight, *others)
 
 
 def _request(site: Site, eqn: Any, x: jax.Array, weight: Packed, device: Device) -> Request | str:
@@ -67,10 +71,7 @@ def _request(site: Site, eqn: Any, x: jax.Array, weight: Packed, device: Device)
 
 def _placed(a: Any) -> str:
     """Why an array is not one that a kernel sees whole; what jit spreads over devices by itself is not known here."""
-    aval = jax.typeof(a)
-    if getattr(aval, "vma", None):
-        return "it stands inside a shard_map"
-    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
+    spec = getattr(getattr(jax.typeof(a), "sharding", None), "spec", None) or ()
     return "it is sharded over explicit axes of a mesh" if any(axis is not None for axis in spec) else ""
 
 
@@ -84,23 +85,24 @@ def _differentiable(site: Site, eqn: Any, request: Request, runtime: Runtime, we
 
     fast = _vmappable(site, eqn, request, choose_for, runtime.force, plain, ())
 
-    def float_product(x: jax.Array, weight: Packed) -> jax.Array:
-        operands = [x, x]
+    def float_product(x: jax.Array, weight: Packed, *others: jax.Array) -> jax.Array:
+        operands = [x, x, *others]
         operands[site.operand] = weight.value()
         return compat.bind(eqn, operands)[0]
 
     @jax.custom_vjp
-    def run(x: jax.Array, weight: Packed) -> jax.Array:
-        return fast(x, weight)
+    def run(x: jax.Array, weight: Packed, *others: jax.Array) -> jax.Array:
+        return fast(x, weight, *others)
 
-    def forward(x: jax.Array, weight: Packed) -> tuple[jax.Array, Any]:
-        return fast(x, weight), (x, weight)
+    def forward(x: jax.Array, weight: Packed, *others: jax.Array) -> tuple[jax.Array, Any]:
+        return fast(x, weight, *others), (x, weight, others)
 
-    def backward(saved: Any, t: jax.Array) -> tuple[Any, Any]:
-        x, weight = saved
+    def backward(saved: Any, t: jax.Array) -> tuple[Any, ...]:
+        x, weight, others = saved
+        none = (None,) * len(others)
         if weight.q.act is not None:  # the straight-through gradient, as without a kernel
-            return jax.vjp(lambda x: float_product(x, weight), x)[1](t)[0], None
-        return jax.vjp(float_product, x, weight)[1](t)
+            return jax.vjp(lambda x: float_product(x, weight, *others), x)[1](t)[0], None, *none
+        return *jax.vjp(lambda x, weight: float_product(x, weight, *others), x, weight)[1](t), *none
 
     run.defvjp(forward, backward)
     return run
@@ -120,28 +122,37 @@ def _vmappable(
     if kernel is None:
         return slow
 
-    def fast(x: jax.Array, weight: Packed) -> jax.Array:
+    def fast(x: jax.Array, weight: Packed, *others: jax.Array) -> jax.Array:
         q = weight.q
         if kernel.layout is not None and q.form is None:
-            q = laid_out(q, kernel.layout, len(site.batch), 0)
-        operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape))
+            q = laid_out(q, kernel.layout, 1 if request.ragged else len(site.batch), 0)
+        operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape), *others)
         y = kernel.run(wider, operands, q.act)
         y = result_of(site, eqn, q, y, times)
         return y.reshape(*extra, *y.shape[1:])
 
     @jax.custom_batching.custom_vmap
-    def run(x: jax.Array, weight: Packed) -> jax.Array:
+    def run(x: jax.Array, weight: Packed, *others: jax.Array) -> jax.Array:
         default = {} if force is not None else {"default": slow}
-        return lax.platform_dependent(x, weight, **{kernel.platform: fast}, **default)
+        return lax.platform_dependent(x, weight, *others, **{kernel.platform: fast}, **default)
 
     @run.def_vmap
-    def rule(size: int, batched: Any, x: jax.Array, weight: Packed) -> tuple[jax.Array, bool]:
-        of_x, of_weight = batched
-        if of_x and not any(jax.tree.leaves(of_weight)):
+    def rule(size: int, batched: Any, x: jax.Array, weight: Packed, *others: jax.Array) -> tuple[jax.Array, bool]:
+        of_x, of_weight, *of_others = batched
+        if any(jax.tree.leaves(of_weight)):
+            if force is not None:
+                raise ValueError(f"`kernel` {force!r} cannot run {site.path}: its weight is vmapped")
+            axes = jax.tree.map(lambda own: 0 if own else None, (of_x, of_weight, *of_others))
+            return jax.vmap(slow, in_axes=axes)(x, weight, *others), True
+        if not request.ragged and rows_alone(weight.q.act):
             return _vmappable(site, eqn, request, choose_for, force, plain, (size, *extra))(x, weight), True
-        if force is not None:
-            raise ValueError(f"`kernel` {force!r} cannot run {site.path}: its weight is vmapped")
-        axes = jax.tree.map(lambda own: 0 if own else None, (of_x, of_weight))
-        return jax.vmap(slow, in_axes=axes)(x, weight), True
+        own = [of_x, *of_others]  # what one of them does with its rows depends on all of these: one after another
+
+        def one(values: list[jax.Array]) -> jax.Array:
+            left = iter(values)
+            x_one, *rest = (next(left) if mine else a for mine, a in zip(own, (x, *others), strict=True))
+            return run(x_one, weight, *rest)
+
+        return lax.map(one, [a for mine, a in zip(own, (x, *others), strict=True) if mine]), True
 
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from qjax_kernels.gpu import eight_bit, weight_only
@@ -11,6 +13,9 @@ from qjax_kernels.request import Request, Weight
 from qjax.core import ActSpec, encode_activation
 from qjax.runtime.kernels import Codes, Kernel, Layout
 from qjax.runtime.request import Operands
+
+# The layers of a model ask for the same few products: each is traced and lowered once.
+_once = functools.partial(jax.jit, static_argnums=(0, 2))
 
 
 def kernels() -> tuple[Kernel, ...]:
@@ -25,16 +30,18 @@ def kernels() -> tuple[Kernel, ...]:
 def _pack(weight: Weight, codes: Codes) -> dict[str, jax.Array]:
     if weight.kind == "fp8":
         return {"codes": jax.lax.bitcast_convert_type(codes.codes, jnp.float8_e4m3fn), "scale": codes.scale}
-    return {"codes": codes.codes.astype(jnp.int4 if weight.bits == 4 else jnp.int8), "scale": codes.scale}
+    scale = codes.scale if weight.group_size is None else weight_only.whole_rows(codes.scale)
+    return {"codes": codes.codes.astype(jnp.int4 if weight.bits == 4 else jnp.int8), "scale": scale}
 
 
 def _unpack(weight: Weight, k: int, laid: dict[str, jax.Array]) -> Codes:
-    del k
     if weight.kind == "fp8":
         return Codes(jax.lax.bitcast_convert_type(laid["codes"], jnp.uint8), laid["scale"], None, None)
-    return Codes(laid["codes"].astype(jnp.int8), laid["scale"], None, None)
+    groups = 1 if weight.group_size is None else k // weight.group_size
+    return Codes(laid["codes"].astype(jnp.int8), laid["scale"][..., :groups], None, None)
 
 
+@_once
 def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     del act
     group = request.weight.group_size
@@ -42,6 +49,7 @@ def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> j
     return weight_only.weight_only_matmul(operands.x, laid["codes"], laid["scale"], group_size=group, cores=cores)
 
 
+@_once
 def _eight_bit(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     """Rows are rounded as the spec says, which the kernel's own rounding need not do."""
     if act is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from qjax_kernels.request import Request, Weight
@@ -15,6 +17,9 @@ from qjax_kernels.tpu.weight_only import why_not as why_not_weight_only
 from qjax.core import ActSpec
 from qjax.runtime.kernels import Codes, Kernel, Layout
 from qjax.runtime.request import Operands, reach_of
+
+# The layers of a model ask for the same few products: each is traced and lowered once.
+_once = functools.partial(jax.jit, static_argnums=(0, 2))
 
 
 def kernels() -> tuple[Kernel, ...]:
@@ -47,17 +52,20 @@ def _group(request: Request) -> int:
     return request.k if request.weight.group_size is None else request.weight.group_size
 
 
+@_once
 def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     del act
     codes, scale = operands.laid["codes"], operands.laid["scale"]
     return weight_only(operands.x, codes, scale, group=_group(request), chip=request.device.chip)
 
 
+@_once
 def _fp8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     codes, scale = operands.laid["codes"], operands.laid["scale"]
     return fp8(operands.x, codes, scale, chip=request.device.chip, rounded=act is not None)
 
 
+@_once
 def _int8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     codes, scale = operands.laid["codes"], operands.laid["scale"]
     return int8(operands.x, codes, scale, group=_group(request), chip=request.device.chip, levels=reach_of(act))

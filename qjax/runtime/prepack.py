@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
 
 from qjax.core import QTensor
-from qjax.program import Leaf, ProgramCache, Site, split_arguments
+from qjax.program import Leaf, Program, ProgramCache, Site, shared_inputs, split_arguments
+from qjax.runtime.fused import lay_out_together, why_not_together
 from qjax.runtime.installed import runtime_of
 from qjax.runtime.kernels import Kernel, Layout, Runtime, choose
 from qjax.runtime.layouts import laid_out
@@ -27,6 +28,7 @@ def prepack(
     kernels: Sequence[Kernel] | None = None,
     tuned: str | os.PathLike[str] | None = None,
     donate: bool = False,
+    fuse: bool = False,
 ) -> Callable[..., Any]:
     """Transforms `fn` into a function of the same arguments that gives its parameters laid out for the kernels that will run.
 
@@ -42,6 +44,10 @@ def prepack(
       kernels: as for `qjax.quantized`.
       tuned: as for `qjax.quantized`.
       donate: free each leaf's old codes as soon as the new ones are there, so that never more than one weight is in memory twice.
+      fuse: lay weights of one format that meet the same input (q, k and v; gate and up) out behind one another, so that one product
+        runs for all of them; `qjax.runtime.fused_sites` says which. They share their arrays: placing the tree anew makes a
+        copy for each, and the gradient of their scales comes with the first. Where a product is of few rows and a small weight, it saves
+        most of what the other calls cost.
 
     Returns:
       A function of (params, *args), arrays or, except for the parameters, shapes, that returns the parameters.
@@ -68,9 +74,17 @@ def prepack(
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
         values = [*arguments.params]
+        layouts = {leaf.index: layout_for(leaf, q, runtime) for leaf in program.leaves if isinstance(q := values[leaf.index], QTensor)}
+        for group in groups_of(program, values, layouts) if fuse else ():
+            old, layout = [values[leaf.index] for leaf in group], layouts[group[0].index]
+            if not isinstance(layout, str):
+                laid = lay_out_together(group, old, layout, len(_leading(group[0].sites[0])[0]))
+                for leaf, q, new in zip(group, old, laid, strict=True):
+                    values[leaf.index], layouts[leaf.index] = new, "laid out with others"
+                    if donate:
+                        _free(q)
         for leaf in program.leaves:
-            q = values[leaf.index]
-            found = layout_for(leaf, q, runtime) if isinstance(q, QTensor) else ""
+            q, found = values[leaf.index], layouts.get(leaf.index, "")
             if not isinstance(found, str):
                 values[leaf.index] = _lay_out(q.plain(), found, leaf)
                 if donate:
@@ -81,13 +95,39 @@ def prepack(
     return call
 
 
+def groups_of(program: Program, values: Sequence[Any], layouts: Mapping[int, Layout | str]) -> list[list[Leaf]]:
+    """The leaves of which several are multiplied together, in the order in which the program reaches them.
+
+    Args:
+      program: the traced function.
+      values: its parameters.
+      layouts: of each packed leaf, by index, or why it keeps its own.
+    """
+    wanted = {index for index, layout in layouts.items() if not isinstance(layout, str)}
+    alone = {leaf.sites[0].key: leaf for leaf in program.leaves if len(leaf.sites) == 1 and leaf.index in wanted}
+    groups: list[list[Leaf]] = []
+    for shared in shared_inputs(program, exactly=True):
+        mine: list[list[Leaf]] = []
+        for leaf in (alone[site.key] for site in shared if site.key in alone):
+            fits = (g for g in mine if layouts[g[0].index] == layouts[leaf.index])
+            q = values[leaf.index]
+            group = next((g for g in fits if not why_not_together(leaf, q, g[0], values[g[0].index])), None)
+            if group is None:
+                mine.append([leaf])
+            else:
+                group.append(leaf)
+        groups += [group for group in mine if len(group) > 1]
+    return groups
+
+
 def layout_for(leaf: Leaf, q: QTensor, runtime: Runtime) -> Layout | str:
     """The layout that the kernels want which run a leaf's products; why it keeps its own, where it does."""
     if not runtime.kernels:
         return "no kernels are installed for this platform"
     if leaf.consumers:
         return f"it is also read by {', '.join(leaf.consumers)}"
-    if any(len(a.sharding.device_set) > 1 for a in jax.tree.leaves(q) if isinstance(a, jax.Array) and not isinstance(a, Tracer)):
+    arrays = [a for a in jax.tree.leaves(q) if isinstance(a, jax.Array) and not isinstance(a, Tracer)]
+    if any(not a.sharding.is_fully_replicated for a in arrays):
         return "it is spread over several devices"
     wanted: dict[Layout, None] = {}
     for site in leaf.sites:
@@ -125,7 +165,8 @@ def _layout_of_site(site: Site, q: QTensor, runtime: Runtime) -> Layout | str:
 def _leading(site: Site) -> tuple[list[int], list[int]]:
     """The parameter's axes that scans take apart, and those that hold parts of one product."""
     stacked = [axis for axis, _ in site.view.scans]
-    parts = [atom.axis for w, _ in site.batch for atom in site.view.dims[w]]
+    dims = [0] if site.op == "ragged_dot_general" else [w for w, _ in site.batch]
+    parts = [atom.axis for w in dims for atom in site.view.dims[w]]
     return stacked, list(dict.fromkeys(parts))
 
 

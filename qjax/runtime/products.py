@@ -1,4 +1,4 @@
-"""Products of two activations on integers: int8 x int8 -> int32, the scales in the epilogue.
+"""Products of two activations on integers: int8 x int8 -> int32, the scales in the epilogue; or on FP8: f8 x f8 -> float32.
 
     z_ij = s_x s_y (sum_k x_k y_k - z_x sum_k y_k - z_y sum_k x_k + K z_x z_y)
 
@@ -28,7 +28,7 @@ def shared_axes(per_token: bool, product: Product, side: int) -> tuple[int, ...]
 
 
 def product_rule(product: Product, eqn: Any, operands: list[Any], state: QProduct) -> tuple[list[Any], QProduct]:
-    """Runs a named product on integers.
+    """Runs a named product on integers or FP8.
 
     Args:
       product: which one.
@@ -62,9 +62,11 @@ def dot(product: Product, eqn: Any, x: jax.Array, y: jax.Array, how: QProduct) -
         x, y = rotated_pair(product, x, y, how.rotation)
     sides = [_Side(product, side, value, operand) for side, (value, operand) in enumerate(zip((x, y), how.operands, strict=True))]
     a, b = sides
+    floats = how.lhs.is_float  # then both are; by precision, for XLA's default adds fewer bits of FP8 products up on a GPU
     total = lax.dot_general(
-        a.codes, b.codes, (product.contracted, product.batch), preferred_element_type=jnp.int32, out_sharding=eqn.params["out_sharding"]
-    )
+        a.codes, b.codes, (product.contracted, product.batch), out_sharding=eqn.params["out_sharding"],
+        precision=lax.Precision.HIGHEST if floats else None, preferred_element_type=jnp.float32 if floats else jnp.int32,
+    )  # fmt: skip
     if a.zero_point is not None:
         total = total - a.zero_point * b.sums
     if b.zero_point is not None:

@@ -76,7 +76,7 @@ def quantized(
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
         named = named_products(program, sites)
-        rule = functools.partial(packed_rule, runtime=runtime_of(kernel, device, kernels, tuned))
+        rule = functools.partial(packed_rule, runtime=runtime_of(kernel, device, kernels, tuned), memo={})
         interpreter = Interpreter({site.key: site for site in program.sites}, rule=rule, products=named, product_rule=product_rule)
         state = {key: sites[product.name] for key, product in named.items()}
         values = [*arguments.params, *arguments.inputs]

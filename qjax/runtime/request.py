@@ -1,7 +1,8 @@
 """What a site asks of a kernel, and its operands as plain arrays: any `dot_general` as y (P, M, N) = x (P, M, K) w (P, N, K)^T.
 
 P are the axes that both operands have (experts); M the other axes of the activation; N the other axes of the weight; K what is
-contracted, in the order in which the weight flattens it, padded as its codes are.
+contracted, in the order in which the weight flattens it, padded as its codes are. A `ragged_dot` is y (M, N) = x (M, K) with the part of
+w (P, N, K) that a row belongs to.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Operands(NamedTuple):
       zero_point: int32 of the shape of `scale`, or None where the kind is not "uint".
       levels: float32 (2^bits,), the table, or None where the kind is not "codebook".
       laid: the weight in the kernel's layout; then codes, scale and zero point are None.
+      sizes: int32 (P,), how many rows of x (M, K) belong to each part, where `request.ragged`; else None.
+      act_scale: float32 (P or 1, 1, 1), the scale of static activations, or None.
+      act_zero_point: int32 of the shape of `act_scale`, or None.
     """
 
     x: jax.Array
@@ -53,6 +57,9 @@ class Operands(NamedTuple):
     zero_point: jax.Array | None
     levels: jax.Array | None
     laid: Any = None
+    sizes: jax.Array | None = None
+    act_scale: jax.Array | None = None
+    act_zero_point: jax.Array | None = None
 
 
 def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: Any) -> Request | str:
@@ -76,13 +83,18 @@ def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: An
         return weight
     if activation is not None and not activation[0]:
         return activation[1]
-    own, along = {x for _, x in (*site.pairs, *site.batch)}, {w for w, _ in site.batch}
+    ragged = site.op == "ragged_dot_general"
+    if ragged and activation is not None and activation[0] != "int8":
+        return f"experts that share a list of rows, with activations {q.act}, which are not one scale a row, found as they come"
+    own, along = {x for _, x in (*site.pairs, *site.batch)}, {0} if ragged else {w for w, _ in site.batch}
     m = math.prod(n for i, n in enumerate(site.x_shape) if i not in own)
     sizes = [size(dim) for dim in site.view.dims]
     parts = math.prod(sizes[w] for w in along)
     n = math.prod(sizes[w] for w in range(len(sizes)) if w not in along and w not in {w for w, _ in site.pairs})
     if 0 in (m, parts, n):
         return "it is empty"
+    if site.sharded and (math.prod(site.out_shape) != m * n * (1 if ragged else parts) or _met(site) != math.prod(q.sizes)):
+        return "each device has a part of it inside a shard_map"
     both = {np.dtype(dtype).name, np.dtype(out_dtype).name} == {"bfloat16"}
     return Request(
         device=device,
@@ -93,7 +105,13 @@ def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: An
         dtype="bfloat16" if both else "float32",
         activation=None if activation is None else activation[0],
         parts=parts,
+        ragged=ragged,
     )
+
+
+def _met(site: Site) -> int:
+    """How many values a row of the activation has."""
+    return math.prod(site.x_shape[x] for _, x in site.pairs)
 
 
 def weight_of(spec: Spec, k: int) -> Weight | str:
@@ -130,16 +148,28 @@ def weight_of(spec: Spec, k: int) -> Weight | str:
 
 
 def activation_of(act: ActSpec | None) -> tuple[Any, str] | None:
-    """("int8" or "fp8", "") for activations that kernels round themselves; (None, why not) for others; None if they stay float."""
+    """What becomes of activations in kernels, as `Request.activation` says, and ""; (None, why they have no word for it); None if nothing.
+
+    >>> from qjax.core import dynamic, int4, int8, static
+    >>> [activation_of(act)[0] for act in (dynamic(int8()), static(int8()), dynamic(int4()))]
+    ['int8', 'int8 codes', 'int8 codes']
+    """
     if act is None:
         return None
-    if act.static or act.outliers is not None or act.spec.granularity != PerToken():
-        return None, f"activations {act} are not one scale a row, found as they come"
     if isinstance(act.spec, FloatSpec):
+        if act.static or act.spec.granularity != PerToken():
+            return None, f"activations {act} are not one scale a row, found as they come"
         fits = act.spec.element == "e4m3" and act.spec.scale_dtype not in ("e8m0", "e4m3")
         return ("fp8", "") if fits else (None, f"activations {act} are not FP8 with a float scale")
-    fits = act.spec.bits == 8 and act.spec.signed and act.spec.symmetric
-    return ("int8", "") if fits else (None, f"activations {act} are not symmetric int8")
+    if act.outliers is not None:
+        return "int8 + outliers", ""
+    by_rows = not act.static and act.per_token and act.spec.bits == 8 and act.spec.signed and act.spec.symmetric
+    return ("int8" if by_rows else "int8 codes"), ""
+
+
+def rows_alone(act: ActSpec | None) -> bool:
+    """Whether what becomes of a row does not depend on the others: then rows of several products may stand in one."""
+    return act is None or (act.outliers is None and (act.static or act.per_token))
 
 
 def reach_of(act: ActSpec | None) -> float:
@@ -152,7 +182,7 @@ def reach_of(act: ActSpec | None) -> float:
     return 127.0 if act is not None and isinstance(act.spec, IntSpec) and act.spec.scale_rule == "full" else 127.5
 
 
-def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array) -> Operands:
+def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array, sizes: jax.Array | None = None) -> Operands:
     """Brings the operands of a site into the form that kernels take.
 
     Args:
@@ -161,6 +191,7 @@ def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array
       request: that request; with a multiple of its rows where x has a leading axis more than the equation says.
       q: the weight, without an adapter.
       x: the activation, floating (E, shape of the equation's operand...).
+      sizes: of a `ragged_dot`, int32 (P,), for which E is 1.
 
     Returns:
       The arrays; the rows of each of the E follow those of the one before.
@@ -170,12 +201,14 @@ def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array
     batch = [a for _, a in _in_order(site, eqn)]
     lead = () if request.parts == 1 else (request.parts,)
     order = [*(a + 1 for a in batch), 0, *(a + 1 for a in free), *(pair[a] + 1 for a in flat)]
-    x = x.transpose(order).reshape(request.parts, request.m, -1)
+    x = x.transpose(order).reshape(1 if request.ragged else request.parts, request.m, -1)
     x = _as_stored(x, q, places).astype(request.dtype)
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, request.k - x.shape[-1])]).reshape(*lead, request.m, request.k)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, request.k - x.shape[-1])])
+    x = x.reshape(*(() if request.ragged else lead), request.m, request.k)
+    static = [None if a is None else of_part(a, q, places) for a in (q.act_scale, q.act_zero_point)]
     if q.form is not None:
-        return Operands(x, None, None, None, levels_of(q), q.laid)
-    return Operands(x, *rows_of(q, (*lead, request.n)), levels_of(q))
+        return Operands(x, None, None, None, levels_of(q), q.laid, sizes, *static)
+    return Operands(x, *rows_of(q, (*lead, request.n)), levels_of(q), None, sizes, *static)
 
 
 def rows_of(q: QTensor, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -194,8 +227,10 @@ def rows_of(q: QTensor, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, j
 
 def result_of(site: Site, eqn: Any, q: QTensor, y: jax.Array, times: int) -> jax.Array:
     """y (P, times * M, N) as the equation gives it, (times, batch..., free of the left operand..., free of the right one...)."""
-    _, places, free = _axes(site, eqn, q, len(site.x_shape))
     aval = eqn.outvars[0].aval
+    if site.op == "ragged_dot_general":
+        return y.astype(aval.dtype).reshape(times, *aval.shape)
+    _, places, free = _axes(site, eqn, q, len(site.x_shape))
     n_batch, n_free = len(places), len(free)
     batch = aval.shape[:n_batch]
     sizes = [site.x_shape[i] for i in free]
@@ -208,11 +243,12 @@ def result_of(site: Site, eqn: Any, q: QTensor, y: jax.Array, times: int) -> jax
 
 def _no_product(site: Site, q: QTensor, dtype: Any, out_dtype: Any) -> str:
     """Why a site is no product of rows by rows; "" if it is."""
-    if site.op != "dot_general":
-        names = {"gather": "a lookup", "conv_general_dilated": "a convolution", "ragged_dot_general": "experts that share a list of rows"}
-        return names.get(site.op, site.op)
-    if site.sharded:
-        return "it stands inside a shard_map"
+    if site.op == "ragged_dot_general":
+        why = _no_ragged(site)
+        if why:
+            return why
+    elif site.op != "dot_general":
+        return {"gather": "a lookup", "conv_general_dilated": "a convolution"}.get(site.op, site.op)
     if site.custom_rule:
         return "it stands inside a custom derivative rule"
     if axes_of([site.view.dims[w] for w, _ in site.pairs]) != set(site.contracted):
@@ -225,17 +261,30 @@ def _no_product(site: Site, q: QTensor, dtype: Any, out_dtype: Any) -> str:
     return ""
 
 
+def _no_ragged(site: Site) -> str:
+    """Why experts that share a list of rows are none that kernels take, x (rows, K) and w (experts, K, N) or (experts, N, K)."""
+    dims = [axes_of([dim]) for dim in site.view.dims]
+    plain = len(site.x_shape) == 2 and len(dims) == 3 and not site.batch and [x for _, x in site.pairs] == [1]
+    if not plain or not dims[0] or not dims[0] <= set(site.stacked) or {w for w, _ in site.pairs} == {0}:
+        return "experts that share a list of rows in another form than (rows, K) and (experts, K, N)"
+    return ""
+
+
 def why_not_operands(site: Site, eqn: Any, q: QTensor) -> str:
     """Why a weight as it is met, a view of the parameter, cannot be brought into rows without moving its codes; "" if it can."""
-    contract, _ = eqn.params["dimension_numbers"]
+    contract, _ = _numbers(eqn)
     flat = [a + q.ndim for a in q.axes]
+    if site.op == "ragged_dot_general":
+        dims = eqn.params["ragged_dot_dimension_numbers"]
+        if tuple(dims.lhs_ragged_dimensions) != (0,) or tuple(dims.rhs_group_dimensions) != (0,):
+            return "experts that share a list of rows in another form than (rows, K) and (experts, K, N)"
     if sorted(flat) != sorted(contract[site.operand]):
         return "what is contracted is not what shares its scales"
     kept = [i for i in range(q.ndim) if i not in flat]
     places = [kept.index(w) for w, _ in _in_order(site, eqn)]
     if places != list(range(len(places))):
         return "its experts are not the first axis of the stored weight"
-    each = [a for a in (q.input_scale, q.perm) if a is not None]
+    each = [a for a in (q.input_scale, q.perm, q.act_scale) if a is not None]
     if any(n != 1 for a in each for i, n in enumerate(a.shape[:-1]) if i not in places):
         return "parts of it that meet the same rows want them in another form each"
     if q.levels is not None and math.prod(q.levels.shape[:-1]) != 1:
@@ -243,9 +292,15 @@ def why_not_operands(site: Site, eqn: Any, q: QTensor) -> str:
     return ""
 
 
+def _numbers(eqn: Any) -> Any:
+    if eqn.primitive.name == "ragged_dot_general":
+        return eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return eqn.params["dimension_numbers"]
+
+
 def _in_order(site: Site, eqn: Any) -> list[tuple[int, int]]:
     """(dim of the weight, dim of the activation) that run along together, in the order of the result."""
-    _, batch = eqn.params["dimension_numbers"]
+    _, batch = _numbers(eqn)
     return list(zip(batch[site.operand], batch[1 - site.operand], strict=True))
 
 
@@ -258,22 +313,22 @@ def _axes(site: Site, eqn: Any, q: QTensor, x_ndim: int) -> tuple[list[int], lis
     return flat, [kept.index(w) for w, _ in together], [i for i in range(x_ndim) if i not in own]
 
 
+def of_part(a: jax.Array, q: QTensor, places: list[int]) -> jax.Array:
+    """What a weight has for each of its parts, (kept-like..., L), of those at `places`: (P or 1, 1, L)."""
+    lead = [n if i in places else 1 for i, n in enumerate(a.shape[:-1])]
+    if math.prod(lead) != 1:
+        a = jnp.broadcast_to(a, (*(q.codes.shape[i] if i in places else 1 for i in range(a.ndim - 1)), a.shape[-1]))
+    return a.reshape(-1, 1, a.shape[-1])
+
+
 def _as_stored(x: jax.Array, q: QTensor, places: list[int]) -> jax.Array:
     """x (P, M, K) as the codes want it: divided, rotated, in stored order."""
-
-    def of_part(a: jax.Array) -> jax.Array:  # (kept-like..., K) -> (P or 1, 1, K)
-        lead = [n if i in places else 1 for i, n in enumerate(a.shape[:-1])]
-        size = math.prod(lead)
-        if size != 1:
-            a = jnp.broadcast_to(a, (*(q.codes.shape[i] if i in places else 1 for i in range(a.ndim - 1)), a.shape[-1]))
-        return a.reshape(-1, 1, a.shape[-1])
-
     if q.input_scale is not None:
-        x = divide(x.astype(jnp.float32), of_part(q.input_scale))
+        x = divide(x.astype(jnp.float32), of_part(q.input_scale, q, places))
     if q.rotation is not None:
         x = q.rotation.apply(x.astype(jnp.float32))
     if q.perm is not None:
-        perm = of_part(q.perm)
+        perm = of_part(q.perm, q, places)
         x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (x.shape[0], 1, x.shape[-1])), axis=-1)
     return x
 

@@ -13,6 +13,7 @@ from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
 from qjax.runtime.adapter import adapter_product
 from qjax.runtime.adapter import why_not as why_no_adapter
+from qjax.runtime.fused import Memo, Together, product_together
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.kernels import Runtime, choose
 from qjax.runtime.layouts import laid_rows
@@ -25,7 +26,7 @@ FLOAT, INTEGER, MIXED, FP8 = "xla", "xla int8", "xla int8 + 16 bit outliers", "x
 
 
 def packed_rule(
-    site: Site, eqn: Any, operands: list[Any], state: Any, runtime: Runtime | None = None
+    site: Site, eqn: Any, operands: list[Any], state: Any, runtime: Runtime | None = None, memo: Memo | None = None
 ) -> tuple[list[Any], Any]:
     """Runs a site whose weight is packed: on a kernel of `runtime` that takes it, else as follows, which is all XLA.
 
@@ -40,10 +41,19 @@ def packed_rule(
         thin = adapter_product(site, eqn, operands)
         if thin is not None:
             plain = [Packed(weight.q.with_adapter(None), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
-            (out,), state = packed_rule(site, eqn, plain, state, runtime)
+            (out,), state = packed_rule(site, eqn, plain, state, runtime, memo)
             return [(out.astype(jnp.float32) + thin).astype(out.dtype)], state
+    if isinstance(weight, Packed) and isinstance(weight.q.form, Together):
+        if runtime is not None and memo is not None and weight.q.adapter_left is None:
+            out = product_together(site, eqn, materialize(operands[1 - site.operand]), weight, runtime, memo, _plain)
+            if out is not None:
+                return [out], state
+        apart = [Packed(weight.q.plain(), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
+        return packed_rule(site, eqn, apart, state, runtime)
     if runtime is not None and isinstance(weight, Packed) and site.op != "gather":
-        out = kernel_product(site, eqn, materialize(operands[1 - site.operand]), weight, runtime, _plain(site, eqn, operands))
+        others = tuple(jnp.asarray(materialize(v)) for v in operands[2:])
+        x = materialize(operands[1 - site.operand])
+        out = kernel_product(site, eqn, x, weight, runtime, _plain(site, eqn), others)
         if out is not None:
             return [out], state
     if isinstance(weight, Packed) and weight.q.form is not None:
@@ -67,11 +77,11 @@ def packed_rule(
     return compat.bind(eqn, [materialize(v) for v in operands]), state
 
 
-def _plain(site: Site, eqn: Any, operands: list[Any]) -> Plain:
-    """The same without kernels, of the activation and the weight."""
+def _plain(site: Site, eqn: Any) -> Plain:
+    """The same without kernels, of the activation, the weight, and what comes behind them."""
 
-    def run(x: jax.Array, weight: Packed) -> jax.Array:
-        values = [weight if i == site.operand else x if i == 1 - site.operand else v for i, v in enumerate(operands)]
+    def run(x: jax.Array, weight: Packed, *others: jax.Array) -> jax.Array:
+        values = [x, weight, *others] if site.operand == 1 else [weight, x, *others]
         return packed_rule(site, eqn, values, None)[0][0]
 
     return run

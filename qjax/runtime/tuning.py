@@ -25,6 +25,7 @@ def key_of(request: Request) -> str:
     group = "channel" if weight.group_size is None else f"group {weight.group_size}"
     act = "" if request.activation is None else f" {request.activation}"
     parts = "" if request.parts == 1 else f"{request.parts} x "
+    parts = f"ragged {parts}" if request.ragged else parts
     return f"{weight.kind}{weight.bits} {group}, {request.dtype}{act}, {parts}{request.n} x {request.k}, {rows} rows"
 
 

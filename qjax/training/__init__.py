@@ -1,5 +1,8 @@
-"""Training through quantization."""
+"""Training through quantization, and optimizers whose states are quantized."""
 
+from qjax.training.adam8bit import Adam8State as Adam8State
+from qjax.training.adam8bit import adam8bit as adam8bit
+from qjax.training.adam8bit import scale_by_adam8bit as scale_by_adam8bit
 from qjax.training.adapted import Adapted as Adapted
 from qjax.training.adapted import check_trainable as check_trainable
 from qjax.training.convert import convert as convert
@@ -7,12 +10,20 @@ from qjax.training.dorefa import DoReFa as DoReFa
 from qjax.training.dorefa import dorefa as dorefa
 from qjax.training.fake_quant import FakeQuant as FakeQuant
 from qjax.training.fake_quant import fake_quant as fake_quant
+from qjax.training.host_offload import host_offload as host_offload
 from qjax.training.learned_rotation import LearnedRotation as LearnedRotation
 from qjax.training.learned_rotation import learn_rotation as learn_rotation
+from qjax.training.lion8bit import Lion8State as Lion8State
+from qjax.training.lion8bit import lion8bit as lion8bit
+from qjax.training.lion8bit import scale_by_lion8bit as scale_by_lion8bit
 from qjax.training.lora import Lora as Lora
 from qjax.training.lora import lora as lora
 from qjax.training.lsq import LearnedStep as LearnedStep
 from qjax.training.lsq import lsq as lsq
+from qjax.training.moments import Blocks as Blocks
+from qjax.training.moments import Moment8 as Moment8
+from qjax.training.moving_range import MovingRange as MovingRange
+from qjax.training.moving_range import moving_range as moving_range
 from qjax.training.pact import Clipped as Clipped
 from qjax.training.pact import pact as pact
 from qjax.training.qat import QAT as QAT

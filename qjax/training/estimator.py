@@ -111,6 +111,15 @@ class ActivationEstimator(Protocol):
         ...
 
 
+@runtime_checkable
+class TracksRanges(Protocol):
+    """An estimator of static activations whose ranges follow the data of training."""
+
+    def track(self, x: jax.Array, learned: Learned, moment: Moment) -> Learned:
+        """The ranges after activations `x`, without a gradient; `learned` holds NaN before the first of them."""
+        ...
+
+
 class AtBits:
     """An `IntSpec` whose limits are traced: what reads a spec's attributes reads these.
 

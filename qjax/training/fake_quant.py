@@ -14,9 +14,11 @@ from qjax.core.specs import check_choice
 from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
+from qjax.training.estimator import TracksRanges
 from qjax.training.planned import Planned, planned
-from qjax.training.rounding import integer_weight, rounded_weight, rounding
-from qjax.training.state import Quant, begin, check, labels, ranges
+from qjax.training.qat import training_of
+from qjax.training.rounding import followed, integer_weight, rounded_weight, rounding
+from qjax.training.state import Quant, advance, begin, check, labels, ranges
 
 Forward = Literal["float", "integer"]
 
@@ -50,15 +52,42 @@ class FakeQuant:
     def __call__(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Any:
         plan = self.plan(params, *args, **kwargs)
         check(quant, plan)
-        state = quant or {}
-        weights = _weights(plan, params, state)
+        return self._run(plan, quant or {}, False, params, args, kwargs)[0]
+
+    def tracked(self, params: Any, *args: Any, quant: Quant, **kwargs: Any) -> tuple[Any, Quant]:
+        """Computes as the function does, with ranges that follow the data (`qjax.moving_range`).
+
+        Args:
+          params: the float parameters.
+          *args: arguments of the function.
+          quant: the state; its ranges may be unknown yet, as `init` gives them for shapes.
+          **kwargs: keyword arguments of the function.
+
+        Returns:
+          (results, the state with the ranges that were used). Hand the state out of the loss beside it
+          (`jax.value_and_grad(..., has_aux=True)`), and apply the updates of what is learned to it.
+
+        Raises:
+          ValueError: no rule has ranges that follow, or the state is of another policy.
+        """
+        plan = self.plan(params, *args, **kwargs)
+        trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
+        if not any(isinstance(train.activation, TracksRanges) for train in trains):
+            raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function itself")
+        check(quant, plan, calibrated=False)
+        return self._run(plan, quant, True, params, args, kwargs)
+
+    def _run(self, plan: Planned, quant: Quant, tracks: bool, params: Any, args: Any, kwargs: Any) -> tuple[Any, Quant]:
+        weights = _weights(plan, params, quant)
         flat = split_arguments(params, (), {}).params
-        exact = {i: integer_weight(flat[i], t, state) for i, t in plan.weights.items()} if self._on_integers else {}
-        run = rounding(plan, state, {i: q for i, q in exact.items() if q is not None})
+        # Codes are rounded with the ranges that a site has before it is run.
+        exact = {i: integer_weight(flat[i], t, quant) for i, t in plan.weights.items()} if self._on_integers and not tracks else {}
+        run = rounding(plan, quant, {i: q for i, q in exact.items() if q is not None}, tracks)
         if run is None:
-            return self.fn(weights, *args, **kwargs)
+            return self.fn(weights, *args, **kwargs), quant
         flat = split_arguments(weights, args, kwargs)
-        return jax.tree.unflatten(plan.program.out_tree, run([*flat.params, *flat.inputs]))
+        outs, side = run([*flat.params, *flat.inputs])
+        return jax.tree.unflatten(plan.program.out_tree, outs), followed(plan, quant, side) if tracks else quant
 
     def init(self, key: jax.Array, params: Any, *args: Any, **kwargs: Any) -> Quant:
         """Returns the state of the quantizers, to be passed as `quant=` and trained beside the parameters.
@@ -114,7 +143,7 @@ class FakeQuant:
 
     def advance(self, quant: Quant) -> Quant:
         """Returns the state of the next step: schedules go on, and random rounding draws anew. Call it once after each update."""
-        return {**quant, "step": quant["step"] + 1} if "step" in quant else quant
+        return advance(quant)
 
     def labels(self, quant: Quant) -> Any:
         """Returns "learned" or "fixed" for every array of the state, for `optax.multi_transform`."""
@@ -155,8 +184,8 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
     Returns:
       A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`. Policies with
       learned or static ranges, a schedule or random rounding have a state: `quant = fq.init(key, params, *args)`, passed as
-      `quant=`; `fq.advance(quant)` goes to the next step, `fq.calibrate(quant, params, batches)` sets static ranges,
-      `fq.labels(quant)` tells what to train.
+      `quant=`; `fq.advance(quant)` goes to the next step, `fq.tracked(...)` also returns ranges that follow the data,
+      `fq.calibrate(quant, params, batches)` sets static ranges, `fq.labels(quant)` tells what to train.
 
     Raises:
       TypeError: `policy` is no policy. When called, ValueError: a state that is missing, or of another policy.

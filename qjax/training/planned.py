@@ -8,7 +8,7 @@ from typing import Any
 
 from qjax.calibration import why_no_rows, why_not_observed
 from qjax.core import ActSpec, OnlineRotation, Spec
-from qjax.policy import Choice, Policy, ProductChoice, RotatesInputs
+from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs
 from qjax.program import Key, Leaf, Program, Site
 from qjax.ptq.method import Problem, methods_of
 from qjax.training.qat import QAT, training_of
@@ -60,12 +60,14 @@ class Planned:
       weights: by the parameter's index.
       products: the products of two activations that are rounded.
       choices: all that the policy decided.
+      caches: the caches that are rounded where they are read.
     """
 
     program: Program
     weights: Mapping[int, Trained]
     products: tuple[ProductChoice, ...]
     choices: tuple[Choice, ...]
+    caches: tuple[CacheChoice, ...] = ()
 
     @property
     def steps(self) -> bool:
@@ -100,7 +102,9 @@ def planned(program: Program, policy: Policy) -> Planned:
         reason = why_not_observed(choice.product)
         if any(act.static for act in choice.operands or ()) and reason:
             raise ValueError(f"the static ranges of {choice.product.name!r} cannot be found: {reason}; make them qjax.dynamic(...)")
-    return Planned(program, weights, products, choices)
+    # A program that takes no cache trains without: rules for caches count where one is.
+    named = policy.resolve_caches(program) if program.caches and any(rule.is_cache for rule in policy.rules) else ()
+    return Planned(program, weights, products, choices, tuple(choice for choice in named if choice.spec is not None))
 
 
 def _check_site(site: Site, trained: Trained) -> None:

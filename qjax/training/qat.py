@@ -47,11 +47,14 @@ class QAT:
 
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         check_estimators(self.weight, self.activation, weight, activations)
-        reason = "" if weight is None else self.schedule.refusal(weight)
-        if reason:
+        reasons = ["" if weight is None else self.schedule.refusal(weight)]
+        reasons += [self.schedule.refusal(act.spec, activation=True) for act in activations]
+        for reason in filter(None, reasons):
             raise ValueError(f"`train`: {reason}")
-        if self.schedule.activations and any(not act.static and act.outliers is not None for act in activations):
-            raise ValueError("`train`: activations with outlier columns cannot set in later: leave `activations` of the schedule out")
+        moves = self.schedule.activations or self.schedule.activation_bits
+        if moves and any(not act.static and act.outliers is not None for act in activations):
+            raise ValueError("`train`: activations with outlier columns cannot set in later or have other bits: leave "
+                             "`activations` and `activation_bits` of the schedule out")
 
 
 def qat(

@@ -20,13 +20,14 @@ from qjax.runtime.products import rotated_pair
 from qjax.runtime.products import shared_axes as product_axes
 from qjax.runtime.rotation import rotate_axes
 from qjax.runtime.select import column_axes, shared_axes
-from qjax.training.estimator import Learned, Moment
+from qjax.training.estimator import Learned, Moment, TracksRanges
+from qjax.training.fake_cache import FakeCache, fake_cache
 from qjax.training.gradients import rounded_gradient
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
-from qjax.training.side_state import keys_for, of_site, whole_ranges
-from qjax.training.state import Quant, moment_of
-from qjax.training.straight_through import straight_through_activation
+from qjax.training.side_state import keys_for, of_leaf, of_site, whole_ranges
+from qjax.training.state import LEAST, Quant, moment_of
+from qjax.training.straight_through import straight_through_activation, straight_through_at
 
 _SIDES = ("left", "right")
 
@@ -55,7 +56,7 @@ def integer_weight(w: Any, trained: Trained, quant: Quant) -> QTensor | None:
     if act is None or act.is_float or act.outliers is not None or trained.rotation is not None or not isinstance(spec, IntSpec):
         return None
     whole = isinstance(spec.granularity, PerChannel | PerTensor) and not any(why_not(site, spec) for site in trained.sites)
-    settled = not (train.schedule.weights or train.schedule.activations or train.schedule.bits)
+    settled = not (train.schedule.weights or train.schedule.activations or train.schedule.bits or train.schedule.activation_bits)
     if not whole or not settled or (act.static and train.activation.random):
         return None
     learned = jax.lax.stop_gradient(quant.get("weights", {}).get(trained.leaf.path, {}))
@@ -85,36 +86,46 @@ def _from(first: int, quant: Quant, new: jax.Array, old: jax.Array) -> jax.Array
     return new if first == 0 else jnp.where(quant["step"] >= first, new, old)
 
 
-def rounding(plan: Planned, quant: Quant, exact: Mapping[int, QTensor]) -> Callable[[list[Any]], list[Any]] | None:
-    """The program with rounded activations and gradients; None if it has none of them.
+def rounding(
+    plan: Planned, quant: Quant, exact: Mapping[int, QTensor], tracks: bool = False
+) -> Callable[[list[Any]], tuple[list[Any], dict[Key, Any]]] | None:
+    """The program with rounded activations, caches and gradients; None if it has none of them.
 
     Args:
       plan: what is rounded where.
       quant: the state.
       exact: of `integer_weight`, by the parameter's index.
+      tracks: whether ranges follow the data, where their estimator says so.
 
     Returns:
-      A function of flat arguments.
+      A function of flat arguments, which returns flat results and what sites and products took along, for `followed`.
     """
     program, by_site = plan.program, plan.site_of
     pairs = {choice.product.key: choice for choice in plan.products}
-    if not by_site and not pairs:
+    caches = {choice.leaf.index: (choice.leaf, choice.spec) for choice in plan.caches if choice.spec is not None}
+    if not by_site and not pairs and not caches:
         return None
     sites = {site.key: site for site in program.sites if site.key in by_site}
 
     def rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
-        return _at_site(site, eqn, operands, by_site[site.key], state or {}, quant), state
+        trained, state = by_site[site.key], _tracked(by_site[site.key], operands[1 - site.operand], state, quant) if tracks else state
+        return _at_site(site, eqn, operands, trained, state or {}, quant), state
 
     def product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
-        return _at_product(product, eqn, operands, pairs[product.key], state or {}, quant), state
+        choice = pairs[product.key]
+        state = _tracked_pair(choice, operands, state, quant) if tracks else state
+        return _at_product(product, eqn, operands, choice, state or {}, quant), state
 
     products = {key: choice.product for key, choice in pairs.items()}
     interpreter = Interpreter(sites, rule, watched=frozenset(sites), products=products, product_rule=product_rule)
     state = _side_state(plan, quant)
 
-    def run(values: list[Any]) -> list[Any]:
-        packed = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
-        return interpreter(program.jaxpr, packed, state)[0]
+    def run(values: list[Any]) -> tuple[list[Any], dict[Key, Any]]:
+        values = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
+        for index, (leaf, spec) in caches.items():
+            values[index] = fake_cache(values[index], leaf, spec)
+        outs, side = interpreter(program.jaxpr, values, state)
+        return [v.tokens() if isinstance(v, FakeCache) else v for v in outs], side
 
     return run
 
@@ -142,6 +153,54 @@ def _side_state(plan: Planned, quant: Quant) -> dict[Key, Any]:
     return state
 
 
+def followed(plan: Planned, quant: Quant, side: Mapping[Key, Any]) -> Quant:
+    """The state with the ranges that sites and products came back with.
+
+    Args:
+      plan: what is rounded where.
+      quant: the state.
+      side: of `rounding`.
+
+    Returns:
+      A state of the same structure.
+    """
+    lengths = scan_lengths(plan.program)
+    activations, products = dict(quant.get("activations", {})), dict(quant.get("products", {}))
+    for trained in plan.weights.values():
+        if trained.leaf.path in activations and isinstance(trained.train.activation, TracksRanges):
+            turns = [tuple(lengths[scan] for scan in site.scans) for site in trained.sites]
+            activations[trained.leaf.path] = {
+                name: of_leaf([side[site.key][name] for site in trained.sites], trained.leaf, trained.sites, turns, name in LEAST)
+                for name in activations[trained.leaf.path]
+            }
+    for choice in plan.products:
+        name = choice.product.name
+        if name in products and isinstance(training_of(choice.rule).activation, TracksRanges):
+            products[name] = {each: side[choice.product.key][each] for each in products[name]}
+    return {**quant, **{kind: new for kind, new in (("activations", activations), ("products", products)) if kind in quant}}
+
+
+def _tracked(trained: Trained, x: jax.Array, state: Any, quant: Quant) -> Any:
+    """What a site takes along, with ranges that have seen `x`."""
+    estimator = trained.train.activation
+    if trained.act is None or not trained.act.static or not isinstance(estimator, TracksRanges):
+        return state
+    learned = {name: value for name, value in state.items() if name != "key"}
+    return {**state, **estimator.track(x, learned, moment_of(trained.train, quant, 0))}
+
+
+def _tracked_pair(choice: ProductChoice, operands: list[Any], state: Any, quant: Quant) -> Any:
+    """What a product takes along, with ranges that have seen its operands."""
+    train, pair = training_of(choice.rule), operands
+    if not isinstance(train.activation, TracksRanges) or not any(act.static for act in choice.operands or ()):
+        return state
+    if choice.rotation is not None:
+        pair = rotated_pair(choice.product, operands[0], operands[1], choice.rotation)
+    now = moment_of(train, quant, 0)
+    seen = {side: train.activation.track(x, state[side], now) for side, x in zip(_SIDES, pair, strict=True) if side in state}
+    return {**state, **seen}
+
+
 def _key(train: QAT, quant: Quant, number: int, turns: Sequence[int]) -> dict[str, jax.Array]:
     key = moment_of(train, quant, number).key
     return {} if key is None else {"key": keys_for(key, turns)}
@@ -153,7 +212,7 @@ def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state:
     keys = jax.random.split(state["key"]) if "key" in state else (None, None)
     if act is not None:
         x = operands[other]
-        rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0)._replace(key=keys[0]))
+        rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0, activation=True)._replace(key=keys[0]))
         rounded = _from(train.schedule.activations, quant, rounded, x)
         outs = _product(site, eqn, operands, rounded)
     else:
@@ -188,15 +247,21 @@ def _rounded(
     site: Site, eqn: Any, x: jax.Array, act: ActSpec, trained: Trained, state: dict[str, Any], moment: Moment
 ) -> jax.Array:
     turn, axes = trained.rotation, _in_parameter_order(site)
-    moment = moment._replace(bits=None)  # a schedule of bits is for weights
     if act.static:
         learned = {name: value for name, value in state.items() if name != "key"}
         return trained.train.activation.fake_activation(x, act, learned, moment, _features(site, eqn, x))
     dtype = x.dtype
     if turn is not None:
         x = rotate_axes(x.astype(jnp.float32), axes, turn)
-    rounded = straight_through_activation(x, act, shared_axes(site, eqn, act, x.ndim), column_axes(site, x.ndim))
+    rounded = _dynamic(x, act, shared_axes(site, eqn, act, x.ndim), column_axes(site, x.ndim), moment)
     return rounded if turn is None else rotate_axes(rounded, axes, turn, back=True).astype(dtype)
+
+
+def _dynamic(x: jax.Array, act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...], moment: Moment) -> jax.Array:
+    """Rounded with ranges of its own, to the bits of the step."""
+    if moment.bits is None:
+        return straight_through_activation(x, act, axes, rows)
+    return straight_through_at(x, act, axes, moment)
 
 
 def _features(site: Site, eqn: Any, x: jax.Array) -> int:
@@ -227,14 +292,14 @@ def _at_product(
     if choice.rotation is not None:
         operands = [*rotated_pair(product, operands[0], operands[1], choice.rotation)]
     keys = jax.random.split(state["key"], 3) if "key" in state else (None, None, None)
-    moment, rounded = moment_of(train, quant, 0)._replace(bits=None), []
+    moment, rounded = moment_of(train, quant, 0, activation=True), []
     for side, (x, act) in enumerate(zip(operands, choice.operands or (), strict=True)):
         if act.static:
             features = math.prod(x.shape[i] for i in product.contracted[side])
             now = moment._replace(key=keys[side])
             rounded.append(train.activation.fake_activation(x, act, state[_SIDES[side]], now, features))
         else:
-            rounded.append(straight_through_activation(x, act, product_axes(act.per_token, product, side)))
+            rounded.append(_dynamic(x, act, product_axes(act.per_token, product, side), (), moment))
     operands = [x.astype(dtype) for x, dtype in zip(rounded, dtypes, strict=True)]
     outs = compat.bind(eqn, operands)
     if train.schedule.activations:

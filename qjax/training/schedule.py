@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,15 @@ class Schedule:
     activations: int = 0
     freeze: int | None = None
     bits: tuple[tuple[int, int], ...] = ()
+    activation_bits: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "freeze"):
             value = getattr(self, name)
             if (value is not None or name != "freeze") and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"`{name}` must be a step, a whole number of at least 0, got {value!r}")
-        if not isinstance(self.bits, tuple) or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in self.bits):
-            raise TypeError(f"`bits` must be a tuple of pairs (step, bits) such as ((0, 8), (500, 4)), got {self.bits!r}")
-        steps = [step for step, _ in self.bits]
-        if self.bits and (steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps))):
-            raise ValueError(f"`bits` must begin at step 0 and name later steps after it, got {self.bits!r}")
-        if any(not 2 <= bits <= 8 for _, bits in self.bits):
-            raise ValueError(f"`bits` must name 2 to 8 bits, got {self.bits!r}")
+        for name in ("bits", "activation_bits"):
+            _check_bits(name, getattr(self, name))
 
     @property
     def moves(self) -> bool:
@@ -41,30 +38,46 @@ class Schedule:
     @property
     def ends(self) -> int:
         """The step from which weights and activations are rounded to the bits of their specs."""
-        return max(self.weights, self.activations, *(step for step, _ in self.bits))
+        return max(self.weights, self.activations, *(step for step, _ in (*self.bits, *self.activation_bits)))
 
-    def refusal(self, spec: Spec) -> str:
-        """Why a spec cannot follow `bits`; "" if it can."""
-        if not self.bits:
+    def refusal(self, spec: Spec, activation: bool = False) -> str:
+        """Why a spec, of weights or of activations, cannot follow `bits` or `activation_bits`; "" if it can."""
+        name, pairs = ("activation_bits", self.activation_bits) if activation else ("bits", self.bits)
+        if not pairs:
             return ""
         if not isinstance(spec, IntSpec) or spec.by_mean:
-            return f"`bits` of the schedule are for integers, got {spec}: leave them out"
-        if self.bits[-1][1] != spec.bits:
-            return f"`bits` of the schedule end at {self.bits[-1][1]} and the spec is {spec}: end at its bits, {spec.bits}"
+            return f"`{name}` of the schedule are for integers, got {spec}: leave them out"
+        if pairs[-1][1] != spec.bits:
+            return f"`{name}` of the schedule end at {pairs[-1][1]} and the spec is {spec}: end at its bits, {spec.bits}"
         return ""
 
-    def bits_at(self, step: jax.Array) -> jax.Array | None:
-        """How many bits there are, int32; None: always those of the spec."""
-        if not self.bits:
+    def bits_at(self, step: jax.Array, activation: bool = False) -> jax.Array | None:
+        """How many bits weights, or activations, have, int32; None: always those of the spec."""
+        pairs = self.activation_bits if activation else self.bits
+        if not pairs:
             return None
-        now = jnp.int32(self.bits[0][1])
-        for first, bits in self.bits[1:]:
+        now = jnp.int32(pairs[0][1])
+        for first, bits in pairs[1:]:
             now = jnp.where(step >= first, jnp.int32(bits), now)
         return now
 
 
+def _check_bits(name: str, pairs: Any) -> None:
+    if not isinstance(pairs, tuple) or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise TypeError(f"`{name}` must be a tuple of pairs (step, bits) such as ((0, 8), (500, 4)), got {pairs!r}")
+    steps = [step for step, _ in pairs]
+    if pairs and (steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps))):
+        raise ValueError(f"`{name}` must begin at step 0 and name later steps after it, got {pairs!r}")
+    if any(not 2 <= bits <= 8 for _, bits in pairs):
+        raise ValueError(f"`{name}` must name 2 to 8 bits, got {pairs!r}")
+
+
 def schedule(
-    weights: int = 0, activations: int = 0, freeze: int | None = None, bits: tuple[tuple[int, int], ...] = ()
+    weights: int = 0,
+    activations: int = 0,
+    freeze: int | None = None,
+    bits: tuple[tuple[int, int], ...] = (),
+    activation_bits: tuple[tuple[int, int], ...] = (),
 ) -> Schedule:
     """What changes while training: pure functions of the state's step, so that one compiled program serves all of it.
 
@@ -74,6 +87,7 @@ def schedule(
       freeze: the step from which learned ranges have no gradient; None: never.
       bits: how many bits weights have from a step on, ((0, 8), (500, 4)): the last are those of the spec. Under learned scales
         more bits divide the same range more finely.
+      activation_bits: the same for the activations, dynamic, static or learned, and for the operands of a product of two.
 
     Returns:
       A `Schedule` for `qjax.qat(schedule=...)`.
@@ -86,4 +100,4 @@ def schedule(
       >>> plan.bits_at(jnp.float32(499)).item(), plan.bits_at(jnp.float32(500)).item(), plan.ends
       (8, 4, 500)
     """
-    return Schedule(weights, activations, freeze, bits)
+    return Schedule(weights, activations, freeze, bits, activation_bits)

@@ -29,7 +29,7 @@ from qjax.training.side_state import of_leaf, range_shape
 
 Quant = dict[str, Any]
 LEARNED = ("scale", "offset", "alpha")
-_LEAST = ("lo", "offset")  # of these the smallest covers all
+LEAST = ("lo", "offset")  # of these the smallest covers all
 _SIDES = ("left", "right")
 
 
@@ -72,8 +72,8 @@ def _like(train: QAT, act: ActSpec, shape: tuple[int, ...]) -> Any:
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in one}
 
 
-def check(quant: Any, plan: Planned) -> None:
-    """Refuses a state of another policy or program, and ranges that no data has set.
+def check(quant: Any, plan: Planned, calibrated: bool = True) -> None:
+    """Refuses a state of another policy or program, and, where they must be `calibrated`, ranges that no data has set.
 
     Raises:
       TypeError, ValueError: naming `quant`, what differs, and the remedy.
@@ -81,7 +81,7 @@ def check(quant: Any, plan: Planned) -> None:
     want, given = shapes(plan), quant or {}
     if want and quant is None:
         raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass "
-                         "quant=fq.init(key, params, *args)")  # fmt: skip
+                         "quant=fq.init(key, params, *args), or give a module its state by qjax.linen.begin or qjax.nnx.begin")  # fmt: skip
     flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
     wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(want)}
     other = [name for name in flat.keys() | wanted.keys() if getattr(flat.get(name), "shape", 0) != getattr(wanted.get(name), "shape", 1)]
@@ -92,7 +92,8 @@ def check(quant: Any, plan: Planned) -> None:
     for name, leaf in flat.items():
         if leaf.dtype != jnp.float32:
             raise TypeError(f"`quant`{name} must be float32, got {leaf.dtype}: keep the state in the dtype that `init` gives")
-    check_calibrated(given)
+    if calibrated:
+        check_calibrated(given)
 
 
 def check_calibrated(quant: Quant) -> None:
@@ -111,13 +112,19 @@ def labels(quant: Quant) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: "learned" if path[-1].key in LEARNED else "fixed", quant)
 
 
-def moment_of(train: QAT, quant: Quant, number: int) -> Moment:
-    """What an estimator is told in this step; `number` tells sites apart."""
+def advance(quant: Quant) -> Quant:
+    """The state of the next step."""
+    return {**quant, "step": quant["step"] + 1} if "step" in quant else dict(quant)
+
+
+def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:
+    """What an estimator of weights, or of activations, is told in this step; `number` tells sites apart."""
     step = quant.get("step")
     if step is None or not train.steps:
         return Moment()
     frozen = None if train.schedule.freeze is None else step >= train.schedule.freeze
-    return Moment(_key(quant, number) if train.random else None, train.schedule.bits_at(step), frozen)
+    bits = train.schedule.bits_at(step, activation)
+    return Moment(_key(quant, number) if train.random else None, bits, frozen)
 
 
 def _key(quant: Quant, number: int) -> jax.Array:
@@ -193,7 +200,7 @@ def _of_parameter(trained: Trained, states: Mapping[Key, Any], lengths: Mapping[
     seen = [states[site.key][0] for site in trained.sites]
     found = [_by_turn(lambda s: estimator.from_data(s, act), state, len(n)) for state, n in zip(seen, turns, strict=True)]
     parts = {name: [each[name] for each in found] for name in found[0]}
-    return {name: _known(of_leaf(each, trained.leaf, trained.sites, turns, name in _LEAST), name) for name, each in parts.items()}
+    return {name: _known(of_leaf(each, trained.leaf, trained.sites, turns, name in LEAST), name) for name, each in parts.items()}
 
 
 def _of_product(choice: ProductChoice, states: Any) -> dict[str, Learned]:
@@ -213,7 +220,7 @@ def _by_turn(f: Callable[[Any], Learned], state: Any, depth: int) -> Learned:
 
 def _known(value: jax.Array, name: str) -> jax.Array:
     """What no data reached gets the widest range of the others, or 1."""
-    if name in _LEAST:
+    if name in LEAST:
         return value.astype(jnp.float32)
     widest = jnp.max(value)
     return jnp.where(value > 0, value, jnp.where(widest > 0, widest, 1.0)).astype(jnp.float32)

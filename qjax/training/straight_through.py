@@ -105,6 +105,34 @@ def _straight_through_activation_jvp(
     return straight_through_activation(primals[0], act, axes, rows), tangents[0]
 
 
+def straight_through_at(x: jax.Array, act: ActSpec, axes: tuple[int, ...], moment: Moment) -> jax.Array:
+    """`straight_through_activation` to the bits of a step.
+
+    Args:
+      x: floating, any shape.
+      act: a dynamic `ActSpec` of integers without outliers.
+      axes: the axes that share a scale.
+      moment: of the step, with `bits`.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Example:
+      >>> import qjax
+      >>> act = qjax.dynamic(qjax.int8(scale_rule="full"))
+      >>> straight_through_at(jnp.array([[0.4, -1.0]]), act, (1,), Moment(bits=jnp.int32(2))).tolist()
+      [[0.0, -1.0]]
+    """
+    now = at_bits(act.spec, moment)  # pyright: ignore[reportArgumentType]  # schedules of bits are for integers
+    fixed = jax.lax.stop_gradient(x).astype(jnp.float32)
+    moved = jnp.moveaxis(fixed, axes, range(-len(axes), 0))
+    scale, zero_point = affine_params(moved.reshape(*moved.shape[: x.ndim - len(axes)], -1), now)
+    shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
+    scale, zero_point = scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
+    value = affine_decode(affine_encode(fixed, scale, zero_point, now), scale, zero_point).astype(x.dtype)
+    return with_gradient(x, value, jnp.ones(x.shape, bool))
+
+
 @jax.custom_vjp
 def scaled_gradient(x: jax.Array, value: jax.Array, mask: jax.Array, slope: jax.Array) -> jax.Array:
     """`value`, with the gradient g (1 + slope sign(g)) by `x` where `mask`, else 0.

@@ -115,6 +115,16 @@ def test_several_prompts_are_continued_as_each_alone(packed):
     assert shown == f"On the{both['texts'][0]}\n\nA bottle{both['texts'][1]}\n"
 
 
+def test_a_draft_changes_no_token(tiny, packed):
+    arguments = ("generate", tiny, "--prompt", "On the", "--max-new-tokens", 8, "--temperature", 0)
+    wanted, found = json_of(*arguments), json_of(*arguments, "--draft", packed, "--draft-tokens", 2)
+    assert found["tokens"] == wanted["tokens"] and found["draft"] == str(packed) and 0 <= found["acceptance"] <= 1
+    result = invoke(*arguments, "--draft", packed, "--draft-tokens", 2)
+    assert result.stdout == f"On the{wanted['text']}\n" and "of the draft's tokens accepted" in result.stderr
+    assert "--kv-cache with --draft" in error_of(*arguments, "--draft", packed, "--kv-cache", "int8", code=2)
+    assert "vocabulary of 4096" in error_of(*arguments, "--draft", "books-llama-4m", code=2)
+
+
 def test_a_stop_text_ends_the_text_in_front_of_it(tiny):
     arguments = ("generate", tiny, "--prompt", "On the", "--max-new-tokens", 12, "--temperature", 0)
     whole = json_of(*arguments)

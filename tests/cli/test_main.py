@@ -32,7 +32,7 @@ def test_every_command_has_help_and_json(name):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", ["__init__", "main", "shared", "recipe", "evaluate", *COMMANDS[:3], *COMMANDS[4:]])
+@pytest.mark.parametrize("name", ["__init__", "main", "shared", "recipe", "evaluate", "estimates", *COMMANDS[:3], *COMMANDS[4:]])
 def test_help_needs_no_jax(name):
     """What help imports may import nothing heavy at its top."""
     for node in ast.parse((CLI / f"{name}.py").read_text()).body:
@@ -40,7 +40,7 @@ def test_help_needs_no_jax(name):
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for module in modules:
             top = module.split(".")[0]
-            own = module in ("qjax.cli.shared", "qjax.cli.recipe", "qjax.cli.bench")
+            own = module in ("qjax.cli.shared", "qjax.cli.recipe", "qjax.cli.bench", "qjax.cli.estimates")
             assert own or top in sys.stdlib_module_names | {"click", "rich"}, f"{name}.py imports {module}"
 
 

@@ -45,9 +45,9 @@ from qjax.core import (
     uint4,
     uint6,
 )
+from qjax.core.dynamic_map import DYNAMIC
 from qjax.core.elements import MINIFLOATS
 from qjax.core.learned import learned_encode
-from qjax.core.scales import DYNAMIC
 
 K, N = 45, 21  # odd on purpose: no width but 8 fills whole bytes
 SPECS = [

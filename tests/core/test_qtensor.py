@@ -257,6 +257,7 @@ for spec in (P("d"), P(None, "d")):
 """
 
 
+@pytest.mark.slow
 def test_sharded_over_four_devices(pytestconfig):
     """Along the kept axis and, group by group, along the contracted one; codes stay spread when dequantized."""
     code = f"import jax; jax.config.update('jax_num_cpu_devices', 4)\n{SHARDED}"

@@ -8,7 +8,8 @@ import pytest
 
 import qjax
 from qjax.core import assemble, fp4, nf4, quantize, with_plain_scales
-from qjax.core.scales import DYNAMIC, nest, unnest
+from qjax.core.dynamic_map import DYNAMIC
+from qjax.core.scales import nest, unnest
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "golden" / "bitsandbytes.npz")
 

@@ -369,6 +369,7 @@ def test_orbax_alone_can_read_the_arrays(tmp_path):
         assert checkpointer.restore(tmp_path / "arrays.1")["00000.layer.w"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_another_process_with_more_devices_reads_the_same_bits_and_writes_them_back(tmp_path):
     """This process has two devices, the other one eight; there the arrays are cut, here they come back whole."""
     _, result, _ = model()

@@ -370,6 +370,7 @@ first, out = load_checkpoint({str(books_llama_folder())!r}), Path({str(tmp_path)
     return subprocess.Popen([sys.executable, "-c", head + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **rest)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = """
 import resource, signal

@@ -329,6 +329,7 @@ def test_other_methods_in_a_block():
     np.testing.assert_allclose(alone.params[1]["down"].dequantize(), result.params[1]["down"].dequantize(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_work_goes_on_where_it_was(tmp_path):
     params, x, steps = layers_params(), data(1), []
     rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=10))
@@ -346,6 +347,7 @@ def test_work_goes_on_where_it_was(tmp_path):
     assert planned.work.products > 10 * 3 * 2 * 24 * D * D  # steps, three products each, of 24 rows
 
 
+@pytest.mark.slow
 def test_a_block_is_tuned_once_whatever_reads_what(monkeypatch, tmp_path):
     """Also where its weights read several values, and where another method's weight stands between them."""
     tunings = []
@@ -365,6 +367,7 @@ def test_a_block_is_tuned_once_whatever_reads_what(monkeypatch, tmp_path):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tuned_with_a_block_is_tuned_alone_and_says_so():
     def fn(p, x):
         x = x + jax.nn.relu(x @ p["tied"]) @ p["down"]
@@ -384,6 +387,7 @@ def masked(p, x, mask):
     return x + score @ (x @ p["v"]) @ p["o"]
 
 
+@pytest.mark.slow
 def test_masks_may_be_infinite_and_what_is_not_finite_is_named():
     params = {k: w for k, w in layers_params()[0].items() if k in "qkvo"}
     mask = jnp.where(jnp.tri(6) > 0, 0.0, -jnp.inf)
@@ -403,6 +407,7 @@ def test_masks_may_be_infinite_and_what_is_not_finite_is_named():
         quantized(masked, params, [x[0], (x[1][0].at[0, 0].set(jnp.inf), mask)], rule)
 
 
+@pytest.mark.slow
 def test_what_has_no_gradient_stands_still_and_is_counted():
     """The square root of a row of zeros has none."""
     def fn(p, x):
@@ -429,6 +434,7 @@ def test_what_has_no_gradient_stands_still_and_is_counted():
     assert np.isfinite(found.best.v).all() and np.asarray(found.best.v).any()
 
 
+@pytest.mark.slow
 def test_experts_that_no_data_reached_are_named():
     fn = lambda p, x: jnp.einsum("ebk,ekn->ebn", x, p["e"])  # noqa: E731
     x = [numbers(3, 20, 16, seed=i).at[2].set(0) for i in range(2)]
@@ -462,6 +468,7 @@ def halved(x):
 halved.defvjp(lambda x: (x, None), lambda _, g: (g / 2,))
 
 
+@pytest.mark.slow
 def test_a_derivative_of_its_own_is_kept():
     """The rounding behind the weight has none but that; where it would be lost, the weight is tuned by itself."""
     rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False))

@@ -207,6 +207,7 @@ SMOOTH = qjax.Rule("*", weight=qjax.int4(), activation=qjax.static(qjax.int8()),
 AWQ = qjax.Rule("*", weight=qjax.int4(), method=qjax.awq())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [SMOOTH, pytest.param(AWQ, marks=pytest.mark.slow)], ids=["smoothquant", "awq"])
 def test_rescaled_inputs(rule):
     """The mean is that of the float model whose parameters are rescaled likewise: x / s, not x."""
@@ -271,6 +272,7 @@ def mixing(p, x):
     return (lax.scan(layer, x, p)[1],)
 
 
+@pytest.mark.slow
 def test_products_of_activations_are_those_that_run():
     """The mean behind a product on integers, with scales for each layer, is that which runs."""
     params, x = {**STACKED[1], "in": 0.5 * STACKED[1]["in"]}, normal(12, 8) + 1

@@ -54,6 +54,7 @@ def test_what_would_be_refused_is_listed_not_raised():
     (problem,) = plan.problems
     assert "`group_size`=6 does not divide the 8 contracted values of `a`: take 4" in problem
     assert [bool(row.spec) for row in plan.report.rows] == [False, True]
+    assert "take 4" in plan.report.rows[0].reason  # the size that fits all of the rule, as the headline names it
     assert plan.lines()[0] == f"would be refused: {problem}" and problem in str(plan)
 
 

@@ -179,12 +179,69 @@ def test_a_saved_model_keeps_its_activations(tmp_path):
     np.testing.assert_array_equal(fn(loaded.params, x), fn(result.params, x))
 
 
+def test_static_fp8_multiplies_by_the_scale_that_calibration_found(tmp_path):
+    """One scale of all data, absmax / 448, in the weight; what lies beyond it is the largest number; two FP8 operands."""
+    seen, x = normal(9, K, seed=1), 3 * normal(4, K, seed=2)
+    fn, result = quantized(linear, {"w": normal(K, N)}, E4M3(), qjax.static(E4M3()), seen)
+    scale = np.abs(np.float64(seen)).max() / 448
+    np.testing.assert_allclose(result.params["w"].act_scale, [[scale]], rtol=1e-6)
+    assert np.abs(x).max() > 448 * scale
+    codes = np.clip(np.float32(x) / np.float32(scale), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    want = np.float64(codes) * scale @ np.float64(result.params["w"].dequantize())
+    np.testing.assert_allclose(fn(result.params, x), want, rtol=1e-5, atol=1e-4)
+    (product,) = [line for line in fn.lower(result.params, x).as_text().splitlines() if "dot_general" in line]
+    assert product.count("xf8E") == 2 and [row.kernel for row in result.report.rows] == ["xla float8"]
+    qjax.save(tmp_path, result)
+    loaded = qjax.load(tmp_path)
+    assert loaded.params["w"].act == result.params["w"].act and loaded.policy == result.policy
+    np.testing.assert_array_equal(fn(loaded.params, x), fn(result.params, x))
+
+
+def test_products_of_two_activations_run_on_fp8(tmp_path):
+    """Attention's two products: scores of e4m3 per row, values of static e5m2 probabilities; both on FP8 operands, float32 sums."""
+
+    def attend(p, q, k, v):
+        scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k))
+        return {"scores": jnp.einsum("btd,bsd->bts", q, k), "out": jnp.einsum("bts,bsd->btd", scores, v)}
+
+    q, k, v = normal(2, 5, 16), normal(2, 7, 16, seed=1), normal(2, 7, 16, seed=2)
+    rules = [qjax.Rule("*:dot_general.0", activation=qjax.dynamic(E4M3())), qjax.Rule("*:dot_general.1", activation=qjax.dynamic(E4M3())),
+             qjax.Rule("*:dot_general.2", activation=(qjax.static(E4M3()), qjax.static(E5M2())))]  # fmt: skip
+    result = qjax.quantize(attend, {}, qjax.Policy(rules), calibration=[(q, k, v)])
+    run = jax.jit(qjax.quantized(attend, sites=result.sites))
+    np.testing.assert_allclose(
+        run({}, q, k, v)["scores"], np.einsum("btd,bsd->bts", rounded(q, "e4m3", 16), rounded(k, "e4m3", 16)), rtol=1e-5, atol=1e-5
+    )
+    lines = [line for line in run.lower({}, q, k, v).as_text().splitlines() if "dot_general" in line]
+    assert lines and all(line.count("xf8E") == 2 for line in lines)
+    assert [row.kernel for row in result.report.rows] == ["xla float8"] * 3
+    (name,) = [name for name in result.sites if result.sites[name].nbytes == 8]
+    float_scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k))
+    np.testing.assert_allclose(result.sites[name].operands[0].scale, float(float_scores.max()) / 448, rtol=0.2)
+    qjax.save(tmp_path, result)
+    again = jax.jit(qjax.quantized(attend, sites=qjax.load(tmp_path).sites))({}, q, k, v)
+    np.testing.assert_array_equal(again["out"], run({}, q, k, v)["out"])
+
+
+def test_a_range_searched_for_fp8_is_measured_on_fp8():
+    """Clipping does not help floats: their small numbers stay as exact however far the range goes. Integers it does."""
+    x = normal(64, K, seed=1).at[0, 0].set(40.0)
+    ranges = {}
+    for name, spec in (("fp8", E4M3()), ("int4", qjax.int4())):
+        weight = E4M3() if name == "fp8" else spec
+        _, result = quantized(linear, {"w": normal(K, N)}, weight, qjax.static(spec, qjax.mse()), x)
+        ranges[name] = float(result.params["w"].act_scale[0, 0])
+    assert ranges["fp8"] * 448 > 20.0 > 10.0 > ranges["int4"] * 7.5
+
+
 BAD = [
-    (lambda: qjax.static(E4M3()), TypeError, r"`spec` of static activations must be integers .* take qjax.dynamic"),
+    (lambda: qjax.static(qjax.mxfp8()), TypeError, r"`spec` of static activations must be integers .* or FP8 .* take qjax.dynamic"),
+    (lambda: qjax.static(E4M3(group_size=16)), ValueError, "`spec` of activations must have no groups"),
     (lambda: qjax.dynamic(E4M3(block=(4, 4))), ValueError, "`spec` of activations must have no groups"),
     (lambda: qjax.dynamic(qjax.mxfp4(), per="tensor"), ValueError, "`spec` of activations must have no groups"),
     (lambda: qjax.dynamic(qjax.ternary()), ValueError, "`spec` of activations must not be ternary"),
-    (lambda: qjax.Rule("a:b", activation=qjax.dynamic(E4M3())), ValueError, "is of floats, and products of two activations"),
+    (lambda: qjax.Rule("a:b", activation=qjax.dynamic(qjax.mxfp8())), ValueError, "multiply integers, or FP8 with a float scale"),
+    (lambda: qjax.Rule("a:b", activation=(qjax.dynamic(E4M3()), qjax.dynamic(qjax.int8()))), ValueError, "FP8 .* on both sides"),
     (lambda: qjax.Rule("*", weight=qjax.mxfp4(), activation=qjax.dynamic(qjax.int8())), TypeError, "needs a `weight` spec of integers"),
 ]
 

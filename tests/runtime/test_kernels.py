@@ -369,7 +369,7 @@ def test_sharded_weights_give_the_same_numbers():
     np.testing.assert_allclose(got, np.asarray(x) @ np.asarray(params["w"].dequantize()), rtol=2e-5, atol=2e-5)
 
 
-def test_inside_a_shard_map_xla_runs():
+def test_inside_a_shard_map_the_kernel_runs():
     def fn(p, x):
         return x @ p["w"]
 
@@ -377,6 +377,7 @@ def test_inside_a_shard_map_xla_runs():
     spec = jax.sharding.PartitionSpec
     params, x = {"w": quantize(normal(16, 8), qjax.int4(), (0,))}, normal(4, 16)
     call = jax.jit(jax.shard_map(quantized(fn, **ON), mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec("data")))
+    assert "reduce_precision" in call.lower(params, x).as_text()
     np.testing.assert_allclose(call(params, x), np.asarray(x) @ np.asarray(params["w"].dequantize()), rtol=2e-5, atol=2e-5)
 
 

@@ -11,7 +11,7 @@ from qjax.runtime import Device, Kernel, Request, Runtime, Weight, choose, devic
 from qjax.runtime.installed import runtime_of
 from qjax.runtime.timing import time_product
 from qjax.runtime.tuning import key_of, read_tuned, tuned_file, write_tuned
-from tests.cli.conftest import json_of
+from tests.cli.conftest import invoke, json_of
 from tests.program.cases import normal
 from tests.runtime.test_kernels import COLUMNS, HERE, LAID, PLAIN, run, why_not
 
@@ -75,3 +75,15 @@ def test_the_command_measures_and_remembers(tmp_path):
     found = json_of("tune", *arguments, "--folder", tmp_path)
     (kept,) = read_tuned(tuned_file(device_of(), tmp_path)).items()
     assert kept == ("int4 channel, float32, 32 x 64, 2 rows", found["products"][0]["fastest"])
+
+
+@pytest.mark.parametrize(("target", "kernel"), [("v6e", "tpu weight-only"), ("h200", "hopper weight-only")])
+def test_bench_for_a_target_estimates_and_says_so(target, kernel):
+    arguments = ("--target", target, "--size", 4096, 4096, "--rows", 16, "--spec", "int4", "--spec", "nf4")
+    found = json_of("bench", *arguments)
+    packed, table = found["products"]
+    assert found["estimate"] and "no measurement" in found["note"] and packed["kernel"] == kernel
+    assert packed["bytes"] >= 4096 * 4096 // 2 and packed["seconds"] == max(packed["compute"], packed["memory"])
+    assert "codebook" in table["why_not"] and "seconds" not in table
+    shown = invoke("bench", *arguments).stdout
+    assert "an estimate" in shown and "no kernel for nf4" in shown

@@ -160,6 +160,33 @@ def test_schedules_move_without_compiling_again():
     np.testing.assert_allclose(jnp.sum(got**2), values[-1], rtol=1e-4)
 
 
+def test_activations_follow_a_schedule_of_bits():
+    """Weights float, dynamic activations of a weight and of a product, static ones: at each step those of the policy with these bits."""
+
+    def fn(p, x):
+        with jax.named_scope("scores"):
+            s = jnp.einsum("bd,cd->bc", x, x[::-1])
+        return x @ p["a"], s, x[:, :6] @ p["b"]  # side by side: nothing is rounded twice
+
+    def build(bits, train=None):
+        dynamic = qjax.dynamic(qjax.integer(bits))
+        return qjax.fake_quant(fn, Policy([
+            Rule("a", weight=INT8, activation=dynamic, train=train), Rule("*scores:*.0", activation=dynamic, train=train),
+            Rule("b", weight=INT8, activation=qjax.static(qjax.integer(bits)), train=train)]), "float")  # fmt: skip
+
+    fq = build(3, qjax.qat(schedule=qjax.schedule(activation_bits=((0, 8), (1, 5), (2, 3)))))
+    quant = fq.init(jax.random.key(0), DENSE, X)
+    total = lambda outs: sum(jnp.sum(jnp.square(y)) for y in outs)  # noqa: E731
+    loss = chex.assert_max_traces(lambda p, x, q: total(fq(p, x, quant=q)), n=1)
+    run = jax.jit(lambda p, x, q: jax.value_and_grad(loss)(p, x, q))
+    for bits in (8, 5, 3):
+        other = build(bits)
+        plain = {name: value for name, value in quant.items() if name in ("activations", "products")}
+        want = jax.jit(jax.value_and_grad(lambda p, x, q, other=other: total(other(p, x, quant=q))))(DENSE, X, plain)
+        chex.assert_trees_all_close(run(DENSE, X, quant), want, rtol=1e-3, atol=1e-4)
+        quant = fq.advance(quant)
+
+
 @pytest.mark.slow
 def test_a_loop_trains_learned_scales_beside_the_weights_for_all_seeds_at_once():
     rule = Rule("*", weight=qjax.int2(), activation=qjax.static(qjax.int4()), train=qjax.lsq())
@@ -244,8 +271,9 @@ def test_refusals():
         fq(DENSE, X, quant=whole)
     with pytest.raises(ValueError, match=r"its scales are learned: train with qjax\.fake_quant and pack with qjax\.convert"):
         qjax.quantize(dense, DENSE, fq.policy, [X])
-    with pytest.raises(ValueError, match=r"a module has no place for the state .* qjax\.nnx\.function"):
-        qjax.linen.fake_quant(nn.Dense(3), fq.policy)
+    with pytest.raises(ValueError, match=r"`quant` is missing: .* by qjax\.linen\.begin or"):
+        model = qjax.linen.fake_quant(nn.Dense(3), Policy([Rule("*", weight=qjax.int4(), train=qjax.lsq())]))
+        model.apply(model.init(jax.random.key(0), X), X)
     with pytest.raises(TypeError, match=r"`fq` must be what qjax\.fake_quant gave"):
         qjax.convert(dense, DENSE, X)
     with pytest.raises(ValueError, match="the data gives the input of 'a' NaN"):
@@ -263,6 +291,8 @@ def test_refusals():
         ({"weight": qjax.int4(), "activation": STATIC, "train": qjax.pact()}, "pact clips at 0"),
         ({"weight": qjax.nf4(), "train": qjax.ste(rounding="stochastic")}, "are for integers"),
         ({"weight": qjax.int4(), "train": qjax.qat(schedule=qjax.schedule(bits=((0, 8), (9, 3))))}, "end at its bits, 4"),
+        ({"weight": qjax.int4(), "activation": STATIC, "train": qjax.qat(schedule=qjax.schedule(activation_bits=((0, 4),)))},
+         "end at its bits, 8"),
         ({"weight": qjax.int4(), "train": "lsq"}, "`train` must be an estimator"),
         ({"weight": None, "train": qjax.lsq()}, "has nothing to do"),
     ],

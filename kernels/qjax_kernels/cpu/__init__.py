@@ -1,8 +1,10 @@
 """Kernels for CPUs: products of float or rounded activations with weights of 2, 3, 4 and 8 bits, in C++ behind `jax.ffi`."""
 
 from qjax_kernels.cpu.layout import LAYOUT_VERSION as LAYOUT_VERSION
+from qjax_kernels.cpu.layout import Columns as Columns
 from qjax_kernels.cpu.layout import Layout as Layout
 from qjax_kernels.cpu.layout import Packed as Packed
+from qjax_kernels.cpu.layout import gather_columns as gather_columns
 from qjax_kernels.cpu.layout import gather_rows as gather_rows
 from qjax_kernels.cpu.layout import prepack as prepack
 from qjax_kernels.cpu.layout import unpack as unpack

@@ -94,6 +94,13 @@ class Unpacked(NamedTuple):
     zero: jax.Array | None
 
 
+class Columns(NamedTuple):
+    """Columns of a weight, float32 (..., N, C): codes less zero points (or what a table says), and their scales."""
+
+    values: jax.Array
+    scale: jax.Array
+
+
 def prepack(
     codes: jax.Array,
     scales: jax.Array,
@@ -231,6 +238,49 @@ def gather_rows(weight: Packed, indices: jax.Array, dtype: jnp.dtype | None = No
         zero = _spread(weight.zeros[0, block, :, lane], layout).astype(jnp.float32) if weight.zeros.size else 0.0
         out = ((codes - layout.center).astype(jnp.float32) - zero) * scale
     return out.astype(jnp.float32 if dtype is None else dtype).reshape(*jnp.shape(indices), layout.k)
+
+
+def gather_columns(weight: Packed, indices: jax.Array) -> Columns:
+    """Columns of a packed weight, of which only those are decoded: where some of the activations are multiplied apart.
+
+    Args:
+      weight: of one part or several.
+      indices: int32 (C,), or (parts, C): columns of each part; those outside 0 .. K - 1 are clipped.
+
+    Returns:
+      `Columns`, (N, C) or (parts, N, C).
+
+    Raises:
+      ValueError: indices of another rank.
+
+    Example:
+      >>> w = prepack(jnp.int8([[-8, 7], [0, 3]]), jnp.float32([1.0, 0.5]), bits=4)
+      >>> gather_columns(w, jnp.array([1])).values.tolist()
+      [[7.0], [3.0]]
+    """
+    layout = weight.layout
+    indices = jnp.asarray(indices)
+    if indices.ndim != (1 if layout.parts is None else 2):
+        raise ValueError(f"`indices` must be ({'C' if layout.parts is None else 'parts, C'},), got shape {indices.shape}")
+
+    def column(codes: jax.Array, scales: jax.Array, zeros: jax.Array, index: jax.Array) -> Columns:
+        index = jnp.clip(index, 0, layout.k - 1)
+        group, inside = index // layout.group, index % layout.group
+        unit, place = group * (layout.group_padded // _UNIT) + inside // _UNIT, inside % _UNIT
+        lanes = jax.lax.dynamic_index_in_dim(codes, unit, 1, keepdims=False).reshape(layout.blocks, layout.bits, _LANES, 4)
+        found = jnp.take(_decode(jnp.moveaxis(lanes, 2, 1), layout.bits), place, axis=-1, mode="clip")
+        if weight.table.size:
+            values = weight.table[found]
+        else:
+            zero = jax.lax.dynamic_index_in_dim(zeros, group, 1, keepdims=False).astype(jnp.float32) if zeros.size else 0.0
+            values = (found - layout.center).astype(jnp.float32) - zero
+        scale = jax.lax.dynamic_index_in_dim(scales, group, 1, keepdims=False)
+        return Columns(values.reshape(-1)[: layout.n], scale.reshape(-1)[: layout.n])
+
+    zeros = weight.zeros if weight.zeros.size else jnp.zeros((weight.codes.shape[0], 0))
+    each = jax.vmap(jax.vmap(column, (None, None, None, 0), 1))
+    found = each(weight.codes, weight.scales, zeros, indices.reshape(weight.codes.shape[0], -1))
+    return found if layout.parts is not None else Columns(*(a[0] for a in found))
 
 
 def _of_groups(name: str, a: jax.Array, shape: tuple[int, ...]) -> jax.Array:

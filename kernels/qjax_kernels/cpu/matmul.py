@@ -15,6 +15,7 @@ from qjax_kernels.cpu import reference
 from qjax_kernels.cpu.layout import BITS, LAYOUT_VERSION, Packed, dequantize
 from qjax_kernels.cpu.library import INSTRUCTION_SETS, TARGET, load
 from qjax_kernels.request import Request
+from qjax_kernels.varying import varying_like
 
 _INTEGER_GROUP = 32768  # columns whose products fit in an int32 sum
 
@@ -296,7 +297,7 @@ def _custom_call(call: _Call, *operands: jax.Array) -> jax.Array:
     layout, rounding = call.layout, call.rounding or Rounding()
     x = operands[0]
     result = jax.ShapeDtypeStruct((*x.shape[:-1], layout.n), jnp.dtype(call.dtype))
-    return jax.ffi.ffi_call(TARGET, result)(
+    y = jax.ffi.ffi_call(TARGET, result)(
         *operands,
         version=np.int64(layout.version),
         bits=np.int64(layout.bits),
@@ -309,3 +310,4 @@ def _custom_call(call: _Call, *operands: jax.Array) -> jax.Array:
         low=np.int64(rounding.low),
         high=np.int64(rounding.high),
     )
+    return varying_like(y, operands)

@@ -11,8 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
+from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
-from .pipeline import column_values, over_columns, over_rows, row_values, staging, store, stream
+from .pipeline import Epilogue, column_values, over_columns, over_rows, row_values, staging, store, stream
 from .tiles import Tiles
 
 PIECE = 128  # k that share a scale of x, and that one run of tensor-core instructions takes
@@ -90,7 +91,10 @@ def _codes(codes_ref, interpreted: bool) -> jax.Array:
     return evens_first(codes.astype(jnp.int8) * 16) if interpreted else _bytes(codes)
 
 
-def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: int, tiles: Tiles, interpret=None) -> jax.Array:
+def digit_products(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: int, tiles: Tiles, bias: jax.Array | None = None,
+    activation: Activation | None = None, interpret=None,
+) -> jax.Array:  # fmt: skip
     """The kernel, with what goes before it: y_mn = sum_g s_ng t_mg (256 sum_g high c + sum_g low c).
 
     The tensor cores multiply integers and their sums are exact; a group's sum becomes a float32 when it is scaled.
@@ -101,6 +105,8 @@ def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: 
       scales: (N, K / group).
       group: consecutive k that share a scale of the weight, a multiple of 128.
       tiles: the cut; a thread block takes `block_m` high digits and as many low ones.
+      bias: (N,) or None.
+      activation: of the sums; it and the bias wait for the sum of all parts where K is split.
       interpret: as `pallas` takes it.
 
     Returns:
@@ -142,7 +148,10 @@ def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: 
         own_units = column_values(t_ref.at[p, pl.ds(0, bm)])
         return carry + exact.astype(jnp.float32) * over_rows(own_units, shape) * over_columns(scale, shape)
 
-    def body(x_gmem, w_gmem, s_gmem, t_gmem, out_gmem, out_smem):
+    end = Epilogue.of(bias, activation, split)
+
+    def hopper_digits(x_gmem, w_gmem, s_gmem, t_gmem, *rest):
+        b_gmem, (out_gmem, out_smem, *b_smem) = end.taken(rest)
         k_part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
         warpgroup = lax.axis_index("wg") if workers > 1 else 0
         first_row, first_step = warpgroup * rows, k_part * steps
@@ -159,7 +168,8 @@ def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: 
                 return out.at[pl.ds(m_block * bm + start, staged[0]), pl.ds(n_block * bn + first_row, staged[1])]
 
             # Codes are sixteen times themselves.
-            store((total * 0.0625).astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
+            total = end.rows(total * 0.0625, b_gmem, b_smem, warpgroup, n_block * bn + first_row)
+            store(total.astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
 
         in_specs = [
             plgpu.BlockSpec((2 * bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(PIECE, 8)),
@@ -174,13 +184,16 @@ def digit_products(x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: 
 
     out_shape = (tiles.split_k, m, n) if split else (m, n)
     kernel = plgpu.kernel(
-        body,
+        hopper_digits,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
-        scratch_types=[plgpu.SMEM((workers, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8))],
+        scratch_types=[
+            plgpu.SMEM((workers, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
+            *end.scratch(workers, rows),
+        ],
         grid=(tiles.split_k, -(-n // bn), m_blocks),
         grid_names=("k", "n", "m"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
         **({} if workers == 1 else {"num_threads": workers + 1, "thread_name": "wg"}),
     )
-    return kernel(sides, codes, scales, unit)
+    return kernel(sides, codes, scales, unit, *end.operands)

@@ -1,11 +1,14 @@
 """Products of int8 with int8, and of e4m3 with e4m3, for Hopper GPUs: rows are rounded at run time, one scale a row."""
 
+import functools
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 
+from ..gradient import like
 from ..request import Request
+from .epilogue import Activation, activated, added_up
 from .tiles import SHARED_BYTES, Tiles, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
@@ -58,34 +61,49 @@ def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def eight_bit_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, *, tiles: Tiles | None = None, cores: int = 132, interpret=None
-) -> jax.Array:
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, bias: jax.Array | None = None, activation: Activation | None = None,
+    tiles: Tiles | None = None, cores: int = 132, interpret=None,
+) -> jax.Array:  # fmt: skip
     """x (M, K), rounded by row to the type of the codes, times the transpose of codes (N, K) scaled by row.
 
-    y_mn = s_m t_n sum_k q_mk c_nk
+    y_mn = f(s_m t_n sum_k q_mk c_nk + b_n)
 
     Args:
       x: (M, K) floating.
       codes: (N, K) int8 or float8_e4m3fn.
       scales: (N, 1) or (N,): bfloat16, float16 or float32.
+      bias: (N,) floating, or None.
+      activation: f, "relu", "silu" or "gelu" (by tanh), or None.
       tiles: the cut; None for the one that suits the shape.
       cores: multiprocessors of the GPU.
       interpret: an interpreter's parameters, for tests without a GPU.
 
     Returns:
       (M, N) of the type of x. int8 products are summed exactly; sums of e4m3 keep about 14 bits on Hopper's tensor cores.
+      Gradients reach x, as if it had not been rounded, and the bias; codes and scales are constants. Forward mode has none.
 
     Raises:
-      ValueError: the tiles need more shared memory than there is.
+      ValueError: the tiles need more shared memory than there is; an unknown activation.
     """
-    m = x.shape[0]
-    rows, row_scales = rounded_rows(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), codes.dtype)
-    return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, tiles=tiles, cores=cores, interpret=interpret)[:m]
+
+    def run(x, bias, codes, scales):
+        m = x.shape[0]
+        rows, row_scales = rounded_rows(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), codes.dtype)
+        how = {"bias": bias, "activation": activation, "tiles": tiles, "cores": cores, "interpret": interpret}
+        return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
+
+    return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
+
+
+def plain(x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, activation: Activation | None) -> jax.Array:
+    """The same in jax, x not rounded."""
+    y = jnp.dot(x.astype(jnp.float32), (codes.astype(jnp.float32) * scales.reshape(-1, 1).astype(jnp.float32)).T)
+    return activated(y if bias is None else y + bias.astype(jnp.float32), activation).astype(x.dtype)
 
 
 def scaled_product(
-    rows: jax.Array, row_scales: jax.Array, codes: jax.Array, scales: jax.Array, *, out_dtype, tiles: Tiles | None = None,
-    cores: int = 132, interpret=None,
+    rows: jax.Array, row_scales: jax.Array, codes: jax.Array, scales: jax.Array, *, out_dtype, bias: jax.Array | None = None,
+    activation: Activation | None = None, tiles: Tiles | None = None, cores: int = 132, interpret=None,
 ) -> jax.Array:  # fmt: skip
     """The same of rows that are rounded already.
 
@@ -95,6 +113,8 @@ def scaled_product(
       codes: (N, K) of the same type.
       scales: (N, 1) or (N,): bfloat16, float16 or float32.
       out_dtype: of the result.
+      bias: (N,) floating, or None.
+      activation: as `eight_bit_matmul` takes it.
       tiles: the cut; None for the one that suits the shape.
       cores: multiprocessors of the GPU.
       interpret: an interpreter's parameters, for tests without a GPU.
@@ -114,5 +134,6 @@ def scaled_product(
     # The copy engine reads whole blocks of scales, 128 bytes at least.
     block = tiles.block_m * tiles.cluster
     row_scales = jnp.pad(row_scales, (0, max(32, -(-m // block) * block) - m))
-    y = eight_bit(rows, row_scales, codes, scales.reshape(n), tiles=tiles, out_dtype=out_dtype, interpret=interpret)
-    return y.sum(0).astype(out_dtype) if tiles.split_k > 1 else y
+    end = {"bias": bias, "activation": activation, "tiles": tiles, "out_dtype": out_dtype, "interpret": interpret}
+    y = eight_bit(rows, row_scales, codes, scales.reshape(n), **end)
+    return added_up(y, bias, activation, out_dtype) if tiles.split_k > 1 else y

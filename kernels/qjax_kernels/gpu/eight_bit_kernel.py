@@ -6,14 +6,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .epilogue import Activation
 from .mosaic import LANE, swizzled, transposed
-from .pipeline import column_values, fetch_vector, over_columns, over_rows, row_values, staging, store, stream, vector_size
+from .pipeline import Epilogue, column_values, fetch_vector, over_columns, over_rows, row_values, staging, store, stream, vector_size
 from .tiles import Tiles
 
 
 def eight_bit(
-    x: jax.Array, x_scale: jax.Array, w: jax.Array, w_scale: jax.Array, *, tiles: Tiles, out_dtype=jnp.bfloat16, interpret=None
-) -> jax.Array:
+    x: jax.Array, x_scale: jax.Array, w: jax.Array, w_scale: jax.Array, *, tiles: Tiles, out_dtype=jnp.bfloat16,
+    bias: jax.Array | None = None, activation: Activation | None = None, interpret=None,
+) -> jax.Array:  # fmt: skip
     """The kernel: few rows of x stand on the right of the tensor cores, in multiples of 8, many on the left, in multiples of 64.
 
     Args:
@@ -23,6 +25,8 @@ def eight_bit(
       w_scale: (N,) bfloat16, float16 or float32.
       tiles: the cut; `x_left` says which side x stands on, and the warpgroups divide the left side.
       out_dtype: of y where K is not split.
+      bias: (N,) or None.
+      activation: of the scaled sums; it and the bias wait for the sum of all parts where K is split.
       interpret: as `pallas` takes it.
 
     Returns:
@@ -40,7 +44,10 @@ def eight_bit(
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     together = tiles.cluster
 
-    def body(x_gmem, xs_gmem, w_gmem, ws_gmem, out_gmem, out_smem, left_smem, right_smem, barriers):
+    end = Epilogue.of(bias, activation, split)
+
+    def hopper_eight_bit(x_gmem, xs_gmem, w_gmem, ws_gmem, *rest):
+        b_gmem, (out_gmem, out_smem, left_smem, right_smem, barriers, *b_smem) = end.taken(rest)
         k_part, n_block = lax.axis_index("k"), lax.axis_index("n")
         m_block = lax.axis_index("m") * together + (lax.axis_index("cluster") if together > 1 else 0)
         worker = lax.axis_index("wg") if workers > 1 else 0
@@ -62,6 +69,7 @@ def eight_bit(
             rows = fetch_vector(left, left_smem.at[worker], barriers.at[worker], left_at, left_rows)
             columns = fetch_vector(right, right_smem.at[worker], barriers.at[worker], right_at, right_rows)
             scaled = total.astype(jnp.float32) * over_columns(row_values(rows), shape) * over_rows(column_values(columns), shape)
+            scaled = (end.columns if tiles.x_left else end.rows)(scaled, b_gmem, b_smem, worker, n_start)
             out = out_gmem.at[k_part] if split else out_gmem
 
             def target(start):
@@ -93,13 +101,14 @@ def eight_bit(
 
     scale_types = (x_scale.dtype, w_scale.dtype) if tiles.x_left else (w_scale.dtype, x_scale.dtype)
     kernel = plgpu.kernel(
-        body,
+        hopper_eight_bit,
         out_type=jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), result),
         scratch_types=[
             plgpu.SMEM((workers, *staged), result, transforms=swizzled(64, result.itemsize * 8)),
             plgpu.SMEM((workers, vector_size(left_rows, scale_types[0])), scale_types[0]),
             plgpu.SMEM((workers, vector_size(right_rows, scale_types[1])), scale_types[1]),
             plgpu.Barrier(num_barriers=workers),
+            *end.scratch(workers, right_rows if tiles.x_left else left_rows),
         ],
         grid=(tiles.split_k, -(-n // bn), -(-m // (bm * together))),
         grid_names=("k", "n", "m"),
@@ -108,4 +117,4 @@ def eight_bit(
         **({} if workers == 1 else {"num_threads": workers + 1, "thread_name": "wg"}),
         **({} if together == 1 else {"cluster": (together,), "cluster_names": ("cluster",)}),
     )
-    return kernel(x, x_scale, w, w_scale)
+    return kernel(x, x_scale, w, w_scale, *end.operands)

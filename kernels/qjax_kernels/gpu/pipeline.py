@@ -1,5 +1,6 @@
 """The frame that the Hopper kernels share: stages of a pipeline, sums of the tensor cores, tiles of y on their way out."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .epilogue import Activation, activated
 from .mosaic import ACC, Layout, load, transposed
 from .tiles import COPIER_REGISTERS, Tiles
 
@@ -109,6 +111,51 @@ def row_values(ref) -> jax.Array:
 def column_values(ref) -> jax.Array:
     """A vector in shared memory as one float32 for every column of a sum."""
     return load(ref, Layout.WGMMA.reduce(0), optimized=False).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Epilogue:
+    """The end of a kernel: the bias of the rows of w and an activation, on the float32 sums in registers.
+
+    Attributes:
+      operands: what the kernel takes behind its own: the bias, or nothing.
+      activation: of the sums.
+    """
+
+    operands: tuple[jax.Array, ...]
+    activation: Activation | None
+
+    @staticmethod
+    def of(bias: jax.Array | None, activation: Activation | None, split: bool) -> "Epilogue":
+        """What a kernel does itself: nothing where the sums of others are missing."""
+        if split:
+            return Epilogue((), None)
+        return Epilogue(() if bias is None else (bias.astype(jnp.float32),), activation)
+
+    def taken(self, references: Sequence) -> tuple:
+        """(the bias in device memory or None, the other references)."""
+        count = len(self.operands)
+        return (references[0] if count else None), references[count:]
+
+    def scratch(self, warpgroups: int, size: int) -> list:
+        """Shared memory for a stretch of `size` for each warpgroup, and barriers."""
+        if not self.operands:
+            return []
+        return [plgpu.SMEM((warpgroups, vector_size(size, jnp.float32)), jnp.float32), plgpu.Barrier(num_barriers=warpgroups)]
+
+    def rows(self, total: jax.Array, bias, scratch: Sequence, warpgroup, start) -> jax.Array:
+        """f(total + b), where rows of w are rows of the sum, from `start` on."""
+        if bias is not None:
+            own = fetch_vector(bias, scratch[0].at[warpgroup], scratch[1].at[warpgroup], start, total.shape[0])
+            total = total + over_columns(row_values(own), total.shape)
+        return activated(total, self.activation)
+
+    def columns(self, total: jax.Array, bias, scratch: Sequence, warpgroup, start) -> jax.Array:
+        """f(total + b), where rows of w are columns of the sum."""
+        if bias is not None:
+            own = fetch_vector(bias, scratch[0].at[warpgroup], scratch[1].at[warpgroup], start, total.shape[1])
+            total = total + over_rows(column_values(own), total.shape)
+        return activated(total, self.activation)
 
 
 STORED_COLUMNS = 64  # of a sum that pass through shared memory at once

@@ -106,11 +106,12 @@ def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
     return tiles.shared_bytes(bits) <= room
 
 
-def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132) -> Tiles:
-    """Tiles to start from where none were measured.
+def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128) -> Tiles:
+    """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. Many rows are bound by the tensor cores: two warpgroups share the rows of x, and a third copies.
+    have work. Where a four-bit weight keeps them busy without a split, its rows meet digits. Many rows are bound by the tensor cores: two
+    warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor still has one.
 
     Args:
       m: rows of x.
@@ -118,18 +119,26 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132) -> Ti
       k: the contracted length.
       bits: of a code, 4 or 8.
       cores: multiprocessors of the GPU.
+      group: consecutive k that share a scale; None per channel.
 
     Returns:
       Tiles that fit into shared memory.
+
+    Example:
+      >>> weight_only_tiles(1, 28672, 8192, 4).digits, weight_only_tiles(16, 4096, 4096, 4).split_k
+      (True, 8)
     """
-    if m > 64:
-        split = 1
-        wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
-        while blocks(m, n, wide) * split * 2 <= cores and k // 128 >= 8 * split:
-            split *= 2
-        wide = dataclasses.replace(wide, split_k=split)
-        return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
     block_m = max(8, math.ceil(m / 8) * 8)
+    packed = bits == 4
+    if m > 64:
+        return _many_rows(m, n, k, bits, cores)
+    if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
+        pair = Tiles(block_m, 256, 128, 4, warpgroups=2, reorder=True)
+        return dataclasses.replace(pair, cluster=2 if n % 512 == 0 else 1)
+    if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
+        return Tiles(block_m, 128, 512, 2, digits=True)
+    if packed and m <= 8 and 16 * cores <= n < 64 * cores and k % 1024 == 0:
+        return Tiles(8, 128, 128, 3, split_k=8)
     block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= 2 * cores else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
     split = 1
@@ -141,8 +150,24 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132) -> Ti
     return dataclasses.replace(narrow, stages=next(fitting, 2))
 
 
+_DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
+
+
+def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
+    wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
+    if blocks(m, n, wide) < cores:  # narrower blocks before a split, whose sums go through memory
+        wide = dataclasses.replace(wide, block_n=128)
+    elif bits == 4:
+        wide = dataclasses.replace(wide, reorder=True, cluster=2 if n % 512 == 0 else 1)
+    split = 1
+    while blocks(m, n, wide) * split * 2 <= cores and k // 128 >= 8 * split:
+        split *= 2
+    wide = dataclasses.replace(wide, split_k=split)
+    return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
+
+
 def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
-    """Tiles to start from for eight bits on both sides.
+    """The tiles of eight bits on both sides that were the fastest on an H200, by rules that take them to other shapes.
 
     Args:
       m: rows of x.
@@ -155,8 +180,12 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
     """
     if m > 64:
         wide = Tiles(block_m=128, block_n=256, block_k=128, stages=4, warpgroups=2, x_left=True)
+        if m >= 4096 and n >= 128 * cores:
+            return dataclasses.replace(wide, stages=3)
         return dataclasses.replace(wide, cluster=2 if m > 128 else 1)
     block_m = max(8, math.ceil(m / 8) * 8)
+    if n >= 128 * cores:
+        return Tiles(block_m, 64 if 8 < m <= 16 else 128, 256, 4 if 8 < m <= 16 else 3)
     narrow = Tiles(block_m, 64, block_k=256 if block_m <= 32 else 128, stages=1)
     split = 1
     while blocks(m, n, narrow) * split < 2 * cores and k // narrow.block_k >= 4 * split:

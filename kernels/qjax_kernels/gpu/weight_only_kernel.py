@@ -11,8 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
-from .pipeline import fetch_vector, over_columns, row_values, staging, store, stream, vector_size
+from .pipeline import Epilogue, fetch_vector, over_columns, row_values, staging, store, stream, vector_size
 from .tiles import Tiles
 
 PIECE = 128  # k that one run of tensor-core instructions takes: a multiple of it is the only group size
@@ -70,8 +71,9 @@ def _row_scales(scales_ref, column, dtype) -> jax.Array:
 
 
 def weight_only(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int, group: int | None, tiles: Tiles, interpret=None
-) -> jax.Array:
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int, group: int | None, tiles: Tiles, bias: jax.Array | None = None,
+    activation: Activation | None = None, interpret=None,
+) -> jax.Array:  # fmt: skip
     """The kernel: float32 or bfloat16 partial products, transposed back on the way out.
 
     Args:
@@ -81,6 +83,8 @@ def weight_only(
       bits: of a code.
       group: consecutive k that share a scale, a multiple of 128; None per channel.
       tiles: the cut.
+      bias: (N,) or None.
+      activation: of the sums; it and the bias wait for the sum of all parts where K is split.
       interpret: as `pallas` takes it.
 
     Returns:
@@ -124,7 +128,10 @@ def weight_only(
         column = lax.rem((step * bk + p * PIECE) // group, per_copy)
         return carry + part * over_columns(_row_scales(s_ref.at[own], column, jnp.float32), shape)
 
-    def body(x_gmem, w_gmem, s_gmem, out_gmem, out_smem, channel_smem, barrier):
+    end = Epilogue.of(bias, activation, split)
+
+    def hopper_weight_only(x_gmem, w_gmem, s_gmem, *rest):
+        b_gmem, (out_gmem, out_smem, channel_smem, barrier, *b_smem) = end.taken(rest)
         k_part, m_block = lax.axis_index("k"), lax.axis_index("m")
         n_block = lax.axis_index("n") * together + (lax.axis_index("cluster") if together > 1 else 0)
         warpgroup = lax.axis_index("wg") if groups_wg > 1 else 0
@@ -145,10 +152,11 @@ def weight_only(
             return carry
 
         def finish(total):
+            start = n_block * bn + first_row
             if group is None:
-                start = n_block * bn + first_row
                 channel = fetch_vector(s_gmem, channel_smem.at[warpgroup], barrier.at[warpgroup], start, rows)
                 total = total * over_columns(row_values(channel), shape)
+            total = end.rows(total, b_gmem, b_smem, warpgroup, start)
             out = out_gmem.at[k_part] if split else out_gmem
 
             def target(start):
@@ -176,12 +184,13 @@ def weight_only(
 
     out_shape = (tiles.split_k, m, n) if split else (m, n)
     kernel = plgpu.kernel(
-        body,
+        hopper_weight_only,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
         scratch_types=[
             plgpu.SMEM((groups_wg, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
             plgpu.SMEM((groups_wg, vector_size(rows, scales.dtype)), scales.dtype),
             plgpu.Barrier(num_barriers=groups_wg),
+            *end.scratch(groups_wg, rows),
         ],
         grid=(tiles.split_k, -(-n // (bn * together)), -(-m // bm)),
         grid_names=("k", "n", "m"),
@@ -190,4 +199,4 @@ def weight_only(
         **({} if groups_wg == 1 else {"num_threads": groups_wg + 1, "thread_name": "wg"}),
         **({} if together == 1 else {"cluster": (together,), "cluster_names": ("cluster",)}),
     )
-    return kernel(x, codes, scales.reshape(n) if group is None else scales)
+    return kernel(x, codes, scales.reshape(n) if group is None else scales, *end.operands)

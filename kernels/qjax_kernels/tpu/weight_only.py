@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qjax_kernels.gradient import to_rows_alone
 from qjax_kernels.reference import dequantize
 from qjax_kernels.request import Request
 from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.chips import Chip, Placement, chip_of, why_not_chip
-from qjax_kernels.tpu.gradient import to_rows_alone
 from qjax_kernels.tpu.tiles import Interpret, Tile
 
 Shaped = jax.Array | jax.ShapeDtypeStruct

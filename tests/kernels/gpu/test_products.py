@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from qjax_kernels.gpu import eight_bit, weight_only
+from qjax_kernels.gpu.epilogue import activated
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles
 from qjax_kernels.request import Device, Request, Weight
 
@@ -73,6 +74,65 @@ def test_eight_bits_are_the_product_of_the_rounded_rows(m, n, dtype, tiles):
     assert not np.asarray(y, np.float32)[1].any()
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("kernel", "activation", "tiles"),
+    [
+        ("weight-only", "gelu", Tiles(8, 128, 128, 2, warpgroups=2)),
+        ("weight-only", "silu", Tiles(8, 64, 128, 2, digits=True)),
+        ("weight-only", "relu", Tiles(8, 64, 128, 2, split_k=2)),
+        ("eight bit", "silu", Tiles(64, 64, 128, 2, x_left=True)),
+    ],
+)
+def test_bias_activation_and_short_rows_of_scales(kernel, activation, tiles):
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw = np.random.default_rng(0)
+    m, n, k = 5, 128, 384  # three groups: no row of scales is a multiple of 16 bytes
+    x, bias = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16), jnp.asarray(draw.normal(size=n), jnp.float32)
+    how = {"bias": bias, "activation": activation, "tiles": tiles}
+    with register_operands():
+        if kernel == "weight-only":
+            codes, scales = jnp.asarray(draw.integers(-8, 8, (n, k)), jnp.int4), jnp.asarray(draw.uniform(0.01, 0.1, (n, 3)), jnp.float32)
+            y = weight_only.weight_only_matmul(x, codes, scales, group_size=128, **how, interpret=interpreter())
+            rows, wide = np.float64(x), np.repeat(np.float64(scales), 128, 1)
+        else:
+            codes, scales = jnp.asarray(draw.integers(-128, 128, (n, k)), jnp.int8), jnp.asarray(draw.uniform(0.001, 0.01, (n, 1)))
+            y = eight_bit.eight_bit_matmul(x, codes, scales, **how, interpret=interpreter())
+            q, s = eight_bit.rounded_rows(x, jnp.int8)
+            rows, wide = np.float64(q) * np.float64(s)[:, None], np.float64(scales)
+    expected = activated(jnp.float32(rows @ (np.float64(codes) * wide).T + np.float64(bias)), activation)
+    assert relative(y, np.asarray(expected)) < 4e-3  # y is bfloat16
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gradients_reach_rows_and_bias(activation, monkeypatch):
+    draw = np.random.default_rng(0)
+    x, bias = jnp.asarray(draw.normal(size=(4, 256)), jnp.float32), jnp.asarray(draw.normal(size=64), jnp.float32)
+    scales, t = jnp.asarray(draw.uniform(0.01, 0.1, (64, 2)), jnp.float32), jnp.asarray(draw.normal(size=(4, 64)), jnp.float32)
+    codes = jnp.asarray(draw.integers(-8, 8, (64, 256)), jnp.int4)
+    # What runs forward is no matter: derivatives do not pass through it.
+    monkeypatch.setattr(weight_only, "_run", lambda x, bias, codes, scales, **how: jnp.zeros((4, 64)))
+    monkeypatch.setattr(eight_bit, "scaled_product", lambda *args, **how: jnp.zeros((8, 64)))
+
+    def float_product(x, bias, scales):
+        w = np.asarray(codes, np.float32) * np.repeat(scales, 256 // scales.shape[1], 1)
+        return jnp.vdot(t, activated(x @ w.T + bias, activation))
+
+    def grouped(x, bias):
+        return jnp.vdot(t, weight_only.weight_only_matmul(x, codes, scales, group_size=128, bias=bias, activation=activation))
+
+    def by_row(x, bias):
+        y = eight_bit.eight_bit_matmul(x, codes.astype(jnp.int8), scales[:, :1], bias=bias, activation=activation)
+        return jnp.vdot(t, y)
+
+    for ours, own in ((grouped, np.asarray(scales)), (by_row, np.asarray(scales[:, :1]))):
+        got, want = jax.grad(ours, (0, 1))(x, bias), jax.grad(float_product, (0, 1))(x, bias, own)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64, 65, 128, 512, 4096])
 def test_default_tiles_fit_into_shared_memory(m):
     for k, n in ((4096, 4096), (8192, 8192), (8192, 28672), (1024, 64)):
@@ -88,7 +148,7 @@ def test_default_tiles_fit_into_shared_memory(m):
         (Request(HOPPER, 1, 64, 1024, Weight("int", 3, 128)), "int3"),
         (Request(HOPPER, 1, 64, 1024, Weight("int", 4, 64)), "64"),
         (Request(HOPPER, 1, 100, 1024, Weight("int", 4, 128)), "100"),
-        (Request(HOPPER, 1, 64, 1152, Weight("int", 4, 128)), "16 bytes"),
+        (Request(HOPPER, 1, 64, 1152, Weight("int", 4, 256)), "not a multiple of the group"),
         (Request(HOPPER, 1, 64, 1024, Weight("int", 4, 128), dtype="float32"), "float32"),
     ],
 )

@@ -1,0 +1,183 @@
+"""Compiles the Hopper kernels for an H200 on a machine that has none, and counts what they take.
+
+    python experiments/kernels/gpu_static.py --write
+
+Needs what the extra `aot` installs; rows go to gpu_static/<version of jax>.json. `registers` and `spills` are what ptxas says;
+`loop` is the instructions of its longest loop, which a stage of the pipeline executes, `total` all of them, `products` the tensor core
+instructions in that loop; `shared` is the bytes of shared memory by `Tiles.shared_bytes` (jax refuses what is too much); `temporaries`
+are device memory beside operands and result: sums of split K, rows of x that were put in another form. Nothing here is a speed.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import re
+import sys
+import sysconfig
+import tempfile
+import time
+
+TOOLS = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
+os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_SASS="1", PATH=f"{TOOLS}:{os.environ['PATH']}")
+
+import jax  # noqa: E402  (the variables above are read when jax starts)
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from qjax_kernels.gpu.eight_bit import eight_bit_matmul  # noqa: E402
+from qjax_kernels.gpu.tiles import Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
+from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
+
+GROUP = 128
+DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
+SMALL, LARGE = (4096, 4096), (28672, 8192)  # (N, K) of what was measured on an H200
+
+
+def cases() -> list[tuple[str, int, tuple[int, int], Tiles | None]]:
+    """(kernel, rows, (N, K), tiles; None for the default ones): each path once, and the tiles whose figures are asked for."""
+    wide = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
+    return [
+        ("W4A16 g128", 16, SMALL, Tiles(16, 128, 256, 3)),
+        ("W4A16 g128", 64, SMALL, Tiles(64, 128, 128, 3)),
+        ("W4A16 g128", 128, SMALL, wide),
+        ("W4A16 g128", 1, SMALL, None),
+        ("W4A16 g128", 512, SMALL, None),
+        ("W4A16 g128", 16, LARGE, None),
+        ("W4A16 g128", 32, LARGE, None),
+        ("W4A16 g128", 64, LARGE, None),
+        ("W4A16 g128", 512, LARGE, None),
+        ("W4A16 g128", 3, (1088, 2048), None),
+        ("W8A16 g128", 16, LARGE, None),
+        ("W8A16 g128", 512, LARGE, None),
+        ("W4A16 column", 16, LARGE, None),
+        ("W4A16 g128 bias silu", 16, SMALL, Tiles(16, 128, 256, 3)),
+        ("W8A8", 16, SMALL, None),
+        ("W8A8", 512, LARGE, None),
+        ("W8A8", 64, LARGE, None),
+        ("FP8", 512, LARGE, None),
+    ]
+
+
+def operands(kernel: str, m: int, n: int, k: int) -> list[tuple[tuple[int, ...], jnp.dtype]]:
+    """(shape, dtype) of x, codes and scales."""
+    kind = jnp.float8_e4m3fn if kernel == "FP8" else jnp.int4 if kernel.startswith("W4") else jnp.int8
+    groups = k // GROUP if "g128" in kernel else 1
+    bias = [((n,), jnp.float32)] if "bias" in kernel else []
+    return [((m, k), jnp.bfloat16), ((n, k), kind), ((n, groups), jnp.float32), *bias]
+
+
+def function(kernel: str, tiles: Tiles | None):
+    """The product, of x, codes, scales and, if there is one, the bias."""
+    if kernel in ("W8A8", "FP8"):
+        return functools.partial(eight_bit_matmul, tiles=tiles)
+    how: dict = {"group_size": GROUP if "g128" in kernel else None, "tiles": tiles, "activation": "silu" if "silu" in kernel else None}
+    return lambda x, codes, scales, bias=None: weight_only_matmul(x, codes, scales, bias=bias, **how)
+
+
+def chosen(kernel: str, m: int, n: int, k: int) -> tuple[Tiles, tuple[int, int, int]]:
+    """The default tiles, and bits of a code, bytes of a scale and of an element of x in a stage."""
+    if kernel in ("W8A8", "FP8"):
+        return eight_bit_tiles(m, n, k), (8, 0, 1)
+    bits, grouped = int(kernel[1]), "g128" in kernel
+    return weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None), (bits, 2 if grouped else 0, 2)
+
+
+def compiled(function, arguments, chip: str):
+    """The program for a GPU, and what was printed on the way."""
+    sharding = NamedSharding(Mesh(np.array(_devices(chip)), ("x",)), PartitionSpec())
+    given = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in arguments]
+    lowered = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",))
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 1)  # the assembler prints by itself
+        try:
+            program = lowered.compile()
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        file.seek(0)
+        return program, file.read()
+
+
+@functools.cache
+def _devices(chip: str):
+    config = (DESCRIPTIONS / f"{chip}.txtpb").read_text()
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config).devices[:1]
+
+
+def counts(text: str) -> dict[str, int]:
+    """Registers, spilled bytes and instructions of the one kernel whose assembly was printed."""
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", text)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    if len(registers) != 1:
+        raise ValueError(f"the assembler told of {len(registers)} kernels, not of one")
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = [(0, 0)]
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            instructions.append(instruction[1])
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                loops.append((labels[back[1]], len(instructions)))
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+    products = sum("GMMA" in text for text in instructions[start:end])
+    total = next((i + 1 for i in range(len(instructions) - 1, -1, -1) if "NOP" not in instructions[i]), 0)
+    return {"registers": registers[0], "spills": sum(spilled), "loop": end - start, "total": total, "products": products}
+
+
+def rows() -> list[dict]:
+    """One row a case."""
+    found = []
+    for kernel, m, (n, k), tiles in cases():
+        start = time.monotonic()
+        arguments = operands(kernel, m, n, k)
+        program, text = compiled(function(kernel, tiles), arguments, "h200")
+        default, sizes = chosen(kernel, m, n, k)
+        used = tiles or default
+        row = {"kernel": kernel, "m": m, "n": n, "k": k, "tiles": _short(used), **counts(text), "shared": used.shared_bytes(*sizes)}
+        row |= {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * n * k}
+        found.append(row)
+        print(json.dumps(row), f"{time.monotonic() - start:.1f}s", flush=True)
+    return found
+
+
+def _short(tiles: Tiles) -> str:
+    """Blocks, stages, and what is switched on."""
+    text = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} stages {tiles.stages}"
+    for name, least in (("split_k", 1), ("warpgroups", 1), ("cluster", 1)):
+        text += f" {name} {getattr(tiles, name)}" if getattr(tiles, name) > least else ""
+    return text + "".join(f" {name}" for name in ("scale_first", "reorder", "x_left", "digits") if getattr(tiles, name))
+
+
+def table(found: list[dict]) -> str:
+    """Markdown: a line a case."""
+    lines = ["| kernel | M x N x K | tiles | registers | spills | loop | total | wgmma a loop | shared | temporaries |", "|" + "---|" * 10]
+    for row in found:
+        shape = f"{row['m']} x {row['n']} x {row['k']}"
+        cells = [row["kernel"], shape, row["tiles"], row["registers"], row["spills"], row["loop"], row["total"], row["products"]]
+        lines.append("| " + " | ".join(map(str, [*cells, row["shared"], row["temporaries"]])) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = pathlib.Path(__file__).parent / "gpu_static" / f"{jax.__version__}.json"
+    parser.add_argument("--write", type=pathlib.Path, nargs="?", const=default, help="the JSON of the rows, a table beside it")
+    given = parser.parse_args()
+    found = rows()
+    print(table(found))
+    if given.write:
+        given.write.parent.mkdir(exist_ok=True)
+        given.write.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+        given.write.with_suffix(".md").write_text(table(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

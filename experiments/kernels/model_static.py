@@ -1,0 +1,128 @@
+"""Compiles whole quantized models through `qjax.quantized` for a device that is not there, and names the kernels in the compiled program.
+
+    python experiments/kernels/model_static.py --target v6e
+    python experiments/kernels/model_static.py --target h200
+
+The model that comes with the package, with its weights, and one layer with the shapes of a 7B model, from shapes alone; four-bit weights by
+groups, and eight bits on both sides. Needs what the extra `aot` installs. A target is a machine to compile for: nothing runs.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import sysconfig
+import time
+
+TOOLS = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", PATH=f"{TOOLS}:{os.environ['PATH']}")
+
+import jax  # noqa: E402  (the variables above are read when jax starts)
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+import qjax  # noqa: E402
+from qjax.models import Llama, LlamaConfig, books_llama  # noqa: E402
+
+DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
+TARGETS = {
+    "v6e": qjax.Device("tpu", "v6e"),
+    "h200": qjax.Device("cuda", "sm_90a", 132),
+    "a100": qjax.Device("cuda", "sm_80", 108),
+}
+SPECS = {
+    "W4A16": {"weight": qjax.int4(group_size=128)},
+    "W8A8": {"weight": qjax.int8(), "activation": qjax.dynamic(qjax.int8())},
+}
+LAYER = LlamaConfig(
+    vocab_size=512, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=32,
+    head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
+)  # fmt: skip
+CASES = (("shipped", "W4A16"), ("7B layer, decode", "W4A16"), ("7B layer, prefill", "W8A8"))
+KERNELS = ("weight_only", "rounded_product_int8", "hopper_weight_only", "hopper_digits", "hopper_eight_bit")
+
+
+def sharding(target: str) -> NamedSharding:
+    """One device of the target."""
+    if target == "v6e":
+        topology = topologies.get_topology_desc("v6e:2x2", platform="tpu")
+    else:
+        config = (DESCRIPTIONS / f"{target}.txtpb").read_text()
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
+    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+
+
+def models() -> dict:
+    """(model, parameters or their shapes, (batch, tokens)) by name."""
+    shipped = books_llama(jnp.bfloat16)
+    large = Llama(LAYER, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(large.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return {
+        "shipped": (Llama(shipped.config, dtype=jnp.bfloat16), shipped.params, (1, 16)),
+        "7B layer, decode": (large, shapes, (16, 1)),
+        "7B layer, prefill": (large, shapes, (1, 128)),
+    }
+
+
+def packed(forward, params, tokens, spec: str):
+    """Quantized parameters; of shapes their shapes."""
+    if all(isinstance(a, jax.Array) for a in jax.tree.leaves(params)):
+        policy = qjax.Policy([qjax.Rule("*/kernel", **SPECS[spec]), qjax.Rule("*", weight=None)])
+        return qjax.quantize(forward, params, policy, calibration=[jnp.zeros(tokens.shape, tokens.dtype)]).params
+
+    def leaf(path, a):
+        if path[-1].key != "kernel":
+            return a
+        q = jax.eval_shape(functools.partial(qjax.core.quantize, spec=SPECS[spec]["weight"], axes=(-2,)), a)
+        return dataclasses.replace(q, act=SPECS[spec].get("activation"))
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def row(name: str, spec: str, target: str) -> dict:
+    """What the compiled program holds: kernels by name, bytes of temporaries, and of the largest float weight."""
+    start = time.monotonic()
+    model, params, shape = models()[name]
+    tokens, device, there = jax.ShapeDtypeStruct(shape, jnp.int32), TARGETS[target], sharding(target)
+
+    def forward(params, tokens):
+        return model.apply({"params": params}, tokens)
+
+    laid = jax.eval_shape(qjax.prepack(forward, device=device), packed(forward, params, tokens, spec), tokens)
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), (laid, tokens))
+    lowered = jax.jit(qjax.quantized(forward, device=device)).trace(*given).lower(lowering_platforms=(device.platform,))
+    program = lowered.compile()
+    calls = [line for line in program.as_text().splitlines() if "custom-call(" in line]
+    found = collections.Counter(name for line in calls for name in re.findall(rf"\b({'|'.join(KERNELS)})\b", line)[:1])
+    return {
+        "model": name,
+        "spec": spec,
+        "target": target,
+        "kernels": dict(found),
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "float_weight": 2 * max(a.size for a in jax.tree.leaves(params)),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=list(TARGETS), required=True, help="what to compile for")
+    parser.add_argument("--write", type=pathlib.Path, help="the JSON of the rows")
+    given = parser.parse_args()
+    found = []
+    for name, spec in CASES:
+        found.append(row(name, spec, given.target))
+        print(json.dumps(found[-1]), flush=True)
+    if given.write:
+        given.write.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

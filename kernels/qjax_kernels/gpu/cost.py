@@ -1,0 +1,95 @@
+"""What a product would cost on an H200, from counts alone: tensor core instructions, bytes, and the longer of the two. An estimate, never a
+measurement.
+
+    seconds = max(waves x instructions of a block x cycles of one / clock, bytes / bandwidth)
+
+It knows nothing of conversions, waiting and launches. What was measured (experiments/kernels): at few rows 1.3x to 1.4x of it for
+8192 x 28672, three times for 4096 x 4096, whose launches take as long as the product.
+"""
+
+import dataclasses
+import math
+
+from ..request import Request
+from . import eight_bit, weight_only
+from .tiles import Tiles, blocks, eight_bit_tiles, padded_rows, weight_only_tiles
+
+CLOCK = 1.755e9  # of the multiprocessors under load
+BANDWIDTH = 4.18e12  # bytes a second that a copy reached, read and written
+MACS = 2048  # bfloat16 multiply-adds a cycle and multiprocessor; twice as many of eight bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What one product would take.
+
+    Attributes:
+      kernel: "bf16" or the widths of both sides.
+      blocks: thread blocks.
+      products: tensor core instructions of a thread block.
+      bytes: read and written, sums of a split K too.
+      compute: seconds that the instructions take.
+      memory: seconds that the bytes take.
+      shared: bytes of shared memory of a thread block; 0 for bfloat16, which is not ours.
+    """
+
+    kernel: str
+    blocks: int
+    products: int
+    bytes: int
+    compute: float
+    memory: float
+    shared: int
+
+    @property
+    def seconds(self) -> float:
+        """The longer of the two: copies run beside the arithmetic."""
+        return max(self.compute, self.memory)
+
+
+def estimate(request: Request, kernel: str | None = None) -> Estimate:
+    """Returns what a product would cost. Pure: asks no device and reads no file.
+
+    Args:
+      request: the product.
+      kernel: "bf16" for the float product beside it, as if all multiprocessors were always busy with it; None for the kernel that takes the
+        request.
+
+    Returns:
+      An `Estimate`.
+
+    Raises:
+      ValueError: no kernel of ours takes the request.
+
+    Example:
+      >>> from qjax_kernels.request import Device, Weight
+      >>> decode = Request(Device("cuda", "sm_90a", 132), 16, 28672, 8192, Weight("int", 4, 128))
+      >>> 3.5 < estimate(decode, "bf16").seconds / estimate(decode).seconds < 4
+      True
+    """
+    m, n, k, cores = request.m, request.n, request.k, max(request.device.cores, 1)
+    if kernel == "bf16":
+        moved, tiles = 2 * (n * k + m * k + m * n), Tiles(128, 256, 128, 3, warpgroups=2)
+        products = tiles.block_n // 64 * math.ceil(k / 16)
+        return Estimate("bf16", blocks(m, n, tiles), products, moved, m * n * k / (MACS * cores * CLOCK), moved / BANDWIDTH, 0)
+    eight = request.activation is not None
+    reason = eight_bit.why_not(request) if eight else weight_only.why_not(request)
+    if reason:
+        raise ValueError(f"no Hopper kernel takes the `request`: {reason}")
+    bits, group = request.weight.bits, request.weight.group_size
+    tiles = eight_bit_tiles(m, n, k, cores) if eight else weight_only_tiles(m, n, k, bits, cores, group)
+    scales = 4 * n * (k // group if group else 1)
+    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2)
+    moved = n * k * bits // 8 + scales + 2 * padded_rows(m) * k + 2 * m * n
+    if tiles.split_k > 1:
+        moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
+    if eight or tiles.digits:
+        moved += 2 * m * k * (2 if tiles.digits else 1)  # rows in another form
+    depth = math.ceil(k / (tiles.block_k * tiles.split_k)) * tiles.block_k
+    step = 32 if eight or tiles.digits else 16  # k of an instruction, which takes 64 rows of its left side
+    products = (tiles.block_m if tiles.x_left else tiles.block_n) // 64 * (depth // step)
+    work = tiles.block_m * tiles.block_n * depth * (2 if tiles.digits else 1)
+    count = blocks(m, n, tiles)
+    rate = 2 * MACS if eight or tiles.digits else MACS
+    compute = math.ceil(count / cores) * work / rate / CLOCK
+    return Estimate(f"W{bits}A{8 if eight else 16}", count, products, moved, compute, moved / BANDWIDTH, shared)

@@ -1,0 +1,65 @@
+"""The Hopper kernels compiled for an H200 on a machine without one: nothing is spilled, and instructions are those committed."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from qjax_kernels.gpu.tiles import SHARED_BYTES
+
+ROOT = pathlib.Path(__file__).parents[3]
+SCRIPT = ROOT / "experiments" / "kernels" / "gpu_static.py"
+missing = [name for name in ("jax_cuda13_plugin", "absl") if importlib.util.find_spec(name) is None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing), reason=f"{missing} are not installed: pip install -e '.[aot]'"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """In a process of its own: the compiler reads its variables when jax starts, and prints."""
+    file = tmp_path_factory.mktemp("static") / "rows.json"
+    paths = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": paths}
+    subprocess.run([sys.executable, SCRIPT, "--write", file], check=True, env=environment, stdout=subprocess.DEVNULL)
+    return json.loads(file.read_text())
+
+
+def test_nothing_is_spilled_and_shared_memory_suffices(rows):
+    assert len(rows) > 10
+    for row in rows:
+        assert row["spills"] == 0 and row["registers"] <= 255, row
+        assert row["shared"] <= SHARED_BYTES and row["products"] > 0, row
+
+
+def test_no_float_weight_is_written_to_memory(rows):
+    for row in rows:
+        assert row["temporaries"] < row["float_weight"] // 8, row
+    # The tiles that were asked for write nothing at all.
+    named = [row for row in rows if row["tiles"].startswith(("16x128x256", "64x128x128", "128x128x128")) and row["m"] <= 128]
+    assert [row["m"] for row in named] == [16, 64, 128] and not any(row["temporaries"] for row in named)
+
+
+def test_instructions_are_those_committed(rows):
+    committed = SCRIPT.parent / "gpu_static" / f"{jax.__version__}.json"
+    if not committed.exists():
+        pytest.skip(f"no counts of jax {jax.__version__} are committed: its compiler schedules otherwise")
+    then = {key(row): row for row in json.loads(committed.read_text())}
+    assert list(then) == [key(row) for row in rows]
+    changed = [
+        f"{key(row)} {count}: {then[key(row)][count]} -> {row[count]}"
+        for row in rows
+        for count in ("loop", "total", "registers")
+        if abs(row[count] - then[key(row)][count]) > 0.05 * then[key(row)][count]
+    ]
+    assert not changed, "\n".join(changed)
+
+
+def key(row):
+    return row["kernel"], row["m"], row["n"], row["k"], row["tiles"]

@@ -1,0 +1,30 @@
+"""The estimate of a product's cost on an H200: what follows from counts."""
+
+import dataclasses
+
+import pytest
+from qjax_kernels.gpu.cost import BANDWIDTH, estimate
+from qjax_kernels.request import Device, Request, Weight
+
+DECODE = Request(Device("cuda", "sm_90a", 132), 16, 4096, 4096, Weight("int", 4, 128))
+
+
+def test_bytes_and_instructions_are_those_of_the_tiles():
+    cost = estimate(DECODE)  # blocks of 64 rows of w, K in eight parts of two stages of 256
+    parts = 2 * 4 * 8 * 16 * 4096
+    assert cost.bytes == 4096 * 4096 // 2 + 4096 * 32 * 4 + 2 * 2 * 16 * 4096 + parts
+    assert (cost.blocks, cost.products) == (64 * 8, 512 // 16)
+    assert cost.memory == cost.bytes / BANDWIDTH == cost.seconds
+
+
+def test_many_rows_are_bound_by_arithmetic_and_eight_bits_take_half():
+    wide = dataclasses.replace(DECODE, m=4096)
+    eight = dataclasses.replace(wide, weight=Weight("int", 8), activation="int8")
+    assert estimate(wide).seconds == estimate(wide).compute
+    assert estimate(eight).compute == pytest.approx(estimate(wide).compute / 2)
+    assert estimate(wide, "bf16").compute <= estimate(wide).compute
+
+
+def test_what_no_kernel_takes_is_refused():
+    with pytest.raises(ValueError, match="int3"):
+        estimate(dataclasses.replace(DECODE, weight=Weight("int", 3, 128)))
