@@ -5,6 +5,7 @@ import json
 import pathlib
 import platform
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def show(losses, notes):
 def step_memory(model, params, policy, tokens):
     """What XLA says of one compiled training step of shapes; with a policy adapters train, without all parameters do."""
     optimizer = optax.adam(1e-4, mu_dtype=jnp.float32)
-    tuned = None if policy is None else qjax.qlora(model.apply, policy)
+    tuned: Any = None if policy is None else qjax.qlora(model.apply, policy)
     trained, frozen = params, None
     if tuned is not None:
         frozen = tuned.base_shapes(params, tokens)
@@ -140,8 +141,7 @@ def step_memory(model, params, policy, tokens):
 
     float32 = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), trained)
     state = jax.eval_shape(optimizer.init, float32)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, frozen, tokens).compile()
-    found = compiled.memory_analysis()
+    found: Any = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, frozen, tokens).compile().memory_analysis()
     held = found.argument_size_in_bytes
     return held, held + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 

@@ -122,8 +122,9 @@ def load_peft(folder: str | os.PathLike[str], plan: Mapping[int, Adapted], names
                 _put(one, whole, name, index, a)
         found[one.leaf.path] = {name: jnp.asarray(a) for name, a in whole.items()}
     if tensors:
-        raise ValueError(f"`{root / WEIGHTS_FILE}` holds {sorted(tensors)[0]!r}, which is no adapter of the policy: widen its rules, or give "
-                         f"the parameter's module in `names` (known: {', '.join(itertools.islice(itertools.chain(*modules.values()), 3))})")  # fmt: skip
+        known = ", ".join(itertools.islice(itertools.chain(*modules.values()), 3))
+        raise ValueError(f"`{root / WEIGHTS_FILE}` holds {min(tensors)!r}, which is no adapter of the policy: widen its rules, or give "
+                         f"the parameter's module in `names` (known: {known})")  # fmt: skip
     return found
 
 
@@ -152,7 +153,7 @@ def _modules(plan: Mapping[int, Adapted], names: Names) -> dict[str, list[str]]:
             given = [".".join([stem, *map(str, index)]) for index in indices]
         listed = [given] if isinstance(given, str) else list(given)
         if len(listed) != len(indices):
-            raise ValueError(f"`names[{one.leaf.path!r}]` has {len(listed)} modules, and the parameter stacks {len(indices)}: give one each")
+            raise ValueError(f"`names[{one.leaf.path!r}]` has {len(listed)} modules, and the parameter stacks {len(indices)}: one each")
         modules[one.leaf.path] = listed
     every = list(itertools.chain(*modules.values()))
     if len(set(every)) < len(every):
@@ -192,8 +193,8 @@ def _check_settings(root: Path, config: Mapping[str, Any], lora: Lora, module: s
     got |= {"rank": _of_pattern(config.get("rank_pattern") or {}, module, config.get("r")), "lora_alpha": alpha}
     for name, value in wanted.items():
         if got[name] != value:
-            raise ValueError(f"`{root / CONFIG_FILE}` says `{name}` {got[name]!r} for {module!r}, and the policy {value!r}: change the rule's "
-                             "qjax.lora(...)")  # fmt: skip
+            raise ValueError(f"`{root / CONFIG_FILE}` says `{name}` {got[name]!r} for {module!r}, and the policy {value!r}: change the "
+                             "qjax.lora(...) of the rule")  # fmt: skip
     if config.get("bias", "none") != "none":
         raise ValueError(f"`{root / CONFIG_FILE}` trains biases (`bias` {config['bias']!r}), which have no adapter here")
 
@@ -300,8 +301,8 @@ def llama_modules(paths: Iterator[str] | Sequence[str]) -> dict[str, str]:
     Returns:
       A module by path.
 
-    >>> llama_modules(["layers_11/self_attn/q_proj/kernel", "embed_tokens/embedding", "lm_head/kernel"])["layers_11/self_attn/q_proj/kernel"]
-    'model.layers.11.self_attn.q_proj'
+    >>> llama_modules(["layers_11/self_attn/q_proj/kernel", "lm_head/kernel"])
+    {'layers_11/self_attn/q_proj/kernel': 'model.layers.11.self_attn.q_proj', 'lm_head/kernel': 'lm_head'}
     """
     found = {}
     for path in paths:

@@ -26,15 +26,16 @@ def loftq(rank: int = 16, iterations: int = 5, then: Method | None = None, dtype
       ValueError: naming the argument.
 
     Example:
-      >>> import jax.numpy as jnp, qjax
-      >>> params = {"w": jnp.cos(jnp.arange(4096.0) ** 2).reshape(64, 64)}
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
       >>> def error(method):
       ...     policy = qjax.Policy([qjax.Rule("*", weight=qjax.nf4(), method=method)])
       ...     return qjax.quantize(lambda p, x: x @ p["w"], params, policy, calibration=[jnp.ones((1, 64))]).report.rows[0].error
       >>> error(loftq(8)) < error(loftq(8, iterations=1)) < error(None)
       True
 
-    Source: LoftQ, Li et al., arXiv 2310.08659, algorithm 1. It keeps the last turn; here it ends where a turn does not come nearer to w.
+    Source: LoftQ, Li et al., arXiv 2310.08659, algorithm 1. It keeps the last turn; here each matrix keeps the nearest
+    of its turns.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"`iterations` must be an int of at least 1, got {iterations!r}")

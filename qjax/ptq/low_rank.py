@@ -76,32 +76,39 @@ class LowRank:
         both = isinstance(self.observer, Together)
         own = state[0] if both else None if self.then.observer is None else state
         statistic, notes = self._statistic(problem, state[1] if both else state)
-        outcome, least = self._corrected(problem, own, statistic)
-        for _ in range(self.turns - 1):
-            change = uncanonicalize(adapter_matrix(outcome.q.adapter), problem.axes, outcome.q.sizes)
-            rest = (problem.w.astype(jnp.float32) - change).astype(problem.w.dtype)
-            again, error = self._corrected(problem, own, statistic, rest)
-            if bool(error < least):  # the two steps do not always go down
-                outcome, least = again, error
-            else:
-                break
-        return Outcome(outcome.q, (*outcome.notes, *notes, *filled))
-
-    def _corrected(self, problem: Problem, state: Any, statistic: Any, rounded: jax.Array | None = None) -> tuple[Outcome, jax.Array]:
-        """What is rounded (the weight itself, or what an adapter left of it) with the adapter of its error; and |w - w_hat|^2."""
-        outcome = self.then.quantize(problem if rounded is None else problem._replace(w=rounded), state)
-        error = problem.w.astype(jnp.float32) - dataclasses.replace(outcome.q, dtype=np.dtype(np.float32)).dequantize()
-        left, right = _correct(matrices(problem._replace(w=error)), statistic, self.rank, self.dtype)
+        fed = None if self.turns == 1 else self._nearest(problem, own, statistic)
+        outcome, left, right = self._corrected(problem, own, statistic, fed)[:3]
         for part in (left, right):
             check_finite(part, f"the {self.dtype} adapter of {problem.name}")
-        q = outcome.q.with_adapter(_placed(problem, left, right))
-        return Outcome(q, outcome.notes), jnp.float32(0) if self.turns == 1 else _distance(problem.w, q)
+        return Outcome(outcome.q.with_adapter(_placed(problem, left, right)), (*outcome.notes, *notes, *filled))
+
+    def _corrected(self, problem: Problem, state: Any, statistic: Any, fed: Any) -> tuple[Outcome, jax.Array, jax.Array, jax.Array]:
+        """What is rounded where the part `fed`, L and R, is taken off first, and L and R of its error; and that (stack, N, K)."""
+        rest = problem
+        if fed is not None:
+            change = adapter_matrix(_placed(problem, *fed))
+            change = uncanonicalize(change, problem.axes, [problem.w.shape[a] for a in problem.axes])
+            rest = problem._replace(w=(problem.w.astype(jnp.float32) - change).astype(problem.w.dtype))
+        outcome = self.then.quantize(rest, state)
+        error = problem.w.astype(jnp.float32) - dataclasses.replace(outcome.q, dtype=np.dtype(np.float32)).dequantize()
+        error = matrices(problem._replace(w=error))
+        return outcome, *_correct(error, statistic, self.rank, self.dtype), error
+
+    def _nearest(self, problem: Problem, state: Any, statistic: Any) -> Any:
+        """The L and R to take off first with which each matrix comes nearest: the turns do not always go down."""
+        fed, best, least = None, None, None
+        for _ in range(self.turns):
+            _, left, right, error = self._corrected(problem, state, statistic, fed)
+            fed = (jnp.zeros_like(left), jnp.zeros_like(right)) if fed is None else fed
+            best, least = (fed, _distances(error, left, right)) if least is None else _nearer(fed, error, left, right, best, least)
+            fed = left, right
+        return best
 
     def work(self, problem: Problem) -> Work:
         stack, n, k = matrix_sizes(problem)
         small = min(n, k)
         own = Work(10.0 * small**3 * (2 if self.measure == "eora" and k < n else 1) + 4.0 * small * n * k).times(stack)
-        return work_of(self.then, problem).plus(own).times(self.turns)
+        return work_of(self.then, problem).plus(own).times(1 if self.turns == 1 else self.turns + 1)
 
     def _statistic(self, problem: Problem, state: Any) -> tuple[jax.Array | None, tuple[str, ...]]:
         """What the error is weighed by, (stack, K, K) or (stack, K), and a remark where there is nothing."""
@@ -196,9 +203,17 @@ def _correct(error: jax.Array, statistic: jax.Array | None, rank: int, dtype: st
 
 
 @jax.jit
-def _distance(w: jax.Array, q: QTensor) -> jax.Array:
-    """|w - w_hat|^2, float32."""
-    return jnp.sum(jnp.square(w.astype(jnp.float32) - dataclasses.replace(q, dtype=np.dtype(np.float32)).dequantize()))
+def _distances(error: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """|error - L R|^2 of each matrix, (stack,)."""
+    change = jax.lax.map(lambda parts: _product(*(part.astype(jnp.float32) for part in parts)), (left, right))
+    return jnp.sum(jnp.square(error - change), axis=(1, 2))
+
+
+def _nearer(fed: Any, error: jax.Array, left: jax.Array, right: jax.Array, best: Any, least: jax.Array) -> tuple[Any, jax.Array]:
+    """Of each matrix the part `fed` if what came of it is nearer than `least`, else what was best."""
+    distance = _distances(error, left, right)
+    won = (distance < least)[:, None, None]
+    return tuple(jnp.where(won, new, old) for new, old in zip(fed, best, strict=True)), jnp.minimum(distance, least)
 
 
 def _parts(error: jax.Array, statistic: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

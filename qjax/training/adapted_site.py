@@ -81,7 +81,10 @@ def _thin(site: Site, eqn: Any, operands: list[Any], adapter: Adapter, key: jax.
         out = adapter_product(site, eqn, given)
         if out is not None:
             return out
-        matrix = uncanonicalize(adapter_matrix(q.adapter), q.axes, q.sizes).astype(q.dtype)
+        matrix = adapter_matrix(adapter)
+        if q.input_scale is not None:
+            matrix = matrix / q.input_scale
+        matrix = uncanonicalize(matrix, q.axes, q.sizes).astype(q.dtype)
         for step in weight.pending:
             (matrix,) = compat.bind(step, [matrix])
         given[site.operand] = matrix
@@ -108,7 +111,7 @@ def _norms(bare: Packed, adapter: Adapter) -> jax.Array:
     bare, adapter = jax.lax.stop_gradient((bare, adapter))
     q = bare.q
     base = q.dequantize() if bare.trained is None else bare.trained
-    change = adapter_matrix(q.with_adapter(adapter).adapter)
+    change = adapter_matrix(adapter)
     if q.input_scale is not None:
         change = change / q.input_scale
     w = base.astype(jnp.float32) + uncanonicalize(change, q.axes, q.sizes)

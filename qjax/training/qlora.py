@@ -80,7 +80,7 @@ class QLoRA:
         return {one.leaf.path: one.begin(k, arguments.params[i]) for k, (i, one) in zip(keys, plan.items(), strict=True)}
 
     def base_shapes(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns what `qjax.quantize` makes of parameters of these shapes, as a tree of shapes: for `jax.eval_shape` and `jit(...).lower`."""
+        """Returns what `qjax.quantize` makes of parameters of these shapes, as shapes: for `jax.eval_shape` and `jit(...).lower`."""
         arguments = split_arguments(params, args, kwargs)
         choices = self.policy.resolve(self.programs(arguments))
         packed = [w if c.spec is None else shapes_of(c) for c, w in zip(choices, arguments.params, strict=True)]
@@ -158,7 +158,7 @@ class QLoRA:
         after = split_arguments(merged, args, {}).params
         packed = split_arguments(result.params, args, {}).params
         rows = list(result.report.rows)
-        for i, one in plan.items():
+        for i in plan:
             if isinstance(packed[i], QTensor):
                 share = float(_share(after[i], packed[i], arguments.params[i]))
                 note = f"rounding moves it {share:.2g} times as far as its adapter did"

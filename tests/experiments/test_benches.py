@@ -20,6 +20,8 @@ ALONE = [
                             "learned steps"], r"QAT learned steps \| [\d.]+ \|"),
     ("optimizer_states", ["--steps", "2", "--batch", "1", "--length", "32", "--windows", "2", "--rows", "Adam, 8 bit"],
      r"Adam, 8 bit \| [\d.]+ \|"),
+    ("qlora_language_model", ["--tables", "adapt", "--steps", "1", "--batch", "1", "--windows", "8", "--rows", "QLoRA"],
+     r"QLoRA \| [\d,]+ \| [\d.]+ \|"),
     ("tpu", ["--rows", "16"], r"no TPU"),
     ("trace_cost", ["1"], r'"interpreted / by hand": [\d.]+'),
 ]

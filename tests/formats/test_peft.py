@@ -31,6 +31,9 @@ def net(params, tokens, x, image):
     return params["embed"][tokens].sum(1) + x @ params["up"]["kernel"], conv
 
 
+SETTINGS = {"rank": "r", "alpha": "lora_alpha"}
+
+
 @pytest.fixture(scope="module")
 def golden():
     found = np.load(GOLDEN / "peft.npz")
@@ -60,9 +63,9 @@ def test_adapters_that_peft_wrote_compute_what_they_did_there(name, golden, tmp_
     for key, a in there.items():
         assert np.array_equal(a, here[key]) and a.dtype == here[key].dtype, key
     theirs, ours = (json.loads((folder / "adapter_config.json").read_text()) for folder in (GOLDEN / f"peft_{name}", tmp_path))
-    effective = [{module: (c["rank_pattern"].get(module, c["r"]), c["alpha_pattern"].get(module, c["lora_alpha"])) for module in names.values()}
-                 for c in (theirs, ours)]  # fmt: skip
-    assert effective[0] == effective[1]
+    for module in names.values():
+        ranks, alphas = ([c[f"{key}_pattern"].get(module, c[default]) for c in (theirs, ours)] for key, default in SETTINGS.items())
+        assert ranks[0] == ranks[1] and alphas[0] == alphas[1]
     same = ("peft_type", "use_rslora", "use_dora", "target_modules", "bias", "fan_in_fan_out", "lora_dropout")
     assert {key: theirs[key] for key in same} == {key: ours[key] for key in same}
     assert ours.keys() <= theirs.keys()
@@ -94,7 +97,7 @@ def test_what_does_not_fit_is_named(golden, tmp_path):
         return qjax.qlora(net, Policy(rules)).plan(params, *inputs)
 
     whole, kind = plan(*RULES["lora"]), {"alpha": 6, "rank_stabilized": True}
-    with pytest.raises(ValueError, match="lacks 'base_model.model.other.lora_A.weight': give the module of 'conv/kernel'"):
+    with pytest.raises(ValueError, match=r"lacks 'base_model.model.other.lora_A.weight': give the module of 'conv/kernel'"):
         load_peft(folder, whole, {"conv/kernel": "other", "up/kernel": "another"})
     with pytest.raises(ValueError, match="which is no adapter of the policy"):
         load_peft(folder, plan(Rule("conv/kernel", train=qjax.lora(2, **kind)), Rule("*")))
@@ -111,7 +114,8 @@ def test_what_does_not_fit_is_named(golden, tmp_path):
         save_peft(tmp_path, mixed, {})
     shutil.copytree(folder, tmp_path / "bad")
     tensors = read_tensors(folder / "adapter_model.safetensors")
-    write_tensors(tmp_path / "bad" / "adapter_model.safetensors", tensors | {"base_model.model.up.lora_A.weight": np.zeros((3, 9), np.float32)})
+    wide = {"base_model.model.up.lora_A.weight": np.zeros((3, 9), np.float32)}
+    write_tensors(tmp_path / "bad" / "adapter_model.safetensors", tensors | wide)
     with pytest.raises(ValueError, match=r"of shape \(3, 9\), and the parameter wants \(3, 5\)"):
         load_peft(tmp_path / "bad", whole)
 

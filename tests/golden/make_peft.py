@@ -3,7 +3,7 @@
   pip install "torch==2.13.0" "transformers" && pip install --no-deps "peft==0.21.2" accelerate && python tests/golden/make_peft.py
 
 A small network: an embedding (7, 6) whose rows are summed up beside a linear layer (5 -> 6), and a convolution (3 -> 4, window 2 x 2).
-`lora` has adapters for all three, the linear one of another rank and alpha, rank-stabilized; `dora` for the linear layer and the convolution.
+`lora` has adapters for all three, the linear one of another rank and alpha, rank-stabilized; `dora` for two, not the embedding.
 Everything is drawn at random, also B and the magnitudes.
 """
 
