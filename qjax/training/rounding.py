@@ -99,7 +99,7 @@ def rounding(plan: Planned, quant: Quant, exact: Mapping[int, QTensor]) -> Calla
     """
     program, by_site = plan.program, plan.site_of
     pairs = {choice.product.key: choice for choice in plan.products}
-    caches = {choice.leaf.index: choice for choice in plan.caches}
+    caches = {choice.leaf.index: (choice.leaf, choice.spec) for choice in plan.caches if choice.spec is not None}
     if not by_site and not pairs and not caches:
         return None
     sites = {site.key: site for site in program.sites if site.key in by_site}
@@ -116,8 +116,8 @@ def rounding(plan: Planned, quant: Quant, exact: Mapping[int, QTensor]) -> Calla
 
     def run(values: list[Any]) -> list[Any]:
         values = [Packed(exact[i], trained=v) if i in exact else v for i, v in enumerate(values)]
-        for index, choice in caches.items():
-            values[index] = fake_cache(values[index], choice.leaf, choice.spec)
+        for index, (leaf, spec) in caches.items():
+            values[index] = fake_cache(values[index], leaf, spec)
         outs = interpreter(program.jaxpr, values, state)[0]
         return [v.tokens() if isinstance(v, FakeCache) else v for v in outs]
 
