@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -153,7 +154,7 @@ class Blocks:
 
     def _sharding(self, x: Any) -> NamedSharding:
         """That of an array's blocks: of its leading axes and the first that blocks run over, as far as shards hold whole blocks."""
-        sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+        sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
         lead, _, short = self.layout(x.shape)
         parts, first = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))], len(lead)
         whole = math.prod(sharding.shard_shape(x.shape)[first:]) % self.size == 0 and not any(parts[first + 1 :])
@@ -164,7 +165,7 @@ class Blocks:
 
     def _placed(self, p: Any) -> NamedSharding | None:
         """Where the largest magnitudes lie: on the devices of their codes, or on all where a shard cuts blocks."""
-        known = _explicit(p) if isinstance(p, jax.core.Tracer) else isinstance(getattr(p, "sharding", None), NamedSharding)
+        known = _explicit(p) if isinstance(p, Tracer) else isinstance(getattr(p, "sharding", None), NamedSharding)
         return self._sharding(p) if known else None
 
 
