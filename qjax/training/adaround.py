@@ -133,8 +133,9 @@ def adaround(mse: bool = True) -> AdaRound:
 
     w_q = s (clip(floor(w / s) + z + h(V), q_min, q_max) - z),  h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)
 
-    V begins where h(V) is the fraction of w / s, so that only what lies outside of the codes is moved at first, and is trained by optax beside
-    the other learned numbers of the state (`fq.labels`), with a penalty in the loss that pushes h to 0 or 1 (`qjax.training.rounding_penalty`). From the
+    V begins where h(V) is the fraction of w / s, so that only what lies outside of the codes is moved at first. It is trained by optax
+    beside the other learned numbers of the state (`fq.labels`), with a penalty in the loss that pushes h to 0 or 1
+    (`qjax.training.rounding_penalty`). From the
     step `freeze` of the schedule on h is 1 where V >= 0 and else 0, in the same compiled program, and so is it packed. The grid is that of
     the weights at `init` and stays. The gradient passes straight through to the weights, too; to learn the rounding alone, as the paper
     does, leave them out of the optimizer (`optax.set_to_zero`). A weight of zero stays zero.
