@@ -105,7 +105,8 @@ def main():
     batches, loss = [jnp.asarray(seen[rows]) for rows in order], loss_of(apply)
     measure, results = jax.jit(loss), {}
     print(f"{count:,} parameters; jax {jax.__version__}, {platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}\n")
-    print("| | loss of the last tenth | held-out loss | state, bytes a parameter | step, ms | update alone | temporaries of a step, MB |")
+    columns = "loss of the last tenth | held-out loss | state, bytes a parameter | step, ms | update alone, ms | temporaries of a step, MB"
+    print(f"| | {columns} |")
     print("|---|---|---|---|---|---|---|")
     for name, tx in optimizers(options.steps).items():
         if options.rows and name not in options.rows:

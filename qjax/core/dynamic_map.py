@@ -51,7 +51,7 @@ def dynamic_encode(x: jax.Array, absmax: jax.Array, signed: bool) -> jax.Array:
       uint8 codes, the shape of `x`: those of `codebook_encode` but where a value lies within float32's rounding of a midpoint.
 
     >>> dynamic_encode(jnp.float32([-2.0, 0.0, 0.1, 2.0]), jnp.float32([2.0]), True).tolist()
-    [0, 127, 158, 255]
+    [0, 127, 173, 255]
 
     Source: Dettmers, arXiv 1511.04561, section 2.1 (dynamic tree); Dettmers et al. 2022, arXiv 2110.02861, section 2.1.
     """

@@ -60,7 +60,7 @@ def scale_by_adam8bit(
 
     def update(updates: Any, state: Adam8State, params: Any = None) -> tuple[Any, Adam8State]:
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         first, second = 1 - jnp.asarray(b1, jnp.float32) ** count, 1 - jnp.asarray(b2, jnp.float32) ** count
 
         def one(g: jax.Array, m: Moment8 | jax.Array, v: Moment8 | jax.Array) -> tuple[Any, Any, Any]:

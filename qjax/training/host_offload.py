@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 KIND = "pinned_host"
 
@@ -32,7 +34,6 @@ def host_offload(tx: optax.GradientTransformation, at_least: int = 4096) -> opta
       ValueError: `at_least` is no whole number; by init: the backend has no memory of that kind, naming those it has.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> params = {"w": jnp.ones((64, 64))}
       >>> tx = host_offload(optax.adam(1e-3))
       >>> state = tx.init(params)
@@ -49,7 +50,7 @@ def host_offload(tx: optax.GradientTransformation, at_least: int = 4096) -> opta
         raise ValueError(f"`at_least` must be a whole number of at least 0, got {at_least!r}")
     inner = optax.with_extra_args_support(tx)
 
-    def moved(state: Any, space: jax.memory.Space) -> Any:
+    def moved(state: Any, space: Any) -> Any:
         return jax.tree.map(lambda a: jax.device_put(a, space) if _is_large(a, at_least) else a, state)
 
     def init(params: Any) -> Any:
@@ -64,7 +65,7 @@ def host_offload(tx: optax.GradientTransformation, at_least: int = 4096) -> opta
 
 
 def _is_large(a: Any, at_least: int) -> bool:
-    return a.size >= at_least and a.ndim > 0 and not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
+    return a.size >= at_least and a.ndim > 0 and not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
 
 
 def check_memory(device: Any) -> None:
@@ -82,5 +83,5 @@ def check_memory(device: Any) -> None:
 
 
 def _device_of(params: Any) -> Any:
-    arrays = [p for p in jax.tree.leaves(params) if isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer)]
+    arrays = [p for p in jax.tree.leaves(params) if isinstance(p, jax.Array) and not isinstance(p, Tracer)]
     return next(iter(arrays[0].devices())) if arrays else jax.devices()[0]

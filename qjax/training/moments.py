@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qjax.core import DYNAMIC, UNSIGNED_DYNAMIC, codebook_decode, codebook_params, dynamic_encode
@@ -35,7 +35,8 @@ class Blocks:
 
     Blocks follow each other in the flat array, row by row, as bitsandbytes has them. The largest magnitudes keep the leading axes that no
     block crosses: of a stack (layers, K, N) with K N a multiple of the block they are (layers, K N / size), and (layers, K, N / size)
-    where N is a multiple itself. So they lie on the devices where the codes lie whenever a shard holds whole blocks.
+    where N is a multiple itself. So they lie on the devices where the codes lie whenever a shard holds whole blocks; where shards cut
+    blocks, codes keep their sharding, and where the few largest magnitudes lie after a step is the compiler's choice.
 
     Args:
       size: values that share a largest magnitude.
@@ -153,7 +154,7 @@ class Blocks:
 
     def _sharding(self, x: Any) -> NamedSharding:
         """That of an array's blocks: of its leading axes and the first that blocks run over, as far as shards hold whole blocks."""
-        sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+        sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
         lead, _, short = self.layout(x.shape)
         parts, first = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))], len(lead)
         whole = math.prod(sharding.shard_shape(x.shape)[first:]) % self.size == 0 and not any(parts[first + 1 :])
@@ -164,7 +165,7 @@ class Blocks:
 
     def _placed(self, p: Any) -> NamedSharding | None:
         """Where the largest magnitudes lie: on the devices of their codes, or on all where a shard cuts blocks."""
-        known = _explicit(p) if isinstance(p, jax.core.Tracer) else isinstance(getattr(p, "sharding", None), NamedSharding)
+        known = _explicit(p) if isinstance(p, Tracer) else isinstance(getattr(p, "sharding", None), NamedSharding)
         return self._sharding(p) if known else None
 
 
@@ -175,7 +176,8 @@ def _explicit(x: Any) -> bool:
 
 def _alike(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x`, where `like` lies: where a shard cuts blocks, the compiler would leave it where it was computed."""
-    return x if _explicit(x) else shard_alike(x, like)[0]
+    # A choice between both, of which it drops one after it has settled where both lie.
+    return x if _explicit(x) else jax.lax.select(jnp.zeros(x.shape, bool), like, x)
 
 
 def _parts(rows: tuple[int, ...], size: int, at_once: int | None) -> tuple[int, int, int]:

@@ -94,7 +94,7 @@ def moving_range(decay: float = 0.99) -> MovingRange:
       >>> quant = fq.init(jax.random.key(0), params, x)
       >>> out, quant = fq.tracked(params, 3 * x, quant=quant)
       >>> jax.tree.map(jnp.ravel, quant["activations"]["w"])
-      {'hi': Array([6.], dtype=float32), 'lo': Array([-2.], dtype=float32)}
+      {'hi': Array([6.], dtype=float32), 'lo': Array([-3.], dtype=float32)}
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.1. There ranges set in late; see `activations` of `qjax.schedule`.
     """

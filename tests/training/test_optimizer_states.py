@@ -141,7 +141,8 @@ def test_a_state_lies_where_its_parameters_lie(kind):
         for name, p in params.items():
             assert mu[name].codes.sharding.is_equivalent_to(p.sharding.with_memory_kind("pinned_host"), p.ndim), (kind, name)
         shards = {name: m.absmax.sharding.shard_shape(m.absmax.shape) for name, m in mu.items()}
-        assert shards == {"columns": (16, 1), "cut": (16, 1), "rows": (2, 8), "odd": (18,)}
+        assert shards.pop("odd") in {(18,), (9,)}  # left to the compiler after the first step: its shards cut blocks
+        assert shards == {"columns": (16, 1), "cut": (16, 1), "rows": (2, 8)}
         assert mu["columns"].absmax.sharding.memory_kind == "pinned_host" and mu["cut"].absmax.sharding.is_fully_replicated
     one = qjax.adam8bit(1e-3)
     wanted = jax.jit(lambda g: one.update(g, one.init(g)))(plain)
