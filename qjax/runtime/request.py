@@ -35,6 +35,8 @@ from qjax.core.elements import MINIFLOATS, decode_minifloat
 from qjax.program import Site
 from qjax.program.labels import axes_of, size
 
+_WINDOWS = 1 << 19  # values: windows of a convolution that are more cost more to copy out than the kernels gain (measured on a CPU)
+
 
 class Operands(NamedTuple):
     """What a kernel is given. Without P where `request.parts` is 1.
@@ -83,11 +85,13 @@ def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: An
         return weight
     if activation is not None and not activation[0]:
         return activation[1]
-    dims, sizes = site.view.dims, [size(dim) for dim in site.view.dims]
+    sizes = [size(dim) for dim in site.view.dims]
     if site.op == "conv_general_dilated":
         if 0 in site.out_shape:
             return "it is empty"
-        n = math.prod(n for dim, n in zip(dims, sizes, strict=True) if not axes_of([dim]) <= set(site.contracted))
+        if device.platform != "cpu":
+            return f"a convolution, which is left to XLA on {device.platform}"
+        n = _features(site)
         return _asked(q, device, weight, activation, math.prod(site.out_shape) // n, n, _both(dtype, out_dtype))
     ragged = site.op == "ragged_dot_general"
     if ragged and activation is not None and activation[0] != "int8":
@@ -253,7 +257,7 @@ def _no_product(site: Site, q: QTensor, dtype: Any, out_dtype: Any) -> str:
         if why:
             return why
     elif site.op == "conv_general_dilated":
-        why = why_not_pointwise(site, q)
+        why = why_not_windows(site, q)
         if why:
             return why
     elif site.op != "dot_general":
@@ -270,16 +274,21 @@ def _no_product(site: Site, q: QTensor, dtype: Any, out_dtype: Any) -> str:
     return ""
 
 
-def why_not_pointwise(site: Site, q: QTensor) -> str:
-    """Why a convolution is no product of rows by rows; "" if it is."""
-    windows = [n for n in q.sizes if n != 1]
+def why_not_windows(site: Site, q: QTensor) -> str:
+    """Why a convolution is no product of rows by rows, each row a window; "" if it is."""
     if site.groups != 1:
         return "a convolution in groups"
-    if len(windows) > 1:
-        return f"a convolution with windows of more than one value ({' x '.join(map(str, q.sizes))}): to copy them out costs more"
+    copied = math.prod(site.out_shape) // _features(site) * math.prod(q.sizes)
+    if copied > _WINDOWS and sum(n != 1 for n in q.sizes) > 1:
+        return f"a convolution whose windows are {copied} values, which cost more to copy out than is gained: {_WINDOWS} at most"
     if q.act is not None and not q.act.static:
         return "a convolution, of which all windows of an example share a scale"
     return "a convolution inside a shard_map" if site.sharded else ""
+
+
+def _features(site: Site) -> int:
+    """The channels that a convolution makes."""
+    return math.prod(size(dim) for dim in site.view.dims if not axes_of([dim]) <= set(site.contracted))
 
 
 def _no_ragged(site: Site) -> str:

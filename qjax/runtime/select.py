@@ -13,13 +13,13 @@ from qjax.core import ActSpec, QTensor, Spec, round_activation, round_inliers
 from qjax.program import Packed, Site, compat, materialize
 from qjax.runtime.adapter import adapter_product
 from qjax.runtime.adapter import why_not as why_no_adapter
+from qjax.runtime.convolution import window_product
 from qjax.runtime.fused import Memo, Together, product_together
 from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.kernels import Runtime, choose
 from qjax.runtime.layouts import laid_rows
 from qjax.runtime.lookup import gather_rows
 from qjax.runtime.multiply import Plain, kernel_product
-from qjax.runtime.pointwise import pointwise_product
 from qjax.runtime.request import request_of
 from qjax.runtime.rotation import input_axes, rotate_axes, rotated_operands
 
@@ -55,7 +55,7 @@ def packed_rule(
         others = tuple(jnp.asarray(materialize(v)) for v in operands[2:])
         x = materialize(operands[1 - site.operand])
         if site.op == "conv_general_dilated":
-            out = pointwise_product(site, eqn, x, weight, runtime, _plain)
+            out = window_product(site, eqn, x, weight, runtime, _plain)
             if out is not None:
                 return [out], state
         out = kernel_product(site, eqn, x, weight, runtime, _plain(site, eqn), others)

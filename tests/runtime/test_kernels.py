@@ -186,15 +186,17 @@ def test_forcing_what_cannot_run_is_an_error_that_says_why():
         quantized(fn, kernels=KERNELS, device="cpu")(params, normal(5, 8))
 
 
-def test_a_convolution_has_no_kernel_and_forcing_one_says_so():
-    def fn(p, x):
-        return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def test_a_convolution_is_a_product_of_its_windows_and_one_in_groups_says_that_it_is_none():
+    def fn(p, x, groups=1):
+        how = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+        return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", **how)
 
     x = normal(1, 4, 4, 2)
-    params = {"w": quantize(normal(3, 3, 2, 4), qjax.int4(), (0, 1, 2))}
-    with pytest.raises(ValueError, match="`kernel` 'plain w' cannot run w: a convolution"):
-        quantized(fn, kernel="plain w", **ON)(params, x)
-    assert "reduce_precision" not in jax.jit(quantized(fn, **ON)).lower(params, x).as_text()
+    both(fn, {"w": quantize(normal(3, 3, 2, 4), qjax.int4(), (0, 1, 2))}, x)
+    params, grouped = {"w": quantize(normal(3, 3, 1, 4), qjax.int4(), (0, 1, 2))}, functools.partial(fn, groups=2)
+    with pytest.raises(ValueError, match="`kernel` 'plain w' cannot run w: a convolution in groups"):
+        quantized(grouped, kernel="plain w", **ON)(params, x)
+    assert "reduce_precision" not in jax.jit(quantized(grouped, **ON)).lower(params, x).as_text()
 
 
 def test_what_the_kernels_have_no_word_for_goes_to_xla():

@@ -163,25 +163,30 @@ def test_rows_of_an_embedding_are_all_that_is_read_of_it():
 
 
 @pytest.mark.parametrize("act", [None, pytest.param(qjax.static(qjax.uint8()), marks=pytest.mark.slow)], ids=["float", "static"])
-def test_convolutions_with_windows_of_one_value_are_products_of_rows(act):
-    """With steps and padding, in torch's order of axes; larger windows say why they are not."""
+@pytest.mark.parametrize("order", [("NCHW", "OIHW", "NCHW"), pytest.param(("NHWC", "HWIO", "NHWC"), marks=pytest.mark.slow)], ids=str)
+def test_convolutions_are_products_of_their_windows(order, act):
+    """With steps, padding and windows with gaps; what is too much to copy out says so."""
 
-    def conv(p, x, order=("NCHW", "OIHW", "NCHW")):
-        return lax.conv_general_dilated(x, p["w"], (2, 1), ((1, 0), (0, 1)), dimension_numbers=order)
+    def conv(p, x):
+        return lax.conv_general_dilated(x, p["w"], (2, 1), ((1, 0), (0, 2)), rhs_dilation=(1, 2), dimension_numbers=order)
 
-    x, policy = normal(2, K, 5, 6) + 0.3, qjax.Policy([qjax.Rule("*", weight=qjax.uint8(), activation=act)])
-    result = qjax.quantize(conv, {"w": normal(N, K, 1, 1, seed=1)}, policy, calibration=[x])
+    x = jnp.moveaxis(normal(2, 5, 6, K) + 0.3, -1, order[0].index("C"))
+    w = normal(N, K, 3, 2, seed=1).transpose(["OIHW".index(a) for a in order[1]])
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.uint8(), activation=act)])
+    result = qjax.quantize(conv, {"w": w}, policy, calibration=[x])
     assert result.report.rows[0].kernel == ("cpu int8" if act else "cpu weight-only")
     laid = qjax.prepack(conv)(result.params, x)
     compiled = compiled_text(qjax.quantized(conv), laid, x)
     assert " convolution(" not in compiled.as_text()
-    q, rows = result.params["w"], np.pad(np.asarray(x), ((0, 0), (0, 0), (1, 0), (0, 1)))[:, :, ::2]
+    q = result.params["w"]
     if act is not None:
-        rows = qjax.core.round_activation(jnp.asarray(rows), act, (), q.act_scale.reshape(()), q.act_zero_point.reshape(()))
-    want = np.einsum("nkhw,mk->nmhw", np.asarray(rows, np.float64), np.asarray(q.dequantize(), np.float64)[..., 0, 0])
-    np.testing.assert_allclose(compiled(laid, x), want, rtol=1e-5, atol=1e-4)
-    report = qjax.sites(conv, policy)({"w": jnp.ones((N, K, 3, 3))}, x)
-    assert any("convolution" in reason for reason in report.rows[0].kernel_reasons)
+        x = qjax.core.round_activation(x, act, (), q.act_scale.reshape([1] * 4), q.act_zero_point.reshape([1] * 4))
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(conv)({"w": q.dequantize()}, x)
+    np.testing.assert_allclose(compiled(laid, x), want, rtol=1e-5, atol=2e-4)
+    shape = {"N": 2, "C": K, "H": 64, "W": 64}
+    report = qjax.sites(conv, policy)({"w": w}, jax.ShapeDtypeStruct([shape[a] for a in order[0]], jnp.float32))
+    assert any("windows are" in reason for reason in report.rows[0].kernel_reasons)
 
 
 def test_shards_of_a_batch_run_the_kernel_and_shards_of_a_weight_do_not():
