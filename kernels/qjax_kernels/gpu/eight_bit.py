@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def eight_bit_matmul(
     def run(x, bias, codes, scales):
         m = x.shape[0]
         rows, row_scales = rounded_rows(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), codes.dtype)
-        how = {"bias": bias, "activation": activation, "tiles": tiles, "cores": cores, "interpret": interpret}
+        how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
     return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
@@ -134,6 +135,6 @@ def scaled_product(
     # The copy engine reads whole blocks of scales, 128 bytes at least.
     block = tiles.block_m * tiles.cluster
     row_scales = jnp.pad(row_scales, (0, max(32, -(-m // block) * block) - m))
-    end = {"bias": bias, "activation": activation, "tiles": tiles, "out_dtype": out_dtype, "interpret": interpret}
+    end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "out_dtype": out_dtype, "interpret": interpret}
     y = eight_bit(rows, row_scales, codes, scales.reshape(n), **end)
     return added_up(y, bias, activation, out_dtype) if tiles.split_k > 1 else y

@@ -14,12 +14,12 @@ from .mosaic import ACC, Layout, load, transposed
 from .tiles import COPIER_REGISTERS, Tiles
 
 
-def over_columns(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def over_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One value for every row, repeated over the columns."""
     return lax.broadcast_in_dim(rows, shape, (0,))
 
 
-def over_rows(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def over_rows(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One value for every column, repeated over the rows."""
     return lax.broadcast_in_dim(columns, shape, (1,))
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def _run(
         )
     if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
-    end = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
+    end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     if tiles.digits:
         y = digit_products(x, codes, scales, group=group_size or k, **end)
         return added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y
