@@ -95,6 +95,7 @@ from qjax.runtime import quantized_cache as quantized_cache
 from qjax.training import LearnedRotation as LearnedRotation
 from qjax.training import QLoRA as QLoRA
 from qjax.training import adam8bit as adam8bit
+from qjax.training import adaround as adaround
 from qjax.training import check_trainable as check_trainable
 from qjax.training import convert as convert
 from qjax.training import dorefa as dorefa

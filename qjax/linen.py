@@ -179,8 +179,8 @@ def fake_quant(model: nn.Module, policy: Policy) -> FakeQuantModule:
       >>> variables = qjax.linen.begin(model, jax.random.key(0), model.init(jax.random.key(1), x), x)
       >>> jax.tree.map(jnp.shape, variables["quant"]["state"])
       {'activations': {'kernel': {'scale': (1, 1)}}, 'weights': {'kernel': {'scale': (4, 1)}}}
-      >>> model.apply(variables, x).shape, qjax.linen.convert(model, variables, x).params["params"]["kernel"].spec
-      ((1, 4), int4(per="channel"))
+      >>> model.apply(variables, x).shape, str(qjax.linen.convert(model, variables, x).params["params"]["kernel"].spec)
+      ((1, 4), 'int4(per="channel")')
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.fake_quant")

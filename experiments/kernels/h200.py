@@ -32,8 +32,8 @@ from h200_timing import Bench, Broken, Clock, Record, measured  # noqa: E402
 from qjax_kernels.gpu.eight_bit import rounded_rows  # noqa: E402
 from qjax_kernels.gpu.tiles import Tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
+from qjax_kernels.shapes import HOPPER as SHAPES  # noqa: E402
 
-SHAPES = ((4096, 4096), (8192, 8192), (8192, 28672))  # K, N
 ROWS = (1, 8, 16, 32, 64, 128, 512, 4096)
 
 

@@ -19,7 +19,8 @@ import sysconfig
 import time
 
 TOOLS = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", PATH=f"{TOOLS}:{os.environ['PATH']}")
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", PATH=f"{TOOLS}:{os.environ['PATH']}")
 
 import jax  # noqa: E402  (the variables above are read when jax starts)
 import jax.numpy as jnp  # noqa: E402

@@ -47,7 +47,8 @@ def fresh(params, key):
     """Matrices drawn anew and norms of one: the model learns from nothing."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
-    return tree.unflatten([0.02 * jax.random.normal(k, a.shape) if a.ndim > 1 else jnp.ones(a.shape) for k, a in zip(keys, leaves, strict=True)])
+    drawn = [0.02 * jax.random.normal(k, a.shape) if a.ndim > 1 else jnp.ones(a.shape) for k, a in zip(keys, leaves, strict=True)]
+    return tree.unflatten(drawn)
 
 
 def loss_of(apply):
@@ -112,8 +113,8 @@ def main():
         trained, losses, took, alone, size, temporary = train(loss, params, tx, batches)
         last, after = np.mean(losses[-max(options.steps // 10, 1) :]), float(measure(trained, held))
         results[name] = {"losses": losses, "held out": after, "step": took, "update": alone, "bytes": size, "temporary": temporary}
-        print(f"| {name} | {last:.4f} | {after:.4f} | {size / count:.3f} | {1e3 * took:.0f} | {1e3 * alone:.1f} | {temporary / 2**20:.1f} |",
-              flush=True)  # fmt: skip
+        figures = f"{size / count:.3f} | {1e3 * took:.0f} | {1e3 * alone:.1f} | {temporary / 2**20:.1f}"
+        print(f"| {name} | {last:.4f} | {after:.4f} | {figures} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

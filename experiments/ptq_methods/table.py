@@ -125,20 +125,23 @@ def benjamini_hochberg(p):
 MEASURES = {"perplexity": lambda record: halves(record)[1], "divergence": lambda record: np.asarray(record["kls"])}
 MEANS = {"perplexity": lambda record: np.mean(halves(record)[1]), "divergence": lambda record: record["kl"]}
 ALPHA = 0.05
+ENOUGH = 10
 
 
 def scatters(records, again):
-    """By (measure, bits): the root mean square difference of two runs of the same cell, as two methods differ by it from run to run."""
+    """By (measure, bits): the root mean square difference of two runs of a cell, which two methods differ by from run to run, and the
+    number of cells; only where `ENOUGH` were run twice.
+    """
     first, found = {(r["model"], r["key"]): r for r in records if r.get("bits")}, {}
     for record in again:
         other = first.get((record["model"], record["key"]))
         for name, mean in MEANS.items() if other is not None and other.get("seconds") != record.get("seconds") else ():
             found.setdefault((name, record["bits"]), []).append(mean(record) - mean(other))
-    return {what: (float(np.sqrt(np.mean(np.square(moved)))), len(moved)) for what, moved in found.items() if np.any(moved)}
+    return {what: (float(np.sqrt(np.mean(np.square(moved)))), len(moved)) for what, moved in found.items() if len(moved) >= ENOUGH}
 
 
 def compared(records, first, second, name, scatter):
-    """All pairs of methods of a cell that both models have: (cell, a, b, (t, p) on the first, (t, p) on the second), a - b < 0 on the first."""
+    """All pairs of methods of each cell of both models: (cell, a, b, (t, p) on the first, on the second), a the better on the first."""
     (_, ours), (_, theirs) = cells(records, first), cells(records, second)
     for cell in (cell for cell in ours if cell in theirs):
         of, beside = MEASURES[name], scatter.get((name, cell[0]), (0.0, 0))[0]
@@ -167,12 +170,13 @@ def print_reversals(records, first, second, scatter):
             mine = [i for i, at in enumerate(where) if cell in (at, None)]
             ordered = [i for i in mine if pairs[i][3][1] < ALPHA / 2]
             ways = [np.sign(pairs[i][4][0]) * (pairs[i][4][1] < ALPHA / 2) for i in ordered]
-            counts = len(mine), len(ordered), ways.count(-1), ways.count(0), ways.count(1), int(rate[mine].sum()), int(family[mine].sum())
+            counts = (len(mine), len(ordered), *map(ways.count, (-1, 0, 1)), int(rate[mine].sum()), int(family[mine].sum()))
             print(f"| {f'{cell[0]} bit, {cell[1]}' if cell else 'all'} | {name} | {' | '.join(map(str, counts))} |")
-    print(f"\n### Turned round when all pairs are counted\n\n| | measure | better on {first} | better on {second} | t, t | p | one error in all |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n### Turned round when all pairs are counted\n")
+    print(f"| | measure | better on {first} | better on {second} | t, t | p | one error in all |\n|---|---|---|---|---|---|---|")
     for name, value, (cell, a, b, here, there), held in sorted(survive, key=lambda row: (row[0] != "perplexity", row[1])):
-        print(f"| {cell[0]} bit, {cell[1]} | {name} | {a} | {b} | {here[0]:.1f}, {there[0]:.1f} | {value:.0e} | {'yes' if held else 'no'} |")
+        shown = f"{here[0]:.1f}, {there[0]:.1f} | {value:.0e} | {'yes' if held else 'no'}"
+        print(f"| {cell[0]} bit, {cell[1]} | {name} | {a} | {b} | {shown} |")
 
 
 SIZES = ("channel", "g128", "g64", "g32")

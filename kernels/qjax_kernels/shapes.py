@@ -34,5 +34,8 @@ MODEL = (
 )
 """A layer of a 7B-shaped model: tuning and benchmarks."""
 
+HOPPER = ((4096, 4096), (8192, 8192), (8192, 28672))
+"""Weights (K, N) that were measured on an H200, see experiments/kernels; the first and last are compiled ahead of time."""
+
 STATIC = ((128, 512, 512), (256, 1024, 1024), (16, 1024, 1024))
 """Tiles (m, n, k) whose instructions a grid step are counted, see experiments/kernels."""

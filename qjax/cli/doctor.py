@@ -72,7 +72,7 @@ def _text(document: dict[str, Any], paths: list[Any]) -> str:
     lines = [f"jax {document['jax']}, {device['platform']}, {device['chip']}, {device['cores']} {cores}"]
     count = document["devices"]
     if count is not None and count > 1:
-        lines.append(f"{count} devices: weights that are spread over several of them run on XLA")
+        lines.append(f"{count} devices: weights that are split over several of them run on XLA")
     lines += [f"to do: {text}" for text in document["advice"]]
     names = document["kernels"]
     lines.append(f"kernels: {', '.join(names)}" if names else f"there are no kernels for {device['platform']}: XLA runs everything")

@@ -93,7 +93,7 @@ from qjax.core.qtensor import QTensor as QTensor
 from qjax.core.qtensor import check_overflow as check_overflow
 from qjax.core.qtensor import pack_codes as pack_codes
 from qjax.core.qtensor import quantize as quantize
-from qjax.core.qtensor import quantize_unchecked as quantize_unchecked
+from qjax.core.qtensor import quantize_moved as quantize_moved
 from qjax.core.qtensor import quantized_shapes as quantized_shapes
 from qjax.core.qtensor import with_plain_scales as with_plain_scales
 from qjax.core.qtensor import zero_dtype as zero_dtype

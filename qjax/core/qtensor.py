@@ -262,7 +262,7 @@ def quantize(
     QTensor(int4(group_size=128), bfloat16[256,16], 2,176 bytes, 4.25 bits/weight)
     """
     w, axes, stacked = checked(w, spec, axes, stacked, name)
-    q = quantize_unchecked(w, spec, axes, stacked, ranges)
+    q = quantize_moved(w, spec, axes, stacked, ranges)
     check_overflow(q, name)
     return q
 
@@ -321,6 +321,28 @@ def quantize_unchecked(
         pack_codes(to_canonical(codes), spec), scale, zero_point, None, spec, axes, sizes, dtype,
         nested_scale=nested_scale, nested_offset=nested_offset,
     )  # fmt: skip
+
+
+def quantize_moved(
+    w: jax.Array, spec: Spec, axes: tuple[int, ...], stacked: tuple[int, ...] = (), ranges: Ranges = block_params
+) -> QTensor:
+    """`quantize_unchecked` to the bit, of large arrays of numbers in two programs: first (kept..., K) lies in memory, then it is rounded.
+
+    XLA for CPUs fuses a transposition into all that reads it, and then searches and rounds strided values at a half of the speed or less.
+
+    >>> quantize_moved(jnp.ones((512, 256)), IntSpec(4), (-2,)).shape
+    (512, 256)
+    """
+    if isinstance(w, Tracer) or w.size < _WORTH_MOVING or axes == (-1,):
+        return quantize_unchecked(w, spec, axes, stacked, ranges)
+    rows = _moved(w, axes)
+    own = tuple(position - rows.ndim for position in stacked_positions(axes, stacked, w.ndim))
+    q = quantize_unchecked(rows, spec, (-1,), own, ranges)
+    return dataclasses.replace(q, axes=axes, sizes=tuple(w.shape[a] for a in axes))
+
+
+_WORTH_MOVING = 1 << 16  # numbers; below, a second program costs more than it saves
+_moved = jax.jit(canonicalize, static_argnums=1)
 
 
 def with_plain_scales(q: QTensor) -> QTensor:

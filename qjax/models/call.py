@@ -57,7 +57,8 @@ def generate(
       kv_cache: a policy with rules for caches, as in `qjax.quantized_cache`; None keeps keys and values float.
       init_cache: `init_cache(batch, length)` gives an empty cache; None for that of a `Llama`.
       context_length: of the model; None for that of `model.config`.
-      draft: parameters of the same model that run faster, such as its packed ones, or (model, params) of a `Llama` with its vocabulary.
+      draft: parameters of the same model that run faster, such as its packed ones, laid out, or (model, params) of a `Llama` with its
+        vocabulary.
       draft_tokens: how many tokens a step proposes.
       kernel: as for `qjax.quantized`.
       device: as for `qjax.quantized`.

@@ -179,9 +179,8 @@ class Rule:
             )
         floats = [act for act in pair if act is not None and act.is_float]
         if floats and not (len(floats) == len(pair) and all(_is_plain_float8(act.spec) for act in floats)):
-            raise ValueError(f"`activation` {self.activation}: products of two activations multiply integers, or FP8 with a float scale for "
-                             f"a row or the tensor on both sides: {what}; give qjax.dynamic(qjax.int8()) or "
-                             "qjax.dynamic(qjax.fp8_e4m3())")  # fmt: skip
+            raise ValueError(f"`activation` {self.activation}: {what}, and those multiply integers, or FP8 with a float scale for a row or "
+                             "the tensor on both sides; give qjax.dynamic(qjax.int8()) or qjax.dynamic(qjax.fp8_e4m3())")  # fmt: skip
 
     @property
     def is_product(self) -> bool:
@@ -202,8 +201,9 @@ class Rule:
     def activation_of(self, ops: Collection[str] = ()) -> tuple[ActSpec | None, str]:
         """What becomes of activations that meet the weight in these primitives, and a remark: what the method makes of `activation`."""
         given = None if isinstance(self.activation, tuple) else self.activation  # a pair is for a product
-        chooses = self.method is not None and isinstance(self.method, ChoosesActivation)  # asked of every site, and a protocol is slow
-        return self.method.activation(given, ops) if chooses else (given, "")
+        if self.method is None:  # asked of every site, and to ask a protocol is slow
+            return given, ""
+        return self.method.activation(given, ops) if isinstance(self.method, ChoosesActivation) else (given, "")
 
     def matches(self, path: str) -> bool:
         return fnmatch.fnmatchcase(path, self.pattern)

@@ -117,8 +117,8 @@ def rescale(
 
 def rescaled_by(choices: Sequence[Choice]) -> dict[int, Choice]:
     """The choices whose method rescales inputs, by the parameter's index."""
-    given = [c for c in choices if c.spec is not None and c.rule is not None and c.rule.method is not None]
-    return {c.leaf.index: c for c in given if isinstance(c.rule.method, Rescaling)}
+    given = [(c, None if c.rule is None or c.spec is None else c.rule.method) for c in choices]
+    return {c.leaf.index: c for c, method in given if method is not None and isinstance(method, Rescaling)}
 
 
 def _note(notes: Notes, leaves: Iterable[int], text: str) -> None:

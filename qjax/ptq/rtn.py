@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from qjax.core import QTensor, block_params, check_overflow, check_shape, quantize_unchecked, quantized_shapes
+from qjax.core import QTensor, block_params, check_overflow, check_shape, quantize_moved, quantized_shapes
 from qjax.core.rounding import Ranges
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.range_search import SHRINK, search_range
@@ -37,7 +37,7 @@ class RoundToNearest:
     def quantize(self, problem: Problem, state: Any = None) -> Outcome:
         del state
         axes, stacked = check_shape(problem.w, problem.spec, problem.axes, problem.stacked, problem.name)
-        q = quantize_unchecked(problem.w, problem.spec, axes, stacked, self.ranges)  # its numbers were looked at with all others
+        q = quantize_moved(problem.w, problem.spec, axes, stacked, self.ranges)  # its numbers were looked at with all others
         check_overflow(q, problem.name)
         return Outcome(q)
 

@@ -14,6 +14,10 @@ from qjax.core import ActSpec
 from qjax.runtime.request import Operands
 from qjax.runtime.tuning import key_of
 
+_OTHER = {  # what some kernels take, in words
+    "int8 codes": "not one symmetric scale a row, found as they come",
+    "int8 + outliers": "int8 beside columns of outliers",
+}
 XLA = "xla"  # the name of what needs no kernel, and of what forces it
 
 
@@ -151,8 +155,8 @@ def choose(
                 continue
         elif request.activation not in kernel.activations:
             own = " or ".join(name or "float" for name in kernel.activations)
-            reason = f"it takes {own} activations, and these are {request.activation or 'float'}"
-            if force is None and not (request.activation or "").startswith("int8 "):
+            reason = f"it takes {own} activations, and these are {_OTHER.get(request.activation or '', request.activation or 'float')}"
+            if force is None and request.activation not in _OTHER:
                 continue
         elif request.ragged and not kernel.ragged:
             reason = "it takes no experts that share a list of rows"

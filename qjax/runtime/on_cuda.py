@@ -1,4 +1,4 @@
-"""The kernels of `qjax_kernels.gpu` as values: Mosaic GPU for Hopper, with weights (N, K) in native integers or FP8."""
+"""The kernels of `qjax_kernels.gpu` as values, with weights (N, K) in native integers or FP8: Mosaic GPU for Hopper, XLA for others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from qjax_kernels.gpu import eight_bit, weight_only
+from qjax_kernels.gpu import eight_bit, stock, weight_only
 from qjax_kernels.gpu.tiles import padded_rows
 from qjax_kernels.request import Request, Weight
 
@@ -24,6 +24,7 @@ def kernels() -> tuple[Kernel, ...]:
     return (
         Kernel("hopper 8 bit", "cuda", eight_bit.why_not, _eight_bit, layout, ("int8", "fp8")),
         Kernel("hopper weight-only", "cuda", weight_only.why_not, _weight_only, layout, (None,)),
+        Kernel("cuda by groups", "cuda", stock.why_not, _by_groups, layout, (None,)),
     )
 
 
@@ -47,6 +48,13 @@ def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> j
     group = request.weight.group_size
     laid, cores = operands.laid, _cores(request)
     return weight_only.weight_only_matmul(operands.x, laid["codes"], laid["scale"], group_size=group, cores=cores)
+
+
+@_once
+def _by_groups(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
+    del act
+    laid, group = operands.laid, request.weight.group_size
+    return stock.grouped_matmul(operands.x, laid["codes"], laid["scale"], group_size=group or request.k)
 
 
 @_once

@@ -83,30 +83,35 @@ def request_of(site: Site, q: QTensor, device: Device, dtype: Any, out_dtype: An
         return weight
     if activation is not None and not activation[0]:
         return activation[1]
+    dims, sizes = site.view.dims, [size(dim) for dim in site.view.dims]
+    if site.op == "conv_general_dilated":
+        if 0 in site.out_shape:
+            return "it is empty"
+        n = math.prod(n for dim, n in zip(dims, sizes, strict=True) if not axes_of([dim]) <= set(site.contracted))
+        return _asked(q, device, weight, activation, math.prod(site.out_shape) // n, n, _both(dtype, out_dtype))
     ragged = site.op == "ragged_dot_general"
     if ragged and activation is not None and activation[0] != "int8":
         return f"experts that share a list of rows, with activations {q.act}, which are not one scale a row, found as they come"
     own, along = {x for _, x in (*site.pairs, *site.batch)}, {0} if ragged else {w for w, _ in site.batch}
     m = math.prod(n for i, n in enumerate(site.x_shape) if i not in own)
-    sizes = [size(dim) for dim in site.view.dims]
     parts = math.prod(sizes[w] for w in along)
     n = math.prod(sizes[w] for w in range(len(sizes)) if w not in along and w not in {w for w, _ in site.pairs})
     if 0 in (m, parts, n):
         return "it is empty"
     if site.sharded and (math.prod(site.out_shape) != m * n * (1 if ragged else parts) or _met(site) != math.prod(q.sizes)):
         return "each device has a part of it inside a shard_map"
-    both = {np.dtype(dtype).name, np.dtype(out_dtype).name} == {"bfloat16"}
-    return Request(
-        device=device,
-        m=m,
-        n=n,
-        k=padded_size(math.prod(q.sizes), q.spec),
-        weight=weight,
-        dtype="bfloat16" if both else "float32",
-        activation=None if activation is None else activation[0],
-        parts=parts,
-        ragged=ragged,
-    )
+    return _asked(q, device, weight, activation, m, n, _both(dtype, out_dtype), parts, ragged)
+
+
+def _asked(
+    q: QTensor, device: Device, weight: Weight, activation: Any, m: int, n: int, dtype: Any, parts: int = 1, ragged: bool = False
+) -> Request:
+    k, act = padded_size(math.prod(q.sizes), q.spec), None if activation is None else activation[0]
+    return Request(device=device, m=m, n=n, k=k, weight=weight, dtype=dtype, activation=act, parts=parts, ragged=ragged)
+
+
+def _both(dtype: Any, out_dtype: Any) -> str:
+    return "bfloat16" if {np.dtype(dtype).name, np.dtype(out_dtype).name} == {"bfloat16"} else "float32"
 
 
 def _met(site: Site) -> int:
@@ -247,11 +252,15 @@ def _no_product(site: Site, q: QTensor, dtype: Any, out_dtype: Any) -> str:
         why = _no_ragged(site)
         if why:
             return why
+    elif site.op == "conv_general_dilated":
+        why = why_not_pointwise(site, q)
+        if why:
+            return why
     elif site.op != "dot_general":
-        return {"gather": "a lookup", "conv_general_dilated": "a convolution"}.get(site.op, site.op)
+        return {"gather": "a lookup"}.get(site.op, site.op)
     if site.custom_rule:
         return "it stands inside a custom derivative rule"
-    if axes_of([site.view.dims[w] for w, _ in site.pairs]) != set(site.contracted):
+    if site.op != "conv_general_dilated" and axes_of([site.view.dims[w] for w, _ in site.pairs]) != set(site.contracted):
         return "it is contracted over a part of its axes"
     for what in (dtype, out_dtype):
         if np.dtype(what).name not in ("float32", "bfloat16", "float16"):
@@ -259,6 +268,18 @@ def _no_product(site: Site, q: QTensor, dtype: Any, out_dtype: Any) -> str:
     if q.adapter_left is not None:
         return "its low-rank part has no product of its own"
     return ""
+
+
+def why_not_pointwise(site: Site, q: QTensor) -> str:
+    """Why a convolution is no product of rows by rows; "" if it is."""
+    windows = [n for n in q.sizes if n != 1]
+    if site.groups != 1:
+        return "a convolution in groups"
+    if len(windows) > 1:
+        return f"a convolution with windows of more than one value ({' x '.join(map(str, q.sizes))}): to copy them out costs more"
+    if q.act is not None and not q.act.static:
+        return "a convolution, of which all windows of an example share a scale"
+    return "a convolution inside a shard_map" if site.sharded else ""
 
 
 def _no_ragged(site: Site) -> str:
@@ -272,6 +293,8 @@ def _no_ragged(site: Site) -> str:
 
 def why_not_operands(site: Site, eqn: Any, q: QTensor) -> str:
     """Why a weight as it is met, a view of the parameter, cannot be brought into rows without moving its codes; "" if it can."""
+    if site.op == "conv_general_dilated":
+        return "a convolution whose input is dilated"
     contract, _ = _numbers(eqn)
     flat = [a + q.ndim for a in q.axes]
     if site.op == "ragged_dot_general":

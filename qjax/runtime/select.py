@@ -19,6 +19,7 @@ from qjax.runtime.kernels import Runtime, choose
 from qjax.runtime.layouts import laid_rows
 from qjax.runtime.lookup import gather_rows
 from qjax.runtime.multiply import Plain, kernel_product
+from qjax.runtime.pointwise import pointwise_product
 from qjax.runtime.request import request_of
 from qjax.runtime.rotation import input_axes, rotate_axes, rotated_operands
 
@@ -53,6 +54,10 @@ def packed_rule(
     if runtime is not None and isinstance(weight, Packed) and site.op != "gather":
         others = tuple(jnp.asarray(materialize(v)) for v in operands[2:])
         x = materialize(operands[1 - site.operand])
+        if site.op == "conv_general_dilated":
+            out = pointwise_product(site, eqn, x, weight, runtime, _plain)
+            if out is not None:
+                return [out], state
         out = kernel_product(site, eqn, x, weight, runtime, _plain(site, eqn), others)
         if out is not None:
             return [out], state

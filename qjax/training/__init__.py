@@ -5,6 +5,9 @@ from qjax.training.adam8bit import adam8bit as adam8bit
 from qjax.training.adam8bit import scale_by_adam8bit as scale_by_adam8bit
 from qjax.training.adapted import Adapted as Adapted
 from qjax.training.adapted import check_trainable as check_trainable
+from qjax.training.adaround import AdaRound as AdaRound
+from qjax.training.adaround import adaround as adaround
+from qjax.training.adaround import rounding_penalty as rounding_penalty
 from qjax.training.convert import convert as convert
 from qjax.training.dorefa import DoReFa as DoReFa
 from qjax.training.dorefa import dorefa as dorefa

@@ -84,7 +84,7 @@ def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
             raise TypeError(f"`params` leaf {trained.leaf.path!r} is a {type(params[index]).__name__}: give the trained float parameters")
         check_finite(params[index], trained.leaf.path)
     trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
-    last = max((train.schedule.ends for train in trains), default=0)
+    last = max((train.ends for train in trains), default=0)
     if last and float(quant["step"]) < last:
         raise ValueError(f"`quant` is at step {float(quant['step']):g}, and its schedule rounds everything to the bits of the policy from "
                          f"step {last} on: train on (quant = fq.advance(quant) after each update)")  # fmt: skip

@@ -112,6 +112,15 @@ class ActivationEstimator(Protocol):
 
 
 @runtime_checkable
+class Decides(Protocol):
+    """An estimator of weights whose rounding is decided at the `freeze` of the schedule."""
+
+    def refusal_of_schedule(self, schedule: Any) -> str:
+        """Why it cannot follow a `Schedule`, and what it can; "" if it can."""
+        ...
+
+
+@runtime_checkable
 class TracksRanges(Protocol):
     """An estimator of static activations whose ranges follow the data of training."""
 

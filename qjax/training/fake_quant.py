@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 
 from qjax.calibration import as_batches
+from qjax.core import QTensor
 from qjax.core.specs import check_choice
 from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, split_arguments
@@ -73,7 +74,8 @@ class FakeQuant:
         plan = self.plan(params, *args, **kwargs)
         trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
         if not any(isinstance(train.activation, TracksRanges) for train in trains):
-            raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function itself")
+            raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function "
+                             "itself")  # fmt: skip
         check(quant, plan, calibrated=False)
         return self._run(plan, quant, True, params, args, kwargs)
 
@@ -111,6 +113,7 @@ class FakeQuant:
         """
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
+        _check_float(plan, arguments.params)
         state = begin(plan, key, arguments.params)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in arguments.inputs):
             return state
@@ -156,9 +159,17 @@ class FakeQuant:
         return lambda params: _weights(plan, params, quant or {})
 
 
+def _check_float(plan: Planned, params: Any) -> None:
+    for index, trained in plan.weights.items():
+        if isinstance(params[index], QTensor):
+            raise TypeError(f"`params` leaf {trained.leaf.path!r} is packed, {params[index]!r}: integers have no gradient; train the float "
+                            "parameters and pack them with qjax.convert, or leave this leaf out of the policy")  # fmt: skip
+
+
 def _weights(plan: Planned, params: Any, quant: Quant) -> Any:
     """The tree of parameters with rounded weights."""
     arguments = split_arguments(params, (), {})
+    _check_float(plan, arguments.params)
     new = [rounded_weight(w, plan.weights[i], quant) if i in plan.weights else w for i, w in enumerate(arguments.params)]
     return arguments.rebuild(new, [])[0]
 
@@ -175,7 +186,8 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
 
     Args:
       fn: any JAX function whose first argument is the tree of float parameters.
-      policy: which parameters are fake-quantized, to what, and how they train.
+      policy: which parameters are fake-quantized, to what, and how they train. Its rules for caches count where `fn` takes one (see
+        `qjax.quantized_cache`): it stays float, and is read as the packed cache is, with the gradient of what was written.
       forward: "float"; "integer": products of rounded weights and rounded activations run on their codes, int8 x int8 -> int32, as
         the packed model's do, where whole rows share a scale and no schedule or random rounding is in the way (others stay float). The
         result differs by float rounding only, gradients are those of the float product. None: "integer" on a CPU, where it was measured
@@ -184,11 +196,12 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
     Returns:
       A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`. Policies with
       learned or static ranges, a schedule or random rounding have a state: `quant = fq.init(key, params, *args)`, passed as
-      `quant=`; `fq.advance(quant)` goes to the next step, `fq.tracked(...)` also returns ranges that follow the data,
-      `fq.calibrate(quant, params, batches)` sets static ranges, `fq.labels(quant)` tells what to train.
+      `quant=`; `fq.advance(quant)` goes to the next step, `fq.calibrate(quant, params, batches)` sets static ranges, `fq.tracked(...)`
+      also returns ranges that follow the data, `fq.labels(quant)` tells what to train.
 
     Raises:
-      TypeError: `policy` is no policy. When called, ValueError: a state that is missing, or of another policy.
+      TypeError: `policy` is no policy. When called: a parameter that the policy rounds is packed already, or the state is not float32.
+      ValueError: when called, a state that is missing, or of another policy.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, qjax

@@ -104,7 +104,7 @@ def planned(program: Program, policy: Policy) -> Planned:
             raise ValueError(f"the static ranges of {choice.product.name!r} cannot be found: {reason}; make them qjax.dynamic(...)")
     # A program that takes no cache trains without: rules for caches count where one is.
     named = policy.resolve_caches(program) if program.caches and any(rule.is_cache for rule in policy.rules) else ()
-    return Planned(program, weights, products, choices, tuple(choice for choice in named if choice.spec is not None))
+    return Planned(program, weights, products, choices, tuple(named))
 
 
 def _check_site(site: Site, trained: Trained) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qjax.core import ActSpec, Spec
 from qjax.policy import Rule, TrainsBeside
-from qjax.training.estimator import ActivationEstimator, WeightEstimator, check_estimators
+from qjax.training.estimator import ActivationEstimator, Decides, WeightEstimator, check_estimators
 from qjax.training.gradients import check_gradient
 from qjax.training.schedule import Schedule
 from qjax.training.straight_through import StraightThrough
@@ -45,10 +45,18 @@ class QAT:
         """Whether it needs the step."""
         return self.random or self.schedule.moves
 
+    @property
+    def ends(self) -> int:
+        """The step from which a packed model computes what training does."""
+        decided = self.schedule.freeze if isinstance(self.weight, Decides) else None
+        return max(self.schedule.ends, decided or 0)
+
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         check_estimators(self.weight, self.activation, weight, activations)
         reasons = ["" if weight is None else self.schedule.refusal(weight)]
         reasons += [self.schedule.refusal(act.spec, activation=True) for act in activations]
+        if weight is not None and isinstance(self.weight, Decides):
+            reasons.insert(0, self.weight.refusal_of_schedule(self.schedule))
         for reason in filter(None, reasons):
             raise ValueError(f"`train`: {reason}")
         moves = self.schedule.activations or self.schedule.activation_bits
@@ -67,9 +75,9 @@ def qat(
     """How a rule's numbers train, each by an estimator of its own.
 
     Args:
-      weight: of the weights: `qjax.ste()`, `qjax.lsq()` or `qjax.dorefa()`.
-      activation: of static activations: `qjax.ste()` (ranges from data, which do not train), `qjax.lsq()` or `qjax.pact()`. Dynamic
-        activations find their ranges in every call, and pass the gradient straight through.
+      weight: of the weights: `qjax.ste()`, `qjax.lsq()`, `qjax.dorefa()` or `qjax.adaround()`.
+      activation: of static activations: `qjax.ste()` (ranges from data, which do not train), `qjax.moving_range()`, `qjax.lsq()` or
+        `qjax.pact()`. Dynamic activations find their ranges in every call, and pass the gradient straight through.
       gradient: what the gradient of a site's result is rounded to, stochastically, before it goes on to both products of the backward
         pass, such as `qjax.dynamic(qjax.int8())`; None leaves it float.
       schedule: when things set in, see `qjax.schedule`.

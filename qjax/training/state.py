@@ -28,7 +28,7 @@ from qjax.training.qat import QAT, training_of
 from qjax.training.side_state import of_leaf, range_shape
 
 Quant = dict[str, Any]
-LEARNED = ("scale", "offset", "alpha")
+LEARNED = ("scale", "offset", "alpha", "rounding")
 LEAST = ("lo", "offset")  # of these the smallest covers all
 _SIDES = ("left", "right")
 

@@ -89,6 +89,17 @@ def test_per_tensor_keeps_a_scale_for_each_stacked_entry():
     assert experts.scale.shape == (3, 5, 1)
 
 
+def test_large_weights_are_moved_first_and_come_out_the_same_to_the_bit():
+    """Two programs outside of `jit`, one inside: codes, scales of each stacked entry, sizes in the order of the axes."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 64, 192)), jnp.bfloat16)
+    spec = uint4(per="tensor")
+    eager = quantize(w, spec, axes=(-3, -2), stacked=(-4,))
+    inside = jax.jit(lambda w: quantize(w, spec, axes=(-3, -2), stacked=(-4,)))(w)
+    assert jax.tree.structure(eager) == jax.tree.structure(inside) and eager.shape == w.shape and eager.scale.shape == (3, 1, 1)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(inside), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_scan_over_layers_with_zero_points_and_permutation():
     w = normal(3, 8, 6)
     q = quantize(w, uint4(group_size=4), (-2,), stacked=(0,))

@@ -18,6 +18,8 @@ ALONE = [
                     "W2A2"], r"W2A2, QAT \| [\d.]+ %"),
     ("qat_language_model", ["--steps", "1", "--batch", "1", "--windows", "8", "--rows", "W2", "--methods", "rounding", "--trains",
                             "learned steps"], r"QAT learned steps \| [\d.]+ \|"),
+    ("optimizer_states", ["--steps", "2", "--batch", "1", "--length", "32", "--windows", "2", "--rows", "Adam, 8 bit"],
+     r"Adam, 8 bit \| [\d.]+ \|"),
     ("qlora_language_model", ["--tables", "adapt", "--steps", "1", "--batch", "1", "--windows", "8", "--rows", "QLoRA"],
      r"QLoRA \| [\d,]+ \| [\d.]+ \|"),
     ("tpu", ["--rows", "16"], r"no TPU"),

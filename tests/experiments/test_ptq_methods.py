@@ -30,6 +30,33 @@ def figure(monkeypatch):
     return figure
 
 
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import table
+
+    return table
+
+
+def test_pairs_are_turned_round_only_if_both_models_say_so_when_all_pairs_are_counted(table):
+    np.testing.assert_allclose(table.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])  # by hand
+    np.testing.assert_allclose(table.benjamini_hochberg([0.01, 0.04, 0.03]), [0.03, 0.04, 0.04])
+    t, p = table.student(np.arange(5.0), np.zeros(5))  # 2 / (sqrt(2.5) / sqrt(5)); p of a table of t with 4 degrees of freedom
+    assert (round(t, 4), round(p, 4)) == (2.8284, 0.0237) and table.student(np.arange(5.0), np.zeros(5), scatter=1e3)[0] < 0.01
+    assert table.reversal((-3.0, 0.001), (2.0, 0.02)) == 0.02 and table.reversal((-3.0, 0.001), (-2.0, 0.02)) == 1.0
+
+    def record(model, method, losses):
+        return {"model": model, "key": method or "float", "bits": 4, "size": "g64", "method": method, "losses": losses, "kls": losses}
+
+    noise = 0.01 * np.random.default_rng(0).standard_normal(20)
+    records = [record("one", None, [3.0] * 20), record("two", None, [3.0] * 20)]
+    for model, sizes in (("one", (0.1, 0.2, 0.3)), ("two", (0.2, 0.1, 0.3))):
+        records += [record(model, name, list(3.0 + size + noise * (1 + i))) for i, (name, size) in enumerate(zip("abc", sizes, strict=True))]
+    pairs = list(table.compared(records, "one", "two", "perplexity", {}))
+    assert [pair[1:3] for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert (table.holm([table.reversal(*pair[3:]) for pair in pairs]) < 0.05).tolist() == [True, False, False]
+
+
 @pytest.mark.slow
 def test_the_second_model_learns_its_teacher_and_is_loaded_as_a_function_of_its_parameters(second_model, tmp_path):
     config = second_model.Config(vocabulary=32, width=24, layers=2, heads=3, kv_heads=1, hidden=40, context=8)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,7 +14,7 @@ from qjax_kernels import cpu
 import qjax
 from qjax.core import quantize
 from qjax.models import Llama, books_llama, init_cache, prepacked
-from qjax.runtime import Device, installed_kernels
+from qjax.runtime import Device, fused_sites, installed_kernels
 from tests.program.cases import normal
 
 needs_cpu = pytest.mark.skipif(bool(cpu.why_not_loaded()), reason=f"no kernels for CPUs here: {cpu.why_not_loaded()}")
@@ -123,6 +124,16 @@ def test_rounded_rows_go_to_hopper_padded_to_the_blocks_that_are_copied(monkeypa
 
 
 
+def test_gpus_that_no_kernel_is_written_for_multiply_by_groups():
+    device, x = Device("cuda", "sm_80"), jax.ShapeDtypeStruct((2, 4096), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
+    params = {"w": jax.eval_shape(functools.partial(quantize, spec=qjax.int4(group_size=128), axes=(0,)), w)}
+    laid = jax.eval_shape(qjax.prepack(product, device=device), params, x)
+    run = jax.jit(qjax.quantized(product, device=device, kernel="cuda by groups"))
+    text = run.trace(laid, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tensor<2048x32x128xbf16>" in text and "tensor<32x2x2048xf32>" in text  # codes by group, sums by group
+
+
 def test_every_platform_has_kernels():
     assert all(installed_kernels(platform) for platform in ("cpu", "cuda", "tpu")) and installed_kernels("METAL") == ()
 
@@ -162,6 +173,11 @@ def test_a_decode_step_of_the_shipped_model_is_kernels_alone():
     assert text.count('custom_call_target="qjax') == len(packed) == 29
     floats = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[(\d+,\d+)\]", text)}
     assert not floats & {shape for q in packed for shape in (q.shape, q.shape[::-1])}
+    together = prepacked(model, params, fuse=True)
+    fused = jax.jit(qjax.quantized(model.apply)).lower(together, tokens[:, :1], cache, jnp.int32(0)).compile()
+    assert len(fused_sites(together)) == 2 * 4 and (fused.as_text() or "").count('custom_call_target="qjax') == 29 - 3 * 4
+    logits, _ = fused(together, tokens[:, :1], cache, jnp.int32(0))
+    np.testing.assert_allclose(logits, step(laid, tokens[:, :1], cache, jnp.int32(0))[0], rtol=1e-4, atol=1e-4)
     prompts = [[1, 50, 60, 70], [1, 9]]
     got, want = qjax.generate(model, laid, prompts, 8).new, qjax.generate(model, params, prompts, 8, kernel="xla").new
     assert [row.tolist() for row in got] == [row.tolist() for row in want]

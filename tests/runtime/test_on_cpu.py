@@ -118,18 +118,21 @@ def test_experts_that_share_a_list_of_rows(act):
     assert result.report.rows[0].kernel == ("cpu int8" if act else "cpu weight-only")
     laid = qjax.prepack(experts)(result.params, x, sizes)
     run = qjax.quantized(experts)
-    got = compiled_text(run, laid, x, sizes)(laid, x, sizes)
+    whole = compiled_text(run, laid, x, sizes)
+    got, pull = jax.vjp(lambda x: run(laid, x, sizes), x)
+    np.testing.assert_array_equal(got, whole(laid, x, sizes))
     w = np.asarray(result.params["w"].dequantize(), np.float64)
     rows = x if act is None else qjax.core.round_activation(x, act, (1,))
     np.testing.assert_allclose(got, of_parts(rows, w, [4, 0, 6]), rtol=1e-5, atol=1e-4)
     assert not np.any(got[10:])
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(run(laid, x, sizes))))(x)
+    (gradient,) = pull(jnp.ones_like(got))
     np.testing.assert_allclose(gradient, of_parts(np.ones((11, N)), w.swapaxes(1, 2), [4, 0, 6]), rtol=1e-4, atol=1e-4)
-    if act is None:  # each with its own sizes: one after another
+    if act is not None:  # each with its own sizes: one after another
         pair = jnp.stack([x, x[::-1]]), jnp.stack([sizes, sizes[::-1]])
         got = compiled_text(jax.vmap(run, (None, 0, 0)), laid, *pair)(laid, *pair)
         for found, given, count in zip(got, *pair, strict=True):
-            np.testing.assert_allclose(found, of_parts(given, w, count.tolist()), rtol=1e-5, atol=1e-4)
+            rounded = qjax.core.round_activation(given, act, (1,))
+            np.testing.assert_allclose(found, of_parts(rounded, w, count.tolist()), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -159,6 +162,28 @@ def test_rows_of_an_embedding_are_all_that_is_read_of_it():
     np.testing.assert_allclose(got, w[np.asarray(tokens)] @ w.T, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("act", [None, pytest.param(qjax.static(qjax.uint8()), marks=pytest.mark.slow)], ids=["float", "static"])
+def test_convolutions_with_windows_of_one_value_are_products_of_rows(act):
+    """With steps and padding, in torch's order of axes; larger windows say why they are not."""
+
+    def conv(p, x, order=("NCHW", "OIHW", "NCHW")):
+        return lax.conv_general_dilated(x, p["w"], (2, 1), ((1, 0), (0, 1)), dimension_numbers=order)
+
+    x, policy = normal(2, K, 5, 6) + 0.3, qjax.Policy([qjax.Rule("*", weight=qjax.uint8(), activation=act)])
+    result = qjax.quantize(conv, {"w": normal(N, K, 1, 1, seed=1)}, policy, calibration=[x])
+    assert result.report.rows[0].kernel == ("cpu int8" if act else "cpu weight-only")
+    laid = qjax.prepack(conv)(result.params, x)
+    compiled = compiled_text(qjax.quantized(conv), laid, x)
+    assert " convolution(" not in compiled.as_text()
+    q, rows = result.params["w"], np.pad(np.asarray(x), ((0, 0), (0, 0), (1, 0), (0, 1)))[:, :, ::2]
+    if act is not None:
+        rows = qjax.core.round_activation(jnp.asarray(rows), act, (), q.act_scale.reshape(()), q.act_zero_point.reshape(()))
+    want = np.einsum("nkhw,mk->nmhw", np.asarray(rows, np.float64), np.asarray(q.dequantize(), np.float64)[..., 0, 0])
+    np.testing.assert_allclose(compiled(laid, x), want, rtol=1e-5, atol=1e-4)
+    report = qjax.sites(conv, policy)({"w": jnp.ones((N, K, 3, 3))}, x)
+    assert any("convolution" in reason for reason in report.rows[0].kernel_reasons)
+
+
 def test_shards_of_a_batch_run_the_kernel_and_shards_of_a_weight_do_not():
     mesh, spec = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec
     params, x = {"w": quantize(normal(K, N), qjax.int4(group_size=34), (0,))}, normal(4, K, seed=1)
@@ -179,7 +204,6 @@ def test_shards_of_a_batch_run_the_kernel_and_shards_of_a_weight_do_not():
         np.testing.assert_allclose(compiled_text(run, laid, x)(laid, x), x @ w, rtol=1e-5, atol=1e-4)
     got = jax.jit(jax.grad(lambda x: jnp.sum(qjax.quantized(inside)(laid, x) ** 2)))(x)
     np.testing.assert_allclose(got, 2 * (x @ w) @ w.T, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(jax.jit(qjax.quantized(split))(params, x), x @ w, rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="each device has a part of it inside a shard_map"):
         qjax.quantized(split, kernel="cpu weight-only")(params, x)
 

@@ -18,7 +18,10 @@ def policy(spec, weight=None):
     return Policy([Rule("2", cache=spec), Rule("*", weight=weight)])
 
 
-@pytest.mark.parametrize(("fn", "spec"), [(attend, KEYS), (in_a_loop_over_time, TOKENS)], ids=["keys", "loop"])
+BOTH = [(attend, KEYS), pytest.param(in_a_loop_over_time, TOKENS, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("fn", "spec"), BOTH, ids=["keys", "loop"])
 def test_a_cache_is_read_as_the_packed_one_and_stays_float(fn, spec):
     rules = policy(spec, qjax.int8())
     fq = qjax.fake_quant(fn, rules)

@@ -67,8 +67,8 @@ def test_ranges_follow_the_batches_until_they_are_frozen():
             wanted = ends if wanted is None else 0.75 * wanted + 0.25 * ends
         got = [np.concatenate([seen[i]["activations"][name][end].ravel() for name in ("w", "out")]) for end in ("lo", "hi")]
         np.testing.assert_allclose(np.stack(got, 1), wanted, rtol=0.05, atol=0.05)
-    sides = seen[-1]["products"]
-    assert len(sides) == 1 and {key: value["hi"].shape for key, value in next(iter(sides.values())).items()} == {"left": (3,), "right": (3,)}
+    (sides,) = seen[-1]["products"].values()
+    assert {key: value["hi"].shape for key, value in sides.items()} == {"left": (3,), "right": (3,)}
     for a, b in zip(jax.tree.leaves(seen[2] | {"step": 0}), jax.tree.leaves(seen[4] | {"step": 0}), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -59,13 +59,24 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(start):
     same(jax.tree.map(jnp.subtract, both, after), want)
 
 
-def test_eight_seeds_at_once_are_eight_trainings(start):
-    (_, quant), _ = start
-    keys = jax.random.split(jax.random.key(1), 8)
+@pytest.mark.slow
+def test_seven_seeds_at_seven_widths_train_at_once():
+    """The step of a state says how many bits there are: states that stand at different steps train at different widths."""
+
+    def build(bits, train):
+        policy = qjax.Policy([qjax.Rule("*", weight=qjax.integer(bits), train=train)])
+        return qjax.fake_quant(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], policy)
+
+    fq = build(2, qjax.qat(qjax.ste(), schedule=qjax.schedule(bits=tuple(zip(range(7), range(8, 1, -1), strict=True)))))
+    keys = jax.random.split(jax.random.key(1), 7)
     many = jax.vmap(lambda key: jax.tree.map(lambda w: w + 0.1 * jax.random.normal(key, w.shape), PARAMS))(keys)
-    states = jax.jit(jax.vmap(lambda p, key: FQ.init(key, p, X)))(many, keys)
-    values, grads = jax.jit(jax.vmap(jax.value_and_grad(loss), (0, None, None)))((many, states), X, Y)
-    assert values.shape == (8,) and len(set(values.tolist())) == 8
-    assert jax.tree.map(jnp.shape, states) == jax.tree.map(lambda a: (8, *a.shape), quant)
-    last = jax.tree.map(lambda a: a[7], (many, states))
-    same(jax.tree.map(lambda a: a[7], (values, grads)), jax.jit(jax.value_and_grad(loss))(last, X, Y))
+    states = {**jax.tree.map(lambda a: jnp.stack([a] * 7), fq.init(keys[0], PARAMS, X)), "step": jnp.arange(7.0)}
+
+    def score(fq, p, q):
+        return jnp.mean((fq(p, X, quant=q) - Y) ** 2)
+
+    values, grads = jax.jit(jax.vmap(jax.value_and_grad(functools.partial(score, fq))))(many, states)
+    assert len(set(values.tolist())) == 7
+    for lane, bits in ((0, 8), (5, 3)):
+        want = jax.value_and_grad(functools.partial(score, build(bits, None)))(jax.tree.map(lambda a, i=lane: a[i], many), None)
+        same(jax.tree.map(lambda a, i=lane: a[i], (values, grads)), want)

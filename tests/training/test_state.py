@@ -274,6 +274,10 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"`quant` is missing: .* by qjax\.linen\.begin or"):
         model = qjax.linen.fake_quant(nn.Dense(3), Policy([Rule("*", weight=qjax.int4(), train=qjax.lsq())]))
         model.apply(model.init(jax.random.key(0), X), X)
+    packed = qjax.convert(fq, DENSE, X, quant=quant).params
+    for call in (lambda: fq(packed, X, quant=quant), lambda: fq.init(jax.random.key(0), packed, X)):
+        with pytest.raises(TypeError, match=r"`params` leaf 'a' is packed, QTensor.* integers have no gradient"):
+            call()
     with pytest.raises(TypeError, match=r"`fq` must be what qjax\.fake_quant gave"):
         qjax.convert(dense, DENSE, X)
     with pytest.raises(ValueError, match="the data gives the input of 'a' NaN"):

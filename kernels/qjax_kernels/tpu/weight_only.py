@@ -169,8 +169,12 @@ def scaled_weight(w_ref, scale_ref, dtype: jnp.dtype, chip: Chip) -> jax.Array:
     groups = scale_ref.shape[0]
     size = w_ref.shape[0] // groups
     factor = jnp.bfloat16 if chip.bfloat16 and dtype == jnp.bfloat16 else jnp.float32
-    # A row that is read alone is spread over sublanes by the load; cut out of a value it is not.
-    scaled = [w_ref[g * size : (g + 1) * size, :].astype(factor) * scale_ref[g : g + 1, :].astype(factor) for g in range(groups)]
+    scaled = []
+    for g in range(groups):
+        w = w_ref[g * size : (g + 1) * size, :].astype(factor)
+        # A row that is read alone is spread over sublanes by the load; cut out of a value it is not.
+        row = scale_ref[g : g + 1, :]
+        scaled.append(w * (jnp.broadcast_to(row, w.shape) if chip.spread_first else row).astype(factor))
     return jnp.concatenate(scaled).astype(dtype)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qjax_kernels import cpu
+from qjax_kernels import cpu, shapes
 from qjax_kernels.cpu import layout, library, reference
 
 HERE = library.load()
@@ -67,12 +67,13 @@ CASES = [
     (2, 37, 333, 32, None, 1),
     (2, 48, 256, 128, "float", 16),
 ]
+SHARED = [(4, case.n, case.k, case.group, None, case.m) for case in shapes.TESTS]
 
 
 @needs_kernels
 @pytest.mark.parametrize("name", SETS or ["none"])
 def test_float_rows_round_only_sums(name):
-    for seed, (bits, n, k, group, zero, m) in enumerate(CASES):
+    for seed, (bits, n, k, group, zero, m) in enumerate(CASES + SHARED):
         packed, w = make(seed, bits, n, k, group, zero)
         x = rows(seed, m, k, jnp.bfloat16 if seed % 2 else jnp.float32)
         y = cpu.matmul(x, packed, instruction_set=name, dtype=jnp.float32)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from qjax_kernels import shapes
 from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.epilogue import activated
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles
@@ -23,7 +24,6 @@ def relative(y, expected) -> float:
 @pytest.mark.parametrize(
     ("m", "n", "bits", "group", "tiles"),
     [
-        (8, 64, 4, 128, Tiles(8, 64, 256, 2)),
         (20, 192, 4, 128, Tiles(16, 128, 256, 2, split_k=2)),
         (16, 64, 4, 128, Tiles(16, 64, 256, 2, reorder=True)),
         (3, 128, 8, None, Tiles(8, 64, 256, 2)),
@@ -46,6 +46,26 @@ def test_weight_only_is_the_product_in_float64(m, n, bits, group, tiles):
         y = weight_only.weight_only_matmul(x, stored, scales, group_size=group, tiles=tiles, interpret=interpreter())
     assert relative(y, expected) < 3e-3  # bfloat16 rounds y once, 2 ** -9 at most, and the weight once more where it is scaled first
     assert not np.asarray(y, np.float32)[:, 0].any()
+
+
+def taken(case: shapes.Case) -> bool:
+    return not weight_only.why_not(Request(HOPPER, case.m, case.n, case.k, Weight("int", 4, case.group if case.group != case.k else None)))
+
+
+@interpreted
+@pytest.mark.parametrize("case", [case for case in shapes.TESTS if taken(case)], ids=str)
+def test_shared_shapes_with_default_tiles(case):
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw = np.random.default_rng(0)
+    codes, groups = draw.integers(-8, 8, (case.n, case.k)), case.k // case.group if case.group else 1
+    scales = jnp.asarray(draw.uniform(0.01, 0.1, (case.n, groups)), jnp.float32)
+    x = jnp.asarray(draw.normal(size=(case.m, case.k)), jnp.bfloat16)
+    with register_operands():
+        y = weight_only.weight_only_matmul(x, jnp.asarray(codes, jnp.int4), scales, group_size=case.group, interpret=interpreter())
+    expected = np.float64(x) @ (codes * np.repeat(np.float64(scales), case.k // groups, 1)).T
+    assert relative(y, expected) < 3e-3
 
 
 @interpreted

@@ -58,8 +58,8 @@ def test_bundles_are_those_committed(rows):
 
 
 def test_group_wise_int4_costs_no_more_than_bfloat16(rows):
-    # The same tile and accumulator; two bundles of 290 are the last ones of the 2 % that were asked for.
-    assert ratio(rows, "v6e", (128, 512, 512), "W4A16 g128") <= 1.035
+    # The same tile and accumulator.
+    assert ratio(rows, "v6e", (128, 512, 512), "W4A16 g128") <= 1.02
     assert ratio(rows, "v6e", (256, 1024, 1024), "W4A16 g128") <= 1.0
     for chip in ("v5e", "v5p", "v6e", "tpu7x"):
         assert ratio(rows, chip, (16, 1024, 1024), "W4A16 g128") <= 1.0
