@@ -25,14 +25,15 @@ LARGE = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, 
                     num_key_value_heads=16, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True)  # fmt: skip
 
 
-def rows(rank):
-    """The rules of each kind of adapters: all linear layers but the tied embedding."""
+def rows(rank, embedding=True):
+    """The rules of each kind of adapters: all linear layers, and the tied embedding, which stays float, if it is to have one."""
     plain, magnitudes = qjax.lora(rank, alpha=2 * rank), qjax.lora(rank, alpha=2 * rank, dora=True)
+    first = (qjax.Rule("*embed*", train=plain),) if embedding else KEEP
     return {
-        "LoRA, float base": qjax.Policy([*KEEP, qjax.Rule("*", train=plain)]),
-        "QLoRA": qjax.Policy([*KEEP, qjax.Rule("*", weight=NF4, train=plain)]),
-        "QLoRA, LoftQ": qjax.Policy([*KEEP, qjax.Rule("*", weight=NF4, method=qjax.loftq(rank), train=plain)]),
-        "QLoRA, DoRA": qjax.Policy([*KEEP, qjax.Rule("*", weight=NF4, train=magnitudes)]),
+        "LoRA, float base": qjax.Policy([*first, qjax.Rule("*", train=plain)]),
+        "QLoRA": qjax.Policy([*first, qjax.Rule("*", weight=NF4, train=plain)]),
+        "QLoRA, LoftQ": qjax.Policy([*first, qjax.Rule("*", weight=NF4, method=qjax.loftq(rank), train=plain)]),
+        "QLoRA, DoRA": qjax.Policy([*first, qjax.Rule("*", weight=NF4, train=magnitudes)]),
     }
 
 
@@ -153,7 +154,7 @@ def memory(options):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
     print(f"\n{count(params):,} parameters, one step at batch 1 x 256, layers in a scan, each recomputed backward\n")
     print("| | held between steps | peak | of full fine-tuning |\n|---|---|---|---|")
-    policies = {"full fine-tuning": None} | {name: rows(16)[name] for name in ("LoRA, float base", "QLoRA", "QLoRA, DoRA")}
+    policies = {"full fine-tuning": None} | {name: rows(16, embedding=False)[name] for name in ("LoRA, float base", "QLoRA", "QLoRA, DoRA")}
     found = {}
     for name, policy in policies.items():
         if options.rows and policy is not None and name not in options.rows:
@@ -168,9 +169,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8, help="Windows of 256 tokens.")
-    parser.add_argument("--rate", type=float, default=5e-4, help="Of full fine-tuning.")
-    parser.add_argument("--adapter-rate", type=float, default=3e-3)
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=3e-4, help="Of full fine-tuning.")
+    parser.add_argument("--adapter-rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--windows", type=int, help="The first held-out windows only; all by default.")
     parser.add_argument("--rows", nargs="*", choices=list(rows(1)))
     parser.add_argument("--tables", nargs="*", choices=["adapt", "memory"], default=["adapt", "memory"])
