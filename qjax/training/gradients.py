@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.core import ActSpec, IntSpec, affine_decode, affine_params, divide
+from qjax.core import ActSpec, IntSpec, PerGroup, affine_decode, affine_params, divide, round_activation
 
 
 def check_gradient(act: Any) -> None:
@@ -19,13 +19,16 @@ def check_gradient(act: Any) -> None:
     """
     if not isinstance(act, ActSpec):
         raise TypeError(f"`gradient` must be qjax.dynamic(...) or None, got {act!r}")
-    if act.static or not isinstance(act.spec, IntSpec) or not act.spec.symmetric or not act.spec.signed:
-        raise ValueError(f"`gradient` must be dynamic and of signed symmetric integers such as qjax.dynamic(qjax.int8()), got {act}")
+    integers = isinstance(act.spec, IntSpec) and act.spec.symmetric and act.spec.signed
+    floats = act.is_float and not isinstance(act.spec.granularity, PerGroup)
+    if act.static or not (integers or floats):
+        raise ValueError("`gradient` must be dynamic and of signed symmetric integers such as qjax.dynamic(qjax.int8()), or of floats "
+                         f"without groups such as qjax.dynamic(qjax.fp8_e5m2()), got {act}")  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rounded_gradient(y: jax.Array, key: jax.Array, act: ActSpec, axes: tuple[int, ...]) -> jax.Array:
-    """`y`; backward g becomes floor(g / s + u) s with u uniform in 0 .. 1, whose mean over draws is g.
+    """`y`; backward g becomes floor(g / s + u) s with u uniform in 0 .. 1, whose mean over draws is g; floats round to nearest.
 
     Args:
       y: the result of a product, floating, any shape.
@@ -44,7 +47,7 @@ def rounded_gradient(y: jax.Array, key: jax.Array, act: ActSpec, axes: tuple[int
       True
 
     Source: accurate quantized training (Abdolrashidi et al. 2021, arXiv 2105.03536); stochastic rounding of gradients: Gupta et al.
-    2015, arXiv 1502.02551.
+    2015, arXiv 1502.02551; E5M2 for gradients: Micikevicius et al. 2022, arXiv 2209.05433.
     """
     del key, act, axes
     return y
@@ -56,6 +59,8 @@ def _forward(y: jax.Array, key: jax.Array, act: ActSpec, axes: tuple[int, ...]) 
 
 
 def _backward(act: ActSpec, axes: tuple[int, ...], key: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    if act.is_float:
+        return round_activation(g, act, axes), None
     spec: Any = act.spec
     wide = g.astype(jnp.float32)
     moved = jnp.moveaxis(wide, axes, range(-len(axes), 0))

@@ -79,7 +79,7 @@ def qat(
       activation: of static activations: `qjax.ste()` (ranges from data, which do not train), `qjax.moving_range()`, `qjax.lsq()` or
         `qjax.pact()`. Dynamic activations find their ranges in every call, and pass the gradient straight through.
       gradient: what the gradient of a site's result is rounded to, stochastically, before it goes on to both products of the backward
-        pass, such as `qjax.dynamic(qjax.int8())`; None leaves it float.
+        pass, such as `qjax.dynamic(qjax.int8())`; floats, such as `qjax.dynamic(qjax.fp8_e5m2())`, to nearest; None leaves it float.
       schedule: when things set in, see `qjax.schedule`.
 
     Returns:
@@ -87,7 +87,7 @@ def qat(
 
     Raises:
       TypeError: an argument of the wrong kind.
-      ValueError: gradients of another kind than dynamic signed integers. `Rule` refuses what does not go with its specs.
+      ValueError: gradients of another kind than dynamic signed integers or floats. `Rule` refuses what does not go with its specs.
 
     Example:
       >>> import qjax

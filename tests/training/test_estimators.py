@@ -144,6 +144,15 @@ def test_rounded_gradients_have_the_mean():
     np.testing.assert_allclose(many.mean(0), G, atol=4 * 0.5 * step.max() / np.sqrt(4000))
 
 
+def test_rounded_gradients_may_be_fp8():
+    """A scale for each row: the largest value becomes the largest of E5M2; the rest has two bits behind the point."""
+    act, g = qjax.dynamic(qjax.fp8_e5m2()), jnp.float32(G)
+    back = jax.vjp(lambda y: rounded_gradient(y, jax.random.key(0), act, (1,)), g)[1](g)[0]
+    scale = np.abs(np.float32(G)).max(1, keepdims=True) / np.float32(57344)
+    want = (np.float32(G) / scale).astype(jnp.float8_e5m2).astype(np.float32) * scale
+    np.testing.assert_allclose(back, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 @pytest.mark.parametrize("start", ["mean", "extremes", "mse"])
 def test_learned_steps_begin_where_they_are_told_and_zeros_stay(start, dtype):
