@@ -223,6 +223,7 @@ def test_products_of_two_activations_run_on_fp8(tmp_path):
     np.testing.assert_array_equal(again["out"], run({}, q, k, v)["out"])
 
 
+@pytest.mark.slow
 def test_a_range_searched_for_fp8_is_measured_on_fp8():
     """Clipping does not help floats: their small numbers stay as exact however far the range goes. Integers it does."""
     x = normal(64, K, seed=1).at[0, 0].set(40.0)
