@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qjax.calibration import minmax
 from qjax.core import (
     ActSpec,
+    FloatSpec,
     IntSpec,
     PerChannel,
     QTensor,
@@ -28,6 +29,7 @@ from qjax.core import (
     params_from_range,
     quantize,
     range_params,
+    round_activation,
     round_inliers,
     round_trip,
 )
@@ -261,8 +263,13 @@ class StraightThrough:
 
     def fake_activation(self, x: jax.Array, act: ActSpec, learned: Learned, moment: Moment, features: int) -> jax.Array:
         del features
-        now = at_bits(act.spec, moment)  # pyright: ignore[reportArgumentType]  # static activations are integers
         ends = jax.lax.stop_gradient((learned["lo"], learned["hi"]))
+        if isinstance(act.spec, FloatSpec):
+            scale = range_params(*ends, act.spec)[0].reshape((1,) * x.ndim)
+            inside = jnp.abs(x.astype(jnp.float32)) <= scale * act.spec.largest
+            value = round_activation(jax.lax.stop_gradient(x), act, (), scale)
+            return with_gradient(x, value, jnp.ones(x.shape, bool) if self.gradient == "passed" else inside)
+        now = at_bits(act.spec, moment)
         scale, zero_point = params_from_range(*ends, now)
         shape = (1,) * x.ndim
         zero_point = None if zero_point is None else zero_point.reshape(shape)

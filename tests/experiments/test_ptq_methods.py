@@ -51,7 +51,8 @@ def test_pairs_are_turned_round_only_if_both_models_say_so_when_all_pairs_are_co
     noise = 0.01 * np.random.default_rng(0).standard_normal(20)
     records = [record("one", None, [3.0] * 20), record("two", None, [3.0] * 20)]
     for model, sizes in (("one", (0.1, 0.2, 0.3)), ("two", (0.2, 0.1, 0.3))):
-        records += [record(model, name, list(3.0 + size + noise * (1 + i))) for i, (name, size) in enumerate(zip("abc", sizes, strict=True))]
+        for i, size in enumerate(sizes):
+            records.append(record(model, "abc"[i], list(3.0 + size + noise * (1 + i))))
     pairs = list(table.compared(records, "one", "two", "perplexity", {}))
     assert [pair[1:3] for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert (table.holm([table.reversal(*pair[3:]) for pair in pairs]) < 0.05).tolist() == [True, False, False]

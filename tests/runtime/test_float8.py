@@ -195,6 +195,12 @@ def test_static_fp8_multiplies_by_the_scale_that_calibration_found(tmp_path):
     loaded = qjax.load(tmp_path)
     assert loaded.params["w"].act == result.params["w"].act and loaded.policy == result.policy
     np.testing.assert_array_equal(fn(loaded.params, x), fn(result.params, x))
+    params = {"w": normal(K, N)}
+    fq = qjax.fake_quant(linear, result.policy)  # trains on the same numbers; nothing comes back from beyond the range
+    state = fq.calibrate(fq.init(jax.random.key(0), params, x), params, [seen])
+    out, back = jax.vjp(lambda x: fq(params, x, quant=state), x)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(back(jnp.ones_like(out))[0] == 0, np.abs(x) > 448 * scale)
 
 
 def test_products_of_two_activations_run_on_fp8(tmp_path):
@@ -223,6 +229,7 @@ def test_products_of_two_activations_run_on_fp8(tmp_path):
     np.testing.assert_array_equal(again["out"], run({}, q, k, v)["out"])
 
 
+@pytest.mark.slow
 def test_a_range_searched_for_fp8_is_measured_on_fp8():
     """Clipping does not help floats: their small numbers stay as exact however far the range goes. Integers it does."""
     x = normal(64, K, seed=1).at[0, 0].set(40.0)
