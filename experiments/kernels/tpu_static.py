@@ -20,7 +20,8 @@ import re
 import tempfile
 import time
 
-DUMP = tempfile.mkdtemp()
+_KEPT = tempfile.TemporaryDirectory()  # until the process ends
+DUMP = _KEPT.name
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 
