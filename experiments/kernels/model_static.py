@@ -4,7 +4,8 @@
     python experiments/kernels/model_static.py --target h200
 
 The model that comes with the package, with its weights, and one layer with the shapes of a 7B model, from shapes alone; four-bit weights by
-groups, and eight bits on both sides; for TPUs experts that share a list of rows, too. Needs what the extra `aot` installs. A target is a machine to compile for: nothing runs.
+groups, and eight bits on both sides; for TPUs experts that share a list of rows, too. Needs what the extra `aot` installs. A target is a
+machine to compile for: nothing runs.
 """
 
 import argparse
