@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from qjax_kernels.request import Request, Weight
+from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.experts import experts
 from qjax_kernels.tpu.experts import why_not as why_not_experts
 from qjax_kernels.tpu.fp8 import fp8
@@ -66,10 +68,14 @@ def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> j
 def _experts(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     """Parts that have their own rows are experts with as many rows each."""
     del act
-    codes, scale, parts = operands.laid["codes"], operands.laid["scale"], request.parts
-    sizes = jnp.full(parts, request.m, jnp.int32) if operands.sizes is None else operands.sizes
-    y = experts(operands.x.reshape(-1, request.k), codes, scale, sizes, group=_group(request), chip=request.device.chip)
-    return y if request.ragged else y.reshape(parts, request.m, request.n)
+    codes, scale = operands.laid["codes"], operands.laid["scale"]
+    run = functools.partial(experts, group=_group(request), chip=request.device.chip)
+    if operands.sizes is not None:
+        return run(operands.x, codes, scale, operands.sizes)
+    # No taller than the rows of a part: a tile that parts share is multiplied once for each.
+    limit = dataclasses.replace(tiles.LARGEST[request.device.chip], m=tiles.up(request.m, 16))
+    y = run(operands.x.reshape(-1, request.k), codes, scale, jnp.full(request.parts, request.m, jnp.int32), limit=limit)
+    return y.reshape(request.parts, request.m, request.n)
 
 
 @_once
