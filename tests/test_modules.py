@@ -90,6 +90,7 @@ def test_linen_state_is_updated_through_packed_parameters():
     assert (state["batch_stats"]["BatchNorm_0"]["mean"] != 0).any()
 
 
+@pytest.mark.slow
 def test_linen_scan_remat_bf16_tied():
     model, tokens = Stack(), jnp.arange(10).reshape(2, 5)
     variables = model.init(jax.random.key(0), tokens)

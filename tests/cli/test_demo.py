@@ -34,6 +34,7 @@ def test_a_second_process_gives_the_same_logits_to_the_last_bit(found):
     assert found["there"]["process"] != found["here"]["process"] == os.getpid()
 
 
+@pytest.mark.slow
 def test_the_digest_notices_one_bit_of_one_weight(packed, found):
     model = open_model(str(packed))
     kernel = model.params["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
@@ -45,6 +46,7 @@ def test_the_digest_notices_one_bit_of_one_weight(packed, found):
     assert digest(dataclasses.replace(model, params=params), TOKENS)["sha256"] != found["there"]["sha256"]
 
 
+@pytest.mark.slow
 def test_a_second_process_that_fails_says_why(packed, tmp_path):
     with pytest.raises(OSError, match=r"second process .* is not a folder"):
         _second_process(open_model(str(packed)), tmp_path / "nothing", TOKENS)

@@ -323,6 +323,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
+@pytest.mark.slow
 def test_json_is_all_of_stdout_in_a_process_of_its_own(tiny, tmp_path):
     command = [sys.executable, "-m", "qjax.cli", "quantize", str(tiny), str(tmp_path / "out"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)

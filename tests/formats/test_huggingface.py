@@ -386,6 +386,7 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_no_half_checkpoint(tmp_path):
     code = "for i in range(10000): save_checkpoint(out / str(i), first.config, first.params, first.tokenizer)"
     process = run_saver(code, tmp_path)

@@ -101,6 +101,7 @@ def test_the_scales_are_those_of_the_formula():
     np.testing.assert_allclose(result.params["w"].dequantize(), want.params.dequantize(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_get_the_scales_of_unrolled_ones():
     params, data = stacked(), batches()
     for method in (SEARCHED, AWQ):
@@ -149,6 +150,7 @@ def test_clipping_alone_is_no_worse_than_rounding_in_any_group():
     assert not np.array_equal(result.params.dequantize(), rounded.params.dequantize())
 
 
+@pytest.mark.slow
 def test_awq_then_gptq_beats_both_halves():
     params, data = block_params(), batches(count=8)
     spec = qjax.int3(group_size=8)
