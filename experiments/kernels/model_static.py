@@ -4,7 +4,8 @@
     python experiments/kernels/model_static.py --target h200
 
 The model that comes with the package, with its weights, and one layer with the shapes of a 7B model, from shapes alone; four-bit weights by
-groups, and eight bits on both sides. Needs what the extra `aot` installs. A target is a machine to compile for: nothing runs.
+groups, and eight bits on both sides; for TPUs experts that share a list of rows, too. Needs what the extra `aot` installs. A target is a
+machine to compile for: nothing runs.
 """
 
 import argparse
@@ -46,7 +47,8 @@ LAYER = LlamaConfig(
     head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
 )  # fmt: skip
 CASES = (("shipped", "W4A16"), ("7B layer, decode", "W4A16"), ("7B layer, prefill", "W8A8"))
-KERNELS = ("weight_only", "rounded_product_int8", "hopper_weight_only", "hopper_digits", "hopper_eight_bit")
+EXPERTS = ("experts", "W4A16")  # there is no such kernel for GPUs
+KERNELS = ("weight_only", "rounded_product_int8", "experts", "hopper_weight_only", "hopper_digits", "hopper_eight_bit")
 
 
 def sharding(target: str) -> NamedSharding:
@@ -60,27 +62,41 @@ def sharding(target: str) -> NamedSharding:
 
 
 def models() -> dict:
-    """(model, parameters or their shapes, (batch, tokens)) by name."""
+    """(function, parameters or their shapes, shapes of its inputs) by name."""
     shipped = books_llama(jnp.bfloat16)
     large = Llama(LAYER, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     shapes = jax.eval_shape(large.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    eight, rows = {"kernel": jax.ShapeDtypeStruct((8, 4096, 11008), jnp.bfloat16)}, jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16)
+
+    def of(model: Llama):
+        return lambda params, tokens: model.apply({"params": params}, tokens)
+
+    def tokens(*shape: int) -> tuple[jax.ShapeDtypeStruct]:
+        return (jax.ShapeDtypeStruct(shape, jnp.int32),)
+
     return {
-        "shipped": (Llama(shipped.config, dtype=jnp.bfloat16), shipped.params, (1, 16)),
-        "7B layer, decode": (large, shapes, (16, 1)),
-        "7B layer, prefill": (large, shapes, (1, 128)),
+        "shipped": (of(Llama(shipped.config, dtype=jnp.bfloat16)), shipped.params, tokens(1, 16)),
+        "7B layer, decode": (of(large), shapes, tokens(16, 1)),
+        "7B layer, prefill": (of(large), shapes, tokens(1, 128)),
+        "experts": (
+            lambda params, x, sizes: jax.lax.ragged_dot(x, params["kernel"], sizes),
+            eight,
+            (rows, jax.ShapeDtypeStruct((8,), jnp.int32)),
+        ),
     }
 
 
-def packed(forward, params, tokens, spec: str):
+def packed(forward, params, inputs, spec: str):
     """Quantized parameters; of shapes their shapes."""
     if all(isinstance(a, jax.Array) for a in jax.tree.leaves(params)):
         policy = qjax.Policy([qjax.Rule("*/kernel", **SPECS[spec]), qjax.Rule("*", weight=None)])
-        return qjax.quantize(forward, params, policy, calibration=[jnp.zeros(tokens.shape, tokens.dtype)]).params
+        return qjax.quantize(forward, params, policy, calibration=[tuple(jnp.zeros(a.shape, a.dtype) for a in inputs)]).params
 
     def leaf(path, a):
         if path[-1].key != "kernel":
             return a
-        q = jax.eval_shape(functools.partial(qjax.core.quantize, spec=SPECS[spec]["weight"], axes=(-2,)), a)
+        stacked = tuple(range(a.ndim - 2))
+        q = jax.eval_shape(functools.partial(qjax.core.quantize, spec=SPECS[spec]["weight"], axes=(-2,), stacked=stacked), a)
         return dataclasses.replace(q, act=SPECS[spec].get("activation"))
 
     return jax.tree_util.tree_map_with_path(leaf, params)
@@ -89,14 +105,10 @@ def packed(forward, params, tokens, spec: str):
 def row(name: str, spec: str, target: str) -> dict:
     """What the compiled program holds: kernels by name, bytes of temporaries, and of the largest float weight."""
     start = time.monotonic()
-    model, params, shape = models()[name]
-    tokens, device, there = jax.ShapeDtypeStruct(shape, jnp.int32), TARGETS[target], sharding(target)
-
-    def forward(params, tokens):
-        return model.apply({"params": params}, tokens)
-
-    laid = jax.eval_shape(qjax.prepack(forward, device=device), packed(forward, params, tokens, spec), tokens)
-    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), (laid, tokens))
+    forward, params, inputs = models()[name]
+    device, there = TARGETS[target], sharding(target)
+    laid = jax.eval_shape(qjax.prepack(forward, device=device), packed(forward, params, inputs, spec), *inputs)
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), (laid, *inputs))
     lowered = jax.jit(qjax.quantized(forward, device=device)).trace(*given).lower(lowering_platforms=(device.platform,))
     program = lowered.compile()
     calls = [line for line in program.as_text().splitlines() if "custom-call(" in line]
@@ -118,7 +130,7 @@ def main() -> None:
     parser.add_argument("--write", type=pathlib.Path, help="the JSON of the rows")
     given = parser.parse_args()
     found = []
-    for name, spec in CASES:
+    for name, spec in (*CASES, EXPERTS) if TARGETS[given.target].platform == "tpu" else CASES:
         found.append(row(name, spec, given.target))
         print(json.dumps(found[-1]), flush=True)
     if given.write:

@@ -9,6 +9,7 @@ a chip is; a kernel whose bundles grow is slower, that is all.
 """
 
 import argparse
+import atexit
 import functools
 import importlib.metadata
 import itertools
@@ -17,10 +18,12 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 import time
 
 DUMP = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 

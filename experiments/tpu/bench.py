@@ -1,4 +1,4 @@
-"""The shipped model's W4A16 and W8A8 products through the TPU kernels, beside bfloat16: how far off, how fast.
+"""W4A16 and W8A8 on a TPU: quality and speed of the shipped model through the kernels, and of its products, beside bfloat16.
 
     python experiments/tpu/bench.py
 
@@ -8,11 +8,9 @@ Without a TPU it says so and prints the static estimate of the same products ins
 import argparse
 import dataclasses
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu.chips import CHIPS
 from qjax_kernels.tpu.cost import estimate
@@ -20,24 +18,50 @@ from qjax_kernels.tpu.int8 import int8
 from qjax_kernels.tpu.int8 import why_not as why_not_int8
 from qjax_kernels.tpu.weight_only import weight_only
 
-from qjax.models import books_llama
+import qjax
+from qjax.evaluation import encode, measure_speed, perplexity, windows
+from qjax.models import Llama, books_llama, heldout_text
+from qjax.runtime.device import device_of
 
-KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-}
 GROUP = 128
 
 
+WAYS = {
+    "W4A16 g128": {"weight": qjax.int4(group_size=GROUP)},
+    "W8A8": {"weight": qjax.int8(), "activation": qjax.dynamic(qjax.int8())},
+}
+
+
 def found_chip() -> str | None:
-    """The generation of the first device, None where it is no TPU."""
-    device = jax.devices()[0]
-    return KINDS.get(device.device_kind) if device.platform == "tpu" else None
+    """The generation of the first device, None where no kernel is written for it."""
+    device = device_of(jax.devices()[0])
+    return device.chip if device.platform == "tpu" and device.chip in CHIPS else None
+
+
+def whole_model(count: int = 32, repeats: int = 50) -> list[str]:
+    """A line a way: the shipped model's perplexity on `count` windows of held-out text, the time of eight of them and of 16 single tokens.
+
+    Through `qjax.prepack` and `qjax.quantized` on the first device, whatever it is; the kernels are those that the report names.
+    """
+    shipped = books_llama(jnp.bfloat16)
+    apply, params = Llama(shipped.config, dtype=jnp.bfloat16).apply, {"params": shipped.params}
+    text = windows(encode(shipped.tokenizer, heldout_text()))[:count]
+    prefill, decode = jnp.asarray(text[:8]), jnp.asarray(text[0, :16, None])
+
+    def taken(fn, params) -> tuple[float, float, float]:
+        times = (measure_speed(fn, params, tokens, repeats=repeats).median_seconds for tokens in (prefill, decode))
+        return perplexity(fn, params, text), *times
+
+    lost, *base = taken(apply, params)
+    lines = [f"shipped model, bfloat16: perplexity {lost:.3f}, prefill {base[0] * 1e3:.3f} ms, decode {base[1] * 1e3:.3f} ms"]
+    for name, how in WAYS.items():
+        policy = qjax.Policy([qjax.Rule("*embed*", weight=None), qjax.Rule("*", **how)])
+        result = qjax.quantize(apply, params, policy, calibration=[prefill])
+        kernels = ", ".join(dict.fromkeys(row.kernel for row in result.report.rows if row.spec))
+        lost, *times = taken(qjax.quantized(apply), qjax.prepack(apply)(result.params, prefill))
+        speed = ", ".join(f"{what} {was / now:.2f}x" for what, was, now in zip(("prefill", "decode"), base, times, strict=True))
+        lines.append(f"shipped model, {name}: perplexity {lost:.3f}, {speed} bfloat16, by {kernels}")
+    return lines
 
 
 def weights() -> dict[str, jax.Array]:
@@ -57,32 +81,21 @@ def rounded(w: jax.Array, bits: int, group: int) -> tuple[jax.Array, jax.Array]:
     return codes.astype(jnp.int4 if bits == 4 else jnp.int8), scale
 
 
-def seconds(function, *arguments, repeats: int = 50) -> float:
-    """The median of `repeats` calls after one that compiles."""
-    run = jax.jit(function)
-    run(*arguments).block_until_ready()
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run(*arguments).block_until_ready()
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken))
-
-
-def measured(chip: str, rows: int) -> list[str]:
+def measured(chip: str, rows: int, repeats: int = 50) -> list[str]:
     """A line a product: relative error and speed against bfloat16, on the device."""
     lines = []
     for name, w in weights().items():
         k, n = w.shape
         x = jax.random.normal(jax.random.key(0), (rows, k), jnp.bfloat16)
         exact = jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
-        base = seconds(jnp.dot, x, w.astype(jnp.bfloat16))
+        base = measure_speed(jnp.dot, x, w.astype(jnp.bfloat16), repeats=repeats).median_seconds
         runs = {"W4A16 g128": (functools.partial(weight_only, group=GROUP, chip=chip), *rounded(w, 4, GROUP))}
         if CHIPS[chip].int8:
             runs["W8A8"] = (functools.partial(int8, group=k, chip=chip), *rounded(w, 8, k))
         for kernel, (function, codes, scale) in runs.items():
             error = jnp.linalg.norm(function(x, codes, scale).astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
-            lines.append(f"{name} {rows}x{n}x{k} {kernel}: error {error:.4f}, {base / seconds(function, x, codes, scale):.2f}x bfloat16")
+            speed = base / measure_speed(function, x, codes, scale, repeats=repeats).median_seconds
+            lines.append(f"{name} {rows}x{n}x{k} {kernel}: error {error:.4f}, {speed:.2f}x bfloat16")
     return lines
 
 
@@ -107,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     chip = found_chip()
     print(f"on {jax.devices()[0].device_kind}" if chip else "no TPU of a known generation here: estimates from counts, not measurements")
+    if chip:
+        print("\n".join(whole_model()))
     for rows in given.rows:
         print("\n".join(measured(chip, rows) if chip else static(rows)))
 

@@ -41,13 +41,13 @@ def show(target: str, products: list[tuple[str, Any]], as_json: bool) -> None:
         table.add_row(*head, str(row["steps"]), str(row["instructions"]), f"{row['bytes'] / 1e6:.1f}", *times, f"{row['speedup']:.2f}x")
     click.echo(render(table))
     for reason in dict.fromkeys(f"{row['spec']}: {row['why_not']}" for row in rows if "why_not" in row):
-        click.echo(f"no kernel for {reason}")
+        click.echo(f"no estimate for {reason}")
 
 
 def _row(name: str, request: Any) -> dict[str, Any]:
     """One product; instructions are the bundles of a grid step, or the tensor core instructions of a thread block."""
-    from qjax_kernels.gpu.cost import estimate as on_gpu
-    from qjax_kernels.tpu.cost import estimate as on_tpu
+    from qjax_kernels.gpu import cost as on_gpu
+    from qjax_kernels.tpu import cost as on_tpu
 
     from qjax.runtime.installed import installed_kernels
     from qjax.runtime.kernels import choose
@@ -56,8 +56,11 @@ def _row(name: str, request: Any) -> dict[str, Any]:
     chosen = choose(request, installed_kernels(request.device.platform))
     if chosen.kernel is None:
         return row | {"why_not": "; ".join(reason for _, reason in chosen.reasons)}
-    estimate = on_tpu if request.device.platform == "tpu" else on_gpu
-    cost, plain = estimate(request), estimate(request, "bf16")
+    model = on_tpu if request.device.platform == "tpu" else on_gpu
+    reason = model.why_not(request)
+    if reason:
+        return row | {"why_not": f"{chosen.kernel.name} would run it, of which there is no estimate: {reason}"}
+    cost, plain = model.estimate(request), model.estimate(request, "bf16")
     steps, inside = (cost.steps, cost.bundles) if request.device.platform == "tpu" else (cost.blocks, cost.products)  # pyright: ignore[reportAttributeAccessIssue]
     return row | {
         "kernel": chosen.kernel.name,

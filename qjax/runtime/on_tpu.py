@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from qjax_kernels.request import Request, Weight
+from qjax_kernels.tpu import tiles
+from qjax_kernels.tpu.experts import experts
+from qjax_kernels.tpu.experts import why_not as why_not_experts
 from qjax_kernels.tpu.fp8 import fp8
 from qjax_kernels.tpu.fp8 import why_not as why_not_fp8
 from qjax_kernels.tpu.int8 import int8
@@ -29,6 +33,7 @@ def kernels() -> tuple[Kernel, ...]:
         Kernel("tpu int8", "tpu", why_not_int8, _int8, layout, ("int8",)),
         Kernel("tpu fp8", "tpu", why_not_fp8, _fp8, layout, (None, "fp8")),
         Kernel("tpu weight-only", "tpu", why_not_weight_only, _weight_only, layout, (None,)),
+        Kernel("tpu experts", "tpu", why_not_experts, _experts, layout, (None,), ragged=True),
     )
 
 
@@ -57,6 +62,20 @@ def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> j
     del act
     codes, scale = operands.laid["codes"], operands.laid["scale"]
     return weight_only(operands.x, codes, scale, group=_group(request), chip=request.device.chip)
+
+
+@_once
+def _experts(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
+    """Parts that have their own rows are experts with as many rows each."""
+    del act
+    codes, scale = operands.laid["codes"], operands.laid["scale"]
+    run = functools.partial(experts, group=_group(request), chip=request.device.chip)
+    if operands.sizes is not None:
+        return run(operands.x, codes, scale, operands.sizes)
+    # No taller than the rows of a part: a tile that parts share is multiplied once for each.
+    limit = dataclasses.replace(tiles.LARGEST[request.device.chip], m=tiles.up(request.m, 16))
+    y = run(operands.x.reshape(-1, request.k), codes, scale, jnp.full(request.parts, request.m, jnp.int32), limit=limit)
+    return y.reshape(request.parts, request.m, request.n)
 
 
 @_once

@@ -18,7 +18,7 @@ def test_it_says_what_runs_each_format_on_another_chip():
     assert paths["int4(group_size=128)", "", 1]["kernel"] == "tpu weight-only"
     assert paths["int8(per=\"channel\")", 'dynamic(int8(per="token"))', 512]["kernel"] == "tpu int8"
     three = paths["int3(group_size=128)", "", 1]
-    assert three["kernel"] == "xla" and [r["kernel"] for r in three["reasons"]] == ["tpu fp8", "tpu weight-only"]
+    assert three["kernel"] == "xla" and [r["kernel"] for r in three["reasons"]] == ["tpu fp8", "tpu weight-only", "tpu experts"]
 
 
 def test_the_text_names_this_machine_its_kernels_and_what_is_missing():

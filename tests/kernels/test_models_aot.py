@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        ("v6e", ({"weight_only": SHIPPED}, {"weight_only": LAYER}, {"rounded_product_int8": LAYER})),
+        ("v6e", ({"weight_only": SHIPPED}, {"weight_only": LAYER}, {"rounded_product_int8": LAYER}, {"experts": 1})),
         ("h200", ({"hopper_weight_only": SHIPPED}, {"hopper_weight_only": LAYER}, {"hopper_eight_bit": LAYER})),
     ],
 )
@@ -34,7 +34,7 @@ def test_every_packed_product_is_a_kernel_of_the_compiled_program(target, expect
     arguments = [sys.executable, SCRIPT, "--target", target, "--write", file]
     subprocess.run(arguments, check=True, env=environment, stdout=subprocess.DEVNULL)
     rows = json.loads(file.read_text())
-    assert [row["model"] for row in rows] == ["shipped", "7B layer, decode", "7B layer, prefill"]
+    assert [row["model"] for row in rows] == ["shipped", "7B layer, decode", "7B layer, prefill", "experts"][: len(expected)]
     for row, kernels in zip(rows, expected, strict=True):
         assert row["kernels"] == kernels, row
         assert row["temporaries"] < row["float_weight"], row

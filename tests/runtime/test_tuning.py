@@ -86,4 +86,18 @@ def test_bench_for_a_target_estimates_and_says_so(target, kernel):
     assert packed["bytes"] >= 4096 * 4096 // 2 and packed["seconds"] == max(packed["compute"], packed["memory"])
     assert "codebook" in table["why_not"] and "seconds" not in table
     shown = invoke("bench", *arguments).stdout
-    assert "an estimate" in shown and "no kernel for nf4" in shown
+    assert "an estimate" in shown and "no estimate for nf4" in shown
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "why"),
+    [
+        ("h200", ("--size", 4100, 4096), "cuda by groups would run it, of which there is no estimate: N must be a multiple of 64"),
+        ("h200", ("--size", 4096, 4096, "--dtype", "float32"), "takes bfloat16 rows"),
+        ("v6e", ("--size", 4096, 4096, "--dtype", "float32"), "float32 ones take six passes"),
+    ],
+)
+def test_what_cannot_be_estimated_is_said_beside_what_can(target, more, why):
+    arguments = ("--target", target, "--rows", 16, "--spec", "int4", *more)
+    (row,) = json_of("bench", *arguments)["products"]
+    assert why in row["why_not"] and "seconds" not in row

@@ -72,10 +72,10 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         moved, tiles = 2 * (n * k + m * k + m * n), Tiles(128, 256, 128, 3, warpgroups=2)
         products = tiles.block_n // 64 * math.ceil(k / 16)
         return Estimate("bf16", blocks(m, n, tiles), products, moved, m * n * k / (MACS * cores * CLOCK), moved / BANDWIDTH, 0)
-    eight = request.activation is not None
-    reason = eight_bit.why_not(request) if eight else weight_only.why_not(request)
+    reason = why_not(request)
     if reason:
         raise ValueError(f"no Hopper kernel takes the `request`: {reason}")
+    eight = request.activation is not None
     bits, group = request.weight.bits, request.weight.group_size
     tiles = eight_bit_tiles(m, n, k, cores) if eight else weight_only_tiles(m, n, k, bits, cores, group)
     scales = 4 * n * (k // group if group else 1)
@@ -93,3 +93,14 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     rate = 2 * MACS if eight or tiles.digits else MACS
     compute = math.ceil(count / cores) * work / rate / CLOCK
     return Estimate(f"W{bits}A{8 if eight else 16}", count, products, moved, compute, moved / BANDWIDTH, shared)
+
+
+def why_not(request: Request) -> str:
+    """Returns why there is no estimate of a product, or nothing: the estimate knows the Hopper kernels alone, no XLA formulation.
+
+    Example:
+      >>> from qjax_kernels.request import Device, Weight
+      >>> why_not(Request(Device("cuda", "sm_90a", 132), 16, 4100, 4096, Weight("int", 4, 128)))
+      'N must be a multiple of 64, not 4100'
+    """
+    return weight_only.why_not(request) if request.activation is None else eight_bit.why_not(request)

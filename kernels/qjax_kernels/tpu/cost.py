@@ -11,7 +11,7 @@ from qjax_kernels.request import Request
 from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.chips import chip_of
 
-Kernel = Literal["bf16", "W4A16", "W8A16", "W8A8", "W4A8"]
+Kernel = Literal["bf16", "W4A16", "W8A16", "W8A8", "W4A8", "W8A8 fp8", "W8A16 fp8"]
 _STEP = 100  # bundles of a step's addresses and waiting, which every kernel has
 
 
@@ -40,10 +40,17 @@ RATES: dict[str, dict[Kernel, Rate]] = {
         "W8A8": Rate(0.239, 0.418),
         "W4A8": Rate(0.255, 0.424),
     },
-    "tpu7x": {"bf16": Rate(0.367, 0.471), "W4A16": Rate(0.300, 0.556), "W8A16": Rate(0.402, 0.473)},
+    "tpu7x": {
+        "bf16": Rate(0.367, 0.471),
+        "W4A16": Rate(0.300, 0.556),
+        "W8A16": Rate(0.402, 0.473),
+        "W8A8 fp8": Rate(0.156, 0.241),
+        "W8A16 fp8": Rate(0.141, 0.527),
+    },
 }
-"""Through the bodies of the tiles 16x1024x1024 and 256x1024x1024 (libtpu 0.0.42.1). The tile 128x512x512, which they have not seen, takes
-up to 31 % less by them than it does on tpu7x, 27 % on v6e, 5 % on v5e."""
+"""Through the bodies of the tiles 16x1024x1024 and 256x1024x1024 (libtpu 0.0.42.1), of x in bfloat16. The tile 128x512x512, which they have
+not seen, takes up to 31 % less by them than it does on tpu7x, 27 % on v6e, 20 % on v5e and v5p."""
+_ROWS_KEPT = ("W8A8", "W4A8", "W8A8 fp8")  # kernels that round whole rows of x, copied once for all columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +92,7 @@ def estimate(request: Request, kernel: Kernel | None = None) -> Estimate:
       An `Estimate` for one core, which experts or stacked products (`parts`) multiply. Two cores that share the work halve it at best.
 
     Raises:
-      ValueError: an unknown chip, or a kernel that it has no rates for.
+      ValueError: an unknown chip, a kernel that it has no rates for, or what `why_not` says.
 
     Example:
       >>> from qjax_kernels.request import Device, Weight
@@ -96,6 +103,9 @@ def estimate(request: Request, kernel: Kernel | None = None) -> Estimate:
     """
     chip = chip_of(request.device.chip)
     kernel = kernel or kernel_of(request)
+    reason = why_not(request)
+    if reason:
+        raise ValueError(f"no estimate of the `request`: {reason}")
     if kernel not in RATES[chip.name]:
         raise ValueError(f"`kernel` {kernel!r} has no rates on {chip.name}: {', '.join(RATES[chip.name])}")
     m, n, k, weight = request.m, request.n, request.k, request.weight
@@ -108,13 +118,25 @@ def estimate(request: Request, kernel: Kernel | None = None) -> Estimate:
     codes = tile.n * tile.k * (16 if kernel == "bf16" else int(kernel[1])) // 8
     scales = 0 if kernel == "bf16" else 4 * tile.n * max(1, tile.k // group)
     x, sums = tile.m * tile.k * size, tile.m * tile.n * 4
-    # Integer kernels keep the rows of x, and copy them once for all columns.
-    read = m * k * size * (1 if kernel in ("W8A8", "W4A8") else columns)
+    read = m * k * size * (1 if kernel in _ROWS_KEPT else columns)
     steps = rows * columns * depth * request.parts
     moved = request.parts * (read + rows * columns * depth * (codes + scales) + m * n * size)
     return Estimate(
         kernel, steps, round(bundles), moved, steps * bundles / chip.clock, moved / chip.bandwidth, 2 * (x + codes + scales) + 2 * sums
     )
+
+
+def why_not(request: Request) -> str:
+    """Returns why there is no estimate of a product, or nothing.
+
+    Example:
+      >>> from qjax_kernels.request import Device, Weight
+      >>> why_not(Request(Device("tpu", "v6e"), 16, 4096, 4096, Weight("int", 4, 128), "float32"))
+      'the rates are those of bfloat16 rows, and float32 ones take six passes of the matrix unit'
+    """
+    if request.dtype == "float32" and request.activation is None:
+        return "the rates are those of bfloat16 rows, and float32 ones take six passes of the matrix unit"
+    return ""
 
 
 def kernel_of(request: Request) -> Kernel:
@@ -126,6 +148,8 @@ def kernel_of(request: Request) -> Kernel:
     weight = request.weight
     if weight.kind not in ("int", "fp8") or weight.bits not in (4, 8):
         raise ValueError(f"no TPU kernel takes a weight of kind {weight.kind!r} with {weight.bits} bits")
+    if weight.kind == "fp8":
+        return "W8A16 fp8" if request.activation is None else "W8A8 fp8"
     if request.activation == "int8":
         return "W4A8" if weight.bits == 4 else "W8A8"
     return "W4A16" if weight.bits == 4 else "W8A16"

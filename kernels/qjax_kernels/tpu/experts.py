@@ -34,14 +34,14 @@ def why_not(request: Request) -> str:
       >>> why_not(Request(Device("tpu", "v6e"), 256, 4096, 4096, Weight("int", 4, 128), parts=8))
       ''
       >>> why_not(Request(Device("tpu", "v6e"), 256, 4096, 4096, Weight("int", 4, 128)))
-      'one product: `weight_only` takes it'
+      'one product: this kernel runs several side by side'
     """
     weight = request.weight
     reason = why_not_chip(request.device.platform, request.device.chip)
     if reason:
         return reason
     if request.parts == 1:
-        return "one product: `weight_only` takes it"
+        return "one product: this kernel runs several side by side"
     if weight.kind != "int" or weight.bits not in (4, 8):
         return f"a weight of kind {weight.kind} with {weight.bits} bits: this kernel takes signed codes of 4 and 8"
     if request.activation is not None:

@@ -1,12 +1,16 @@
 """The estimate of a product's cost: what follows from counts."""
 
 import dataclasses
+import json
+import pathlib
 
 import pytest
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu.chips import CHIPS
 from qjax_kernels.tpu.cost import RATES, estimate
 
+COUNTS = pathlib.Path(__file__).parents[3] / "experiments" / "kernels" / "tpu_static" / "0.0.42.1.json"
+NAMES = {"W4A16": "W4A16 g128", "W8A16": "W8A16 g128"}  # of rates, as the counts call them
 DECODE = Request(Device("tpu", "v6e"), 16, 4096, 4096, Weight("int", 4, 128))
 
 
@@ -17,6 +21,25 @@ def test_bytes_are_those_of_the_operands():
     assert cost.seconds == max(cost.compute, cost.memory)
     integer = estimate(dataclasses.replace(DECODE, weight=Weight("int", 8), activation="int8"))
     assert integer.bytes == 2 * weight + 4 * 4096 * 4 + x + y and integer.kernel == "W8A8"
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rates_are_those_of_the_committed_counts(chip):
+    counted = {(row["kernel"], tuple(row["tile"] or ())): row["body"] for row in json.loads(COUNTS.read_text()) if row["chip"] == chip}
+    unseen = {"v5e": 0.20, "v5p": 0.20, "v6e": 0.27, "tpu7x": 0.31}[chip]
+    for kernel, rate in RATES[chip].items():
+        for m, n, k, least, most in ((16, 1024, 1024, 0.99, 1.01), (256, 1024, 1024, 0.99, 1.01), (128, 512, 512, 1 - unseen, 1.0)):
+            rated = rate.weights * n * k / 1024 + rate.products * m * n * k / CHIPS[chip].macs
+            assert least <= rated / counted[NAMES.get(kernel, kernel), (m, n, k)] <= most, (kernel, m)
+
+
+def test_fp8_has_rates_of_its_own_and_float32_rows_have_none():
+    eight = dataclasses.replace(DECODE, device=Device("tpu", "tpu7x"), weight=Weight("fp8", 8))
+    assert estimate(eight).kernel == "W8A16 fp8" and estimate(dataclasses.replace(eight, activation="fp8")).kernel == "W8A8 fp8"
+    wide = dataclasses.replace(DECODE, dtype="float32")
+    with pytest.raises(ValueError, match="float32 ones take six passes"):
+        estimate(wide)
+    assert estimate(dataclasses.replace(wide, weight=Weight("int", 8), activation="int8")).kernel == "W8A8"
 
 
 def test_experts_multiply():

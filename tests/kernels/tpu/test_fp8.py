@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu import tiles
 from qjax_kernels.tpu.fp8 import E4M3, fp8, why_not
@@ -40,6 +41,16 @@ def test_float_rows():
     product = np.float64(w) * np.float64(scale)
     expected, magnitude = np.float64(x) @ product, np.abs(np.float64(x)) @ np.abs(product)
     assert np.all(np.abs(np.float64(y) - expected) <= 2**-8 * np.abs(expected) + 256 * 2**-24 * magnitude)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounded", [True, False])
+def test_no_race(rounded, capfd):
+    x, w, scale = operands(m=20)
+    run = {"chip": "tpu7x", "rounded": rounded, "limit": SMALL}
+    y = fp8(x, w, scale, **run, interpret=pltpu.InterpretParams(detect_races=True))
+    assert "RACE" not in capfd.readouterr().out
+    np.testing.assert_array_equal(y, fp8(x, w, scale, **run, interpret=True))
 
 
 def test_gradient_reaches_x():
