@@ -60,7 +60,8 @@ def cross_entropy(logits, tokens):
 def trained(apply, params, frozen, data, rate):
     """`params` after one pass over the batches: AdamW without decay, a warm-up and one cosine."""
     steps = len(data)
-    ramp = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), steps)
+    warm = max(steps // 20, 1)
+    ramp = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(ramp, weight_decay=0.0))
 
     @jax.jit
