@@ -264,4 +264,6 @@ def _function(model: Any, verb: str) -> FakeQuant:
 
 
 def _without_state(variables: Any) -> dict[str, Any]:
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"`variables` must be those of the module, as model.init(key, *args) gives them, got {type(variables).__name__}")
     return {name: tree for name, tree in variables.items() if name != QUANT}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from qjax.calibration import as_batches
-from qjax.core import QTensor
+from qjax.core import QTensor, check_key
 from qjax.core.specs import check_choice
 from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, split_arguments
@@ -109,8 +109,10 @@ class FakeQuant:
           A tree of arrays.
 
         Raises:
+          TypeError: `key` is no key.
           ValueError: the policy does not fit the program.
         """
+        check_key("key", key)
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
