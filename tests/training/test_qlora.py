@@ -213,11 +213,11 @@ def test_what_cannot_be_trained_is_refused():
     dora = Policy([dataclasses.replace(LORA, train=qjax.lora(2, dora=True))])
     with pytest.raises(ValueError, match="has magnitudes"):
         qjax.qlora(linear, dora).attach(qjax.qlora(linear, dora).init(jax.random.key(0), base, X), base, X)
-    with pytest.raises(ValueError, match="`base` leaf 'v' is packed to nf4.*, and its rule says int8"):
+    with pytest.raises(ValueError, match=r"`base` leaf 'v' is packed to nf4.*, and its rule says int8"):
         qjax.qlora(linear, Policy([dataclasses.replace(LORA, weight=qjax.int8())]))(adapters, base, X)
-    with pytest.raises(TypeError, match="`key` must be a key of jax.random, .* got int"):
+    with pytest.raises(TypeError, match=r"`key` must be a key of jax.random, .* got int"):
         tuned.init(0, base, X)
-    with pytest.raises(TypeError, match="`dropout_key` must be a key of jax.random, .* got int"):
+    with pytest.raises(TypeError, match=r"`dropout_key` must be a key of jax.random, .* got int"):
         tuned(adapters, base, X, dropout_key=0)
     with pytest.raises(TypeError, match="`calibration` must be a list of batches"):
         tuned.requantize(adapters, base, X)
