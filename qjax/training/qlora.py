@@ -102,20 +102,22 @@ class QLoRA:
           **kwargs: keyword arguments of the function.
 
         Returns:
-          A tree of parameters; nothing is rounded but, with a `dtype`, A and s B.
+          A tree of parameters; nothing is rounded but, with a `dtype`, A and s B. A float parameter takes its adapter in, as in `merge`.
 
         Raises:
-          ValueError: a parameter is float, or has magnitudes (DoRA): merge it.
+          ValueError: the adapter of a packed weight has magnitudes (DoRA): merge it.
         """
         check_form(adapters)
         arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         flat = list(arguments.params)
         for i, one in plan.items():
-            if one.lora.dora or not isinstance(flat[i], QTensor):
-                why = "has magnitudes (DoRA)" if one.lora.dora else "is float"
-                raise ValueError(f"the adapter of {one.leaf.path!r} cannot become a low-rank part of a packed weight, for it {why}: "
-                                 "use .merge(...) or .requantize(...)")  # fmt: skip
+            if not isinstance(flat[i], QTensor):
+                flat[i] = _merged(flat[i], one, adapters)
+                continue
+            if one.lora.dora:
+                raise ValueError(f"the adapter of {one.leaf.path!r} cannot become a low-rank part of a packed weight, for it has magnitudes "
+                                 "(DoRA): use .merge(...) or .requantize(...)")  # fmt: skip
             adapter = one.adapter(adapters[one.leaf.path], flat[i])
             flat[i] = flat[i].with_adapter(jax.tree.map(lambda a: a if dtype is None else a.astype(dtype), adapter))
         return arguments.rebuild(flat, arguments.inputs)[0]

@@ -233,6 +233,13 @@ def test_what_cannot_be_trained_is_refused():
         qjax.qlora(case.fn, Policy([Rule("*", train=qjax.lora(2))])).init(jax.random.key(0), case.params, *case.inputs)
 
 
+def test_attach_keeps_packed_weights_and_merges_into_float_ones():
+    tuned, base, adapters = begun(linear, WEIGHTS, (X,), [Rule("v", train=qjax.lora(2)), LORA])
+    served = tuned.attach(adapters, base, X)
+    assert isinstance(served["w"], QTensor) and not isinstance(served["v"], QTensor)
+    np.testing.assert_allclose(qjax.quantized(linear)(served, X), tuned(adapters, base, X), rtol=1e-5, atol=1e-5)
+
+
 def test_a_base_laid_out_for_kernels_is_still_that_of_its_policy():
     """Laying out changes how scales are stored, which is no other packing."""
     from qjax.runtime.layouts import with_float_scales
