@@ -41,7 +41,7 @@ def show(target: str, products: list[tuple[str, Any]], as_json: bool) -> None:
         table.add_row(*head, str(row["steps"]), str(row["instructions"]), f"{row['bytes'] / 1e6:.1f}", *times, f"{row['speedup']:.2f}x")
     click.echo(render(table))
     for reason in dict.fromkeys(f"{row['spec']}: {row['why_not']}" for row in rows if "why_not" in row):
-        click.echo(f"no kernel for {reason}")
+        click.echo(f"no kernel for {reason}; what has none runs on XLA, which is not estimated")
 
 
 def _row(name: str, request: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _row(name: str, request: Any) -> dict[str, Any]:
     row = {"spec": name, "n": request.n, "k": request.k, "rows": request.m, "dtype": request.dtype}
     chosen = choose(request, installed_kernels(request.device.platform))
     if chosen.kernel is None:
-        return row | {"why_not": "; ".join(reason for _, reason in chosen.reasons)}
+        return row | {"why_not": "; ".join(f"{kernel}: {reason}" for kernel, reason in chosen.reasons)}
     estimate = on_tpu if request.device.platform == "tpu" else on_gpu
     cost, plain = estimate(request), estimate(request, "bf16")
     steps, inside = (cost.steps, cost.bundles) if request.device.platform == "tpu" else (cost.blocks, cost.products)  # pyright: ignore[reportAttributeAccessIssue]

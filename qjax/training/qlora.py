@@ -116,8 +116,8 @@ class QLoRA:
                 flat[i] = _merged(flat[i], one, adapters)
                 continue
             if one.lora.dora:
-                raise ValueError(f"the adapter of {one.leaf.path!r} cannot become a low-rank part of a packed weight, for it has magnitudes "
-                                 "(DoRA): use .merge(...) or .requantize(...)")  # fmt: skip
+                raise ValueError(f"the adapter of {one.leaf.path!r} cannot become a low-rank part of a packed weight, for it has "
+                                 "magnitudes (DoRA): use .merge(...) or .requantize(...)")  # fmt: skip
             adapter = one.adapter(adapters[one.leaf.path], flat[i])
             flat[i] = flat[i].with_adapter(jax.tree.map(lambda a: a if dtype is None else a.astype(dtype), adapter))
         return arguments.rebuild(flat, arguments.inputs)[0]
