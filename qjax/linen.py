@@ -137,7 +137,12 @@ class FakeQuantModule(nn.Module):
         rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
         changes = subtract_filters(scope.mutable, ["params", QUANT])
         fq = FakeQuant(_forward(self.module, changes), self.policy)
-        out, changed = fq(held, rngs, *args, quant=self.variables.get(QUANT, {}).get("state"), **kwargs)
+        state = self.variables.get(QUANT, {}).get("state")
+        if state is not None and self.is_mutable_collection(QUANT):
+            (out, changed), state = fq.stepped(held, rngs, *args, quant=state, **kwargs)
+            self.put_variable(QUANT, "state", state)
+        else:
+            out, changed = fq(held, rngs, *args, quant=state, **kwargs)
         for collection, entries in changed.items():
             for name, value in entries.items():
                 self.put_variable(collection, name, value)
@@ -167,7 +172,8 @@ def fake_quant(model: nn.Module, policy: Policy) -> FakeQuantModule:
     Returns:
       A module with the same parameter tree: `init` gives the variables that `model.init` gives, and each may use the other's. A policy
       whose quantizers have a state keeps it in the collection "quant" of the variables: `begin` makes it, `labels` says what of all
-      variables trains, `advance` goes to the next step, `convert` packs what was trained.
+      variables trains, `advance` goes to the next step, `convert` packs what was trained. Ranges that follow the data
+      (`qjax.moving_range`) move where that collection is mutable, `model.apply(variables, x, mutable=["quant"])`, as batch statistics do.
 
     Raises:
       TypeError: `model` is no module of this kind, or `policy` no policy.
@@ -264,4 +270,6 @@ def _function(model: Any, verb: str) -> FakeQuant:
 
 
 def _without_state(variables: Any) -> dict[str, Any]:
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"`variables` must be those of the module, as model.init(key, *args) gives them, got {type(variables).__name__}")
     return {name: tree for name, tree in variables.items() if name != QUANT}

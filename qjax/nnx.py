@@ -156,7 +156,8 @@ def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("_
       A copy of the module whose `methods` compute with fake-quantized parameters. Its state has the same paths, its
       `Param`s stay float, and what a call changes (batch statistics, random counts) is changed in it. A policy whose quantizers have a
       state needs `begin`, which gives the copy an attribute `quant` of `Learned` and `Quantizer` variables; train with
-      `wrt=nnx.Any(nnx.Param, qjax.nnx.Learned)`. `convert` packs what was trained.
+      `wrt=nnx.Any(nnx.Param, qjax.nnx.Learned)`. Ranges that follow the data (`qjax.moving_range`) move in `tracked`. `convert` packs
+      what was trained.
 
     Raises:
       TypeError: `model` is no module of this kind, or `policy` no policy.
@@ -230,6 +231,43 @@ def advance(model: Any) -> None:
         model.quant.step[...] = next_state(quant)["step"]
 
 
+def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Computes as the module does, and moves its ranges to these data in place (`qjax.moving_range`); the module itself leaves them.
+
+    Args:
+      model: from `begin`; of its variables change what a call changes, and the ranges.
+      *args: arguments of the method that computes with fake-quantized parameters.
+      **kwargs: keyword arguments of it.
+
+    Returns:
+      What the method returns. Call it inside of the loss, in place of the module.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`.
+      ValueError: it has no state, or no range of it follows the data.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> from flax import nnx
+      >>> rule = qjax.Rule("kernel", weight=qjax.int8(), activation=qjax.static(qjax.int8()), train=qjax.moving_range(0.5))
+      >>> fq, x = qjax.nnx.fake_quant(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), qjax.Policy([rule])), jnp.array([[-1.0, 3.0]])
+      >>> fq = qjax.nnx.begin(fq, jax.random.key(0), x)
+      >>> y = tracked(fq, 3 * x)
+      >>> fq.quant.activations.kernel.hi[...].item()
+      6.0
+    """
+    base, policy, methods = _how(model, "tracked")
+    state = _state(model)
+    if state is None:
+        raise ValueError("`model` has no state of quantizers whose ranges could move: take the module that qjax.nnx.begin returns")
+    graphdef, params, held, rest = nnx.split(model, nnx.Param, Quantizer, ...)
+    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy)
+    (out, changed), state = fq.tracked(params, rest, held, *args, quant=state, **kwargs)
+    nnx.update(model, changed)
+    nnx.update(model.quant, nnx.state(_variables(state, labels(state))))
+    return out
+
+
 def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
     """Packs what was trained; see `qjax.convert`.
 
@@ -297,17 +335,23 @@ def _state(model: Any) -> Any:
 def _fake_quantized(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         graphdef, params, held, rest = nnx.split(self, nnx.Param, Quantizer, ...)
-
-        def forward(params: Any, rest: Any, held: Any, *args: Any, **kwargs: Any) -> Any:
-            module = nnx.merge(graphdef, params, held, rest, copy=True)
-            out = method(module, *args, **kwargs)
-            return out, nnx.split(module, nnx.Param, Quantizer, ...)[3]
-
-        out, changed = FakeQuant(forward, policy)(params, rest, held, *args, quant=_state(self), **kwargs)
+        fq = FakeQuant(_forward(graphdef, method), policy)
+        out, changed = fq(params, rest, held, *args, quant=_state(self), **kwargs)
         nnx.update(self, changed)
         return out
 
     return call
+
+
+def _forward(graphdef: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a method of a module with a state, which also returns what it changed."""
+
+    def forward(params: Any, rest: Any, held: Any, *args: Any, **kwargs: Any) -> Any:
+        module = nnx.merge(graphdef, params, held, rest, copy=True)
+        out = method(module, *args, **kwargs)
+        return out, nnx.split(module, nnx.Param, Quantizer, ...)[3]
+
+    return forward
 
 
 def _check(model: Any, verb: str) -> None:

@@ -345,3 +345,52 @@ def test_the_function_of_an_nnx_module_gives_back_the_state_that_a_call_changes(
     np.testing.assert_allclose(out, wanted, atol=0.05)
     np.testing.assert_allclose(nnx.to_pure_dict(state)["norm"]["mean"], model.norm.mean[...], atol=0.01)
     np.testing.assert_array_equal(jax.jit(qjax.quantized(qjax.nnx.function(model)))(result.params, x), fn(result.params, x)[0])
+
+
+MOVING = Policy([Rule("*kernel", weight=qjax.int8(), activation=qjax.static(qjax.int8()), train=qjax.moving_range(0.5))])
+
+
+def test_ranges_of_a_linen_module_move_where_their_collection_is_mutable():
+    """By hand: half of the first range, half of the new one; batch statistics move beside them, and elsewhere nothing does."""
+    x = jnp.array([[-1.0, 3.0], [0.5, 2.0]])
+    model = qjax.linen.fake_quant(nn.Dense(2), MOVING)
+    variables = qjax.linen.begin(model, jax.random.key(0), model.init(jax.random.key(1), x), x)
+
+    @jax.jit
+    def loss(params, quant):
+        y, changed = model.apply({"params": params, "quant": quant}, 3 * x, mutable=["quant"])
+        return jnp.square(y).sum(), changed["quant"]
+
+    grads, quant = jax.grad(loss, has_aux=True)(variables["params"], variables["quant"])
+    assert jax.tree.map(jnp.ravel, quant["state"]["activations"]["kernel"]) == {"hi": 6.0, "lo": -3.0}
+    assert jnp.abs(grads["kernel"]).max() > 0
+    moved = {**variables, "quant": quant}
+    _, again = model.apply(moved, x, mutable=["intermediates"])
+    assert "quant" not in again
+    plain = qjax.linen.fake_quant(nn.Dense(2), INT8)  # no state: a mutable collection changes nothing
+    y, changed = plain.apply({"params": variables["params"]}, x, mutable=["quant"])
+    np.testing.assert_array_equal(y, plain.apply({"params": variables["params"]}, x))
+    assert not changed
+
+
+def test_ranges_of_an_nnx_module_move_in_tracked():
+    x = jnp.array([[-1.0, 3.0], [0.5, 2.0]])
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    model.eval()
+    fq = qjax.nnx.begin(qjax.nnx.fake_quant(model, MOVING), jax.random.key(0), x)
+    fq(3 * x)
+    assert fq.quant.activations["layers/0/kernel"].hi[...].item() == 3.0
+    fq.train()
+    nnx.jit(lambda fq: nnx.grad(lambda fq: jnp.square(qjax.nnx.tracked(fq, 3 * x)).sum())(fq))(fq)
+    assert fq.quant.activations["layers/0/kernel"].hi[...].item() == 6.0
+    assert jnp.abs(fq.layers[1].mean[...]).max() > 0
+    with pytest.raises(ValueError, match=r"take the module that qjax\.nnx\.begin returns"):
+        qjax.nnx.tracked(qjax.nnx.fake_quant(model, MOVING), x)
+
+
+def test_variables_and_keys_of_begin_are_named_where_they_are_none():
+    model = qjax.linen.fake_quant(nn.Dense(2), MOVING)
+    with pytest.raises(TypeError, match="`variables` must be those of the module"):
+        qjax.linen.begin(model, jax.random.key(0), jax.random.key(1), jnp.ones((1, 2)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random"):
+        qjax.linen.begin(model, 0, {"params": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, jnp.ones((1, 2)))  # type: ignore[arg-type]

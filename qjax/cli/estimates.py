@@ -55,7 +55,7 @@ def _row(name: str, request: Any) -> dict[str, Any]:
     row = {"spec": name, "n": request.n, "k": request.k, "rows": request.m, "dtype": request.dtype}
     chosen = choose(request, installed_kernels(request.device.platform))
     if chosen.kernel is None:
-        return row | {"why_not": "; ".join(reason for _, reason in chosen.reasons)}
+        return row | {"why_not": "; ".join(f"{kernel}: {reason}" for kernel, reason in chosen.reasons)}
     model = on_tpu if request.device.platform == "tpu" else on_gpu
     reason = model.why_not(request)
     if reason:

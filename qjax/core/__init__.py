@@ -60,6 +60,7 @@ from qjax.core.hadamard import hadamard as hadamard
 from qjax.core.hadamard import hadamard_transform as hadamard_transform
 from qjax.core.hadamard import random_signs as random_signs
 from qjax.core.hadamard import transform_factors as transform_factors
+from qjax.core.keys import check_key as check_key
 from qjax.core.layout import blocks as blocks
 from qjax.core.layout import canonicalize as canonicalize
 from qjax.core.layout import check_blocks as check_blocks

@@ -67,7 +67,7 @@ def generate(
       A `Generation`; `.new` holds a row of new tokens for each prompt.
 
     Raises:
-      TypeError: `model` has no `apply`.
+      TypeError: `model` has no `apply`; an argument of another type.
       ValueError: an argument out of range; prompts and new tokens that exceed the context; a model that does not say how its cache
         begins; a draft with another vocabulary, or beside a packed cache, which keeps what it takes back only rounded.
 
@@ -99,7 +99,7 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "key": jax.random.key(seed),
-        "eos_ids": tuple(getattr(config, "eos_token_ids", ())) if eos_ids is None else tuple(eos_ids),
+        "eos_ids": tuple(getattr(config, "eos_token_ids", ())) if eos_ids is None else eos_ids,
         "on_token": on_token,
     }
     if draft is not None:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.core import check_key
+
 Apply = Callable[..., tuple[jax.Array, Any]]
 
 CACHE_STEP = 64  # cache lengths are rounded up to this, so that prompts of near lengths share one decode program
@@ -83,6 +85,7 @@ def generate(
       Tokens and timings.
 
     Raises:
+      TypeError: an argument of another type.
       ValueError: an argument out of range, or a prompt and new tokens that exceed the context.
 
     Example:
@@ -212,6 +215,10 @@ def checked_sampling(
     temperature: float, top_k: int | None, top_p: float | None, key: jax.Array | None, eos_ids: tuple[int, ...]
 ) -> tuple[Sampling, Chance]:
     """Checks the arguments of `generate` that say how tokens are chosen; what programs are compiled for, and what they are given."""
+    if isinstance(eos_ids, str) or not isinstance(eos_ids, Sequence) or not all(map(_is_int, eos_ids)):
+        raise TypeError(f"`eos_ids` must be a tuple of token numbers, such as (2,), not {eos_ids!r}")
+    if key is not None:
+        check_key("key", key)
     how = Sampling(_checked_temperature(temperature, key) == 0.0, _checked_top_k(top_k), _checked_top_p(top_p), tuple(eos_ids))
     return how, (jax.random.key(0) if key is None else key, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
 
@@ -241,11 +248,31 @@ def _choose(logits, previous, ended, position, chance, ragged, how):
     return token, ended | (~inside & jnp.isin(token, jnp.asarray(how.eos_ids, jnp.int32))) if how.eos_ids else ended
 
 
+def check_count(argument: str, value: Any) -> None:
+    """Refuses what is no whole number above 0."""
+    if not _is_int(value):
+        raise TypeError(f"`{argument}` must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"`{argument}` must be at least 1, not {value}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) and not isinstance(value, bool)
+
+
 def checked_prompt(tokens: Any, max_new_tokens: int, context_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts (B, T) int32, behind the end of short ones their last token, and their lengths (B,)."""
     rows = _rows(tokens)
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, not {max_new_tokens}")
+    check_count("max_new_tokens", max_new_tokens)
+    if not _is_int(context_length):
+        raise TypeError(f"`context_length` must be a whole number, not {context_length!r}")
+    least = min(row.min() for row in rows)
+    if least < 0:
+        raise ValueError(f"`tokens` must not be negative, got {least}: give prompts of different lengths as a list, without padding")
     longest = max(len(row) for row in rows)
     if longest + max_new_tokens > context_length:
         raise ValueError(
@@ -271,14 +298,14 @@ def _rows(tokens: Any) -> list[np.ndarray]:
 
 
 def _checked_top_p(top_p: float | None) -> bool:
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"`top_p` must be above 0 and at most 1, not {top_p}: give None for all tokens")
+    if top_p is not None and not (_is_number(top_p) and 0.0 < top_p <= 1.0):
+        raise ValueError(f"`top_p` must be above 0 and at most 1, not {top_p!r}: give None for all tokens")
     return top_p is not None
 
 
 def _checked_temperature(temperature: float, key: jax.Array | None) -> float:
-    if not 0.0 <= temperature < np.inf:
-        raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, not {temperature}")
+    if not _is_number(temperature) or not 0.0 <= temperature < np.inf:
+        raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, not {temperature!r}")
     if temperature > 0.0 and key is None:
         raise ValueError(
             f"`key` is needed for `temperature` {temperature}: pass jax.random.key(seed), or temperature=0"
@@ -287,8 +314,8 @@ def _checked_temperature(temperature: float, key: jax.Array | None) -> float:
 
 
 def _checked_top_k(top_k: int | None) -> int | None:
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1, not {top_k}: give None for all tokens")
+    if top_k is not None and not (_is_int(top_k) and top_k >= 1):
+        raise ValueError(f"`top_k` must be a whole number of at least 1, not {top_k!r}: give None for all tokens")
     return top_k
 
 

@@ -14,6 +14,7 @@ from qjax.models.generate import (
     CACHE_STEP,
     Apply,
     Generation,
+    check_count,
     checked_prompt,
     checked_sampling,
     log_chances,
@@ -80,7 +81,8 @@ def speculate(
       Tokens and timings, with `drafted` and `accepted`. Rows that end sooner than others are continued with their last token.
 
     Raises:
-      ValueError: as `generate`; two vocabularies; a cache without an axis for the batch, for several prompts.
+      TypeError: as `generate`; `model` or `draft` is no `Decoder`.
+      ValueError: as `generate`; two vocabularies; tokens outside of them; a cache without an axis for the batch, for several prompts.
 
     Example:
       >>> from qjax.models.llama import Llama, LlamaConfig, init_cache
@@ -95,8 +97,10 @@ def speculate(
     Source: Leviathan, Kalman, Matias 2023 (arXiv 2211.17192), algorithm 1; Chen et al. 2023 (arXiv 2302.01318). Passes of different lengths
     may round differently: greedy tokens differ from those of `generate` where two logits are that close.
     """
-    if draft_tokens < 1:
-        raise ValueError(f"`draft_tokens` must be at least 1, not {draft_tokens}")
+    for name, one in (("model", model), ("draft", draft)):
+        if not isinstance(one, Decoder):
+            raise TypeError(f"`{name}` must be a qjax.models.Decoder(apply, params, init_cache), got {type(one).__name__}")
+    check_count("draft_tokens", draft_tokens)
     prompt, lengths = checked_prompt(tokens, max_new_tokens, context_length)
     how, chance = checked_sampling(temperature, top_k, top_p, key, eos_ids)
     how, ends = replace(how, eos_ids=()), how.eos_ids  # rows end on the host, which no program need be compiled for
@@ -104,7 +108,7 @@ def speculate(
     length = -(-(prompt.shape[1] + max_new_tokens + draft_tokens) // CACHE_STEP) * CACHE_STEP
     axes = tuple(_batch_axes(one.init_cache, length) if batch > 1 else () for one in both)
     caches, params = tuple(one.init_cache(batch, length) for one in both), tuple(one.params for one in both)
-    _check_vocabularies(both, caches)
+    _check_vocabularies(both, prompt)
     applies = tuple(one.apply for one in both)
     rows = _Rows(prompt, lengths, max_new_tokens, ends, on_token)
     marks, counts = [time.perf_counter()], []
@@ -252,7 +256,7 @@ def _batch_axes(init_cache: Callable[[int, int], Any], length: int) -> tuple[int
     return tuple(axes)
 
 
-def _check_vocabularies(both: tuple[Decoder, Decoder], caches: tuple[Any, ...]) -> None:
+def _check_vocabularies(both: tuple[Decoder, Decoder], prompt: np.ndarray) -> None:
     token, place = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     sizes = []
     for one in both:
@@ -261,6 +265,8 @@ def _check_vocabularies(both: tuple[Decoder, Decoder], caches: tuple[Any, ...]) 
     if sizes[0] != sizes[1]:
         raise ValueError(f"`draft` has a vocabulary of {sizes[1]} and the model one of {sizes[0]}: "
                          "a draft must have the model's tokens")  # fmt: skip
+    if prompt.max() >= sizes[0]:
+        raise ValueError(f"`tokens` hold {prompt.max()}, and the model has a vocabulary of {sizes[0]}: they are of another tokenizer")
 
 
 @dataclass

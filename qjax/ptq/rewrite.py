@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from qjax.core import QTensor, check_finite
+from qjax.core import QTensor, check_finite, check_key
 from qjax.graph import NotPreserved, equalize, fold_batch_norm, rotate, verify
 from qjax.graph import untie as take_apart
 from qjax.program import Program, split_arguments
@@ -194,9 +194,7 @@ def rotation(key: jax.Array, every: bool = False) -> StreamRotation:
 
     Source: QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406.
     """
-    raw = isinstance(key, (jax.Array, np.ndarray)) and key.dtype == jnp.uint32 and key.shape == (2,)
-    if not raw and not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"`key` must be a key of jax.random, such as jax.random.key(0), got {type(key).__name__}")
+    check_key("key", key)
     return StreamRotation(key, every)
 
 

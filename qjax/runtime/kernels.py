@@ -179,7 +179,9 @@ def _why_not_laid(kernel: Kernel, laid: Layout | EllipsisType | None, forced: bo
 
 
 def check_name(force: str | None, kernels: Sequence[Kernel]) -> None:
-    """Refuses a name that no kernel has."""
+    """Refuses a name that no kernel has, and what are no kernels."""
+    if not all(isinstance(one, Kernel) for one in kernels):
+        raise TypeError(f"`kernels` must be a sequence of qjax.runtime.Kernel, got {kernels!r}: write kernel= to name one")
     names = [kernel.name for kernel in kernels]
     if force is not None and force != XLA and force not in names:
         known = ", ".join(map(repr, names)) or "none, for none is installed"

@@ -53,7 +53,7 @@ def prepack(
       A function of (params, *args), arrays or, except for the parameters, shapes, that returns the parameters.
 
     Raises:
-      TypeError: `fn` is no function.
+      TypeError: `fn` is no function; `donate` or `fuse` is no bool.
       ValueError: as `qjax.quantized`.
 
     Example:
@@ -66,6 +66,9 @@ def prepack(
     """
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
+    for name, flag in (("donate", donate), ("fuse", fuse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"`{name}` must be True or False, got {flag!r}")
     programs = ProgramCache(fn)
 
     @functools.wraps(fn)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_floating, for_each
+from qjax.training.moments import Blocks, Moment8, check_blocks, check_decays, check_floating, check_rates, for_each
 
 Number = float | jax.Array
 Rate = Number | Callable[[Any], Any]
@@ -44,7 +44,8 @@ def scale_by_adam8bit(
       A transformation whose updates have the dtypes of the gradients; what is between is float32.
 
     Raises:
-      TypeError: `blocks` is something else; by init: a parameter is not floating.
+      TypeError: an argument of another type; by init: a parameter is not floating.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
 
     Example:
       >>> state = scale_by_adam8bit().init({"w": jnp.ones((64, 64)), "b": jnp.ones(64)})
@@ -52,6 +53,7 @@ def scale_by_adam8bit(
       {'b': ('float32', (64,)), 'w': Moment8(codes=('uint8', (64, 64)), absmax=('float32', (16,)))}
     """
     check_blocks(blocks)
+    check_decays(b1=b1, b2=b2)
 
     def init(params: Any) -> Adam8State:
         check_floating(params)
@@ -113,7 +115,8 @@ def adam8bit(
       An optax transformation.
 
     Raises:
-      TypeError: `blocks` is something else; by init: a parameter is not floating.
+      TypeError: an argument of another type; by init: a parameter is not floating.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
 
     Example:
       >>> params = {"w": jnp.ones((64, 64))}
@@ -127,6 +130,7 @@ def adam8bit(
 
     Source: Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes 0.50, where a second moment can be stored as zero.
     """
+    check_rates(learning_rate=learning_rate, **({} if weight_decay is None else {"weight_decay": weight_decay}))
     parts = [scale_by_adam8bit(b1, b2, eps, blocks)]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask))

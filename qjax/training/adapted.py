@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import Adapter, QTensor, adapter_matrix
+from qjax.core import Adapter, QTensor, Spec, adapter_matrix
 from qjax.core.layout import canonicalize, uncanonicalize
 from qjax.policy import Choice, Policy
 from qjax.program import Leaf, Program
@@ -218,16 +218,28 @@ def check_adapters(adapters: Any, plan: Mapping[int, Adapted]) -> None:
 
 
 def check_base(flat: Sequence[Any], plan: Mapping[int, Adapted], policy: Policy, program: Program) -> None:
-    """Refuses a base that the policy says is packed and is not.
+    """Refuses a base that is not packed as the policy says.
 
     Raises:
       ValueError: naming the parameter.
     """
     specs = {choice.leaf.index: choice.spec for choice in policy.resolve(program)}
     for index, one in plan.items():
-        if specs[index] is not None and not isinstance(flat[index], QTensor):
-            raise ValueError(f"`base` leaf {one.leaf.path!r} is float, and its rule says {specs[index]}: give the parameters of "
+        spec, w = specs[index], flat[index]
+        if spec is None:
+            continue
+        if not isinstance(w, QTensor):
+            raise ValueError(f"`base` leaf {one.leaf.path!r} is float, and its rule says {spec}: give the parameters of "
                              "qjax.quantize(fn, params, policy, ...), or leave `weight` out of the rule")  # fmt: skip
+        if _grid(w.spec) != _grid(spec):
+            raise ValueError(f"`base` leaf {one.leaf.path!r} is packed to {w.spec}, and its rule says {spec}: give the policy that the "
+                             "base was quantized by, or the parameters of qjax.quantize(fn, params, policy, ...)")  # fmt: skip
+
+
+def _grid(spec: Spec) -> tuple[type, dict[str, Any]]:
+    """A spec without what `qjax.prepack` may change of it: how scales are stored."""
+    stored = ("scale_dtype", "double_quant", "exponent_rule")
+    return type(spec), {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name not in stored}
 
 
 def _is_q(x: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from qjax.calibration import as_batches
-from qjax.core import QTensor
+from qjax.core import QTensor, check_key
 from qjax.core.specs import check_choice
 from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, split_arguments
@@ -72,12 +72,18 @@ class FakeQuant:
           ValueError: no rule has ranges that follow, or the state is of another policy.
         """
         plan = self.plan(params, *args, **kwargs)
-        trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
-        if not any(isinstance(train.activation, TracksRanges) for train in trains):
+        if not _follows(plan):
             raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function "
                              "itself")  # fmt: skip
         check(quant, plan, calibrated=False)
         return self._run(plan, quant, True, params, args, kwargs)
+
+    def stepped(self, params: Any, *args: Any, quant: Quant | None, **kwargs: Any) -> tuple[Any, Quant]:
+        """As `tracked`, and as the function itself where no range follows the data: what modules call."""
+        plan = self.plan(params, *args, **kwargs)
+        follows = quant is not None and _follows(plan)
+        check(quant, plan, calibrated=not follows)
+        return self._run(plan, quant or {}, follows, params, args, kwargs)
 
     def _run(self, plan: Planned, quant: Quant, tracks: bool, params: Any, args: Any, kwargs: Any) -> tuple[Any, Quant]:
         weights = _weights(plan, params, quant)
@@ -109,8 +115,10 @@ class FakeQuant:
           A tree of arrays.
 
         Raises:
+          TypeError: `key` is no key.
           ValueError: the policy does not fit the program.
         """
+        check_key("key", key)
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
@@ -157,6 +165,12 @@ class FakeQuant:
         plan = self.plan(params, *args, **kwargs)
         check(quant, plan)
         return lambda params: _weights(plan, params, quant or {})
+
+
+def _follows(plan: Planned) -> bool:
+    """Whether a range of the program follows the data."""
+    trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
+    return any(isinstance(train.activation, TracksRanges) for train in trains)
 
 
 def _check_float(plan: Planned, params: Any) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from qjax.training.adam8bit import Number, Rate
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_floating, for_each
+from qjax.training.moments import Blocks, Moment8, check_blocks, check_decays, check_floating, check_rates, for_each
 
 
 class Lion8State(NamedTuple):
@@ -36,7 +36,8 @@ def scale_by_lion8bit(
       A transformation whose updates are -1, 0 and 1 in the dtypes of the gradients.
 
     Raises:
-      TypeError: `blocks` is something else; by init: a parameter is not floating.
+      TypeError: an argument of another type; by init: a parameter is not floating.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
 
     Example:
       >>> tx = scale_by_lion8bit()
@@ -46,6 +47,7 @@ def scale_by_lion8bit(
       ([-1.0, 0.0, 1.0], [0, 127, 255])
     """
     check_blocks(blocks)
+    check_decays(b1=b1, b2=b2)
 
     def init(params: Any) -> Lion8State:
         check_floating(params)
@@ -90,7 +92,8 @@ def lion8bit(
       An optax transformation.
 
     Raises:
-      TypeError: `blocks` is something else; by init: a parameter is not floating.
+      TypeError: an argument of another type; by init: a parameter is not floating.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
 
     Example:
       >>> params = {"w": jnp.ones((64, 64))}
@@ -103,6 +106,7 @@ def lion8bit(
 
     Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes 0.50.
     """
+    check_rates(learning_rate=learning_rate, **({} if weight_decay is None else {"weight_decay": weight_decay}))
     parts = [scale_by_lion8bit(b1, b2, blocks)]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask))

@@ -26,10 +26,13 @@ class Lora:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"`rank` must be an int of at least 1, got {self.rank!r}")
-        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
+        if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0 and math.isfinite(self.alpha)):
             raise ValueError(f"`alpha` must be a positive number or None, got {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"`dropout` must be a probability below 1, got {self.dropout!r}")
+        for name in ("rank_stabilized", "dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
         check_choice("init", self.init, ("kaiming", "gaussian"))
 
     @property
@@ -49,6 +52,10 @@ class Lora:
 
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         del weight, activations  # it goes with all of them
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def lora(
@@ -82,6 +89,7 @@ def lora(
 
     Raises:
       ValueError: naming the argument.
+      TypeError: `rank_stabilized` or `dora` is no bool.
 
     Example:
       >>> import qjax

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -77,7 +78,7 @@ class Blocks:
 
     def zeros(self, p: Any, signed: bool) -> Moment8 | jax.Array:
         """A moment of zeros for a parameter, where the parameter lies."""
-        if p.size < self.at_least:
+        if getattr(p, "size", 1) < self.at_least:  # a number of Python has no size
             return jnp.zeros_like(p, dtype=jnp.float32)
         lead, count, _ = self.layout(p.shape)
         zero = _spec(signed).levels.index(0.0)
@@ -223,6 +224,31 @@ def for_each(run: Callable[..., tuple[Any, ...]], blocks: Blocks, updates: Any, 
     leaves, tree = jax.tree.flatten(updates)
     found = [blocks.update(run, g, each) for g, *each in zip(leaves, *map(tree.flatten_up_to, moments), strict=True)]
     return tuple(tree.unflatten([one[i] for one in found]) for i in range(1 + len(moments)))
+
+
+def check_decays(**decays: Any) -> None:
+    """Refuses decays outside of 0 .. 1, 1 excluded; arrays, as `optax.inject_hyperparams` gives them, are not looked into.
+
+    Raises:
+      TypeError: naming what is no number.
+      ValueError: naming what is out of range.
+    """
+    for name, value in decays.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+            raise TypeError(f"`{name}` must be a number, got {value!r}")
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}")
+
+
+def check_rates(**rates: Any) -> None:
+    """Refuses what is no number and no schedule.
+
+    Raises:
+      TypeError: naming the argument.
+    """
+    for name, value in rates.items():
+        if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float, np.number, np.ndarray, jax.Array))):
+            raise TypeError(f"`{name}` must be a number or a schedule, a function of the step, got {value!r}")
 
 
 def check_blocks(blocks: Any) -> Blocks:

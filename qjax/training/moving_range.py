@@ -75,7 +75,8 @@ def moving_range(decay: float = 0.99) -> MovingRange:
     still, within the same compiled program.
 
     Ranges move in `fq.tracked(params, *inputs, quant=quant)`, which returns them beside the result; `fq(params, *inputs, quant=quant)` uses
-    them as they are. Weights of the same rule train straight through; see `qjax.qat` for another estimator.
+    them as they are. Of modules they move in `model.apply(variables, x, mutable=["quant"])` (Linen) and `qjax.nnx.tracked(model, x)`.
+    Weights of the same rule train straight through; see `qjax.qat` for another estimator.
 
     Args:
       decay: how much stays of what was; 1 / (1 - decay) steps are remembered.

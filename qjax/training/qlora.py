@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.calibration.batches import as_batches
 from qjax.calibration.observe import scan_lengths
-from qjax.core import QProduct, QTensor
+from qjax.core import QProduct, QTensor, check_key
 from qjax.policy import Policy, check_policy
 from qjax.program import Arguments, Interpreter, Program, ProgramCache, split_arguments
 from qjax.ptq import Result, quantize
@@ -48,6 +49,8 @@ class QLoRA:
 
     def __call__(self, adapters: Adapters, base: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
         check_form(adapters)
+        if dropout_key is not None:
+            check_key("dropout_key", dropout_key)
         arguments, program, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         values = [with_parts(w, plan[i], adapters[plan[i].leaf.path]) if i in plan else w for i, w in enumerate(arguments.params)]
@@ -73,8 +76,10 @@ class QLoRA:
           full and the other kept ones 1; B as "b" (kept..., r); of DoRA "m" (kept...). K is the product of the contracted axes.
 
         Raises:
+          TypeError: `key` is no key.
           ValueError: the policy does not fit the program or the base; a parameter that cannot have an adapter.
         """
+        check_key("key", key)
         arguments, _, plan = self._resolved(base, args, kwargs)
         keys = jax.random.split(key, len(plan))
         return {one.leaf.path: one.begin(k, arguments.params[i]) for k, (i, one) in zip(keys, plan.items(), strict=True)}
@@ -97,20 +102,22 @@ class QLoRA:
           **kwargs: keyword arguments of the function.
 
         Returns:
-          A tree of parameters; nothing is rounded but, with a `dtype`, A and s B.
+          A tree of parameters; nothing is rounded but, with a `dtype`, A and s B. A float parameter takes its adapter in, as in `merge`.
 
         Raises:
-          ValueError: a parameter is float, or has magnitudes (DoRA): merge it.
+          ValueError: the adapter of a packed weight has magnitudes (DoRA): merge it.
         """
         check_form(adapters)
         arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         flat = list(arguments.params)
         for i, one in plan.items():
-            if one.lora.dora or not isinstance(flat[i], QTensor):
-                why = "has magnitudes (DoRA)" if one.lora.dora else "is float"
-                raise ValueError(f"the adapter of {one.leaf.path!r} cannot become a low-rank part of a packed weight, for it {why}: "
-                                 "use .merge(...) or .requantize(...)")  # fmt: skip
+            if not isinstance(flat[i], QTensor):
+                flat[i] = _merged(flat[i], one, adapters)
+                continue
+            if one.lora.dora:
+                raise ValueError(f"the adapter of {one.leaf.path!r} cannot become a low-rank part of a packed weight, for it has "
+                                 "magnitudes (DoRA): use .merge(...) or .requantize(...)")  # fmt: skip
             adapter = one.adapter(adapters[one.leaf.path], flat[i])
             flat[i] = flat[i].with_adapter(jax.tree.map(lambda a: a if dtype is None else a.astype(dtype), adapter))
         return arguments.rebuild(flat, arguments.inputs)[0]
@@ -148,10 +155,8 @@ class QLoRA:
           A `Result`. Each row's `error` is that of rounding the merged weight, and a note says how large that is beside what the adapter
           had changed: above 1, rounding moves the weight further than training did.
         """
-        batches = list(calibration)
-        if not batches:
-            raise ValueError("`calibration` is empty: give at least one batch to trace the function with")
-        args = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
+        batches = as_batches(calibration)
+        args = batches[0]
         merged = self.merge(adapters, base, *args)
         result = quantize(self.fn, merged, self.policy if policy is None else policy, batches)
         arguments, _, plan = self._resolved(base, args, {})
@@ -216,7 +221,7 @@ def qlora(fn: Callable[..., Any], policy: Policy, sites: Mapping[str, QProduct] 
       arrays for optax; `dropout_key=` turns dropout on in a call; `.merge`, `.requantize` and `.attach` end the training.
 
     Raises:
-      TypeError: `policy` is no policy. When called: adapters with integer or packed leaves.
+      TypeError: `policy` is no policy. When called: adapters with integer or packed leaves; `dropout_key` is no key.
       ValueError: when called: no rule has adapters; a parameter cannot have one; adapters or a base of another policy.
 
     Example:

@@ -161,8 +161,21 @@ def test_wrong_arguments_are_named(small):
         run(np.zeros((1, 4), int), max_new_tokens=0)
     with pytest.raises(ValueError, match="`temperature` must be 0"):
         run(np.zeros((1, 4), int), max_new_tokens=1, temperature=-1.0)
-    with pytest.raises(ValueError, match="`top_k` must be at least 1"):
+    with pytest.raises(ValueError, match="`top_k` must be a whole number of at least 1"):
         run(np.zeros((1, 4), int), max_new_tokens=1, top_k=0)
+    with pytest.raises(ValueError, match="`tokens` must not be negative, got -1"):
+        run(np.full((1, 4), -1), max_new_tokens=1)
+    for name, value, error in [
+        ("temperature", "1", ValueError),
+        ("top_p", "1", ValueError),
+        ("top_k", 2.0, ValueError),
+        ("eos_ids", 3, TypeError),
+        ("key", 0, TypeError),
+        ("max_new_tokens", 2.5, TypeError),
+        ("context_length", "16", TypeError),
+    ]:
+        with pytest.raises(error, match=f"`{name}` must be"):
+            run(np.zeros((1, 4), int), **{"max_new_tokens": 1, name: value})
     with pytest.raises(ValueError, match="`top_k` 5000 exceeds the vocabulary of 31"):
         run(np.zeros((1, 4), int), max_new_tokens=1, top_k=5000, temperature=1.0, key=jax.random.key(0))
 

@@ -164,6 +164,14 @@ def test_one_call_takes_packed_parameters_as_a_draft(pair):
         run(draft=(other, params))
     with pytest.raises(ValueError, match="`draft_tokens` must be at least 1, not 0"):
         run(draft=draft.params, draft_tokens=0)
+    with pytest.raises(TypeError, match="`eos_ids` must be a tuple of token numbers"):
+        qjax.generate(model, whole.params, [[3, 4]], 5, eos_ids=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`draft_tokens` must be a whole number, not 1\.5"):
+        run(draft=draft.params, draft_tokens=1.5)
+    with pytest.raises(ValueError, match="`tokens` hold 31, and the model has a vocabulary of 31"):
+        speculate(whole, draft, [[31]], 2, context_length=CONTEXT)
+    with pytest.raises(TypeError, match=r"`draft` must be a qjax.models.Decoder\(apply, params, init_cache\), got tuple"):
+        speculate(whole, (draft.apply, draft.params), [[3]], 2, context_length=CONTEXT)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cache is not known"):
         run(draft=(type("Other", (), {"apply": staticmethod(model.apply)})(), params))
     with pytest.raises(ValueError, match="without one axis for the batch"):

@@ -184,6 +184,11 @@ def test_forcing_what_cannot_run_is_an_error_that_says_why():
         quantized(fn, kernel="fast", **how)
     with pytest.raises(TypeError, match=r"`device` must be a qjax\.Device or a jax\.Device, got str"):
         quantized(fn, kernels=KERNELS, device="cpu")(params, normal(5, 8))
+    with pytest.raises(TypeError, match=r"`kernels` must be a sequence of qjax\.runtime\.Kernel"):
+        quantized(fn, kernels="plain w")(params, normal(5, 8))  # type: ignore[arg-type]
+    for name in ("fuse", "donate"):
+        with pytest.raises(TypeError, match=f"`{name}` must be True or False, got 'yes'"):
+            qjax.prepack(fn, **{name: "yes"})  # type: ignore[arg-type]
 
 
 def test_a_convolution_is_a_product_of_its_windows_and_one_in_groups_says_that_it_is_none():

@@ -186,6 +186,14 @@ def test_refusals():
         qjax.adam8bit(1e-3, blocks=Blocks(128)).update(w, tx.init(w))
     with pytest.raises(TypeError, match=r"`blocks` must be qjax.training.Blocks"):
         qjax.lion8bit(1e-3, blocks=256)
+    for make in (qjax.adam8bit, qjax.lion8bit):
+        with pytest.raises(ValueError, match="`b1` must be at least 0 and below 1, got 1"):  # a first moment of zeros, divided by zero
+            make(1e-3, b1=1.0)
+        with pytest.raises(TypeError, match="`learning_rate` must be a number or a schedule"):
+            make("1e-3")
+        with pytest.raises(TypeError, match="`weight_decay` must be a number or a schedule"):
+            make(1e-3, weight_decay="0.1")
+    assert tx.update({"t": 1.0 + jnp.zeros(())}, tx.init({"t": 1.0}))[0]["t"].item() == pytest.approx(-1e-3, rel=1e-4)  # a number of Python
     with pytest.raises(ValueError, match="`size` must be a whole number of at least 2, got 0"):
         Blocks(0)
     with pytest.raises(TypeError, match="`tx` must be an optax transformation"):

@@ -213,13 +213,41 @@ def test_what_cannot_be_trained_is_refused():
     dora = Policy([dataclasses.replace(LORA, train=qjax.lora(2, dora=True))])
     with pytest.raises(ValueError, match="has magnitudes"):
         qjax.qlora(linear, dora).attach(qjax.qlora(linear, dora).init(jax.random.key(0), base, X), base, X)
+    with pytest.raises(ValueError, match=r"`base` leaf 'v' is packed to nf4.*, and its rule says int8"):
+        qjax.qlora(linear, Policy([dataclasses.replace(LORA, weight=qjax.int8())]))(adapters, base, X)
+    with pytest.raises(TypeError, match=r"`key` must be a key of jax.random, .* got int"):
+        tuned.init(0, base, X)
+    with pytest.raises(TypeError, match=r"`dropout_key` must be a key of jax.random, .* got int"):
+        tuned(adapters, base, X, dropout_key=0)
+    with pytest.raises(TypeError, match="`calibration` must be a list of batches"):
+        tuned.requantize(adapters, base, X)
     wrong: dict
-    for wrong in ({"rank": 0}, {"alpha": -1.0}, {"dropout": 1.0}, {"init": "zeros"}):
+    for wrong in ({"rank": 0}, {"alpha": -1.0}, {"alpha": "2"}, {"dropout": 1.0}, {"dropout": "0"}, {"init": "zeros"}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+            qjax.lora(**wrong)
+    for wrong in ({"dora": 1}, {"rank_stabilized": "yes"}):
+        with pytest.raises(TypeError, match=f"`{next(iter(wrong))}` must be True or False"):
             qjax.lora(**wrong)
     case = BY_NAME["conv"]
     with pytest.raises(ValueError, match="'depthwise' cannot have an adapter: the groups of its convolution"):
         qjax.qlora(case.fn, Policy([Rule("*", train=qjax.lora(2))])).init(jax.random.key(0), case.params, *case.inputs)
+
+
+def test_attach_keeps_packed_weights_and_merges_into_float_ones():
+    tuned, base, adapters = begun(linear, WEIGHTS, (X,), [Rule("v", train=qjax.lora(2)), LORA])
+    served = tuned.attach(adapters, base, X)
+    assert isinstance(served["w"], QTensor) and not isinstance(served["v"], QTensor)
+    np.testing.assert_allclose(qjax.quantized(linear)(served, X), tuned(adapters, base, X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_laid_out_for_kernels_is_still_that_of_its_policy():
+    """Laying out changes how scales are stored, which is no other packing."""
+    from qjax.runtime.layouts import with_float_scales
+
+    tuned, base, adapters = begun(linear, WEIGHTS, (X,), [LORA])
+    other = jax.tree.map(with_float_scales, base, is_leaf=lambda w: isinstance(w, QTensor))
+    assert other["w"].spec != base["w"].spec
+    np.testing.assert_allclose(tuned(adapters, other, X), tuned(adapters, base, X), rtol=1e-6)
 
 
 def layers(p, x):
