@@ -8,7 +8,7 @@ from qjax.cli.shared import emit
 
 TARGETS = {"v5e": ("tpu", "v5e", 1), "v5p": ("tpu", "v5p", 1), "v6e": ("tpu", "v6e", 1), "tpu7x": ("tpu", "tpu7x", 1),
            "h200": ("cuda", "sm_90a", 132)}  # fmt: skip
-NOTE = "an estimate from counted instructions and bytes, no measurement"
+NOTE = "an estimate from counted instructions and bytes, without what a launch takes; no measurement"
 
 
 def show(target: str, products: list[tuple[str, Any]], as_json: bool) -> None:
