@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import platform
+import sys
 import time
 
 import jax
@@ -13,11 +14,14 @@ import numpy as np
 import optax
 
 import qjax
-from qjax.evaluation import encode, paired_bootstrap, token_losses, windows
+from qjax.evaluation import paired_bootstrap, token_losses
 from qjax.models import Llama, books_llama
 
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "text"))
+
+from batches import batches_of, cross_entropy, split
+
 TEXTS = pathlib.Path(__file__).parent.parent / "text"
-HELD_OUT = 0.12
 KEEP = (qjax.Rule("*embed*", weight=None),)
 INT8 = qjax.dynamic(qjax.int8())
 SPECS = {"W4A8 g32": (qjax.int4(group_size=32), INT8), "W3": (qjax.int3(group_size=64), None), "W2": (qjax.int2(group_size=64), None)}
@@ -29,30 +33,6 @@ def policy(name, method=None, train=None):
     """The rules of a row: all linear layers but the tied embedding."""
     weight, activation = SPECS[name]
     return qjax.Policy([*KEEP, qjax.Rule("*", weight=weight, activation=activation, method=method, train=train)])
-
-
-def texts(tokenizer):
-    """Windows to train on and windows to measure on, of three authors."""
-    seen, held = [], []
-    for file in sorted(TEXTS.glob("*.txt")):
-        text = file.read_text(encoding="utf-8")
-        cut = text.index("\n", int(len(text) * (1 - HELD_OUT)))
-        seen.append(windows(encode(tokenizer, text[:cut])))
-        held.append(windows(encode(tokenizer, text[cut:])))
-    return np.concatenate(seen), np.concatenate(held)
-
-
-def batches_of(seen, steps, batch, seed=0):
-    """(steps, batch, 256): the same for every model; each window once an epoch."""
-    draw, order = np.random.default_rng(seed), []
-    while len(order) < steps * batch:
-        order += list(draw.permutation(len(seen)))
-    return jnp.asarray(seen[np.asarray(order[: steps * batch])].reshape(steps, batch, -1))
-
-
-def cross_entropy(logits, tokens):
-    """Mean over the tokens that have one before them."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:]).mean()
 
 
 def trained(apply, params, quant, fq, data, rate, teacher=None):
@@ -92,7 +72,7 @@ def measure(options):
     checkpoint = books_llama()
     apply = Llama(checkpoint.config).apply
     start = {"params": jax.tree.map(lambda a: a.astype(jnp.float32), checkpoint.params)}
-    seen, held = texts(checkpoint.tokenizer)
+    seen, held = split(checkpoint.tokenizer, sorted(TEXTS.glob("*.txt")))
     held = held[: options.windows] if options.windows else held
     data = batches_of(seen, options.steps, options.batch)
     losses, seconds, began = {}, {}, time.perf_counter()

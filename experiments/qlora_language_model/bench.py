@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 import platform
+import sys
 import time
 from typing import Any
 
@@ -13,12 +14,15 @@ import numpy as np
 import optax
 
 import qjax
-from qjax.evaluation import encode, paired_bootstrap, token_losses, windows
+from qjax.evaluation import paired_bootstrap, token_losses
 from qjax.formats.llama_config import LlamaConfig
 from qjax.models import Llama, books_llama
 
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "text"))
+
+from batches import batches_of, cross_entropy, split
+
 TEXT = pathlib.Path(__file__).parent.parent / "text" / "wells.txt"
-HELD_OUT = 0.12
 KEEP = (qjax.Rule("*embed*"),)
 NF4 = qjax.nf4(double_quant=True)
 LARGE = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=21, num_attention_heads=16,
@@ -35,26 +39,6 @@ def rows(rank, embedding=True):
         "QLoRA, LoftQ": qjax.Policy([*first, qjax.Rule("*", weight=NF4, method=qjax.loftq(rank), train=plain)]),
         "QLoRA, DoRA": qjax.Policy([*first, qjax.Rule("*", weight=NF4, train=magnitudes)]),
     }
-
-
-def texts(tokenizer):
-    """Windows to train on, and windows to measure on."""
-    text = TEXT.read_text(encoding="utf-8")
-    cut = text.index("\n", int(len(text) * (1 - HELD_OUT)))
-    return windows(encode(tokenizer, text[:cut])), windows(encode(tokenizer, text[cut:]))
-
-
-def batches_of(seen, steps, batch, seed=0):
-    """(steps, batch, 256): the same for every row; each window once an epoch."""
-    draw, order = np.random.default_rng(seed), []
-    while len(order) < steps * batch:
-        order += list(draw.permutation(len(seen)))
-    return jnp.asarray(seen[np.asarray(order[: steps * batch])].reshape(steps, batch, -1))
-
-
-def cross_entropy(logits, tokens):
-    """Mean over the tokens that have one before them."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:]).mean()
 
 
 def trained(apply, params, frozen, data, rate):
@@ -81,7 +65,7 @@ def adapt(options):
     checkpoint = books_llama()
     apply = Llama(checkpoint.config).apply
     start = {"params": jax.tree.map(lambda a: a.astype(jnp.float32), checkpoint.params)}
-    seen, held = texts(checkpoint.tokenizer)
+    seen, held = split(checkpoint.tokenizer, [TEXT])
     held = held[: options.windows] if options.windows else held
     data = batches_of(seen, options.steps, options.batch)
     losses, notes = {}, {}
