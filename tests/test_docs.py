@@ -16,6 +16,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(qjax.__path__, "qjax.") if not 
 PUBLIC = [name for name in vars(qjax) if not name.startswith("_") and callable(getattr(qjax, name))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_docstring_examples(module):
     results = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)

@@ -12,7 +12,7 @@ ALONE = [
     ("gptq_solver", ["--size", "128", "--small", "128", "--repeats", "2", "--cold-repeats", "1", "--all"], r"qjax +median +[\d.]+ s"),
     ("gptq_model", ["--repeats", "1"], r'"without": [\d.]+'),
     ("w8a8", ["--windows", "8", "--tables", "w8a8", "--rows", "float", "static min-max"], r"static min-max \| [\d.]+ \|"),
-    ("ptq_methods", ["--model", "shipped", "--only", "4 g16 NVFP4", "--json", "TMP/r.json", "--cache", "TMP/cache"], r"NVFP4: 47.[\d]+ in"),
+    ("ptq_methods", ["--model", "shipped", "--only", "4 g64 FP4", "--json", "TMP/r.json", "--cache", "TMP/cache"], r"FP4: 47.[\d]+ in"),
     ("qat_step_time", ["--batch", "1", "--length", "32", "--turns", "1", "--rows", "W8"], r"\| W8 \| [\d.]+ \|"),
     ("qat_digits", ["--seeds", "1", "--folds", "2", "--images", "200", "--epochs", "1", "--tuning", "1", "--methods", "--distill", "--rows",
                     "W2A2"], r"W2A2, QAT \| [\d.]+ %"),

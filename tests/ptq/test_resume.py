@@ -32,7 +32,7 @@ def kept(folder):
 @pytest.mark.parametrize(
     "job, phase, step, solved",
     [
-        ("plain", "calibrate", 5, 5),
+        pytest.param("plain", "calibrate", 5, 5, marks=pytest.mark.slow),
         pytest.param("rescaled", "calibrate", 5, 6, marks=pytest.mark.slow),  # with the head, which is rounded without data
         pytest.param("rescaled", "rescale", len(DATA) + 1, 0, marks=pytest.mark.slow),
     ],
