@@ -1,16 +1,9 @@
 """Whole quantized models compiled for machines that are not here: the kernels are in the program, and no float weight is."""
 
 import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = ROOT / "experiments" / "kernels" / "model_static.py"
 NEEDED = {"v6e": ("libtpu",), "h200": ("jax_cuda13_plugin", "absl")}
 SHIPPED, LAYER = 4 * 7, 7  # products with a packed weight
 
@@ -24,16 +17,11 @@ pytestmark = pytest.mark.slow
         ("h200", ({"hopper_weight_only": SHIPPED}, {"hopper_weight_only": LAYER}, {"hopper_eight_bit": LAYER})),
     ],
 )
-def test_every_packed_product_is_a_kernel_of_the_compiled_program(target, expected, tmp_path):
+def test_every_packed_product_is_a_kernel_of_the_compiled_program(target, expected, rows_of):
     missing = [name for name in NEEDED[target] if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{missing} are not installed: pip install -e '.[aot]'")
-    file = tmp_path / "rows.json"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": paths}
-    arguments = [sys.executable, SCRIPT, "--target", target, "--write", file]
-    subprocess.run(arguments, check=True, env=environment, stdout=subprocess.DEVNULL)
-    rows = json.loads(file.read_text())
+    rows = rows_of("model_static.py", "--target", target)
     assert [row["model"] for row in rows] == ["shipped", "7B layer, decode", "7B layer, prefill", "experts"][: len(expected)]
     for row, kernels in zip(rows, expected, strict=True):
         assert row["kernels"] == kernels, row

@@ -8,17 +8,11 @@ import pytest
 import qjax
 from qjax import Policy, Rule
 from tests.program.cases import normal
+from tests.training.test_state import layer
 
 STATIC = qjax.static(qjax.int8())
 TRAIN = qjax.qat(activation=qjax.moving_range(0.75), schedule=qjax.schedule(freeze=3))
 PARAMS = {"w": normal(3, 8, 8) / 4, "out": normal(8, 2, seed=1)}
-
-
-def layer(h, w):
-    h = jax.nn.relu(h @ w)
-    with jax.named_scope("scores"):
-        s = jnp.einsum("bd,cd->bc", h, h)
-    return h + 0.01 * s @ h
 
 
 def scanned(p, x):

@@ -2,17 +2,13 @@
 
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
 from qjax_kernels.gpu.tiles import SHARED_BYTES
 
-ROOT = pathlib.Path(__file__).parents[3]
-SCRIPT = ROOT / "experiments" / "kernels" / "gpu_static.py"
+COMMITTED = pathlib.Path(__file__).parents[3] / "experiments" / "kernels" / "gpu_static"
 missing = [name for name in ("jax_cuda13_plugin", "absl") if importlib.util.find_spec(name) is None]
 
 pytestmark = [
@@ -22,13 +18,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """In a process of its own: the compiler reads its variables when jax starts, and prints."""
-    file = tmp_path_factory.mktemp("static") / "rows.json"
-    paths = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": paths}
-    subprocess.run([sys.executable, SCRIPT, "--write", file], check=True, env=environment, stdout=subprocess.DEVNULL)
-    return json.loads(file.read_text())
+def rows(rows_of):
+    return rows_of("gpu_static.py")
 
 
 def test_nothing_is_spilled_and_shared_memory_suffices(rows):
@@ -53,7 +44,7 @@ def test_an_a100_never_holds_the_float_weight(rows):
 
 
 def test_instructions_are_those_committed(rows):
-    committed = SCRIPT.parent / "gpu_static" / f"{jax.__version__}.json"
+    committed = COMMITTED / f"{jax.__version__}.json"
     if not committed.exists():
         pytest.skip(f"no counts of jax {jax.__version__} are committed: its compiler schedules otherwise")
     then = {key(row): row for row in json.loads(committed.read_text())}

@@ -3,15 +3,11 @@
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[3]
-SCRIPT = ROOT / "experiments" / "kernels" / "tpu_static.py"
+COMMITTED = pathlib.Path(__file__).parents[3] / "experiments" / "kernels" / "tpu_static"
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,13 +16,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """(chip, tile, kernel) -> row. In a process of its own: the compiler reads its flags when jax starts."""
-    file = tmp_path_factory.mktemp("static") / "rows.json"
-    paths = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": paths}
-    subprocess.run([sys.executable, SCRIPT, "--write", file], check=True, env=environment, stdout=subprocess.DEVNULL)
-    return {key(row): row for row in json.loads(file.read_text())}
+def rows(rows_of):
+    """(chip, tile, kernel) -> row."""
+    return {key(row): row for row in rows_of("tpu_static.py")}
 
 
 def key(row):
@@ -45,7 +37,7 @@ def test_no_float_weight_is_written_to_memory(rows):
 
 def test_bundles_are_those_committed(rows):
     version = importlib.metadata.version("libtpu")
-    committed = SCRIPT.parent / "tpu_static" / f"{version}.json"
+    committed = COMMITTED / f"{version}.json"
     if not committed.exists():
         pytest.skip(f"no counts of libtpu {version} are committed: its compiler schedules otherwise")
     then = {key(row): row for row in json.loads(committed.read_text())}
