@@ -88,19 +88,34 @@ def measure(options):
     mark("float", apply, tuned, since)
     calibration = [data[i, :8] for i in range(min(16, len(data)))]
     for name in options.rows or SPECS:
+        found = {}
         for method in options.methods or METHODS:
             since = time.perf_counter()
-            result = qjax.quantize(apply, tuned, policy(name, METHODS[method]), calibration)
-            mark(f"{name}, {method}", qjax.quantized(apply), result.params, since)
+            found[method] = qjax.quantize(apply, tuned, policy(name, METHODS[method]), calibration).params
+            mark(f"{name}, {method}", qjax.quantized(apply), found[method], since)
         for kind in options.trains or TRAINS:
             fq = qjax.fake_quant(apply, policy(name, train=TRAINS[kind]))
-            for source, first in (("", start), *([(", distilled", tuned)] if options.distill else [])):
-                since = time.perf_counter()
-                quant = fq.init(jax.random.key(0), first, data[0])
+            for source, first, packed in beginnings(options, start, tuned, found if kind == "learned steps" else {}):
+                since, key = time.perf_counter(), jax.random.key(0)
+                quant = fq.init(key, first, data[0]) if packed is None else None
+                if packed is not None:
+                    first, quant = fq.from_packed(key, packed, data[0], params=first)
                 params, quant = trained(apply, first, quant, fq, data, options.rate, tuned if source else None)
                 result = qjax.convert(fq, params, data[0], quant=quant)
                 mark(f"{name}, QAT {kind}{source}", qjax.quantized(apply), result.params, since)
     return losses, seconds
+
+
+def beginnings(options, start, tuned, found):
+    """(what it is called, float parameters, packed ones to begin with or None): from the shipped weights with cross entropy; and from the
+    trained float model, on its distribution, as it is or from what a method made of it.
+    """
+    yield "", start, None
+    if options.distill:
+        yield ", distilled", tuned, None
+    for method in options.begin:
+        if method in found:
+            yield f", distilled, from {method}", tuned, found[method]
 
 
 def show(losses):
@@ -136,6 +151,7 @@ def main():
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="After training.")
     parser.add_argument("--trains", nargs="*", choices=list(TRAINS))
     parser.add_argument("--distill", action="store_true", help="Train from the trained float model on its distribution, too.")
+    parser.add_argument("--begin", nargs="*", choices=list(METHODS), default=[], help="Train from what these made, too (learned steps).")
     parser.add_argument("--json", help="Write the numbers here, too.")
     options = parser.parse_args()
     losses, seconds = measure(options)
