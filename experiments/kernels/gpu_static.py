@@ -168,7 +168,7 @@ def _short(tiles: Tiles) -> str:
     text = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} stages {tiles.stages}"
     for name, least in (("split_k", 1), ("warpgroups", 1), ("cluster", 1)):
         text += f" {name} {getattr(tiles, name)}" if getattr(tiles, name) > least else ""
-    return text + "".join(f" {name}" for name in ("scale_first", "reorder", "x_left", "digits") if getattr(tiles, name))
+    return text + "".join(f" {name}" for name in ("scale_first", "reorder", "x_left", "digits", "few_rows") if getattr(tiles, name))
 
 
 def table(found: list[dict]) -> str:

@@ -36,6 +36,8 @@ class Tiles:
         sides.
       digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
         in groups only.
+      few_rows: up to sixteen rows of x, in one launch: a thread block orders its rows of x itself, nibbles are used as they lie, and the
+        `split_k` thread blocks of a tile are a cluster that adds its sums in shared memory. Four-bit codes in groups only.
       cluster: thread blocks that receive each block of one operand together: of w those with neighbouring rows of x (eight bits on both
         sides), of x those with neighbouring rows of w (weight-only). Needs two warpgroups.
     """
@@ -51,6 +53,7 @@ class Tiles:
     x_left: bool = False
     cluster: int = 1
     digits: bool = False
+    few_rows: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where no kernel has such tiles."""
@@ -70,6 +73,8 @@ class Tiles:
             raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
         if self.block_k % 128 or self.block_k < 128:
             raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
+        if self.few_rows and (self.block_m > 16 or self.warpgroups > 1 or self.split_k > 8 or self.digits or self.reorder or self.scale_first):
+            raise ValueError("`few_rows` takes `block_m` 8 or 16, one warpgroup and a `split_k` up to 8, and none of the other ways")
         if self.stages < 1 or self.split_k < 1:
             raise ValueError(f"`stages` is {self.stages} and `split_k` {self.split_k}; both start at 1")
 
@@ -83,7 +88,9 @@ class Tiles:
     def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
         """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
-        out = left * min(right, 64) * (4 if self.split_k > 1 else 2)
+        out = left * min(right, 64) * (4 if self.split_k > 1 and not self.few_rows else 2)
+        if self.few_rows:  # rows of x in their order, twice, and sums of a cluster
+            out += 2 * self.block_m * self.block_k * 2 + (self.split_k * left * right * 4 if self.split_k > 1 else 0)
         return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + self.block_n * 4 + 1024
 
 
