@@ -1,4 +1,4 @@
-"""The Hopper kernel of four-bit products with up to sixteen rows, in one launch: it orders rows of x itself, and clusters add parts of K."""
+"""The Hopper kernel of four-bit products of up to sixteen rows, in one launch: it orders rows of x, and clusters add parts of K."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from .tiles import Tiles
 from .weight_only_kernel import PIECE, float_codes, reordered
 
 THREADS = 128  # of a warpgroup
-TOGETHER = 2  # runs of tensor-core instructions that are awaited at once: the second run's codes are converted beside the first run
+TOGETHER = 128  # rows of w that are awaited at once: the second 64 are converted beside the tensor-core instructions of the first
 
 
 def _ordered(x_ref, target_ref, transforms) -> None:
@@ -31,30 +31,32 @@ def _ordered(x_ref, target_ref, transforms) -> None:
       transforms: of the target: tiles of 8 x 64, swizzled by 128 bytes.
     """
     rows, k = x_ref.shape[0], target_ref.shape[1]
-    in_row = k // 8
-    count = rows * in_row
+    in_row = k // 8  # eights of a row, a divisor of the threads: a thread stays in its columns
+    apart = THREADS // in_row  # rows from one turn of a thread to the next
+    tail = rows * in_row % THREADS
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(transforms)))
     def move(_, source, target):
         word = ir.IntegerType.get_signless(32)
         thread = arith.remui(mgpu_utils.thread_idx(), arith.constant(word, THREADS))
         near, far = (llvm.ptrtoint(word, mgpu_utils.memref_ptr(ref)) for ref in (source, target))
-        for first in range(0, count, THREADS):
-            guard = "" if first + THREADS <= count else f"setp.lt.u32 p, $2, {count - first};"
-            at = "" if not guard else "@p "
-            # The chunk's row, block of 32 and place in it give 128-byte rows of the swizzle; bits 4 to 6 of its address are crossed with the row.
-            text = f"""{{ .reg .pred p; .reg .b32 i, r, c, b, s, d, x, q, w, a<4>; {guard}
-                add.u32 i, $2, {first}; div.u32 r, i, {in_row}; rem.u32 c, i, {in_row}; shr.u32 b, c, 2;
-                shl.b32 s, i, 4; add.u32 s, s, $0; {at}ld.shared.v4.b32 {{a0, a1, a2, a3}}, [s];
-                shr.u32 d, r, 3; mul.lo.u32 d, d, {k // 64}; shr.u32 q, b, 1; add.u32 d, d, q; shl.b32 d, d, 3;
-                and.b32 x, r, 7; add.u32 d, d, x; shl.b32 d, d, 7; add.u32 d, d, $1;
-                and.b32 q, c, 3; shl.b32 q, q, 2; add.u32 d, d, q; shl.b32 x, x, 4; and.b32 b, b, 1; shl.b32 b, b, 6;
-                """
-            for shift, (low, selector) in enumerate(((0, "0x5410"), (0, "0x7632"), (1, "0x5410"), (1, "0x7632"))):
-                text += f"""prmt.b32 w, a{low}, a{low + 2}, {selector}; add.u32 q, b, {16 * shift}; xor.b32 q, q, x; add.u32 q, q, d;
-                    {at}st.shared.b32 [q], w;
-                    """
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), [near, far, thread], text + "}", "r,r,r", has_side_effects=True)
+        # d: the thread's pair 0 in its first row r, in tiles of 8 rows of 128 bytes, bits 4 to 6 of the address crossed with the row. Other
+        # pairs and rows differ from it in these bits (y0 to y7) and by constants.
+        text = f"""{{ .reg .pred p; .reg .b32 s, d, r, c, q, w, y<8>, a<4>;
+            shl.b32 s, $2, 4; add.u32 s, s, $0; shr.u32 r, $2, {in_row.bit_length() - 1}; and.b32 c, $2, {in_row - 1};
+            shr.u32 d, c, 3; shl.b32 d, d, 10; shl.b32 q, r, 7; add.u32 d, d, q; and.b32 q, c, 3; shl.b32 q, q, 2; add.u32 d, d, q;
+            and.b32 q, c, 4; shl.b32 q, q, 4; add.u32 d, d, q; shl.b32 q, r, 4; xor.b32 d, d, q; add.u32 d, d, $1;
+            setp.lt.u32 p, $2, {tail};
+            """
+        text += "".join(f"xor.b32 y{i}, d, {16 * i}; " for i in range(8))
+        for turn in range(-(-rows * in_row // THREADS)):
+            row = turn * apart
+            at = "@p " if tail and (turn + 1) * THREADS > rows * in_row else ""
+            text += f"{at}ld.shared.v4.b32 {{a0, a1, a2, a3}}, [s + {turn * THREADS * 16}]; "
+            for pair, (low, selector) in enumerate(((0, "0x5410"), (0, "0x7632"), (1, "0x5410"), (1, "0x7632"))):
+                place = row // 8 * (k // 64) * 1024 + row % 8 * 128
+                text += f"prmt.b32 w, a{low}, a{low + 2}, {selector}; {at}st.shared.b32 [y{pair ^ row % 8} + {place}], w; "
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [near, far, thread], text + "}", "r,r,r", has_side_effects=True)
 
     move(x_ref, target_ref)  # pyright: ignore[reportCallIssue]
 
@@ -87,6 +89,7 @@ def few_rows(
     shape = (bn, bm)
     staged = staging(shape, transpose=True)
     steps = -(-k // (bk * parts))
+    runs = max(TOGETHER // bn, 1)
     interpreted = interpret is not None
     apart = interpreted and parts > 1
     joined = not interpreted and parts > 1
@@ -97,7 +100,7 @@ def few_rows(
 
     def pieces(step, first, w_ref, s_ref, x_ref, carry):
         """The sum with the sums of groups, scaled, in it."""
-        at = [first + i for i in range(min(TOGETHER, bk // PIECE - first))]
+        at = [first + i for i in range(min(runs, bk // PIECE - first))]
         cols = [slice(p * PIECE, (p + 1) * PIECE) for p in at]
 
         def sums(*accs):
@@ -113,8 +116,13 @@ def few_rows(
     def hopper_few_rows(x_gmem, w_gmem, s_gmem, *rest):
         b_gmem, (out_gmem, out_smem, x_smem, *rest) = end.taken(rest)
         (sums_smem, arrived), b_smem = (rest[:2], rest[2:]) if joined else ((None, None), rest)
-        part, n_block = lax.axis_index("k"), lax.axis_index("n")
+        part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
         first_step = part * steps
+        if tiles.early and not interpreted:
+            for step in range(min(tiles.stages, steps)):
+                plgpu.async_prefetch(w_gmem.at[pl.ds(n_block * bn, bn), pl.ds((first_step + step) * bk, bk)])
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
 
         def advance(index, x_ref, w_ref, s_ref, carry):
             own = x_smem.at[lax.rem(index[0], 2)]
@@ -124,7 +132,7 @@ def few_rows(
                 _ordered(x_ref, own, x_transforms)
             # All warps have passed here once more before the buffer is written again: two of them suffice.
             plgpu.commit_smem()
-            for first in range(0, bk // PIECE, TOGETHER):
+            for first in range(0, bk // PIECE, runs):
                 carry = pieces(index[0] + first_step, first, w_ref, s_ref, own, carry)
             return carry
 
@@ -132,7 +140,11 @@ def few_rows(
             start = n_block * bn
             out = out_gmem.at[part] if apart else out_gmem
             total = end.rows(total, b_gmem, b_smem, 0, start)
-            store(total.astype(out_dtype), out_smem, lambda first: out.at[pl.ds(first, staged[0]), pl.ds(start, bn)], transpose=True)
+
+            def target(first):
+                return out.at[pl.ds(m_block * bm + first, staged[0]), pl.ds(start, bn)]
+
+            store(total.astype(out_dtype), out_smem, target, transpose=True)
 
         def finish(total):
             if not joined:
@@ -170,8 +182,8 @@ def few_rows(
             *([sums, plgpu.Barrier(num_arrivals=parts)] if joined else []),
             *end.scratch(1, bn),
         ],
-        grid=(blocks_n,) if joined else (parts, blocks_n),
-        grid_names=("n",) if joined else ("k", "n"),
+        grid=(blocks_n, 1) if joined else (parts, blocks_n, 1),
+        grid_names=("n", "m") if joined else ("k", "n", "m"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
         **({"cluster": (parts,), "cluster_names": ("k",)} if joined else {}),

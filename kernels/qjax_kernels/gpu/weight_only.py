@@ -119,7 +119,7 @@ def _run(
         raise ValueError(
             f"`tiles.block_k` is {tiles.block_k}; it must divide {group_size * per_copy}, the k whose scales are copied at once"
         )
-    if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
+    if (used := tiles.shared_bytes(bits, rows=m)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     if tiles.digits:
