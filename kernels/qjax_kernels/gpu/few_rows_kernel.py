@@ -115,7 +115,7 @@ def few_rows(
 
     def hopper_few_rows(x_gmem, w_gmem, s_gmem, *rest):
         b_gmem, (out_gmem, out_smem, x_smem, *rest) = end.taken(rest)
-        (sums_smem, arrived), b_smem = (rest[:2], rest[2:]) if joined else ((None, None), rest)
+        shared, b_smem = (rest[:2], rest[2:]) if joined else ([], rest)
         part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
         first_step = part * steps
         if tiles.early and not interpreted:
@@ -150,6 +150,7 @@ def few_rows(
             if not joined:
                 write(total)
                 return
+            sums_smem, arrived = shared
             plgpu.async_store_smem(total, sums_smem.at[part], arrived, cluster_idx=jnp.int32(0), cluster_dim="k")
 
             @pl.when(part == 0)
