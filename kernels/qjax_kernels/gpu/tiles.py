@@ -80,8 +80,8 @@ class Tiles:
             raise ValueError("`few_rows` takes `block_m` 8 or 16, `block_k` 128, 256, 512 or 1024, one warpgroup and a `split_k` up to 8")
         if self.few_rows and (self.digits or self.reorder or self.scale_first or self.x_left):
             raise ValueError("`few_rows` is a way of its own; leave `digits`, `reorder`, `scale_first` and `x_left` False")
-        if self.early and not self.few_rows:
-            raise ValueError("`early` is for `few_rows`; leave it False")
+        if self.early and (not self.few_rows or self.block_k > 512):
+            raise ValueError("`early` is for `few_rows` with a `block_k` up to 512; leave it False")
         if self.stages < 1 or self.split_k < 1:
             raise ValueError(f"`stages` is {self.stages} and `split_k` {self.split_k}; both start at 1")
 
