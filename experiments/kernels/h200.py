@@ -3,13 +3,13 @@
     python experiments/kernels/h200.py --out results --budget 480
     python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
 
-Parts (`--parts`): correct, ceilings, times, search, and again, which times a few tiles that were chosen beforehand beside bfloat16 and XLA;
-and decode.
+Parts (`--parts`): correct, ceilings, times, search; decode; and again, which times a few tiles that were chosen beforehand beside bfloat16.
 Everything is written to `--out` as it is found, and a second call with the same folder goes on where the first ended.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -30,7 +30,7 @@ from h200_programs import PROGRAMS, Job, bf16, ours, rows, short, weights  # noq
 from h200_tiles import candidates, cases, chosen, spread_out  # noqa: E402
 from h200_timing import Bench, Broken, Clock, Record, measured  # noqa: E402
 from qjax_kernels.gpu.eight_bit import rounded_rows  # noqa: E402
-from qjax_kernels.gpu.tiles import Tiles  # noqa: E402
+from qjax_kernels.gpu.tiles import Tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER as SHAPES  # noqa: E402
 
@@ -120,29 +120,31 @@ def search(bench: Bench, names: list[str], shapes, row_counts, limit: int) -> No
             print("best", name, m, k, n, json.dumps(table[name][f"{m},{k},{n}"]), flush=True)
 
 
-def again(bench: Bench) -> None:
-    """bfloat16, what XLA makes of int4, and the chosen tiles, side by side."""
+def again(bench: Bench, row_counts: list[int]) -> None:
+    """bfloat16 and the chosen tiles, side by side."""
     for (k, n), by_rows in chosen().items():
         for m, found in by_rows.items():
+            if m not in row_counts:
+                continue
             if bench.clock.left() < 15:
                 print(f"again: the budget was spent before M={m} {k}x{n}", flush=True)
                 continue
-            bench.run([Job("bf16", m, k, n), Job("W4A16 XLA", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
+            bench.run([Job("bf16", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
 
 
-def few(n: int, k: int) -> Tiles:
-    """Tiles for one row: enough thread blocks for every multiprocessor, without a second program where N alone gives them."""
-    return Tiles(8, 64, 512, 2, split_k=1 if n >= 16384 else 4, digits=True)
+def early(n: int, k: int) -> Tiles:
+    """The default tiles for one row, launched while the launch before them ends."""
+    return dataclasses.replace(weight_only_tiles(1, n, k, 4), early=True)
 
 
 def decode(record: Record, clock: Clock, dry: bool) -> None:
     """Tokens a second of one row, and the memory that it takes: weights, keys and values, temporaries."""
     shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
     styles = [
-        ("int4", "digits", few),
-        ("bf16", "", lambda n, k: None),
-        ("int8", "default tiles", lambda n, k: None),
         ("int4", "default tiles", lambda n, k: None),
+        ("bf16", "", lambda n, k: None),
+        ("int4", "early", early),
+        ("int8", "default tiles", lambda n, k: None),
     ]
     for kind, how, tiles in [("bf16", "", lambda n, k: None)] if dry else styles:
         if clock.left() < 15:
@@ -153,7 +155,11 @@ def decode(record: Record, clock: Clock, dry: bool) -> None:
             continue
         weights_, caches = parameters(shape, kind), empty_caches(shape)
         token, place = jnp.int32(1), jnp.int32(0)
-        program = jax.jit(step(shape, product(tiles)), donate_argnums=1).lower(weights_, caches, token, place).compile()
+        try:
+            program = jax.jit(step(shape, product(tiles)), donate_argnums=1).lower(weights_, caches, token, place).compile()
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as failure:
+            record.add("decode", row | {"failed": f"{type(failure).__name__}: {failure}"[:300]})
+            continue
         record.begin("decode", row)
         memory = program.memory_analysis()
         row["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
@@ -252,10 +258,10 @@ def work(options: argparse.Namespace) -> None:
         if "times" in parts:
             names = ["bf16", "W4A16 XLA"] if options.dry else options.names.split(",")
             times(bench, names, [(256, 128)] if options.dry else shapes, [1, 8] if options.dry else row_counts)
-        if "again" in parts and not options.dry:
-            again(bench)
         if "decode" in parts:
             decode(record, clock, options.dry)
+        if "again" in parts and not options.dry:
+            again(bench, row_counts)
         if "search" in parts and not options.dry:
             search(bench, options.search_names.split(","), shapes, [int(m) for m in options.search_rows.split(",")], options.limit)
     table = markdown(record)

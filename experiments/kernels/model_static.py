@@ -48,7 +48,7 @@ LAYER = LlamaConfig(
 )  # fmt: skip
 CASES = (("shipped", "W4A16"), ("7B layer, decode", "W4A16"), ("7B layer, prefill", "W8A8"))
 EXPERTS = ("experts", "W4A16")  # there is no such kernel for GPUs
-KERNELS = ("weight_only", "rounded_product_int8", "experts", "hopper_weight_only", "hopper_digits", "hopper_eight_bit")
+KERNELS = ("weight_only", "rounded_product_int8", "experts", "hopper_weight_only", "hopper_few_rows", "hopper_digits", "hopper_eight_bit")
 
 
 def sharding(target: str) -> NamedSharding:
