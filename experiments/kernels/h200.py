@@ -9,7 +9,6 @@ Everything is written to `--out` as it is found, and a second call with the same
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -25,12 +24,11 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(pathlib.Path(__file__).parent)]
 
-from decode import Shape, empty_caches, parameters, product, step  # noqa: E402
+from h200_decode import decode  # noqa: E402
 from h200_programs import PROGRAMS, Job, bf16, ours, rows, short, weights  # noqa: E402
 from h200_tiles import candidates, cases, chosen, spread_out  # noqa: E402
 from h200_timing import Bench, Broken, Clock, Record, measured  # noqa: E402
 from qjax_kernels.gpu.eight_bit import rounded_rows  # noqa: E402
-from qjax_kernels.gpu.tiles import Tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER as SHAPES  # noqa: E402
 
@@ -132,51 +130,6 @@ def again(bench: Bench, row_counts: list[int]) -> None:
             bench.run([Job("bf16", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
 
 
-def early(n: int, k: int) -> Tiles:
-    """The default tiles for one row, launched while the launch before them ends."""
-    return dataclasses.replace(weight_only_tiles(1, n, k, 4), early=True)
-
-
-def decode(record: Record, clock: Clock, dry: bool) -> None:
-    """Tokens a second of one row, and the memory that it takes: weights, keys and values, temporaries."""
-    shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
-    styles = [
-        ("int4", "default tiles", lambda n, k: None),
-        ("bf16", "", lambda n, k: None),
-        ("int4", "early", early),
-        ("int8", "default tiles", lambda n, k: None),
-    ]
-    for kind, how, tiles in [("bf16", "", lambda n, k: None)] if dry else styles:
-        if clock.left() < 15:
-            print("decode: the budget was spent before", kind, flush=True)
-            return
-        row: dict[str, Any] = {"kind": kind, "how": how}
-        if record.known("decode", row):
-            continue
-        weights_, caches = parameters(shape, kind), empty_caches(shape)
-        token, place = jnp.int32(1), jnp.int32(0)
-        try:
-            program = jax.jit(step(shape, product(tiles)), donate_argnums=1).lower(weights_, caches, token, place).compile()
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as failure:
-            record.add("decode", row | {"failed": f"{type(failure).__name__}: {failure}"[:300]})
-            continue
-        record.begin("decode", row)
-        memory = program.memory_analysis()
-        row["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
-        places = [jnp.int32(i) for i in range(96)]
-        for i in range(32):
-            token, caches = program(weights_, caches, token, places[i])
-        jax.block_until_ready(token)
-        start = time.perf_counter()
-        for i in range(32, 96):
-            token, caches = program(weights_, caches, token, places[i])
-        jax.block_until_ready(token)
-        row["us"] = round((time.perf_counter() - start) / 64 * 1e6, 1)
-        row["tokens/s"] = round(1e6 / row["us"], 1)
-        record.add("decode", row)
-        del weights_, caches, program
-
-
 def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
     """Every program at every shape with the default tiles."""
     for (k, n), m in itertools.product(shapes, row_counts):
@@ -217,6 +170,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=12, help="tiles tried for one kernel at one shape")
     parser.add_argument("--cases", type=int, default=100, help="of correctness, the first ones")
     parser.add_argument("--threads", type=int, default=4, help="that compile")
+    parser.add_argument("--profile", action="store_true", help="which kernels take how long in a step of decode")
     parser.add_argument("--dry", action="store_true", help="tiny shapes through the interpreter on a CPU")
     parser.add_argument("--child", action="store_true", help="internal: work in this process")
     options = parser.parse_args()
@@ -259,7 +213,7 @@ def work(options: argparse.Namespace) -> None:
             names = ["bf16", "W4A16 XLA"] if options.dry else options.names.split(",")
             times(bench, names, [(256, 128)] if options.dry else shapes, [1, 8] if options.dry else row_counts)
         if "decode" in parts:
-            decode(record, clock, options.dry)
+            decode(record, clock, options.dry, options.profile)
         if "again" in parts and not options.dry:
             again(bench, row_counts)
         if "search" in parts and not options.dry:

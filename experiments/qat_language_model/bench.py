@@ -35,10 +35,10 @@ def policy(name, method=None, train=None):
     return qjax.Policy([*KEEP, qjax.Rule("*", weight=weight, activation=activation, method=method, train=train)])
 
 
-def trained(apply, params, quant, fq, data, rate, teacher=None):
+def trained(apply, params, quant, fq, data, rate, teacher=None, mix=0.0):
     """Parameters and state after one pass over the batches: AdamW and a cosine; learned steps at a rate of their own.
 
-    With a teacher the loss is the divergence from its distribution.
+    With a teacher the loss is the divergence from its distribution, with `mix` times the cross entropy.
     """
     steps = len(data)
     ramp = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
@@ -52,7 +52,8 @@ def trained(apply, params, quant, fq, data, rate, teacher=None):
         if teacher is None:
             return cross_entropy(logits, tokens)
         wanted = jax.nn.log_softmax(apply(teacher, tokens).astype(jnp.float32))
-        return (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits.astype(jnp.float32)))).sum(-1).mean()
+        apart = (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits.astype(jnp.float32)))).sum(-1).mean()
+        return apart + mix * cross_entropy(logits, tokens) if mix else apart
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(carry, tokens):
@@ -100,22 +101,23 @@ def measure(options):
                 quant = fq.init(key, first, data[0]) if packed is None else None
                 if packed is not None:
                     first, quant = fq.from_packed(key, packed, data[0], params=first)
-                params, quant = trained(apply, first, quant, fq, data, options.rate, tuned if source else None)
+                params, quant = trained(apply, first, quant, fq, data, options.rate, tuned if source else None, options.mix)
                 result = qjax.convert(fq, params, data[0], quant=quant)
                 mark(f"{name}, QAT {kind}{source}", qjax.quantized(apply), result.params, since)
     return losses, seconds
 
 
 def beginnings(options, start, tuned, found):
-    """(what it is called, float parameters, packed ones to begin with or None): from the shipped weights with cross entropy; and from the
-    trained float model, on its distribution, as it is or from what a method made of it.
+    """(what it is called, float parameters, packed ones to begin with or None): the shipped weights, trained by cross entropy; or the trained
+    float model, as it is or as a method rounded it, trained on its own distribution.
     """
-    yield "", start, None
-    if options.distill:
-        yield ", distilled", tuned, None
-    for method in options.begin:
-        if method in found:
-            yield f", distilled, from {method}", tuned, found[method]
+    for name in options.begin:
+        if name == "shipped":
+            yield "", start, None
+        elif name == "float":
+            yield ", distilled", tuned, None
+        elif name in found:
+            yield f", distilled, from {name}", tuned, found[name]
 
 
 def show(losses):
@@ -150,8 +152,9 @@ def main():
     parser.add_argument("--rows", nargs="*", choices=list(SPECS))
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="After training.")
     parser.add_argument("--trains", nargs="*", choices=list(TRAINS))
-    parser.add_argument("--distill", action="store_true", help="Train from the trained float model on its distribution, too.")
-    parser.add_argument("--begin", nargs="*", choices=list(METHODS), default=[], help="Train from what these made, too (learned steps).")
+    parser.add_argument("--begin", nargs="*", choices=["shipped", "float", *METHODS], default=["shipped"],
+                        help="What is trained: the shipped weights, the trained float model, what a method made of it (learned steps only).")  # fmt: skip
+    parser.add_argument("--mix", type=float, default=0.0, help="How much cross entropy is added where the loss is the teacher's divergence.")
     parser.add_argument("--json", help="Write the numbers here, too.")
     options = parser.parse_args()
     losses, seconds = measure(options)

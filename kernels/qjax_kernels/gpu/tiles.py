@@ -150,7 +150,7 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
     packed = bits == 4
     if m > 64:
         return _many_rows(m, n, k, bits, cores)
-    if packed and group is not None and m <= (8 if n >= 128 * cores else 16):
+    if packed and group is not None and (m <= 8 or (m == 16 and n < 128 * cores)):
         return _few_rows(m, n, k, cores)
     if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 256, 128, 4, warpgroups=2, reorder=True)
