@@ -108,8 +108,8 @@ def measure(options):
 
 
 def beginnings(options, start, tuned, found):
-    """(what it is called, float parameters, packed ones to begin with or None): the shipped weights, trained by cross entropy; or the trained
-    float model, as it is or as a method rounded it, trained on its own distribution.
+    """(what it is called, float parameters, packed ones to begin with or None): the shipped weights, trained by cross entropy; or the
+    trained float model, as it is or as a method rounded it, trained on its own distribution.
     """
     for name in options.begin:
         if name == "shipped":
@@ -121,9 +121,8 @@ def beginnings(options, start, tuned, found):
 
 
 def show(losses):
-    """Prints the tables: the best PTQ of a spec is chosen on the first half of the windows, everything is reported on the second."""
-    half = len(losses["float"]) // 2
-    second = {name: each[half:] for name, each in losses.items()}
+    """Prints the tables: the best PTQ of a spec is chosen on every other window, everything is reported on those between."""
+    second = {name: each[1::2] for name, each in losses.items()}  # the halves would be different books
     ppl = {name: float(np.exp(each.mean())) for name, each in second.items()}
     print(f"\nfloat before: {ppl['float, before']:.3f}; float, trained on the same batches: {ppl['float']:.3f}")
     for spec in SPECS:
@@ -131,7 +130,7 @@ def show(losses):
         rounded = [name for name in names if "QAT" not in name]
         if not rounded:
             continue
-        best = min(rounded, key=lambda name: losses[name][:half].mean())
+        best = min(rounded, key=lambda name: losses[name][::2].mean())
         lost = ppl[best] - ppl["float"]
         print(f"\n## {spec}: the best after training is {best.removeprefix(f'{spec}, ')}\n")
         print("| | perplexity | of the lost perplexity recovered | ratio to the best after training |\n|---|---|---|---|")
@@ -144,7 +143,7 @@ def show(losses):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="Of the float model and of each training through rounding.")
+    parser.add_argument("--steps", type=int, default=300, help="Of the float model and of each training through rounding.")
     parser.add_argument("--batch", type=int, default=16, help="Windows of 256 tokens.")
     parser.add_argument("--rate", type=float, default=5e-4, help="Of training through rounding.")
     parser.add_argument("--float-rate", type=float, default=5e-4, help="Of the float model: a trained one gets worse in few fast steps.")
@@ -153,10 +152,15 @@ def main():
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="After training.")
     parser.add_argument("--trains", nargs="*", choices=list(TRAINS))
     parser.add_argument("--begin", nargs="*", choices=["shipped", "float", *METHODS], default=["shipped"],
-                        help="What is trained: the shipped weights, the trained float model, what a method made of it (learned steps only).")  # fmt: skip
-    parser.add_argument("--mix", type=float, default=0.0, help="How much cross entropy is added where the loss is the teacher's divergence.")
+                        help="What is trained: the shipped weights, the trained float model, or what a method made of it.")  # fmt: skip
+    parser.add_argument("--mix", type=float, default=0.0, help="How much cross entropy is added to a divergence from the teacher.")
+    parser.add_argument("--read", nargs="*", default=[], help="Print the tables of numbers that were written before.")
     parser.add_argument("--json", help="Write the numbers here, too.")
     options = parser.parse_args()
+    if options.read:
+        for path in options.read:
+            show({name: np.asarray(each) for name, each in json.loads(pathlib.Path(path).read_text())["losses"].items()})
+        return
     losses, seconds = measure(options)
     where = f"{jax.devices()[0].device_kind}, {platform.machine()}"
     print(f"\njax {jax.__version__}, {where}, {options.steps} steps of {options.batch} windows")

@@ -112,7 +112,7 @@ def _run(
     if (tiles.digits or tiles.few_rows) and (bits != 4 or group_size is None):
         raise ValueError(f"`tiles.{'digits' if tiles.digits else 'few_rows'}` is for codes of 4 bits in groups; leave it False")
     if tiles.few_rows and (m > tiles.block_m or 8 < m < 16):  # the copy engine takes fewer rows than a tile of 8, or whole tiles
-        raise ValueError(f"`tiles.few_rows` takes 1 to 8 rows or 16, and no more than `block_m` = {tiles.block_m}; `x` has {m}; leave it False")
+        raise ValueError(f"`tiles.few_rows` takes 1 to 8 rows or 16, up to `block_m` = {tiles.block_m}; `x` has {m}; leave it False")
     per_copy = 16 // scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
     if group_size is not None and (group_size * per_copy) % tiles.block_k:

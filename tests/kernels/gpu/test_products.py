@@ -199,3 +199,10 @@ def test_why_not_names_the_obstacle(request_, named):
 def test_tiles_refuse_what_no_kernel_has(fields):
     with pytest.raises(ValueError, match="`"):
         Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
+
+
+def test_rows_that_the_copy_engine_cannot_take_go_another_way():
+    assert [m for m in range(1, 33) if weight_only_tiles(m, 4096, 4096, 4, group=128).few_rows] == [*range(1, 9), 16]
+    x, w, s = jnp.zeros((13, 256), jnp.bfloat16), jnp.zeros((64, 256), jnp.int4), jnp.ones((64, 2), jnp.bfloat16)
+    with pytest.raises(ValueError, match="1 to 8 rows or 16, up to `block_m` = 16; `x` has 13"):
+        weight_only.weight_only_matmul(x, w, s, group_size=128, tiles=Tiles(16, 64, 256, 2, few_rows=True))
