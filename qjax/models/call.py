@@ -93,6 +93,10 @@ def generate(
     if cache is None or context is None:
         name = "init_cache" if cache is None else "context_length"
         raise ValueError(f"`{name}` is needed: {type(model).__name__} has no configuration that says it")
+    positions = getattr(config, "max_position_embeddings", context)
+    if context_length is not None and context_length > positions:
+        raise ValueError(f"`context_length` {context_length} exceeds the {positions} positions that the model was made for: leave it out, "
+                         "or give a model whose config.max_position_embeddings says more")  # fmt: skip
     apply = _applied(model, kernel, device)
     options: dict[str, Any] = {
         "temperature": temperature,
@@ -110,7 +114,8 @@ def generate(
         other, context = _draft(draft, whole, context, kernel, device)
         return speculate(whole, other, prompts, max_new_tokens, context_length=context, draft_tokens=draft_tokens, **options)
     init = cache if kv_cache is None else _packed_cache(model, params, cache, kv_cache)
-    return decode(apply, params, prompts, max_new_tokens, init_cache=init, context_length=context, **options)
+    size = getattr(config, "vocab_size", None)
+    return decode(apply, params, prompts, max_new_tokens, init_cache=init, context_length=context, vocab_size=size, **options)
 
 
 def prepacked(

@@ -54,6 +54,7 @@ def generate(
     *,
     init_cache: Callable[[int, int], Any],
     context_length: int,
+    vocab_size: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -74,6 +75,7 @@ def generate(
       max_new_tokens: n, at least 1.
       init_cache: `init_cache(batch, length)` gives an empty cache, for example `functools.partial(init_cache, config)`.
       context_length: the positions the model was made for; T + n must not exceed it.
+      vocab_size: of the model, so that prompts of another tokenizer are refused and not read as its last token; None asks nothing.
       temperature: 0 is greedy.
       top_k: sample among the k likeliest only; None is all.
       top_p: and among the fewest likeliest that together have this probability; None is all.
@@ -100,6 +102,8 @@ def generate(
       (1, 8)
     """
     prompt, lengths = checked_prompt(tokens, max_new_tokens, context_length)
+    if vocab_size is not None:
+        check_vocabulary(prompt, vocab_size)
     how, chance = checked_sampling(temperature, top_k, top_p, key, eos_ids)
     (batch, longest), shortest = prompt.shape, int(lengths.min())
     cache = init_cache(batch, min(context_length, -(-(longest + max_new_tokens) // CACHE_STEP) * CACHE_STEP))
@@ -281,6 +285,12 @@ def checked_prompt(tokens: Any, max_new_tokens: int, context_length: int) -> tup
         )
     whole = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
     return whole.astype(np.int32), np.asarray([len(row) for row in rows], np.int32)
+
+
+def check_vocabulary(prompt: np.ndarray, size: int) -> None:
+    """Refuses tokens that a model of `size` tokens does not have."""
+    if prompt.max() >= size:
+        raise ValueError(f"`tokens` hold {prompt.max()}, and the model has a vocabulary of {size}: they are of another tokenizer")
 
 
 def _rows(tokens: Any) -> list[np.ndarray]:

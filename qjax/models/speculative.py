@@ -15,6 +15,7 @@ from qjax.models.generate import (
     Apply,
     Generation,
     check_count,
+    check_vocabulary,
     checked_prompt,
     checked_sampling,
     log_chances,
@@ -265,8 +266,7 @@ def _check_vocabularies(both: tuple[Decoder, Decoder], prompt: np.ndarray) -> No
     if sizes[0] != sizes[1]:
         raise ValueError(f"`draft` has a vocabulary of {sizes[1]} and the model one of {sizes[0]}: "
                          "a draft must have the model's tokens")  # fmt: skip
-    if prompt.max() >= sizes[0]:
-        raise ValueError(f"`tokens` hold {prompt.max()}, and the model has a vocabulary of {sizes[0]}: they are of another tokenizer")
+    check_vocabulary(prompt, sizes[0])
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,5 +50,7 @@ def runtime_of(
 ) -> Runtime:
     """What `quantized` chooses from, for the same arguments."""
     where = device_of(device)
+    if tuned is not None and not pathlib.Path(tuned).is_dir():
+        raise ValueError(f"`tuned` must be the folder of what `qjax tune --folder` measured; {str(tuned)!r} is no folder")
     known = {} if kernels is not None and tuned is None else read_tuned(tuned_file(where, tuned))
     return Runtime(where, installed_kernels(where.platform) if kernels is None else tuple(kernels), kernel, known)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_decays, check_floating, check_rates, for_each
+from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_eps, check_floating, check_rates, for_each
 
 Number = float | jax.Array
 Rate = Number | Callable[[Any], Any]
@@ -45,7 +45,7 @@ def scale_by_adam8bit(
 
     Raises:
       TypeError: an argument of another type; by init: a parameter is not floating.
-      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded; `eps` is negative.
 
     Example:
       >>> state = scale_by_adam8bit().init({"w": jnp.ones((64, 64)), "b": jnp.ones(64)})
@@ -54,6 +54,7 @@ def scale_by_adam8bit(
     """
     check_blocks(blocks)
     check_decays(b1=b1, b2=b2)
+    check_eps(eps)
 
     def init(params: Any) -> Adam8State:
         check_floating(params)
@@ -116,7 +117,7 @@ def adam8bit(
 
     Raises:
       TypeError: an argument of another type; by init: a parameter is not floating.
-      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded; `eps` is negative; a `mask` without `weight_decay`.
 
     Example:
       >>> params = {"w": jnp.ones((64, 64))}
@@ -131,6 +132,7 @@ def adam8bit(
     Source: Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes 0.50, where a second moment can be stored as zero.
     """
     check_rates(learning_rate=learning_rate, **({} if weight_decay is None else {"weight_decay": weight_decay}))
+    check_decay(weight_decay, mask)
     parts = [scale_by_adam8bit(b1, b2, eps, blocks)]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask))

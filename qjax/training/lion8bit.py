@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from qjax.training.adam8bit import Number, Rate
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_decays, check_floating, check_rates, for_each
+from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_floating, check_rates, for_each
 
 
 class Lion8State(NamedTuple):
@@ -93,7 +93,7 @@ def lion8bit(
 
     Raises:
       TypeError: an argument of another type; by init: a parameter is not floating.
-      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded; a `mask` without `weight_decay`.
 
     Example:
       >>> params = {"w": jnp.ones((64, 64))}
@@ -107,6 +107,7 @@ def lion8bit(
     Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; Dettmers et al. 2022, arXiv 2110.02861; bitsandbytes 0.50.
     """
     check_rates(learning_rate=learning_rate, **({} if weight_decay is None else {"weight_decay": weight_decay}))
+    check_decay(weight_decay, mask)
     parts = [scale_by_lion8bit(b1, b2, blocks)]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask))

@@ -240,6 +240,18 @@ def check_decays(**decays: Any) -> None:
             raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}")
 
 
+def check_eps(eps: Any) -> None:
+    """Refuses a number below 0; arrays are not looked into."""
+    if isinstance(eps, (int, float)) and not eps >= 0:
+        raise ValueError(f"`eps` must be at least 0, got {eps}")
+
+
+def check_decay(weight_decay: Any, mask: Any) -> None:
+    """Refuses a mask of nothing."""
+    if mask is not None and weight_decay is None:
+        raise ValueError("`mask` says which parameters decay, and `weight_decay` is None: give it, or leave `mask` out")
+
+
 def check_rates(**rates: Any) -> None:
     """Refuses what is no number and no schedule.
 

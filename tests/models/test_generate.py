@@ -243,6 +243,10 @@ def test_one_call_generates_from_a_model_and_its_packed_parameters(small):
         np.testing.assert_array_equal(new, alone.new[0])
     cache = qjax.Policy([qjax.Rule("2/*", cache=qjax.kv_cache(qjax.int8(), window=4))])
     assert qjax.generate(model, params, [[3, 4]], 5, kv_cache=cache, temperature=1.0, seed=3).tokens.shape == (1, 7)
+    with pytest.raises(ValueError, match="`tokens` hold 31, and the model has a vocabulary of 31: they are of another tokenizer"):
+        qjax.generate(model, params, [[3, 31]], 2)
+    with pytest.raises(ValueError, match="`context_length` 129 exceeds the 128 positions that the model was made for"):
+        qjax.generate(model, params, [[3, 4]], 2, context_length=129)
     with pytest.raises(TypeError, match="`model` must have an `apply"):
         qjax.generate(model.apply, params, [[3, 4]])
     with pytest.raises(ValueError, match="`init_cache` is needed"):

@@ -59,6 +59,8 @@ def test_a_program_follows_what_was_measured(tmp_path):
 
     assert "reduce_precision" in text() and "reduce_precision" not in text(tuned=tmp_path)
     assert runtime_of(device=HERE).tuned == {}  # tests look into no cache folder of this machine
+    with pytest.raises(ValueError, match=r"`tuned` must be the folder of what `qjax tune --folder` measured; .*gone' is no folder"):
+        runtime_of(device=HERE, tuned=tmp_path / "gone")
 
 
 def test_every_way_takes_turns():

@@ -193,6 +193,10 @@ def test_refusals():
             make("1e-3")
         with pytest.raises(TypeError, match="`weight_decay` must be a number or a schedule"):
             make(1e-3, weight_decay="0.1")
+        with pytest.raises(ValueError, match="`mask` says which parameters decay, and `weight_decay` is None"):
+            make(1e-3, mask={"w": True})
+    with pytest.raises(ValueError, match="`eps` must be at least 0, got -1e-08"):
+        qjax.adam8bit(1e-3, eps=-1e-8)
     assert tx.update({"t": 1.0 + jnp.zeros(())}, tx.init({"t": 1.0}))[0]["t"].item() == pytest.approx(-1e-3, rel=1e-4)  # a number of Python
     with pytest.raises(ValueError, match="`size` must be a whole number of at least 2, got 0"):
         Blocks(0)
