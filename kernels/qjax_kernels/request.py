@@ -53,6 +53,8 @@ class Request:
         with large values stay out of that.
       parts: products of this kind side by side: experts, stacked weights; 1 for a plain product.
       ragged: whether the parts share a list of m rows, those of one part after those of another.
+      rotation: values of a row of x that are rotated together (Hadamard) before it is rounded, all of one weight's; None where nothing
+        is, or columns change places in between.
     """
 
     device: Device
@@ -64,3 +66,4 @@ class Request:
     activation: Literal["int8", "fp8", "int8 codes", "int8 + outliers"] | None = None
     parts: int = 1
     ragged: bool = False
+    rotation: int | None = None

@@ -63,6 +63,8 @@ class Kernel:
         out costs more than a product with it; where it is forced they are laid out in every call.
       activations: what becomes of activations in it, as `Request.activation` says; it is not asked about others.
       ragged: whether it takes parts that share a list of rows; it is not asked about those if not.
+      rotates: whether it rotates rows itself, as `Request.rotation` says; it is asked about nothing else. For other kernels rows are
+        rotated in front.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Kernel:
     layout: Layout | None = None
     activations: tuple[str | None, ...] = (None, "int8", "fp8")
     ragged: bool = False
+    rotates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +160,10 @@ def choose(
             own = " or ".join(name or "float" for name in kernel.activations)
             reason = f"it takes {own} activations, and these are {_OTHER.get(request.activation or '', request.activation or 'float')}"
             if force is None and request.activation not in _OTHER:
+                continue
+        elif kernel.rotates and request.rotation is None:
+            reason = "it rotates rows before it rounds them, and these are not to be rotated, or in another order"
+            if force is None:
                 continue
         elif request.ragged and not kernel.ragged:
             reason = "it takes no experts that share a list of rows"

@@ -126,7 +126,7 @@ def _vmappable(
         q = weight.q
         if kernel.layout is not None and q.form is None:
             q = laid_out(q, kernel.layout, 1 if request.ragged else len(site.batch), 0)
-        operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape), *others)
+        operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape), *others, rotate=not kernel.rotates)
         y = kernel.run(wider, operands, q.act)
         y = result_of(site, eqn, q, y, times)
         return y.reshape(*extra, *y.shape[1:])

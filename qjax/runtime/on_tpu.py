@@ -15,6 +15,8 @@ from qjax_kernels.tpu.fp8 import fp8
 from qjax_kernels.tpu.fp8 import why_not as why_not_fp8
 from qjax_kernels.tpu.int8 import int8
 from qjax_kernels.tpu.int8 import why_not as why_not_int8
+from qjax_kernels.tpu.rotated_int8 import rotated_int8
+from qjax_kernels.tpu.rotated_int8 import why_not as why_not_rotated_int8
 from qjax_kernels.tpu.weight_only import weight_only
 from qjax_kernels.tpu.weight_only import why_not as why_not_weight_only
 
@@ -30,6 +32,7 @@ def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
     layout = Layout("tpu kernels", _pack, _unpack)
     return (
+        Kernel("tpu rotated int8", "tpu", why_not_rotated_int8, _rotated_int8, layout, ("int8",), rotates=True),
         Kernel("tpu int8", "tpu", why_not_int8, _int8, layout, ("int8",)),
         Kernel("tpu fp8", "tpu", why_not_fp8, _fp8, layout, (None, "fp8")),
         Kernel("tpu weight-only", "tpu", why_not_weight_only, _weight_only, layout, (None,)),
@@ -88,3 +91,10 @@ def _fp8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array
 def _int8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     codes, scale = operands.laid["codes"], operands.laid["scale"]
     return int8(operands.x, codes, scale, group=_group(request), chip=request.device.chip, levels=reach_of(act))
+
+
+@_once
+def _rotated_int8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
+    codes, scale, size = operands.laid["codes"], operands.laid["scale"], request.rotation or request.k
+    run = functools.partial(rotated_int8, group=_group(request), size=size, chip=request.device.chip, levels=reach_of(act))
+    return run(operands.x, codes, scale).astype(request.dtype)
