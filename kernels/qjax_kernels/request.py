@@ -67,3 +67,43 @@ class Request:
     parts: int = 1
     ragged: bool = False
     rotation: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """How keys or values of past tokens are stored.
+
+    Attributes:
+      kind: "int" for signed codes, "uint" for unsigned ones with a zero point, "other" for what is no integer.
+      bits: of a code.
+      group_size: channels of a token that share a scale; None for all of them.
+      tokens: how many tokens share the scales of their channels; 1 where a token has its own.
+    """
+
+    kind: Literal["int", "uint", "other"]
+    bits: int
+    group_size: int | None = None
+    tokens: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRead:
+    """Attention of new tokens to packed keys and values: softmax(q k^T / sqrt(channels)) v.
+
+    Attributes:
+      device: where.
+      queries: new tokens of a sequence.
+      channels: of a head.
+      capacity: tokens that the cache has room for.
+      keys: how they are stored.
+      values: how they are stored.
+      dtype: of q and the result.
+    """
+
+    device: Device
+    queries: int
+    channels: int
+    capacity: int
+    keys: Cached
+    values: Cached
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
