@@ -124,8 +124,6 @@ def decode_attention(
     (b, h, d), (g, t) = q.shape, k_scale.shape[1:]
     queries, nibbles = q.reshape(b, g, h // g, d), tokens_last and 2 * k.shape[2] == d
     block = min(block, tiles.up(t, 128))
-    if tokens_last or zeros:  # bits, whose sign the kernel turns
-        k, v = (a if a.dtype == jnp.int8 else lax.bitcast_convert_type(a, jnp.int8) for a in (k, v))
 
     def last(i, lengths):
         return jnp.maximum(lax.div(lengths[i] + (block - 1), block) - 1, 0)
