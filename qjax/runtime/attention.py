@@ -227,9 +227,9 @@ def _vmappable(kernel: CacheKernel, read: CacheRead, slow: Read, forced: bool) -
             if forced:
                 raise ValueError(f"`kernel` {kernel.name!r} cannot run {CALL}: some of its queries, keys and values alone are vmapped")
             return jax.vmap(slow, in_axes=axes)(*given), True
-        *given, position = given
+        q, k, v, position = given
         position = position if batched[3] else jnp.broadcast_to(position, (size, *position.shape))
-        return _vmappable(kernel, read, jax.vmap(slow), forced)(*given, position), True
+        return _vmappable(kernel, read, jax.vmap(slow), forced)(q, k, v, position), True
 
     return run
 
