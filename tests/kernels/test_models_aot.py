@@ -29,7 +29,8 @@ def test_every_packed_product_is_a_kernel_of_the_compiled_program(target, expect
         assert row["kernels"] == kernels, row
         assert row["temporaries"] < row["float_weight"], row
     if target == "v6e":
-        assert [(row["model"], row["spec"]) for row in steps] == [(m, s) for m in ("shipped, decode", "7B layer, decode") for s in ("KV8", "KV4")]
+        models = "shipped, decode", "7B layer, decode"
+        assert [(row["model"], row["spec"]) for row in steps] == [(model, spec) for model in models for spec in ("KV8", "KV4")]
         for row in steps:
             layers = 4 if row["model"] == "shipped, decode" else 1
             assert row["kernels"] == {"weight_only": LAYER * layers, "decode_attention": layers}, row
