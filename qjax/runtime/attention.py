@@ -16,6 +16,7 @@ from qjax.core import IntSpec, PerGroup, QCache, hadamard_transform
 from qjax.core.cache import latest_tokens, past_tokens
 from qjax.program import compat, materialize
 from qjax.program.flatten import canonical_jaxpr
+from qjax.runtime.alone import alone_or
 from qjax.runtime.kernels import CacheKernel, CacheOperands, Runtime, Tokens, choose_read
 
 _LOW = -1e30  # the score of what is not seen; minus infinity less itself is NaN
@@ -188,7 +189,7 @@ def _own(shapes: tuple[Any, ...]) -> Any:
 
 
 def _differentiable(eqn: Any, kernel: CacheKernel, read: CacheRead, forced: bool) -> Read:
-    """The read with the derivatives of the plain one, and where it is lowered for another platform that one."""
+    """The read with the derivatives of the plain one, and where it is lowered for another platform or several devices that one."""
 
     def plain(q: jax.Array, k: QCache, v: QCache, position: jax.Array) -> jax.Array:
         return compat.bind(eqn, [q, materialize(k), materialize(v), position])[0]
@@ -217,8 +218,9 @@ def _vmappable(kernel: CacheKernel, read: CacheRead, slow: Read, forced: bool) -
 
     @jax.custom_batching.custom_vmap
     def run(q: jax.Array, k: QCache, v: QCache, position: jax.Array) -> jax.Array:
-        default = {} if forced else {"default": slow}
-        return lax.platform_dependent(q, k, v, position, **{kernel.platform: fast}, **default)
+        if forced:
+            return lax.platform_dependent(q, k, v, position, **{kernel.platform: fast})
+        return lax.platform_dependent(q, k, v, position, **{kernel.platform: alone_or(fast, slow)}, default=slow)
 
     @run.def_vmap
     def rule(size: int, batched: Any, *given: Any) -> tuple[jax.Array, bool]:
