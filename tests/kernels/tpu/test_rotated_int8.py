@@ -1,38 +1,39 @@
 """`rotated_int8` in interpret mode: integers are those of the codes that it rounds, the gradient that of the rotated product."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from qjax_kernels.reference import dequantize, rotate
+from qjax_kernels.reference import rotate
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu.rotate import rotate_and_quantize
 from qjax_kernels.tpu.rotated_int8 import rotated_int8, why_not
 from qjax_kernels.tpu.tiles import Tile
 
 
-@pytest.mark.parametrize(("m", "group", "codes", "dtype"), [(33, 512, jnp.int8, jnp.float32), (5, 128, jnp.int4, jnp.bfloat16)])
-def test_the_product_is_that_of_its_codes(m, group, codes, dtype):
-    rng, k, n = np.random.default_rng(0), 512, 200
-    x = jnp.asarray(rng.normal(size=(m, k)), dtype).at[2].set(0)
-    low = -8 if codes == jnp.int4 else -128
-    w = jnp.asarray(rng.integers(low, -low, (k, n)), codes)
-    scale = jnp.asarray(rng.uniform(0.5, 1.5, (k // group, n)), jnp.float32)
-    how = {"group": group, "size": k, "chip": "v6e", "limit": Tile(32, 128, 256), "interpret": True}
-    y, back = jax.vjp(lambda x: rotated_int8(x, w, scale, **how), x)
-    q, row = (np.float64(a) for a in rotate_and_quantize(x, size=k, chip="v6e", interpret=True))
-    dense = np.float64(dequantize(w, scale, group))
-    exact = (q @ dense) * row
+def test_the_product_is_that_of_its_codes_and_the_gradient_that_of_the_rotated_product():
+    rng, m, k, n = np.random.default_rng(0), 33, 256, 200
+    x, t = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((m, k), (m, n)))
+    x, w = x.at[2].set(0), jnp.asarray(rng.integers(-128, 128, (k, n)), jnp.int8)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (1, n)), jnp.float32)
+    run = functools.partial(rotated_int8, group=k, size=k, chip="v6e", limit=Tile(32, 128, 128), interpret=True)
+
+    @jax.jit
+    def all_of(x):
+        y, back = jax.vjp(lambda x: run(x, w, scale), x)
+        return y, back(t)[0], rotate(x, k), *rotate_and_quantize(x, size=k, chip="v6e", interpret=True)
+
+    y, dx, z, codes, row = (np.float64(a) for a in all_of(x))
+    dense, rotation = np.float64(w) * np.float64(scale), scipy.linalg.hadamard(k) / np.sqrt(k)
     assert not np.any(y[2])
-    np.testing.assert_allclose(np.float64(y), exact, rtol=1e-5 if dtype == jnp.float32 else 2**-8, atol=1e-3)
-    t = jnp.asarray(rng.normal(size=y.shape), dtype)
-    rotation = scipy.linalg.hadamard(k) / np.sqrt(k)
-    np.testing.assert_allclose(rotate(x, k), np.float64(x) @ rotation, atol=1e-5)
-    wanted, (dx,) = np.float64(t) @ dense.T @ rotation, back(t)
-    assert np.linalg.norm(np.float64(dx) - wanted) <= (1e-5 if dtype == jnp.float32 else 1e-2) * np.linalg.norm(wanted)
+    np.testing.assert_allclose(y, (codes @ dense) * row, rtol=1e-6, atol=1e-3)
+    np.testing.assert_allclose(z, np.float64(x) @ rotation, atol=1e-5)
+    wanted = np.float64(t) @ dense.T @ rotation
+    assert np.linalg.norm(dx - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
 def test_reasons_are_named():
