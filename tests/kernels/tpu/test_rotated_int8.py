@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from jax.experimental.pallas import tpu as pltpu
 from qjax_kernels.reference import rotate
 from qjax_kernels.request import Device, Request, Weight
 from qjax_kernels.tpu.rotate import rotate_and_quantize
@@ -34,6 +35,15 @@ def test_the_product_is_that_of_its_codes_and_the_gradient_that_of_the_rotated_p
     np.testing.assert_allclose(z, np.float64(x) @ rotation, atol=1e-5)
     wanted = np.float64(t) @ dense.T @ rotation
     assert np.linalg.norm(dx - wanted) <= 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.slow
+def test_no_race(capfd):
+    x, w = jnp.asarray(np.random.default_rng(0).normal(size=(5, 256)), jnp.float32), jnp.ones((256, 130), jnp.int8)
+    run = functools.partial(rotated_int8, x, w, jnp.ones((1, 130)), group=256, size=256, chip="v6e", limit=Tile(32, 128, 128))
+    y = run(interpret=pltpu.InterpretParams(detect_races=True))
+    assert "RACE" not in capfd.readouterr().out
+    np.testing.assert_allclose(y, run(interpret=True), rtol=1e-6)
 
 
 def test_reasons_are_named():
