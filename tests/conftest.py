@@ -3,6 +3,7 @@
 `.ci/run` runs some of them with XLA's usual optimization too: XLA_FLAGS=--xla_backend_optimization_level=3.
 """
 
+import gc
 import importlib.metadata
 import os
 
@@ -19,6 +20,9 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {_WHOLE} {_
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# Tracing makes cycles by the thousand; looking for them that often takes a twentieth of a run.
+gc.set_threshold(50_000, 20, 50)
 
 LONG = ("cli/test_demo.py", "experiments/test_benches.py", "ptq/test_shipped_model.py", "ptq/test_memory.py", "test_notebooks.py")
 

@@ -66,51 +66,59 @@ def parameters(shape: Shape, kind: str) -> dict[str, Any]:
 
 
 def product(tiles: Callable[[int, int], Tiles | None]) -> Callable:
-    """x times a weight in whichever form it has; `tiles` of N and K."""
+    """x times a weight in whichever form it has, and a row that is added to it; `tiles` of N and K."""
 
-    def times(x, w):
+    def times(x, w, added=None):
         if len(w) == 1:
-            return jnp.einsum("mk,nk->mn", x, w[0])
-        return weight_only_matmul(x, *w, group_size=GROUP, tiles=tiles(*w[0].shape) if w[0].dtype == jnp.int4 else None)
+            y = jnp.einsum("mk,nk->mn", x, w[0])
+            return y if added is None else y + added
+        bias = None if added is None else added[0]  # a single row: what is added to it is a bias
+        return weight_only_matmul(x, *w, group_size=GROUP, bias=bias, tiles=tiles(*w[0].shape) if w[0].dtype == jnp.int4 else None)
 
     return times
 
 
-def normed(x):
-    """x over its root mean square."""
+def inverse(x):
+    """One over the root mean square of a row: the products take the row as it is, and it scales what they give."""
     wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype)
+    return jax.lax.rsqrt(jnp.mean(wide * wide) + 1e-5)
 
 
 def step(shape: Shape, times: Callable) -> Callable:
-    """The program of a step: of weights, keys and values, a token and its place: the next token, keys and values."""
+    """The program of a step: of weights, keys and values, a token and its place: the next token, keys and values.
+
+    Written for few launches, with the same functions around products of every kind: norms scale the small side, keys and values are written
+    together, products of attention are sums of elementwise products, so that what goes before them is computed in them.
+    """
     per = shape.heads // shape.shared
 
-    def attended(qkv, cache, place):
-        q, k, v = jnp.split(qkv.reshape(-1, shape.head), (shape.heads, shape.heads + shape.shared))
-        keys = jax.lax.dynamic_update_slice(cache[0], k[None], (place, 0, 0))
-        values = jax.lax.dynamic_update_slice(cache[1], v[None], (place, 0, 0))
-        scores = jnp.einsum("gqd,tgd->gqt", q.reshape(shape.shared, per, -1), keys, preferred_element_type=jnp.float32) * shape.head**-0.5
+    def attended(qkv, scale, cache, place):
+        split = shape.heads * shape.head
+        row = (qkv[split:].astype(jnp.float32) * scale).astype(qkv.dtype)
+        cache = jax.lax.dynamic_update_slice(cache, row.reshape(2, 1, shape.shared, shape.head), (0, place, 0, 0))
+        keys, values = (part.swapaxes(0, 1)[:, None].astype(jnp.float32) for part in cache)
+        q = qkv[:split].reshape(shape.shared, per, 1, shape.head).astype(jnp.float32)
+        scores = jnp.sum(q * keys, axis=-1) * (scale * shape.head**-0.5)
         scores = jnp.where(jnp.arange(shape.context) <= place, scores, -jnp.inf)
-        mixed = jnp.einsum("gqt,tgd->gqd", jax.nn.softmax(scores).astype(qkv.dtype), values)
-        return mixed.reshape(1, -1), (keys, values)
+        mixed = jnp.sum(jax.nn.softmax(scores)[..., None] * values, axis=2)
+        return mixed.reshape(1, -1).astype(qkv.dtype), cache
 
     def run(weights, caches, token, place):
         x = weights["embedding"][token][None]
         kept = []
         for layer, cache in zip(weights["layers"], caches, strict=True):
-            mixed, cache = attended(times(normed(x), layer["qkv"])[0], cache, place)
+            mixed, cache = attended(times(x, layer["qkv"])[0], inverse(x), cache, place)
             kept.append(cache)
-            x = x + times(mixed, layer["out"])
-            gate, up = jnp.split(times(normed(x), layer["up"]), 2, axis=1)
-            x = x + times(jax.nn.silu(gate) * up, layer["down"])
-        scores = jnp.einsum("mk,nk->mn", normed(x), weights["head"])
+            x = times(mixed, layer["out"], x)
+            gate, up = jnp.split(times(x, layer["up"]).astype(jnp.float32) * inverse(x), 2, axis=1)
+            x = times((jax.nn.silu(gate) * up).astype(x.dtype), layer["down"], x)
+        scores = jnp.einsum("mk,nk->mn", x, weights["head"])  # the largest is the largest whatever the norm
         return jnp.argmax(scores[0]).astype(jnp.int32), kept
 
     return run
 
 
 def empty_caches(shape: Shape) -> list:
-    """Keys and values of every layer."""
-    size = (shape.context, shape.shared, shape.head)
-    return [(jnp.zeros(size, jnp.bfloat16), jnp.zeros(size, jnp.bfloat16)) for _ in range(shape.layers)]
+    """Keys and values of every layer, one behind the other."""
+    size = (2, shape.context, shape.shared, shape.head)
+    return [jnp.zeros(size, jnp.bfloat16) for _ in range(shape.layers)]

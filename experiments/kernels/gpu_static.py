@@ -48,6 +48,8 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | None]]:
         ("W4A16 g128", 1, SMALL, None),
         ("W4A16 g128", 512, SMALL, None),
         ("W4A16 g128", 16, LARGE, None),
+        ("W4A16 g128", 1, LARGE, None),
+        ("W4A16 g128", 1, SMALL, Tiles(8, 64, 512, 2, split_k=4, few_rows=True, early=True)),
         ("W4A16 g128", 32, LARGE, None),
         ("W4A16 g128", 64, LARGE, None),
         ("W4A16 g128", 512, LARGE, None),
@@ -168,7 +170,8 @@ def _short(tiles: Tiles) -> str:
     text = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} stages {tiles.stages}"
     for name, least in (("split_k", 1), ("warpgroups", 1), ("cluster", 1)):
         text += f" {name} {getattr(tiles, name)}" if getattr(tiles, name) > least else ""
-    return text + "".join(f" {name}" for name in ("scale_first", "reorder", "x_left", "digits") if getattr(tiles, name))
+    switches = ("scale_first", "reorder", "x_left", "digits", "few_rows", "early")
+    return text + "".join(f" {name}" for name in switches if getattr(tiles, name))
 
 
 def table(found: list[dict]) -> str:

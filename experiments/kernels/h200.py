@@ -3,8 +3,7 @@
     python experiments/kernels/h200.py --out results --budget 480
     python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
 
-Parts (`--parts`): correct, ceilings, times, search, and again, which times a few tiles that were chosen beforehand beside bfloat16 and XLA;
-and decode.
+Parts (`--parts`): correct, ceilings, times, search; decode; and again, which times a few tiles that were chosen beforehand beside bfloat16.
 Everything is written to `--out` as it is found, and a second call with the same folder goes on where the first ended.
 """
 
@@ -25,12 +24,11 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(pathlib.Path(__file__).parent)]
 
-from decode import Shape, empty_caches, parameters, product, step  # noqa: E402
+from h200_decode import decode  # noqa: E402
 from h200_programs import PROGRAMS, Job, bf16, ours, rows, short, weights  # noqa: E402
 from h200_tiles import candidates, cases, chosen, spread_out  # noqa: E402
 from h200_timing import Bench, Broken, Clock, Record, measured  # noqa: E402
 from qjax_kernels.gpu.eight_bit import rounded_rows  # noqa: E402
-from qjax_kernels.gpu.tiles import Tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER as SHAPES  # noqa: E402
 
@@ -120,55 +118,16 @@ def search(bench: Bench, names: list[str], shapes, row_counts, limit: int) -> No
             print("best", name, m, k, n, json.dumps(table[name][f"{m},{k},{n}"]), flush=True)
 
 
-def again(bench: Bench) -> None:
-    """bfloat16, what XLA makes of int4, and the chosen tiles, side by side."""
+def again(bench: Bench, row_counts: list[int]) -> None:
+    """bfloat16 and the chosen tiles, side by side."""
     for (k, n), by_rows in chosen().items():
         for m, found in by_rows.items():
+            if m not in row_counts:
+                continue
             if bench.clock.left() < 15:
                 print(f"again: the budget was spent before M={m} {k}x{n}", flush=True)
                 continue
-            bench.run([Job("bf16", m, k, n), Job("W4A16 XLA", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
-
-
-def few(n: int, k: int) -> Tiles:
-    """Tiles for one row: enough thread blocks for every multiprocessor, without a second program where N alone gives them."""
-    return Tiles(8, 64, 512, 2, split_k=1 if n >= 16384 else 4, digits=True)
-
-
-def decode(record: Record, clock: Clock, dry: bool) -> None:
-    """Tokens a second of one row, and the memory that it takes: weights, keys and values, temporaries."""
-    shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
-    styles = [
-        ("int4", "digits", few),
-        ("bf16", "", lambda n, k: None),
-        ("int8", "default tiles", lambda n, k: None),
-        ("int4", "default tiles", lambda n, k: None),
-    ]
-    for kind, how, tiles in [("bf16", "", lambda n, k: None)] if dry else styles:
-        if clock.left() < 15:
-            print("decode: the budget was spent before", kind, flush=True)
-            return
-        row: dict[str, Any] = {"kind": kind, "how": how}
-        if record.known("decode", row):
-            continue
-        weights_, caches = parameters(shape, kind), empty_caches(shape)
-        token, place = jnp.int32(1), jnp.int32(0)
-        program = jax.jit(step(shape, product(tiles)), donate_argnums=1).lower(weights_, caches, token, place).compile()
-        record.begin("decode", row)
-        memory = program.memory_analysis()
-        row["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
-        places = [jnp.int32(i) for i in range(96)]
-        for i in range(32):
-            token, caches = program(weights_, caches, token, places[i])
-        jax.block_until_ready(token)
-        start = time.perf_counter()
-        for i in range(32, 96):
-            token, caches = program(weights_, caches, token, places[i])
-        jax.block_until_ready(token)
-        row["us"] = round((time.perf_counter() - start) / 64 * 1e6, 1)
-        row["tokens/s"] = round(1e6 / row["us"], 1)
-        record.add("decode", row)
-        del weights_, caches, program
+            bench.run([Job("bf16", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
 
 
 def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
@@ -211,6 +170,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=12, help="tiles tried for one kernel at one shape")
     parser.add_argument("--cases", type=int, default=100, help="of correctness, the first ones")
     parser.add_argument("--threads", type=int, default=4, help="that compile")
+    parser.add_argument("--profile", action="store_true", help="which kernels take how long in a step of decode")
     parser.add_argument("--dry", action="store_true", help="tiny shapes through the interpreter on a CPU")
     parser.add_argument("--child", action="store_true", help="internal: work in this process")
     options = parser.parse_args()
@@ -252,10 +212,10 @@ def work(options: argparse.Namespace) -> None:
         if "times" in parts:
             names = ["bf16", "W4A16 XLA"] if options.dry else options.names.split(",")
             times(bench, names, [(256, 128)] if options.dry else shapes, [1, 8] if options.dry else row_counts)
-        if "again" in parts and not options.dry:
-            again(bench)
         if "decode" in parts:
-            decode(record, clock, options.dry)
+            decode(record, clock, options.dry, options.profile)
+        if "again" in parts and not options.dry:
+            again(bench, row_counts)
         if "search" in parts and not options.dry:
             search(bench, options.search_names.split(","), shapes, [int(m) for m in options.search_rows.split(",")], options.limit)
     table = markdown(record)

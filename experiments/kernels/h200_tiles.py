@@ -15,7 +15,15 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]
     ]
     if dry:
         return small
+    few = Tiles(8, 64, 512, 2, few_rows=True)
     return [
+        ("int4", 1, 4096, 4096, 128, None),
+        ("int4", 1, 4096, 4096, 128, dataclasses.replace(few, split_k=4, early=True)),
+        ("int4", 13, 1088, 2048, 128, None),
+        ("int4", 16, 4096, 4096, 128, dataclasses.replace(few, block_m=16, block_n=128, block_k=256, split_k=2)),
+        ("int4", 5, 1088, 1408, 128, few),
+        ("int4", 1, 28672, 4096, 128, None),
+        ("int4", 8, 4096, 14336, 128, None),
         *small,
         ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, digits=True)),
         ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 2, split_k=2, digits=True)),
@@ -23,9 +31,7 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]
         ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, reorder=True, cluster=2)),
         ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, reorder=True, cluster=2)),
         ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True, reorder=True)),
-        ("int4", 1, 4096, 4096, 128, None),
         ("int4", 1, 1088, 4096, 128, Tiles(8, 64, 256, 4, split_k=3)),
-        ("int4", 13, 1088, 2048, 128, None),
         ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 256, 3)),
         ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 256, 3, reorder=True)),
         ("int4", 64, 1024, 4096, 256, Tiles(64, 128, 128, 3)),
@@ -85,20 +91,21 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles]]]:
     wide = dataclasses.replace(fast, block_n=256, stages=3)
     deep = dataclasses.replace(fast, block_k=256, stages=2)
     pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True)
+    few, some = Tiles(8, 64, 512, 2, few_rows=True), Tiles(16, 64, 256, 4, few_rows=True)
     return {
+        (14336, 4096): {1: [dataclasses.replace(few, stages=4, split_k=4)]},
+        (4096, 28672): {1: [few]},
         (8192, 28672): {
             1: [
+                few,
+                dataclasses.replace(few, stages=3),
+                dataclasses.replace(few, early=True),
                 Tiles(8, 128, 512, 2, digits=True),
-                Tiles(8, 64, 512, 2, digits=True),
-                Tiles(8, 64, 512, 3, digits=True),
-                Tiles(8, 64, 512, 2, split_k=2, digits=True),
-                Tiles(8, 64, 512, 2, reorder=True),
             ],
             16: [
+                dataclasses.replace(some, block_n=128, stages=3),
+                dataclasses.replace(some, block_k=512, stages=2),
                 Tiles(16, 128, 512, 2, digits=True),
-                Tiles(16, 64, 512, 2, digits=True),
-                Tiles(16, 128, 256, 3, digits=True),
-                Tiles(16, 64, 512, 2, reorder=True),
             ],
             64: [
                 Tiles(64, 256, 128, 3, warpgroups=2, digits=True),
@@ -118,15 +125,14 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles]]]:
         },
         (4096, 4096): {
             1: [
-                Tiles(8, 64, 512, 2, split_k=4, digits=True),
-                Tiles(8, 64, 512, 2, split_k=2, digits=True),
-                Tiles(8, 64, 512, 2, split_k=4),
-                Tiles(8, 64, 1024, 1, split_k=4),
+                dataclasses.replace(few, split_k=4),
+                dataclasses.replace(few, block_k=256, split_k=8),
+                dataclasses.replace(few, split_k=4, early=True),
                 Tiles(8, 128, 128, 3, split_k=8),
             ],
             16: [
-                Tiles(16, 64, 512, 2, split_k=4, digits=True),
-                Tiles(16, 64, 512, 2, split_k=4),
+                dataclasses.replace(some, split_k=4),
+                dataclasses.replace(some, block_n=128, stages=2, split_k=8),
                 Tiles(16, 64, 256, 4, split_k=8),
             ],
             64: [

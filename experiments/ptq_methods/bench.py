@@ -28,11 +28,11 @@ from peer import CompileClock  # noqa: E402
 COMPILING = "/jax/core/compile/backend_compile_duration"  # or reading what was compiled before; traces of calls within calls overlap
 
 
-def texts():
-    """Of both models: 16 calibration batches of 8 windows, and the held-out windows."""
+def texts(count):
+    """Of both models: 16 calibration batches of 8 windows, and the held-out windows, or the first `count`."""
     tokenizer = books_llama().tokenizer
     data = [jnp.asarray(b) for b in batches(calibration_windows(tokenizer, calibration_lines()), 8)]
-    return data, windows(encode(tokenizer, heldout_text()))
+    return data, windows(encode(tokenizer, heldout_text()))[:count]
 
 
 def shipped():
@@ -58,9 +58,9 @@ def peak_bytes():
     return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else peak_resident_bytes()
 
 
-def run_cell(model, key):
+def run_cell(model, key, count=None):
     """Quantizes and measures one cell, or the float model for the key "float"."""
-    (apply, params, keep, online, scope), (data, text) = MODELS[model](), texts()
+    (apply, params, keep, online, scope), (data, text) = MODELS[model](), texts(count)
     record = {"model": model, "key": key, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if key == "float":
         losses = token_losses(apply, params, text)
@@ -114,20 +114,20 @@ def window_means(losses):
     return np.asarray(losses, np.float64).mean(axis=1).tolist()
 
 
-def run_in_a_process(model, key, cache):
+def run_in_a_process(model, key, cache, count):
     """A fresh process, so that the peak of memory is its own; programs that cells share are compiled once."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, __file__, "--model", model, "--cell", key]
+    command = [sys.executable, __file__, "--model", model, "--cell", key, *(["--windows", str(count)] if count else [])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"model": model, "key": key, "error": done.stderr.strip().splitlines()[-1:] or ["no message"]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_here(model, key):
+def run_here(model, key, count):
     """A cell in this process, which read its programs for the cells before: of no worth for seconds and memory, so without them."""
     try:
-        record = run_cell(model, key)
+        record = run_cell(model, key, count)
     except (ValueError, TypeError, RuntimeError) as error:
         return {"model": model, "key": key, "error": [str(error)]}
     return {name: value for name, value in record.items() if name not in ("seconds", "compile_seconds", "peak_bytes", "peak_bytes_before")}
@@ -141,11 +141,12 @@ def main():
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Start no new cell after this.")
     parser.add_argument("--json", default=str(HERE / "results.json"), help="Where records go; cells that are there are not run again.")
     parser.add_argument("--cache", default=str(HERE / "weights" / "compiled"), help="Folder of compiled programs.")
+    parser.add_argument("--windows", type=int, help="The first held-out windows only, for a try; all by default.")
     parser.add_argument("--here", action="store_true", help="All cells in this process, without seconds and memory: for a busy machine.")
     parser.add_argument("--cell", help="Run one cell in this process and print its record.")
     options = parser.parse_args()
     if options.cell:
-        print(json.dumps(run_cell(options.model, options.cell)))
+        print(json.dumps(run_cell(options.model, options.cell, options.windows)))
         return
     path, started = pathlib.Path(options.json), time.monotonic()
     records = json.loads(path.read_text()) if path.exists() else []
@@ -156,7 +157,9 @@ def main():
 
     def work(cell):
         late = time.monotonic() - started > 60 * options.minutes
-        return None if late else run_here(*cell) if options.here else run_in_a_process(*cell, options.cache)
+        if late:
+            return None
+        return run_here(*cell, options.windows) if options.here else run_in_a_process(*cell, options.cache, options.windows)
 
     with concurrent.futures.ThreadPoolExecutor(1 if options.here else options.jobs) as pool:
         for future in concurrent.futures.as_completed([pool.submit(work, cell) for cell in wanted]):

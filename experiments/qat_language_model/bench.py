@@ -35,10 +35,10 @@ def policy(name, method=None, train=None):
     return qjax.Policy([*KEEP, qjax.Rule("*", weight=weight, activation=activation, method=method, train=train)])
 
 
-def trained(apply, params, quant, fq, data, rate, teacher=None):
+def trained(apply, params, quant, fq, data, rate, teacher=None, mix=0.0):
     """Parameters and state after one pass over the batches: AdamW and a cosine; learned steps at a rate of their own.
 
-    With a teacher the loss is the divergence from its distribution.
+    With a teacher the loss is the divergence from its distribution, with `mix` times the cross entropy.
     """
     steps = len(data)
     ramp = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
@@ -52,7 +52,8 @@ def trained(apply, params, quant, fq, data, rate, teacher=None):
         if teacher is None:
             return cross_entropy(logits, tokens)
         wanted = jax.nn.log_softmax(apply(teacher, tokens).astype(jnp.float32))
-        return (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits.astype(jnp.float32)))).sum(-1).mean()
+        apart = (jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits.astype(jnp.float32)))).sum(-1).mean()
+        return apart + mix * cross_entropy(logits, tokens) if mix else apart
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(carry, tokens):
@@ -88,25 +89,40 @@ def measure(options):
     mark("float", apply, tuned, since)
     calibration = [data[i, :8] for i in range(min(16, len(data)))]
     for name in options.rows or SPECS:
+        found = {}
         for method in options.methods or METHODS:
             since = time.perf_counter()
-            result = qjax.quantize(apply, tuned, policy(name, METHODS[method]), calibration)
-            mark(f"{name}, {method}", qjax.quantized(apply), result.params, since)
+            found[method] = qjax.quantize(apply, tuned, policy(name, METHODS[method]), calibration).params
+            mark(f"{name}, {method}", qjax.quantized(apply), found[method], since)
         for kind in options.trains or TRAINS:
             fq = qjax.fake_quant(apply, policy(name, train=TRAINS[kind]))
-            for source, first in (("", start), *([(", distilled", tuned)] if options.distill else [])):
-                since = time.perf_counter()
-                quant = fq.init(jax.random.key(0), first, data[0])
-                params, quant = trained(apply, first, quant, fq, data, options.rate, tuned if source else None)
+            for source, first, packed in beginnings(options, start, tuned, found if kind == "learned steps" else {}):
+                since, key = time.perf_counter(), jax.random.key(0)
+                quant = fq.init(key, first, data[0]) if packed is None else None
+                if packed is not None:
+                    first, quant = fq.from_packed(key, packed, data[0], params=first)
+                params, quant = trained(apply, first, quant, fq, data, options.rate, tuned if source else None, options.mix)
                 result = qjax.convert(fq, params, data[0], quant=quant)
                 mark(f"{name}, QAT {kind}{source}", qjax.quantized(apply), result.params, since)
     return losses, seconds
 
 
+def beginnings(options, start, tuned, found):
+    """(what it is called, float parameters, packed ones to begin with or None): the shipped weights, trained by cross entropy; or the
+    trained float model, as it is or as a method rounded it, trained on its own distribution.
+    """
+    for name in options.begin:
+        if name == "shipped":
+            yield "", start, None
+        elif name == "float":
+            yield ", distilled", tuned, None
+        elif name in found:
+            yield f", distilled, from {name}", tuned, found[name]
+
+
 def show(losses):
-    """Prints the tables: the best PTQ of a spec is chosen on the first half of the windows, everything is reported on the second."""
-    half = len(losses["float"]) // 2
-    second = {name: each[half:] for name, each in losses.items()}
+    """Prints the tables: the best PTQ of a spec is chosen on every other window, everything is reported on those between."""
+    second = {name: each[1::2] for name, each in losses.items()}  # the halves would be different books
     ppl = {name: float(np.exp(each.mean())) for name, each in second.items()}
     print(f"\nfloat before: {ppl['float, before']:.3f}; float, trained on the same batches: {ppl['float']:.3f}")
     for spec in SPECS:
@@ -114,7 +130,7 @@ def show(losses):
         rounded = [name for name in names if "QAT" not in name]
         if not rounded:
             continue
-        best = min(rounded, key=lambda name: losses[name][:half].mean())
+        best = min(rounded, key=lambda name: losses[name][::2].mean())
         lost = ppl[best] - ppl["float"]
         print(f"\n## {spec}: the best after training is {best.removeprefix(f'{spec}, ')}\n")
         print("| | perplexity | of the lost perplexity recovered | ratio to the best after training |\n|---|---|---|---|")
@@ -127,7 +143,7 @@ def show(losses):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="Of the float model and of each training through rounding.")
+    parser.add_argument("--steps", type=int, default=300, help="Of the float model and of each training through rounding.")
     parser.add_argument("--batch", type=int, default=16, help="Windows of 256 tokens.")
     parser.add_argument("--rate", type=float, default=5e-4, help="Of training through rounding.")
     parser.add_argument("--float-rate", type=float, default=5e-4, help="Of the float model: a trained one gets worse in few fast steps.")
@@ -135,9 +151,16 @@ def main():
     parser.add_argument("--rows", nargs="*", choices=list(SPECS))
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="After training.")
     parser.add_argument("--trains", nargs="*", choices=list(TRAINS))
-    parser.add_argument("--distill", action="store_true", help="Train from the trained float model on its distribution, too.")
+    parser.add_argument("--begin", nargs="*", choices=["shipped", "float", *METHODS], default=["shipped"],
+                        help="What is trained: the shipped weights, the trained float model, or what a method made of it.")  # fmt: skip
+    parser.add_argument("--mix", type=float, default=0.0, help="How much cross entropy is added to a divergence from the teacher.")
+    parser.add_argument("--read", nargs="*", default=[], help="Print the tables of numbers that were written before.")
     parser.add_argument("--json", help="Write the numbers here, too.")
     options = parser.parse_args()
+    if options.read:
+        for path in options.read:
+            show({name: np.asarray(each) for name, each in json.loads(pathlib.Path(path).read_text())["losses"].items()})
+        return
     losses, seconds = measure(options)
     where = f"{jax.devices()[0].device_kind}, {platform.machine()}"
     print(f"\njax {jax.__version__}, {where}, {options.steps} steps of {options.batch} windows")

@@ -29,9 +29,9 @@ LARGE = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, 
                     num_key_value_heads=16, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True)  # fmt: skip
 
 
-def rows(rank, embedding=True):
+def rows(rank, embedding=True, dropout=0.0):
     """The rules of each kind of adapters: all linear layers, and the tied embedding, which stays float, if it is to have one."""
-    plain, magnitudes = qjax.lora(rank, alpha=2 * rank), qjax.lora(rank, alpha=2 * rank, dora=True)
+    plain, magnitudes = (qjax.lora(rank, alpha=2 * rank, dropout=dropout, dora=dora) for dora in (False, True))
     first = (qjax.Rule("*embed*", train=plain),) if embedding else KEEP
     return {
         "LoRA, float base": qjax.Policy([*first, qjax.Rule("*", train=plain)]),
@@ -42,7 +42,7 @@ def rows(rank, embedding=True):
 
 
 def trained(apply, params, frozen, data, rate):
-    """`params` after one pass over the batches: AdamW without decay, a warm-up and one cosine."""
+    """`params` after one pass over the batches: AdamW without decay, a warm-up and one cosine. `apply` gets a key for each step."""
     steps = len(data)
     warm = max(steps // 20, 1)
     ramp = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1))
@@ -50,12 +50,13 @@ def trained(apply, params, frozen, data, rate):
 
     @jax.jit
     def run(params, frozen, data):
-        def step(carry, tokens):
-            grads = jax.grad(lambda p: cross_entropy(apply(p, frozen, tokens), tokens))(carry[0])
+        def step(carry, now):
+            tokens, key = now
+            grads = jax.grad(lambda p: cross_entropy(apply(p, frozen, tokens, key), tokens))(carry[0])
             updates, state = optimizer.update(grads, carry[1], carry[0])
             return (optax.apply_updates(carry[0], updates), state), None
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), data)[0][0]
+        return jax.lax.scan(step, (params, optimizer.init(params)), (data, jax.random.split(jax.random.key(1), steps)))[0][0]
 
     return run(params, frozen, data)
 
@@ -77,9 +78,9 @@ def adapt(options):
 
     mark("before", apply, start, time.perf_counter())
     since = time.perf_counter()
-    full = trained(lambda p, _, x: apply(p, x), start, None, data, options.rate)
+    full = trained(lambda p, _, x, key: apply(p, x), start, None, data, options.rate)
     mark("full fine-tuning", apply, full, since, f"{count(start):,}")
-    for name, policy in rows(options.rank).items():
+    for name, policy in rows(options.rank, dropout=options.dropout).items():
         if options.rows and name not in options.rows:
             continue
         since = time.perf_counter()
@@ -87,7 +88,8 @@ def adapt(options):
         tuned = qjax.qlora(apply, policy)
         adapters = tuned.init(jax.random.key(0), base, data[0])
         qjax.check_trainable(adapters)
-        adapters = trained(tuned, adapters, base, data, options.adapter_rate)
+        dropped = lambda a, b, x, key, f=tuned: f(a, b, x, dropout_key=key if options.dropout else None)  # noqa: E731
+        adapters = trained(dropped, adapters, base, data, options.adapter_rate)
         mark(name, lambda both, x, tuned=tuned: tuned(*both, x), (adapters, base), since, f"{count(adapters):,}")
         if name.startswith("QLoRA"):
             again = tuned.requantize(adapters, base, [data[0]], qjax.Policy([*KEEP, qjax.Rule("*", weight=NF4)]))
@@ -157,6 +159,7 @@ def main():
     parser.add_argument("--rate", type=float, default=3e-4, help="Of full fine-tuning.")
     parser.add_argument("--adapter-rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--dropout", type=float, default=0.0, help="Of what goes into the adapters, while they train.")
     parser.add_argument("--windows", type=int, help="The first held-out windows only; all by default.")
     parser.add_argument("--rows", nargs="*", choices=list(rows(1)))
     parser.add_argument("--tables", nargs="*", choices=["adapt", "memory"], default=["adapt", "memory"])

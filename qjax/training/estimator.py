@@ -112,6 +112,15 @@ class ActivationEstimator(Protocol):
 
 
 @runtime_checkable
+class BeginsPacked(Protocol):
+    """An estimator of weights that can go on from the scales of a packed weight."""
+
+    def adopt(self, scale: jax.Array, zero_point: jax.Array | None) -> Learned:
+        """What it has learned when its grid is that of these float32 arrays."""
+        ...
+
+
+@runtime_checkable
 class Decides(Protocol):
     """An estimator of weights whose rounding is decided at the `freeze` of the schedule."""
 

@@ -16,6 +16,7 @@ from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.training.estimator import TracksRanges
+from qjax.training.from_packed import adopted
 from qjax.training.planned import Planned, planned
 from qjax.training.qat import training_of
 from qjax.training.rounding import followed, integer_weight, rounded_weight, rounding
@@ -118,14 +119,58 @@ class FakeQuant:
           TypeError: `key` is no key.
           ValueError: the policy does not fit the program.
         """
+        return self._begun(key, params, {}, args, kwargs)
+
+    def _begun(self, key: jax.Array, params: Any, learned: Quant, args: Any, kwargs: Any) -> Quant:
         check_key("key", key)
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
         state = begin(plan, key, arguments.params)
+        state = {**state, "weights": {**state["weights"], **learned}} if learned else state
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in arguments.inputs):
             return state
         return self._calibrated(state, plan, params, [(plan.program, arguments.inputs)])
+
+    def from_packed(self, key: jax.Array, packed: Any, *args: Any, params: Any, **kwargs: Any) -> tuple[Any, Quant]:
+        """Returns float parameters and a state with which training begins at what a method after training found.
+
+        The function of both computes with the weights of `packed`, bit for bit but for the last bit of floating zero points, where
+        rounding `params` would begin anew.
+
+        Args:
+          key: as for `init`.
+          packed: the parameters that `qjax.quantize` gave for the same rules: `result.params`.
+          *args: as for `init`.
+          params: the float parameters from which they were made; the new ones are the nearest to them that round to the codes.
+          **kwargs: keyword arguments of the function.
+
+        Returns:
+          (parameters, state): pass them as what `init` was given and has given.
+
+        Raises:
+          TypeError: `key` is no key.
+          ValueError: another tree; a leaf has another spec than the policy trains, belongs to an estimator that takes its range from the
+            weights (`qjax.lsq` does not), is rotated, rescaled, or has groups of reordered columns.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, qjax
+          >>> fn, params, x = lambda p, x: x @ p["w"], {"w": jnp.linspace(-1, 1, 8).reshape(4, 2)}, jnp.eye(4)
+          >>> result = qjax.quantize(fn, params, qjax.Policy([qjax.Rule("*", weight=qjax.int2(), method=qjax.gptq())]), [x])
+          >>> fq = qjax.fake_quant(fn, qjax.Policy([qjax.Rule("*", weight=qjax.int2(), train=qjax.lsq())]))
+          >>> begun, quant = fq.from_packed(jax.random.key(0), result.params, x, params=params)
+          >>> bool((fq(begun, x, quant=quant) == result.params["w"].dequantize()).all())
+          True
+        """
+        plan = self.plan(params, *args, **kwargs)
+        arguments, given = split_arguments(params, args, kwargs), split_arguments(packed, (), {})
+        _check_float(plan, arguments.params)
+        structures = [jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, QTensor)) for tree in (packed, params)]
+        if structures[0] != structures[1]:
+            raise ValueError("`packed` is another tree than `params`: give result.params of qjax.quantize for these parameters")
+        new, learned = adopted(plan, given.params, arguments.params)
+        begun = given.rebuild(new, [])[0]
+        return begun, self._begun(key, begun, learned, args, kwargs)
 
     def calibrate(self, quant: Quant, params: Any, batches: Iterable[Any]) -> Quant:
         """Returns the state with the ranges of static activations and products as these data have them, by their specs' observers.

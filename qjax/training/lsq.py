@@ -203,9 +203,10 @@ class LearnedStep:
             real = real_values(math.prod(problem.w.shape[a] for a in problem.axes), spec)
             return {"scale": 2 * mean_magnitude(blocked, real=real)[..., 0] / math.sqrt(spec.qmax)}
         scale, zero_point = search_range(blocked, spec) if self.start == "mse" else affine_params(blocked, spec)
-        if zero_point is None:
-            return {"scale": scale[..., 0]}
-        return {"scale": scale[..., 0], "offset": (-zero_point.astype(jnp.float32) * scale)[..., 0]}
+        return self.adopt(scale[..., 0], None if zero_point is None else zero_point[..., 0].astype(jnp.float32))
+
+    def adopt(self, scale: jax.Array, zero_point: jax.Array | None) -> Learned:
+        return {"scale": scale} if zero_point is None else {"scale": scale, "offset": -zero_point * scale}
 
     def fake(self, problem: Problem, learned: Learned, moment: Moment) -> jax.Array:
         spec: Any = problem.spec

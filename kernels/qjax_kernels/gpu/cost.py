@@ -81,7 +81,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     scales = 4 * n * (k // group if group else 1)
     shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2)
     moved = n * k * bits // 8 + scales + 2 * padded_rows(m) * k + 2 * m * n
-    if tiles.split_k > 1:
+    if tiles.split_k > 1 and not tiles.few_rows:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
     if eight or tiles.digits:
         moved += 2 * m * k * (2 if tiles.digits else 1)  # rows in another form

@@ -130,7 +130,7 @@ class Epilogue:
         """What a kernel does itself: nothing where the sums of others are missing."""
         if split:
             return Epilogue((), None)
-        return Epilogue(() if bias is None else (bias.astype(jnp.float32),), activation)
+        return Epilogue(() if bias is None else (bias,), activation)
 
     def taken(self, references: Sequence) -> tuple:
         """(the bias in device memory or None, the other references)."""
@@ -141,7 +141,8 @@ class Epilogue:
         """Shared memory for a stretch of `size` for each warpgroup, and barriers."""
         if not self.operands:
             return []
-        return [plgpu.SMEM((warpgroups, vector_size(size, jnp.float32)), jnp.float32), plgpu.Barrier(num_barriers=warpgroups)]
+        kind = self.operands[0].dtype
+        return [plgpu.SMEM((warpgroups, vector_size(size, kind)), kind), plgpu.Barrier(num_barriers=warpgroups)]
 
     def rows(self, total: jax.Array, bias, scratch: Sequence, warpgroup, start) -> jax.Array:
         """f(total + b), where rows of w are rows of the sum, from `start` on."""

@@ -36,6 +36,10 @@ class Tiles:
         sides.
       digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
         in groups only.
+      few_rows: up to sixteen rows of x, in one launch: a thread block orders its rows of x itself, nibbles are used as they lie, and the
+        `split_k` thread blocks of a tile are a cluster that adds its sums in shared memory. Four-bit codes in groups only.
+      early: the launch begins while the one before it ends (programmatic dependent launch), asks for its first blocks of w to be brought
+        into the second-level cache, and waits before it reads anything. Only with `few_rows`.
       cluster: thread blocks that receive each block of one operand together: of w those with neighbouring rows of x (eight bits on both
         sides), of x those with neighbouring rows of w (weight-only). Needs two warpgroups.
     """
@@ -51,6 +55,8 @@ class Tiles:
     x_left: bool = False
     cluster: int = 1
     digits: bool = False
+    few_rows: bool = False
+    early: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where no kernel has such tiles."""
@@ -70,21 +76,32 @@ class Tiles:
             raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
         if self.block_k % 128 or self.block_k < 128:
             raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
+        if self.few_rows and (self.block_m > 16 or self.block_k not in (128, 256, 512, 1024) or self.warpgroups > 1 or self.split_k > 8):
+            raise ValueError("`few_rows` takes `block_m` 8 or 16, `block_k` 128, 256, 512 or 1024, one warpgroup and a `split_k` up to 8")
+        if self.few_rows and (self.digits or self.reorder or self.scale_first or self.x_left):
+            raise ValueError("`few_rows` is a way of its own; leave `digits`, `reorder`, `scale_first` and `x_left` False")
+        if self.early and (not self.few_rows or self.block_k > 512):
+            raise ValueError("`early` is for `few_rows` with a `block_k` up to 512; leave it False")
         if self.stages < 1 or self.split_k < 1:
             raise ValueError(f"`stages` is {self.stages} and `split_k` {self.split_k}; both start at 1")
 
-    def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
-        """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w."""
+    def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, rows: int | None = None) -> int:
+        """Bytes of shared memory that a stage takes: codes, `rows` of x (None: `block_m`) and sixteen bytes of scales a row of w."""
         scales = self.block_n * 16 if scale_bytes else 0
         # One float32 for a row of x and 128 columns; the copy engine wants 32 of them at least.
         units = self.block_k // 128 * max(self.block_m, 32) * 4 if self.digits else 0
-        return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + units
+        return self.block_n * self.block_k * bits // 8 + (rows or self.block_m) * self.block_k * x_bytes + scales + units
 
-    def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
-        """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""
+    def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, rows: int | None = None) -> int:
+        """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers.
+
+        With `few_rows`, too: rows of x in their order, twice, and the sums of a cluster; x takes only its own `rows` of a stage there.
+        """
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
-        out = left * min(right, 64) * (4 if self.split_k > 1 else 2)
-        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + self.block_n * 4 + 1024
+        out = left * min(right, 64) * (4 if self.split_k > 1 and not self.few_rows else 2)
+        if self.few_rows:
+            out += 4 * self.block_m * self.block_k + (4 * self.split_k * left * right if self.split_k > 1 else 0)
+        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes, rows if self.few_rows else None) + out + self.block_n * 4 + 1024
 
 
 def blocks(m: int, n: int, tiles: Tiles) -> int:
@@ -110,7 +127,8 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. Where a four-bit weight keeps them busy without a split, its rows meet digits. Many rows are bound by the tensor cores: two
+    have work. Up to sixteen rows of a four-bit weight in groups are one launch; nine to 32 meet digits where the weight keeps the
+    multiprocessors busy without a split. Many rows are bound by the tensor cores: two
     warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor still has one.
 
     Args:
@@ -125,20 +143,20 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
       Tiles that fit into shared memory.
 
     Example:
-      >>> weight_only_tiles(1, 28672, 8192, 4).digits, weight_only_tiles(16, 4096, 4096, 4).split_k
-      (True, 8)
+      >>> weight_only_tiles(1, 28672, 8192, 4).few_rows, weight_only_tiles(16, 4096, 4096, 4).split_k
+      (True, 4)
     """
     block_m = max(8, math.ceil(m / 8) * 8)
     packed = bits == 4
     if m > 64:
         return _many_rows(m, n, k, bits, cores)
+    if packed and group is not None and (m <= 8 or (m == 16 and n < 128 * cores)):
+        return _few_rows(m, n, k, cores)
     if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 256, 128, 4, warpgroups=2, reorder=True)
         return dataclasses.replace(pair, cluster=2 if n % 512 == 0 else 1)
     if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
         return Tiles(block_m, 128, 512, 2, digits=True)
-    if packed and m <= 8 and 16 * cores <= n < 64 * cores and k % 1024 == 0:
-        return Tiles(8, 128, 128, 3, split_k=8)
     block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= 2 * cores else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
     split = 1
@@ -151,6 +169,20 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
 
 _DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
+
+
+def _few_rows(m: int, n: int, k: int, cores: int) -> Tiles:
+    deep = 512 if m <= 8 else 256
+    tiles = Tiles(8 if m <= 8 else 16, 64, next((b for b in (512, 256) if b <= min(deep, k)), 128), stages=1, few_rows=True)
+    split = 1
+    while 2 * blocks(m, n, tiles) * split < 3 * cores and k >= 2 * split * tiles.block_k and split < 8:
+        split *= 2
+    tiles = dataclasses.replace(tiles, split_k=split)
+    steps, living = math.ceil(k / (tiles.block_k * split)), min(4, math.ceil(blocks(m, n, tiles) / cores))
+    # A block needs a kilobyte more than it asks for; as many stages as leave room for all that live beside it.
+    room = (SHARED_BYTES + 1024) // living - 1024
+    fitting = (s for s in (6, 5, 4, 3) if s <= steps and dataclasses.replace(tiles, stages=s).shared_bytes(4, rows=m) <= room)
+    return dataclasses.replace(tiles, stages=next(fitting, 2))
 
 
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:

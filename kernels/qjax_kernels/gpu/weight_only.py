@@ -101,6 +101,7 @@ def _run(
     x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, *, group_size, activation, tiles, cores, interpret
 ) -> jax.Array:
     from .digits_kernel import digit_products
+    from .few_rows_kernel import few_rows
     from .weight_only_kernel import reordered, weight_only
 
     m, k = x.shape
@@ -108,20 +109,25 @@ def _run(
     tiles = weight_only_tiles(m, codes.shape[0], k, bits, cores, group_size) if tiles is None else tiles
     if tiles.reorder and bits != 4:
         raise ValueError(f"`tiles.reorder` is for codes of 4 bits, these have {bits}; leave it False")
-    if tiles.digits and (bits != 4 or group_size is None):
-        raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
+    if (tiles.digits or tiles.few_rows) and (bits != 4 or group_size is None):
+        raise ValueError(f"`tiles.{'digits' if tiles.digits else 'few_rows'}` is for codes of 4 bits in groups; leave it False")
+    if tiles.few_rows and (m > tiles.block_m or 8 < m < 16):  # the copy engine takes fewer rows than a tile of 8, or whole tiles
+        raise ValueError(f"`tiles.few_rows` takes 1 to 8 rows or 16, up to `block_m` = {tiles.block_m}; `x` has {m}; leave it False")
     per_copy = 16 // scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
     if group_size is not None and (group_size * per_copy) % tiles.block_k:
         raise ValueError(
             f"`tiles.block_k` is {tiles.block_k}; it must divide {group_size * per_copy}, the k whose scales are copied at once"
         )
-    if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
+    if (used := tiles.shared_bytes(bits, rows=m)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     if tiles.digits:
         y = digit_products(x, codes, scales, group=group_size or k, **end)
         return added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y
+    if tiles.few_rows:
+        y = few_rows(x, codes, scales, group=group_size or k, **end)
+        return added_up(y, bias, activation, x.dtype) if y.ndim == 3 else y
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))
     if tiles.reorder:
         x = reordered(x)

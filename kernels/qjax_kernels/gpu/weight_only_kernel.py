@@ -56,7 +56,7 @@ def _nibbles(codes: jax.Array) -> jax.Array:
     return convert(codes)  # pyright: ignore[reportCallIssue]
 
 
-def _float_codes(codes_ref, bits: int, reorder: bool, interpreted: bool) -> jax.Array:
+def float_codes(codes_ref, bits: int, reorder: bool, interpreted: bool) -> jax.Array:
     """Codes (R, PIECE) out of shared memory as bfloat16 in the registers of operand A."""
     codes = load(codes_ref, Layout.WGMMA_UPCAST_4X if bits == 4 else Layout.WGMMA_UPCAST_2X)
     if reorder:
@@ -108,7 +108,7 @@ def weight_only(
         cols = slice(p * PIECE, (p + 1) * PIECE)
         for start in range(0, rows, 64):
             own = pl.ds(first_row + start, 64)
-            weight = _float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
+            weight = float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
             if group is not None:
                 column = lax.rem((step * bk + p * PIECE) // group, per_copy)
                 weight = weight * over_columns(_row_scales(s_ref.at[own], column, jnp.bfloat16), (64, PIECE))
@@ -118,7 +118,7 @@ def weight_only(
     def piece(step, p, x_ref, w_ref, s_ref, first_row, carry):
         """The sum with a group's own sum, scaled, in it."""
         cols, own = slice(p * PIECE, (p + 1) * PIECE), pl.ds(first_row, rows)
-        weight = _float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
+        weight = float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
 
         def group_sum(acc):
             plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))

@@ -34,6 +34,7 @@ def near(y, x, w, scale_first: bool = False) -> None:
     [
         (20, 192, 4, 128, Tiles(16, 128, 256, 2, split_k=2)),
         (16, 64, 4, 128, Tiles(16, 64, 256, 2, reorder=True)),
+        (3, 192, 4, 128, Tiles(8, 128, 256, 2, split_k=2, few_rows=True)),
         (3, 128, 8, None, Tiles(8, 64, 256, 2)),
         (24, 128, 4, 256, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True)),
     ],
@@ -110,6 +111,7 @@ def test_eight_bits_are_the_product_of_the_rounded_rows(m, n, dtype, tiles):
     ("kernel", "activation", "tiles"),
     [
         ("weight-only", "gelu", Tiles(8, 128, 128, 2, warpgroups=2)),
+        ("weight-only", "gelu", Tiles(8, 64, 256, 2, few_rows=True)),
         ("weight-only", "silu", Tiles(8, 64, 128, 2, digits=True)),
         ("weight-only", "relu", Tiles(8, 64, 128, 2, split_k=2)),
         ("eight bit", "silu", Tiles(64, 64, 128, 2, x_left=True)),
@@ -187,7 +189,20 @@ def test_why_not_names_the_obstacle(request_, named):
     assert named in weight_only.why_not(request_)
 
 
-@pytest.mark.parametrize("fields", [{"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3}, {"early": True},
+        {"few_rows": True, "block_k": 384},
+    ],
+)  # fmt: skip
 def test_tiles_refuse_what_no_kernel_has(fields):
     with pytest.raises(ValueError, match="`"):
         Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
+
+
+def test_rows_that_the_copy_engine_cannot_take_go_another_way():
+    assert [m for m in range(1, 33) if weight_only_tiles(m, 4096, 4096, 4, group=128).few_rows] == [*range(1, 9), 16]
+    x, w, s = jnp.zeros((13, 256), jnp.bfloat16), jnp.zeros((64, 256), jnp.int4), jnp.ones((64, 2), jnp.bfloat16)
+    with pytest.raises(ValueError, match="1 to 8 rows or 16, up to `block_m` = 16; `x` has 13"):
+        weight_only.weight_only_matmul(x, w, s, group_size=128, tiles=Tiles(16, 64, 256, 2, few_rows=True))

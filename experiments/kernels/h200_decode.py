@@ -1,0 +1,116 @@
+"""Part `decode` of h200.py: tokens a second of a model of seven billion weights, and which kernels take how long in a step."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from decode import Shape, empty_caches, parameters, product, step
+from h200_timing import Clock, Record
+from qjax_kernels.gpu.tiles import Tiles, weight_only_tiles
+
+TOKENS = 64
+
+
+def early(n: int, k: int) -> Tiles:
+    """The default tiles, whose programs start before the one in front of them ends."""
+    return dataclasses.replace(weight_only_tiles(1, n, k, 4), early=True)
+
+
+def default(n: int, k: int) -> None:
+    """The default tiles."""
+
+
+STYLES = (("int4", "default tiles", default), ("bf16", "", default), ("int4", "early", early), ("int8", "default tiles", default))
+
+
+def looped(one):
+    """A program of `TOKENS` steps, each fed with the token of the one before."""
+
+    def run(weights, caches, token, place):
+        return jax.lax.fori_loop(0, TOKENS, lambda i, at: one(weights, at[1], at[0], place + i), (token, caches))
+
+    return run
+
+
+def decode(record: Record, clock: Clock, dry: bool, profile: bool) -> None:
+    """Tokens a second of one row, a program a token and all in one program, and the memory that it takes.
+
+    All programs are compiled side by side, then timed one by one.
+    """
+    shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
+    styles = STYLES[1:2] if dry else STYLES
+    wanted = [style for style in styles if record.known("decode", {"kind": style[0], "how": style[1]}) is None]
+    with concurrent.futures.ThreadPoolExecutor(2 * len(STYLES)) as pool:
+        waiting = [[pool.submit(compiled, shape, kind, make(step(shape, product(tiles)))) for make in (lambda f: f, looped)]
+                   for kind, _, tiles in wanted]  # fmt: skip
+        concurrent.futures.wait([future for both in waiting for future in both])
+    for (kind, how, _), both in zip(wanted, waiting, strict=True):
+        row: dict[str, Any] = {"kind": kind, "how": how}
+        if clock.left() < 15:
+            print("decode: the budget was spent before", row, flush=True)
+            return
+        if failure := next((error for future in both if (error := future.exception()) is not None), None):
+            record.add("decode", row | {"failed": f"{type(failure).__name__}: {failure}"[:300]})
+            continue
+        record.begin("decode", row)
+        record.add("decode", row | timed(shape, kind, *(future.result() for future in both)))
+        if profile:
+            for name, us in profiled(shape, kind, both[0].result()):
+                record.add("profile", {"kind": kind, "how": how, "kernel": name, "us": us})
+
+
+def compiled(shape: Shape, kind: str, function):
+    """The program for the shapes of a model, keys and values donated."""
+    weights, caches = jax.eval_shape(lambda: (parameters(shape, kind), empty_caches(shape)))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(function, donate_argnums=1).lower(weights, caches, number, number).compile()
+
+
+def timed(shape: Shape, kind: str, single, many) -> dict[str, Any]:
+    """Microseconds a token of both programs, the faster one's tokens a second, and megabytes."""
+    weights, caches, token = parameters(shape, kind), empty_caches(shape), jnp.int32(1)
+    places = [jnp.int32(i) for i in range(TOKENS)]
+    took = {}
+    for name in ("us", "us, all tokens in one program"):
+        for turn in range(2):  # the first warms up
+            jax.block_until_ready((token, caches, places))
+            start = time.perf_counter()
+            if name == "us":
+                for place in places:
+                    token, caches = single(weights, caches, token, place)
+            else:
+                token, caches = many(weights, caches, token, places[0])
+            jax.block_until_ready(token)
+            took[name] = round((time.perf_counter() - start) / TOKENS * 1e6, 1)
+            del turn
+    memory = single.memory_analysis()
+    took["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
+    return took | {"tokens/s": round(1e6 / min(took["us"], took["us, all tokens in one program"]), 1)}
+
+
+def profiled(shape: Shape, kind: str, program) -> list[tuple[str, float]]:
+    """Microseconds a step by kernel, the longest first, as the device's own clock has them; their sum in front."""
+    weights, caches, token = parameters(shape, kind), empty_caches(shape), jnp.int32(1)
+    token, caches = program(weights, caches, token, jnp.int32(0))
+    jax.block_until_ready(token)
+    steps, found = 4, collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for i in range(steps):
+                token, caches = program(weights, caches, token, jnp.int32(i + 1))
+            jax.block_until_ready(token)
+        for file in pathlib.Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+                if plane.name.startswith("/device:GPU"):
+                    for line in plane.lines:
+                        if line.name.startswith("Stream"):
+                            for event in line.events:
+                                found[event.name] += event.duration_ns
+    rows = [(name, round(ns / steps / 1e3, 1)) for name, ns in found.most_common(24)]
+    return [("all kernels", round(found.total() / steps / 1e3, 1)), *rows]
