@@ -88,6 +88,7 @@ from qjax.ptq import sites as sites
 from qjax.ptq import smoothquant as smoothquant
 from qjax.report import Report as Report
 from qjax.runtime import Device as Device
+from qjax.runtime import cached_attention as cached_attention
 from qjax.runtime import overflow as overflow
 from qjax.runtime import prepack as prepack
 from qjax.runtime import quantized as quantized

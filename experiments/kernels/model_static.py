@@ -4,7 +4,8 @@
     python experiments/kernels/model_static.py --target h200
 
 The model that comes with the package, with its weights, and one layer with the shapes of a 7B model, from shapes alone; four-bit weights by
-groups, and eight bits on both sides; for TPUs experts that share a list of rows, too. Needs what the extra `aot` installs. A target is a
+groups, and eight bits on both sides; for TPUs experts that share a list of rows, an on-line rotation in front of a product, and decode
+steps with packed caches, which are updated in place, too. Needs what the extra `aot` installs. A target is a
 machine to compile for: nothing runs.
 """
 
@@ -30,7 +31,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 import qjax  # noqa: E402
-from qjax.models import Llama, LlamaConfig, books_llama  # noqa: E402
+from qjax.models import Llama, LlamaConfig, books_llama, init_cache  # noqa: E402
 
 DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
 TARGETS = {
@@ -47,8 +48,13 @@ LAYER = LlamaConfig(
     head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
 )  # fmt: skip
 CASES = (("shipped", "W4A16"), ("7B layer, decode", "W4A16"), ("7B layer, prefill", "W8A8"))
-EXPERTS = ("experts", "W4A16")  # there is no such kernel for GPUs
-KERNELS = ("weight_only", "rounded_product_int8", "experts", "hopper_weight_only", "hopper_few_rows", "hopper_digits", "hopper_eight_bit")
+ON_TPUS = (("experts", "W4A16"), ("rotated", "W8A8"))  # there are no such kernels for GPUs
+CACHES = (("shipped", "KV8"), ("shipped", "KV4"), ("7B layer", "KV8"), ("7B layer", "KV4"))
+CACHE_SPECS = {"KV8": qjax.kv_cache(qjax.int8()), "KV4": qjax.kv_cache(qjax.uint4())}
+KERNELS = (
+    "weight_only", "rounded_product_int8", "experts", "rotate_and_quantize", "codes_product", "decode_attention", "hopper_weight_only",
+    "hopper_few_rows", "hopper_digits", "hopper_eight_bit",
+)  # fmt: skip
 
 
 def sharding(target: str) -> NamedSharding:
@@ -83,10 +89,11 @@ def models() -> dict:
             eight,
             (rows, jax.ShapeDtypeStruct((8,), jnp.int32)),
         ),
+        "rotated": (lambda params, x: x @ params["kernel"], {"kernel": jax.ShapeDtypeStruct((4096, 11008), jnp.bfloat16)}, (rows,)),
     }
 
 
-def packed(forward, params, inputs, spec: str):
+def packed(forward, params, inputs, spec: str, rotated: bool = False):
     """Quantized parameters; of shapes their shapes."""
     if all(isinstance(a, jax.Array) for a in jax.tree.leaves(params)):
         policy = qjax.Policy([qjax.Rule("*/kernel", **SPECS[spec]), qjax.Rule("*", weight=None)])
@@ -97,7 +104,8 @@ def packed(forward, params, inputs, spec: str):
             return a
         stacked = tuple(range(a.ndim - 2))
         q = jax.eval_shape(functools.partial(qjax.core.quantize, spec=SPECS[spec]["weight"], axes=(-2,), stacked=stacked), a)
-        return dataclasses.replace(q, act=SPECS[spec].get("activation"))
+        rotation = qjax.core.OnlineRotation() if rotated else None
+        return dataclasses.replace(q, act=SPECS[spec].get("activation"), rotation=rotation)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -107,19 +115,58 @@ def row(name: str, spec: str, target: str) -> dict:
     start = time.monotonic()
     forward, params, inputs = models()[name]
     device, there = TARGETS[target], sharding(target)
-    laid = jax.eval_shape(qjax.prepack(forward, device=device), packed(forward, params, inputs, spec), *inputs)
+    laid = jax.eval_shape(qjax.prepack(forward, device=device), packed(forward, params, inputs, spec, name == "rotated"), *inputs)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), (laid, *inputs))
-    lowered = jax.jit(qjax.quantized(forward, device=device)).trace(*given).lower(lowering_platforms=(device.platform,))
-    program = lowered.compile()
-    calls = [line for line in program.as_text().splitlines() if "custom-call(" in line]
-    found = collections.Counter(name for line in calls for name in re.findall(rf"\b({'|'.join(KERNELS)})\b", line)[:1])
+    program, kernels = compiled(forward, given, device)
     return {
         "model": name,
         "spec": spec,
         "target": target,
-        "kernels": dict(found),
+        "kernels": kernels,
         "temporaries": program.memory_analysis().temp_size_in_bytes,
         "float_weight": 2 * max(a.size for a in jax.tree.leaves(params)),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def compiled(forward, given, device, donated: tuple[int, ...] = ()):
+    """A program through `qjax.quantized`, and how many times which kernels are in it."""
+    lowered = jax.jit(qjax.quantized(forward, device=device), donate_argnums=donated).trace(*given)
+    program = lowered.lower(lowering_platforms=(device.platform,)).compile()
+    calls = [line for line in program.as_text().splitlines() if "custom-call(" in line]
+    found = collections.Counter(name for line in calls for name in re.findall(rf"\b({'|'.join(KERNELS)})\b", line)[:1])
+    return program, dict(found)
+
+
+def cached_row(name: str, spec: str, target: str) -> dict:
+    """The same of a decode step with four-bit weights and a packed cache: what a float copy of it would take, and its own bytes."""
+    start = time.monotonic()
+    _, params, _ = models()["shipped" if name == "shipped" else "7B layer, decode"]
+    model = Llama(books_llama(jnp.bfloat16).config if name == "shipped" else LAYER, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    device, there, batch = TARGETS[target], sharding(target), 16 if name == "shipped" else 4
+
+    def forward(params, tokens, cache, position):
+        return model.apply({"params": params}, tokens, cache, position)
+
+    policy = qjax.Policy([qjax.Rule("*", cache=CACHE_SPECS[spec])])
+    shapes = jax.eval_shape(lambda: init_cache(model.config, batch, model.config.max_position_embeddings, jnp.bfloat16))
+    token, position = jax.ShapeDtypeStruct((batch, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+    weights = packed(forward, params, (token, shapes, position), "W4A16")
+    laid = jax.eval_shape(qjax.prepack(forward, device=device), weights, token, shapes, position)
+    cache = jax.eval_shape(qjax.quantized_cache(forward, policy), laid, token, shapes, position)
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), (laid, token, cache, position))
+    program, kernels = compiled(forward, given, device, (2,))
+    memory = program.memory_analysis()
+    return {
+        "model": f"{name}, decode",
+        "spec": spec,
+        "target": target,
+        "kernels": kernels,
+        "temporaries": memory.temp_size_in_bytes,
+        "float_cache": 2 * sum(a.size for a in jax.tree.leaves(shapes)),
+        "packed_cache": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)),
+        "updated_in_place": memory.alias_size_in_bytes,
         "seconds": round(time.monotonic() - start, 1),
     }
 
@@ -130,8 +177,12 @@ def main() -> None:
     parser.add_argument("--write", type=pathlib.Path, help="the JSON of the rows")
     given = parser.parse_args()
     found = []
-    for name, spec in (*CASES, EXPERTS) if TARGETS[given.target].platform == "tpu" else CASES:
+    on_tpu = TARGETS[given.target].platform == "tpu"
+    for name, spec in (*CASES, *ON_TPUS) if on_tpu else CASES:
         found.append(row(name, spec, given.target))
+        print(json.dumps(found[-1]), flush=True)
+    for name, spec in CACHES if on_tpu else ():
+        found.append(cached_row(name, spec, given.target))
         print(json.dumps(found[-1]), flush=True)
     if given.write:
         given.write.write_text(json.dumps(found))

@@ -42,6 +42,7 @@ from qjax_kernels.tpu.experts import experts  # noqa: E402
 from qjax_kernels.tpu.fp8 import fp8  # noqa: E402
 from qjax_kernels.tpu.int8 import int8  # noqa: E402
 from qjax_kernels.tpu.rotate import rotate_and_quantize  # noqa: E402
+from qjax_kernels.tpu.rotated_int8 import rotated_int8  # noqa: E402
 from qjax_kernels.tpu.weight_only import weight_only  # noqa: E402
 
 N, K, GROUP = 2048, 4096, 128
@@ -54,6 +55,7 @@ KERNELS = (  # what `pallas_call` names them
     "experts",
     "decode_attention",
     "rotate_and_quantize",
+    "codes_product",
 )
 
 
@@ -121,6 +123,13 @@ def others(chip: str) -> dict:
         codes, scale = ((4, 8, 2048, 128), dtype), ((4, 8, 2048), jnp.float32)
         arguments = [((4, 32, 128), jnp.bfloat16), codes, scale, codes, scale, ((4,), jnp.int32)]
         each[name] = (functools.partial(decode_attention, chip=chip), arguments)
+    # As `qjax.quantized` hands a cache over: bytes of two codes with the tokens along lanes, and zero points.
+    codes, row = ((4, 8, 64, 2048), jnp.uint8), ((4, 8, 2048), jnp.float32)
+    packed = [((4, 32, 128), jnp.bfloat16), codes, row, codes, row, ((4,), jnp.int32), row, row]
+    each["attention KU4 bytes"] = (functools.partial(decode_attention, chip=chip, tokens_last=True), packed)
+    if CHIPS[chip].int8:
+        rotated = functools.partial(rotated_int8, group=K, size=K, chip=chip)
+        each["rotated W8A8"] = (rotated, [((256, K), jnp.bfloat16), ((K, N), jnp.int8), ((1, N), jnp.float32)])
     return each
 
 

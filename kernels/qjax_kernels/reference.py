@@ -3,6 +3,8 @@
 Weights are (K, N), integer codes of any dtype; scales (groups, N) float32, a group being `ceil(K / groups)` consecutive k or stated.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -81,3 +83,26 @@ def int8(x: jax.Array, w: jax.Array, scale: jax.Array, group: int, levels: float
         product = lax.dot(codes[:, part], w[part].astype(jnp.int8), preferred_element_type=jnp.int32)
         total = total + product.astype(jnp.float32) * scale[g].astype(jnp.float32)
     return (total * rows).astype(x.dtype)
+
+
+def rotate(x: jax.Array, size: int) -> jax.Array:
+    """`x H / sqrt(size)` along blocks of `size` values of the last axis, H the Sylvester matrix; in float32. It is its own inverse.
+
+    Args:
+      x: (..., K) floating.
+      size: a power of two that divides K.
+
+    Returns:
+      float32, the shape of x.
+
+    Example:
+      >>> rotate(jnp.float32([[3.0, 1.0, 1.0, 1.0]]), 4).tolist()
+      [[3.0, 1.0, 1.0, 1.0]]
+    """
+    z, half = x.astype(jnp.float32), 1
+    while half < size:
+        z = z.reshape(*x.shape[:-1], -1, 2, half)
+        a, b = z[..., 0, :], z[..., 1, :]
+        z = jnp.stack([a + b, a - b], axis=-2)
+        half *= 2
+    return z.reshape(x.shape) * (1 / math.sqrt(size))

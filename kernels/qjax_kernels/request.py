@@ -53,6 +53,8 @@ class Request:
         with large values stay out of that.
       parts: products of this kind side by side: experts, stacked weights; 1 for a plain product.
       ragged: whether the parts share a list of m rows, those of one part after those of another.
+      rotation: values of a row of x that are rotated together (Hadamard) before it is rounded, all of one weight's; None where nothing
+        is, or columns change places in between.
     """
 
     device: Device
@@ -64,3 +66,44 @@ class Request:
     activation: Literal["int8", "fp8", "int8 codes", "int8 + outliers"] | None = None
     parts: int = 1
     ragged: bool = False
+    rotation: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """How keys or values of past tokens are stored.
+
+    Attributes:
+      kind: "int" for signed codes, "uint" for unsigned ones with a zero point, "other" for what is no integer.
+      bits: of a code.
+      group_size: channels of a token that share a scale; None for all of them.
+      tokens: how many tokens share the scales of their channels; 1 where a token has its own.
+    """
+
+    kind: Literal["int", "uint", "other"]
+    bits: int
+    group_size: int | None = None
+    tokens: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRead:
+    """Attention of new tokens to packed keys and values: softmax(q k^T / sqrt(channels)) v.
+
+    Attributes:
+      device: where.
+      queries: new tokens of a sequence.
+      channels: of a head.
+      capacity: tokens that the cache has room for.
+      keys: how they are stored.
+      values: how they are stored.
+      dtype: of q and the result.
+    """
+
+    device: Device
+    queries: int
+    channels: int
+    capacity: int
+    keys: Cached
+    values: Cached
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"

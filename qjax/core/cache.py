@@ -313,7 +313,7 @@ def append_cache(cache: QCache, new: jax.Array, position: Any) -> QCache:
     past = _write_groups(cache, _rounded(blocks, spec), first // spec.tokens, start)
     end = start + count
     if spec.held and count:
-        slots = _latest(end, spec.held)
+        slots = latest_tokens(end, spec.held)
         window = jnp.where(_column(slots >= start, cache.ndim), _take(new, slots - start), window)
     return QCache(past, window, jnp.broadcast_to(end, cache.length.shape), spec, cache.axis, cache.capacity)
 
@@ -361,7 +361,7 @@ def past_tokens(length: Any, spec: CacheSpec) -> Any:
     return leaving // spec.tokens * spec.tokens
 
 
-def _latest(end: jax.Array, held: int) -> jax.Array:
+def latest_tokens(end: jax.Array, held: int) -> jax.Array:
     """Of each slot of a ring the latest token before `end` that belongs there; negative where there is none."""
     slots = jnp.arange(held, dtype=jnp.int32)
     return end - 1 - (end - 1 - slots) % held
@@ -403,10 +403,13 @@ def _ring_before(cache: QCache, start: jax.Array) -> jax.Array:
     spec = cache.spec
     if not spec.held:
         return cache.window
-    at, first = cache.ndim - 2, jnp.maximum(start - spec.held, 0) // spec.tokens
-    groups = first + jnp.arange(-(-(spec.held + spec.tokens - 1) // spec.tokens), dtype=jnp.int32)
-    rounded = _numbers(jax.tree.map(lambda leaf: jnp.take(leaf, groups, axis=at, mode="clip"), cache.past), cache)
-    slots = _latest(start, spec.held)
+    at, groups = cache.ndim - 2, cache.past.codes.shape[cache.ndim - 2]
+    count = min(-(-(spec.held + spec.tokens - 1) // spec.tokens), groups)
+    first = jnp.minimum(jnp.maximum(start - spec.held, 0) // spec.tokens, groups - count)
+    # A slice: in front of a gather XLA lays all of the past out anew, in every step.
+    near = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count, axis=at), cache.past)
+    rounded = _numbers(near, cache)
+    slots = latest_tokens(start, spec.held)
     later = _column(slots + spec.held, cache.ndim) < jnp.asarray(cache.length)[..., None, None]
     lost = later & _column(slots >= 0, cache.ndim)
     return jnp.where(lost, _take(rounded, slots - first * spec.tokens), cache.window)

@@ -243,6 +243,10 @@ class OnlineRotation:
         """Rotates the last axis; in float32, then back to the dtype of `x`."""
         return hadamard_transform(x.astype(jnp.float32) * self._signs(x)).astype(x.dtype)
 
+    def signed(self, x: jax.Array) -> jax.Array:
+        """x D, for those who multiply by H themselves; exact in any dtype."""
+        return x * self._signs(x).astype(x.dtype)
+
     def undo(self, x: jax.Array) -> jax.Array:
         """Rotates the last axis back."""
         # What comes before may be a product: clipping to all there is keeps it from being fused with the first sum, unrounded.

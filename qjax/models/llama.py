@@ -21,6 +21,8 @@ from jax.core import Tracer
 
 from qjax.formats.llama_config import LlamaConfig as LlamaConfig
 from qjax.formats.llama_config import RopeScaling as RopeScaling
+from qjax.runtime.attention import attend as attend
+from qjax.runtime.attention import cached_attention
 
 Cache = dict[str, dict[str, jax.Array]]
 
@@ -80,8 +82,10 @@ class Attention(nn.Module):
         v = v.reshape(batch, length, kv_heads, config.head_dim).transpose(0, 2, 1, 3)
         if cache is not None:
             cache = {"key": _write(cache["key"], k, position), "value": _write(cache["value"], v, position)}
-            k, v = cache["key"].astype(self.dtype), cache["value"].astype(self.dtype)
-        mixed = attend(q, k, v, position).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
+            mixed = cached_attention(q, cache["key"], cache["value"], position)
+        else:
+            mixed = attend(q, k, v, position)
+        mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
         return linear(config.hidden_size, name="o_proj")(mixed), cache
 
 
@@ -320,26 +324,6 @@ def rotate(x: jax.Array, rotary: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array) -> jax.Array:
-    """Causal attention: softmax(q k^T / sqrt(head_dim)) v over keys s <= position + t, softmax in float32.
-
-    Args:
-      q: (B, kv_heads, group, T, head_dim).
-      k: (B, kv_heads, S, head_dim).
-      v: (B, kv_heads, S, head_dim).
-      position: scalar int32, place of the first query among the keys.
-
-    Returns:
-      (B, kv_heads, group, T, head_dim) in v's dtype.
-    """
-    scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-    queries = position + jnp.arange(q.shape[3], dtype=jnp.int32)
-    visible = jnp.arange(k.shape[2], dtype=jnp.int32)[None, :] <= queries[:, None]
-    scores = jnp.where(visible[None, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bksd->bkgtd", weights, v)
 
 
 def _linear(features: int, **settings: Any) -> nn.Dense:

@@ -30,6 +30,8 @@ from qjax.program.sites import Key, Site
 Rule = Callable[[Site, Any, list[Any], Any], tuple[list[Any], Any]]
 # The same at a product of two activations; its operands are arrays.
 ProductRule = Callable[[Product, Any, list[Any], Any], tuple[list[Any], Any]]
+# What runs a call of a known name that is given a packed cache: (equation, operands) -> results, or None for what it is anyway.
+CallRule = Callable[[Any, list[Any]], list[Any] | None]
 State = dict[Key, Any]
 # What a packed cache goes through as it is; anything else reads its numbers.
 _STRUCTURE = compat.INLINE | compat.REMAT | {"scan", "while", "cond", BARRIER}
@@ -59,6 +61,7 @@ class Interpreter:
         derivative rule, so this is for inference and observation only; otherwise its packed operands are dequantized.
       products: the products of two activations to visit, by key.
       product_rule: what to do at one.
+      calls: what to do at calls (`jax.jit`) that are given a packed cache, by the name of what is called.
     """
 
     sites: Mapping[Key, Site]
@@ -67,6 +70,7 @@ class Interpreter:
     inline_custom: bool = False
     products: Mapping[Key, Product] = dataclasses.field(default_factory=dict)
     product_rule: ProductRule = plain_product_rule
+    calls: Mapping[str, CallRule] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def above_watched(self) -> frozenset[Key]:
@@ -109,6 +113,10 @@ class Interpreter:
         cached = any(isinstance(v, QCache) for v in operands)
         if cached and name not in _STRUCTURE:  # here it is read
             operands, cached = [materialize(v) if isinstance(v, QCache) else v for v in operands], False
+        call = self.calls.get(eqn.params.get("name", "")) if cached and name in compat.INLINE else None
+        known = None if call is None else call(eqn, operands)
+        if known is not None:
+            return known
         site = self.sites.get(key)
         packed = any(isinstance(v, Packed) for v in operands)
         if site is not None and (packed or key in self.watched):

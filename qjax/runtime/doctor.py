@@ -7,9 +7,11 @@ import importlib.util
 import pathlib
 from collections.abc import Sequence
 
+import jax
 from qjax_kernels.request import Device, Request
 
-from qjax.core import ActSpec, Spec
+from qjax.core import ActSpec, CacheSpec, Spec, init_cache
+from qjax.runtime.attention import cache_kernel_of
 from qjax.runtime.kernels import Runtime, choose
 from qjax.runtime.request import activation_of, weight_of
 
@@ -20,7 +22,7 @@ class Path:
 
     Attributes:
       weight: the spec of w, as text.
-      activation: that of x, "" where it stays float.
+      activation: that of x, "" where it stays float; "rotated" behind it where x is rotated first.
       rows: of x.
       kernel: a kernel's name, or "xla".
       reasons: (kernel, why not) for those that would have come first; ("", reason) where no kernel is written for such products.
@@ -34,8 +36,9 @@ class Path:
 
 
 def path_of(
-    weight: Spec, activation: ActSpec | None, runtime: Runtime, rows: int, n: int = 4096, k: int = 4096, dtype: str = "bfloat16"
-) -> Path:
+    weight: Spec, activation: ActSpec | None, runtime: Runtime, rows: int, n: int = 4096, k: int = 4096, dtype: str = "bfloat16",
+    rotated: bool = False,
+) -> Path:  # fmt: skip
     """Says what runs a product.
 
     Args:
@@ -46,6 +49,7 @@ def path_of(
       n: of w.
       k: contracted values.
       dtype: of x and the result, "float32" or "bfloat16".
+      rotated: whether x is rotated first, see `qjax.online_rotation`.
 
     Returns:
       A `Path`.
@@ -55,15 +59,40 @@ def path_of(
       >>> path_of(qjax.int4(block=(32, 32)), None, Runtime(Device("cpu", "avx2")), 1).reasons
       (('', 'a 2-D block of weights shares a scale'),)
     """
-    texts = str(weight), "" if activation is None else str(activation), rows
+    texts = str(weight), " ".join(filter(None, ("" if activation is None else str(activation), "rotated" if rotated else ""))), rows
     form, act = weight_of(weight, k), activation_of(activation)
     if isinstance(form, str):
         return Path(*texts, "xla", (("", form),))
     if act is not None and act[0] is None:
         return Path(*texts, "xla", (("", act[1]),))
-    request = Request(runtime.device, rows, n, k, form, "float32" if dtype == "float32" else "bfloat16", act[0] if act else None)
+    kind, rotation = "float32" if dtype == "float32" else "bfloat16", k if rotated else None
+    request = Request(runtime.device, rows, n, k, form, kind, act[0] if act else None, rotation=rotation)
     choice = choose(request, runtime.kernels, tuned=runtime.tuned)
     return Path(*texts, "xla" if choice.kernel is None else choice.kernel.name, choice.reasons)
+
+
+def cache_path_of(
+    spec: CacheSpec, runtime: Runtime, channels: int = 128, capacity: int = 4096, dtype: str = "bfloat16"
+) -> tuple[str, tuple[str, ...]]:
+    """Says what reads a packed cache when a token is decoded with `qjax.cached_attention`.
+
+    Args:
+      spec: of keys and values.
+      runtime: where, and the kernels to choose from.
+      channels: of a head.
+      capacity: tokens that the cache has room for.
+      dtype: of the queries, "float32" or "bfloat16".
+
+    Returns:
+      (a kernel's name, or "xla", where the cache is dequantized; why not faster ones).
+
+    Example:
+      >>> import qjax
+      >>> cache_path_of(qjax.kv_cache(qjax.int8()), Runtime(Device("cpu", "avx2")))
+      ('xla', ())
+    """
+    cache = jax.eval_shape(lambda: init_cache((1, 1, capacity, channels), dtype, spec, 2))
+    return cache_kernel_of(cache, cache, runtime)
 
 
 def advice(device: Device) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qjax.runtime.device import device_of
-from qjax.runtime.kernels import Kernel, Runtime
+from qjax.runtime.kernels import XLA, CacheKernel, Kernel, Runtime, check_name
 from qjax.runtime.tuning import read_tuned, tuned_file
 
 
@@ -42,10 +42,24 @@ def installed_kernels(platform: str) -> tuple[Kernel, ...]:
     return ()
 
 
+def installed_cache_kernels(platform: str) -> tuple[CacheKernel, ...]:
+    """Returns the kernels that read packed caches, as `installed_kernels` does.
+
+    Example:
+      >>> installed_cache_kernels("cpu")
+      ()
+    """
+    if platform == "tpu":
+        from qjax.runtime import on_tpu
+
+        return on_tpu.cache_kernels()
+    return ()
+
+
 def runtime_of(
     kernel: str | None = None,
     device: Any = None,
-    kernels: Sequence[Kernel] | None = None,
+    kernels: Sequence[Kernel | CacheKernel] | None = None,
     tuned: str | os.PathLike[str] | None = None,
 ) -> Runtime:
     """What `quantized` chooses from, for the same arguments."""
@@ -53,4 +67,14 @@ def runtime_of(
     if tuned is not None and not pathlib.Path(tuned).is_dir():
         raise ValueError(f"`tuned` must be the folder of what `qjax tune --folder` measured; {str(tuned)!r} is no folder")
     known = {} if kernels is not None and tuned is None else read_tuned(tuned_file(where, tuned))
-    return Runtime(where, installed_kernels(where.platform) if kernels is None else tuple(kernels), kernel, known)
+    if kernels is None:
+        products, reads = installed_kernels(where.platform), installed_cache_kernels(where.platform)
+    else:
+        products = tuple(one for one in kernels if not isinstance(one, CacheKernel))
+        reads = tuple(one for one in kernels if isinstance(one, CacheKernel))
+    if kernel is not None:
+        check_name(kernel, (*products, *reads))
+    # What is forced is the only kernel that may run: the others of both kinds leave their work to XLA.
+    for_reads = kernel in {one.name for one in reads}
+    of_products, of_reads = (XLA, kernel) if for_reads else (kernel, None if kernel is None else XLA)
+    return Runtime(where, products, of_products, known, reads, of_reads)

@@ -8,7 +8,7 @@ from types import EllipsisType
 from typing import Any, NamedTuple
 
 import jax
-from qjax_kernels.request import Device, Request, Weight
+from qjax_kernels.request import CacheRead, Device, Request, Weight
 
 from qjax.core import ActSpec
 from qjax.runtime.request import Operands
@@ -63,6 +63,8 @@ class Kernel:
         out costs more than a product with it; where it is forced they are laid out in every call.
       activations: what becomes of activations in it, as `Request.activation` says; it is not asked about others.
       ragged: whether it takes parts that share a list of rows; it is not asked about those if not.
+      rotates: whether it rotates rows itself, as `Request.rotation` says; it is asked about nothing else. For other kernels rows are
+        rotated in front.
     """
 
     name: str
@@ -72,6 +74,42 @@ class Kernel:
     layout: Layout | None = None
     activations: tuple[str | None, ...] = (None, "int8", "fp8")
     ragged: bool = False
+    rotates: bool = False
+
+
+class Tokens(NamedTuple):
+    """Packed tokens of a cache: codes (B, G, T, D * bits / 8), int8, uint8, or bytes of two codes of four bits; float32 scales (B, G, T);
+    zero points like the scales, or None."""
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+class CacheOperands(NamedTuple):
+    """What a kernel that reads a cache is given: q (B, H, D), G dividing H, keys, values, and int32 (B,), how many tokens are read."""
+
+    q: jax.Array
+    keys: Tokens
+    values: Tokens
+    lengths: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheKernel:
+    """One way to decode a token with a packed cache, for one platform.
+
+    Attributes:
+      name: as `Kernel.name`.
+      platform: as `Device.platform`.
+      why_not: why it cannot read a cache, or is slower for it than what XLA does; "" if it should.
+      run: (o (B, H, D) in the dtype of q, the log-sum-exp of the scores, float32 (B, H); -1e30 where no token is read).
+    """
+
+    name: str
+    platform: str
+    why_not: Callable[[CacheRead], str]
+    run: Callable[[CacheRead, CacheOperands], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +127,23 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """What products are chosen from.
+    """What products and reads of caches are chosen from.
 
     Attributes:
       device: where the program will run.
       kernels: the fastest first.
       force: the name of the only one that may run, "xla" for none, None to choose.
       tuned: which was the fastest when it was measured, by `tuning.key_of` of the product; "xla" for XLA.
+      cache_kernels: those that read caches.
+      force_cache: as `force`, of these.
     """
 
     device: Device
     kernels: tuple[Kernel, ...] = ()
     force: str | None = None
     tuned: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cache_kernels: tuple[CacheKernel, ...] = ()
+    force_cache: str | None = None
 
 
 def choose(
@@ -158,6 +200,10 @@ def choose(
             reason = f"it takes {own} activations, and these are {_OTHER.get(request.activation or '', request.activation or 'float')}"
             if force is None and request.activation not in _OTHER:
                 continue
+        elif kernel.rotates and request.rotation is None:
+            reason = "it rotates rows before it rounds them, and these are not to be rotated, or in another order"
+            if force is None:
+                continue
         elif request.ragged and not kernel.ragged:
             reason = "it takes no experts that share a list of rows"
         else:
@@ -170,6 +216,29 @@ def choose(
     return Choice(None, tuple(reasons))
 
 
+def choose_read(read: CacheRead, runtime: Runtime) -> tuple[CacheKernel | None, tuple[tuple[str, str], ...]]:
+    """Chooses the first kernel that reads a cache; None for XLA. And (kernel, why not) for those that would have come before.
+
+    Args:
+      read: the facts.
+      runtime: what to choose from.
+
+    Raises:
+      ValueError: `runtime.force_cache` is the name of one that cannot run, with the reason.
+    """
+    reasons: list[tuple[str, str]] = []
+    for kernel in runtime.cache_kernels if runtime.force_cache != XLA else ():
+        if runtime.force_cache not in (None, kernel.name) or (runtime.force_cache is None and kernel.platform != read.device.platform):
+            continue
+        reason = kernel.why_not(read)
+        if not reason:
+            return kernel, tuple(reasons)
+        if runtime.force_cache is not None:
+            raise ValueError(f"`kernel` {kernel.name!r} cannot read the cache: {reason}")
+        reasons.append((kernel.name, reason))
+    return None, tuple(reasons)
+
+
 def _why_not_laid(kernel: Kernel, laid: Layout | EllipsisType | None, forced: bool) -> str:
     if isinstance(laid, EllipsisType) or laid == kernel.layout or (laid is None and forced):
         return ""
@@ -178,9 +247,9 @@ def _why_not_laid(kernel: Kernel, laid: Layout | EllipsisType | None, forced: bo
     return f"the weight is laid out for {laid.name}"
 
 
-def check_name(force: str | None, kernels: Sequence[Kernel]) -> None:
+def check_name(force: str | None, kernels: Sequence[Kernel | CacheKernel]) -> None:
     """Refuses a name that no kernel has, and what are no kernels."""
-    if not all(isinstance(one, Kernel) for one in kernels):
+    if not all(isinstance(one, (Kernel, CacheKernel)) for one in kernels):
         raise TypeError(f"`kernels` must be a sequence of qjax.runtime.Kernel, got {kernels!r}: write kernel= to name one")
     names = [kernel.name for kernel in kernels]
     if force is not None and force != XLA and force not in names:

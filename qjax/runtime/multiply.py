@@ -13,6 +13,7 @@ from qjax_kernels.request import Device, Request
 
 from qjax.program import Packed, Site, compat
 from qjax.program.primitives import PLACEMENTS
+from qjax.runtime.alone import alone_or
 from qjax.runtime.kernels import Choice, Kernel, Runtime, choose
 from qjax.runtime.layouts import laid_out, layout_of
 from qjax.runtime.request import operands_of, request_of, result_of, rows_alone, why_not_operands
@@ -29,8 +30,9 @@ def kernel_product(
     """Runs a site on a kernel.
 
     The choice is made here, while the program is traced. A program that is lowered for another platform than that of `runtime.device`
-    gets `plain` there; with a forced kernel it is refused. Derivatives are those of the float product with the dequantized weight,
-    with respect to the activations and, where they stay float, the scales; forward mode has none.
+    gets `plain` there, and one for several TPUs, between which XLA cannot cut a kernel; with a forced kernel it is refused. Derivatives
+    are those of the float product with the dequantized weight, with respect to the activations and, where they stay float, the scales;
+    forward mode has none.
 
     Args:
       site: where.
@@ -126,15 +128,17 @@ def _vmappable(
         q = weight.q
         if kernel.layout is not None and q.form is None:
             q = laid_out(q, kernel.layout, 1 if request.ragged else len(site.batch), 0)
-        operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape), *others)
+        operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape), *others, rotate=not kernel.rotates)
         y = kernel.run(wider, operands, q.act)
         y = result_of(site, eqn, q, y, times)
         return y.reshape(*extra, *y.shape[1:])
 
     @jax.custom_batching.custom_vmap
     def run(x: jax.Array, weight: Packed, *others: jax.Array) -> jax.Array:
-        default = {} if force is not None else {"default": slow}
-        return lax.platform_dependent(x, weight, *others, **{kernel.platform: fast}, **default)
+        if force is not None:
+            return lax.platform_dependent(x, weight, *others, **{kernel.platform: fast})
+        mine = alone_or(fast, slow) if kernel.platform == "tpu" and not site.sharded else fast
+        return lax.platform_dependent(x, weight, *others, **{kernel.platform: mine}, default=slow)
 
     @run.def_vmap
     def rule(size: int, batched: Any, x: jax.Array, weight: Packed, *others: jax.Array) -> tuple[jax.Array, bool]:

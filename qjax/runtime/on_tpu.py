@@ -7,19 +7,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from qjax_kernels.request import Request, Weight
+from qjax_kernels.request import CacheRead, Request, Weight
 from qjax_kernels.tpu import tiles
+from qjax_kernels.tpu.attention import decode_attention
+from qjax_kernels.tpu.attention import why_not as why_not_attention
 from qjax_kernels.tpu.experts import experts
 from qjax_kernels.tpu.experts import why_not as why_not_experts
 from qjax_kernels.tpu.fp8 import fp8
 from qjax_kernels.tpu.fp8 import why_not as why_not_fp8
 from qjax_kernels.tpu.int8 import int8
 from qjax_kernels.tpu.int8 import why_not as why_not_int8
+from qjax_kernels.tpu.rotated_int8 import rotated_int8
+from qjax_kernels.tpu.rotated_int8 import why_not as why_not_rotated_int8
 from qjax_kernels.tpu.weight_only import weight_only
 from qjax_kernels.tpu.weight_only import why_not as why_not_weight_only
 
 from qjax.core import ActSpec
-from qjax.runtime.kernels import Codes, Kernel, Layout
+from qjax.runtime.kernels import CacheKernel, CacheOperands, Codes, Kernel, Layout
 from qjax.runtime.request import Operands, reach_of
 
 # The layers of a model ask for the same few products: each is traced and lowered once.
@@ -30,11 +34,17 @@ def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
     layout = Layout("tpu kernels", _pack, _unpack)
     return (
+        Kernel("tpu rotated int8", "tpu", why_not_rotated_int8, _rotated_int8, layout, ("int8",), rotates=True),
         Kernel("tpu int8", "tpu", why_not_int8, _int8, layout, ("int8",)),
         Kernel("tpu fp8", "tpu", why_not_fp8, _fp8, layout, (None, "fp8")),
         Kernel("tpu weight-only", "tpu", why_not_weight_only, _weight_only, layout, (None,)),
         Kernel("tpu experts", "tpu", why_not_experts, _experts, layout, (None,), ragged=True),
     )
+
+
+def cache_kernels() -> tuple[CacheKernel, ...]:
+    """Returns those that read packed caches."""
+    return (CacheKernel("tpu decode attention", "tpu", why_not_attention, _attention),)
 
 
 def _pack(weight: Weight, codes: Codes) -> dict[str, jax.Array]:
@@ -88,3 +98,21 @@ def _fp8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array
 def _int8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     codes, scale = operands.laid["codes"], operands.laid["scale"]
     return int8(operands.x, codes, scale, group=_group(request), chip=request.device.chip, levels=reach_of(act))
+
+
+@_once
+def _rotated_int8(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
+    codes, scale, size = operands.laid["codes"], operands.laid["scale"], request.rotation or request.k
+    run = functools.partial(rotated_int8, group=_group(request), size=size, chip=request.device.chip, levels=reach_of(act))
+    return run(operands.x, codes, scale).astype(request.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _attention(read: CacheRead, operands: CacheOperands, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    q, keys, values, lengths = operands
+    # XLA lays codes whose token is narrower than a row of lanes out with tokens along them: then this moves nothing, and the other would.
+    last = read.keys.bits == 4 or keys.codes.shape[-1] % 128 != 0
+    k, v = (a.codes.swapaxes(2, 3) if last else a.codes for a in (keys, values))
+    zeros = () if keys.zero_point is None or values.zero_point is None else (keys.zero_point, values.zero_point)
+    how = {"chip": read.device.chip, "tokens_last": last, "interpret": interpret}
+    return decode_attention(q, k, keys.scale, v, values.scale, lengths, *zeros, **how)

@@ -12,9 +12,10 @@ import jax
 from qjax.core import QProduct
 from qjax.policy import no_product
 from qjax.program import Interpreter, Key, Product, Program, ProgramCache, split_arguments
+from qjax.runtime.attention import CALL, packed_attention
 from qjax.runtime.cache import check_caches
 from qjax.runtime.installed import runtime_of
-from qjax.runtime.kernels import XLA, Kernel, check_name
+from qjax.runtime.kernels import XLA, CacheKernel, Kernel, check_name
 from qjax.runtime.products import product_rule
 from qjax.runtime.select import packed_rule
 
@@ -25,7 +26,7 @@ def quantized(
     *,
     kernel: str | None = None,
     device: Any = None,
-    kernels: Sequence[Kernel] | None = None,
+    kernels: Sequence[Kernel | CacheKernel] | None = None,
     tuned: str | os.PathLike[str] | None = None,
 ) -> Callable[..., Any]:
     """Transforms `fn(params, *args)` so that `params` may hold `QTensor` leaves, and the arguments `QCache` ones.
@@ -33,8 +34,9 @@ def quantized(
     The function is traced with the float shapes; wherever a packed parameter meets data, the fastest kernel runs that takes the
     product (`qjax doctor` lists them), or XLA, which takes all. The choice is made while the function is traced and costs a call nothing;
     a program that is lowered for another platform than `device` gets XLA there. A packed cache (see `qjax.quantized_cache`) is written
-    in its packed form and comes back so. The result is an ordinary function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and
-    differentiate it with respect to the other arguments; forward-mode derivatives (`jax.jvp`) need `kernel="xla"`.
+    in its packed form and comes back so; `qjax.cached_attention` reads it so, too, where a kernel can. The result is an ordinary
+    function: `jit`, `vmap`, `scan`, `shard_map` and `jax.export` it, and differentiate it with respect to the other arguments;
+    forward-mode derivatives (`jax.jvp`) need `kernel="xla"`.
     Call it under `jit`: alone it dispatches operation by operation.
 
     Args:
@@ -76,8 +78,11 @@ def quantized(
         arguments = split_arguments(params, args, kwargs)
         program = programs(arguments)
         named = named_products(program, sites)
-        rule = functools.partial(packed_rule, runtime=runtime_of(kernel, device, kernels, tuned), memo={})
-        interpreter = Interpreter({site.key: site for site in program.sites}, rule=rule, products=named, product_rule=product_rule)
+        runtime = runtime_of(kernel, device, kernels, tuned)
+        rule = functools.partial(packed_rule, runtime=runtime, memo={})
+        calls = {CALL: functools.partial(packed_attention, runtime=runtime)}
+        at = {site.key: site for site in program.sites}
+        interpreter = Interpreter(at, rule=rule, products=named, product_rule=product_rule, calls=calls)
         state = {key: sites[product.name] for key, product in named.items()}
         values = [*arguments.params, *arguments.inputs]
         check_caches(program, values)

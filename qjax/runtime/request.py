@@ -42,7 +42,7 @@ class Operands(NamedTuple):
     """What a kernel is given. Without P where `request.parts` is 1.
 
     Attributes:
-      x: float32 or bfloat16 (P, M, K), as `request.dtype` says.
+      x: float32 or bfloat16 (P, M, K), as `request.dtype` says; for a kernel that rotates rows itself float32 where they were divided.
       codes: of the weight, (P, N, K * bits / 8) bytes as `qjax.core.pack` lays them; int8 or uint8 (P, N, K) where they have 8 bits.
       scale: float32 (P, N, G), G = 1 where `request.weight.group_size` is None.
       zero_point: int32 of the shape of `scale`, or None where the kind is not "uint".
@@ -111,7 +111,8 @@ def _asked(
     q: QTensor, device: Device, weight: Weight, activation: Any, m: int, n: int, dtype: Any, parts: int = 1, ragged: bool = False
 ) -> Request:
     k, act = padded_size(math.prod(q.sizes), q.spec), None if activation is None else activation[0]
-    return Request(device=device, m=m, n=n, k=k, weight=weight, dtype=dtype, activation=act, parts=parts, ragged=ragged)
+    rotation = None if q.rotation is None or q.perm is not None else math.prod(q.sizes)
+    return Request(device, m, n, k, weight, dtype, act, parts, ragged, rotation)  # pyright: ignore[reportArgumentType]
 
 
 def _both(dtype: Any, out_dtype: Any) -> str:
@@ -191,7 +192,9 @@ def reach_of(act: ActSpec | None) -> float:
     return 127.0 if act is not None and isinstance(act.spec, IntSpec) and act.spec.scale_rule == "full" else 127.5
 
 
-def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array, sizes: jax.Array | None = None) -> Operands:
+def operands_of(
+    site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array, sizes: jax.Array | None = None, rotate: bool = True
+) -> Operands:
     """Brings the operands of a site into the form that kernels take.
 
     Args:
@@ -201,6 +204,7 @@ def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array
       q: the weight, without an adapter.
       x: the activation, floating (E, shape of the equation's operand...).
       sizes: of a `ragged_dot`, int32 (P,), for which E is 1.
+      rotate: whether rows are rotated here; else their values get the signs of the rotation alone, see `OnlineRotation.signed`.
 
     Returns:
       The arrays; the rows of each of the E follow those of the one before.
@@ -211,7 +215,9 @@ def operands_of(site: Site, eqn: Any, request: Request, q: QTensor, x: jax.Array
     lead = () if request.parts == 1 else (request.parts,)
     order = [*(a + 1 for a in batch), 0, *(a + 1 for a in free), *(pair[a] + 1 for a in flat)]
     x = x.transpose(order).reshape(1 if request.ragged else request.parts, request.m, -1)
-    x = _as_stored(x, q, places).astype(request.dtype)
+    x = _as_stored(x, q, places, rotate)
+    # What was divided in float32 is rounded once, when it has been rotated.
+    x = x if not rotate and x.dtype == jnp.float32 else x.astype(request.dtype)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, request.k - x.shape[-1])])
     x = x.reshape(*(() if request.ragged else lead), request.m, request.k)
     static = [None if a is None else of_part(a, q, places) for a in (q.act_scale, q.act_zero_point)]
@@ -353,12 +359,12 @@ def of_part(a: jax.Array, q: QTensor, places: list[int]) -> jax.Array:
     return a.reshape(-1, 1, a.shape[-1])
 
 
-def _as_stored(x: jax.Array, q: QTensor, places: list[int]) -> jax.Array:
-    """x (P, M, K) as the codes want it: divided, rotated, in stored order."""
+def _as_stored(x: jax.Array, q: QTensor, places: list[int], rotate: bool) -> jax.Array:
+    """x (P, M, K) as the codes want it: divided, rotated or with the signs for that, in stored order."""
     if q.input_scale is not None:
         x = divide(x.astype(jnp.float32), of_part(q.input_scale, q, places))
     if q.rotation is not None:
-        x = q.rotation.apply(x.astype(jnp.float32))
+        x = q.rotation.apply(x.astype(jnp.float32)) if rotate else q.rotation.signed(x)
     if q.perm is not None:
         perm = of_part(q.perm, q, places)
         x = jnp.take_along_axis(x, jnp.broadcast_to(perm, (x.shape[0], 1, x.shape[-1])), axis=-1)

@@ -24,6 +24,7 @@ def key_of(request: Request) -> str:
     weight, rows = request.weight, 1 << (request.m - 1).bit_length()
     group = "channel" if weight.group_size is None else f"group {weight.group_size}"
     act = "" if request.activation is None else f" {request.activation}"
+    act = act if request.rotation is None else f"{act} rotated"
     parts = "" if request.parts == 1 else f"{request.parts} x "
     parts = f"ragged {parts}" if request.ragged else parts
     return f"{weight.kind}{weight.bits} {group}, {request.dtype}{act}, {parts}{request.n} x {request.k}, {rows} rows"

@@ -17,6 +17,9 @@ def test_it_says_what_runs_each_format_on_another_chip():
     assert found["device"] == {"platform": "tpu", "chip": "v6e", "cores": 1} and found["dtype"] == "bfloat16"
     assert paths["int4(group_size=128)", "", 1]["kernel"] == "tpu weight-only"
     assert paths["int8(per=\"channel\")", 'dynamic(int8(per="token"))', 512]["kernel"] == "tpu int8"
+    assert paths["int8(per=\"channel\")", 'dynamic(int8(per="token")) rotated', 512]["kernel"] == "tpu rotated int8"
+    assert [cache["kernel"] for cache in found["caches"]] == ["tpu decode attention"] * 3 + ["xla"] * 2
+    assert "32 tokens share the scales" in found["caches"][4]["reasons"][0] and "tpu decode attention" in found["kernels"]
     three = paths["int3(group_size=128)", "", 1]
     assert three["kernel"] == "xla" and [r["kernel"] for r in three["reasons"]] == ["tpu fp8", "tpu weight-only", "tpu experts"]
 

@@ -1,6 +1,7 @@
 """The TPU kernels through `qjax.prepack` and `qjax.quantized`, interpreted on a CPU: layouts, operands and results are the right ones."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 from qjax_kernels.request import Device
 
 import qjax
-from qjax.core import quantize
-from qjax.runtime import on_tpu
+from qjax.core import OnlineRotation, quantize
+from qjax.runtime import on_tpu, runtime_of
+from qjax.runtime.select import kernel_of
 from tests.program.cases import normal
 
 
@@ -74,3 +76,45 @@ def test_experts_that_share_a_list_of_rows_and_experts_with_rows_of_their_own():
     own = normal(3, 7, 256, seed=2)
     y = through(lambda p, x: jnp.einsum("etk,ekn->etn", x, p["w"]), w, own, chip="v6e", name="tpu experts")
     np.testing.assert_allclose(y, np.float64(own) @ dense, rtol=1e-5, atol=1e-4)
+
+
+def rotated(k, spec):
+    """A weight behind an on-line rotation, whose rows are rounded to int8."""
+    return dataclasses.replace(quantize(normal(k, 136), spec, (0,)), act=qjax.dynamic(qjax.int8()), rotation=OnlineRotation(3))
+
+
+def test_rows_are_rotated_and_rounded_in_one_pass():
+    w, x = rotated(256, qjax.int4(group_size=128)), normal(2, 3, 256, seed=1)
+    how = {"kernels": (here("v6e", "tpu rotated int8"), here("v6e", "tpu int8")), "device": Device("cpu", "plain")}
+    run, plain = qjax.quantized(product, **how), qjax.quantized(product, kernel="xla")
+    laid = qjax.prepack(product, **how)({"w": w}, x[0])
+
+    def loss(fn, p, x):
+        y = lax.scan(lambda carry, row: (carry, jax.vmap(fn, (None, 0))(p, row[None])[0]), 0, x)[1]
+        return (y**2).sum(), y
+
+    with pltpu.force_tpu_interpret_mode():
+        text = str(jax.make_jaxpr(run)(laid, x[0]))
+        (_, y), dx = jax.jit(jax.value_and_grad(functools.partial(loss, run, laid), has_aux=True))(x)
+    assert "name=rotate_and_quantize" in text and "name=codes_product" in text and "rounded_product" not in text
+    (_, want), dwant = jax.jit(jax.value_and_grad(functools.partial(loss, plain, {"w": w}), has_aux=True))(x)
+    # XLA rotates in float32 and rounds by the same rule: codes differ where a number of steps is a half but for the rounding of its sums.
+    for ours, theirs in ((y, want), (dx, dwant)):
+        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    ("k", "chip", "change", "name", "reason"),
+    [
+        (256, "v6e", {}, "tpu rotated int8", ""),
+        (384, "v6e", {}, "tpu int8", "tpu rotated int8: blocks of 384: the size must be a power of two"),
+        (256, "tpu7x", {}, "xla int8", "tpu rotated int8: tpu7x has no integer matrix unit"),
+        (256, "v6e", {"rotation": None}, "tpu int8", ""),
+        (256, "v6e", {"perm": np.arange(256)[None]}, "tpu int8", ""),
+    ],
+)
+def test_the_report_names_what_rotates(k, chip, change, name, reason):
+    w = dataclasses.replace(rotated(k, qjax.int8()), **change)
+    (site,) = qjax.trace(product, {"w": normal(k, 136)}, normal(5, k)).sites
+    found, _, reasons = kernel_of(site, w.spec, w.act, w, runtime_of(device=Device("tpu", chip)))
+    assert found == name and ("; ".join(reasons).startswith(reason) if reason else not reasons), reasons

@@ -155,17 +155,18 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, codes_ref, row_ref, sum_ref, *, le
     def _():
         quantize(x_ref, codes_ref, row_ref, levels)
 
-    codes = codes_ref[step]
-    if whole:
-        tiles.accumulate(sum_ref, _dot(codes, w_ref[...]), step)
-    else:
-        tiles.accumulate(sum_ref, _groups(codes, w_ref, scale_ref), step)
+    add_tile(codes_ref[step], w_ref, scale_ref, sum_ref, step, whole)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
         y = sum_ref[...].astype(jnp.float32)
         y = y * scale_ref[...].astype(jnp.float32) if whole else y
         out_ref[...] = (y * row_ref[...]).astype(out_ref.dtype)
+
+
+def add_tile(codes: jax.Array, w_ref, scale_ref, sum_ref, step: jax.Array, whole: bool) -> None:
+    """Adds the product of a tile: integer sums where a column shares its scale, which comes last, else scaled group by group."""
+    tiles.accumulate(sum_ref, _dot(codes, w_ref[...]) if whole else _groups(codes, w_ref, scale_ref), step)
 
 
 def quantize(x_ref, codes_ref, row_ref, levels: float) -> None:

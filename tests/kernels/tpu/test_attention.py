@@ -1,9 +1,12 @@
 """`decode_attention` in interpret mode against float64 attention to the dequantized cache."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from qjax_kernels.request import Cached, CacheRead, Device
 from qjax_kernels.tpu.attention import decode_attention, why_not
 
 
@@ -47,6 +50,24 @@ def test_what_lies_behind_the_length_is_not_looked_at():
     assert not np.any(o[0]) and np.all(total[0] == -1e30)
 
 
+@pytest.mark.parametrize(("bits", "dtype", "near"), [(8, jnp.float32, 2e-5), (4, jnp.bfloat16, 2**-7)])
+def test_codes_with_zero_points_and_bytes_of_two_with_tokens_in_the_last_axis(bits, dtype, near):
+    q, k, k_scale, v, v_scale = operands(b=2, d=64, dtype=dtype, codes=jnp.int8 if bits == 8 else jnp.int4)
+    half = 2 ** (bits - 1)
+    k_zero, v_zero = (jnp.asarray(np.random.default_rng(i).integers(0, 2 * half, k_scale.shape), jnp.float32) for i in (1, 2))
+    unsigned = [(a.astype(jnp.int32) + half).astype(jnp.uint8) for a in (k, v)]
+    # The same as signed codes that are moved: their zero points are half a range lower.
+    moved = [np.float64(a) - np.float64(z)[..., None] for a, z in zip(unsigned, (k_zero, v_zero), strict=True)]
+    laid = unsigned if bits == 8 else [(a[..., ::2] | a[..., 1::2] << 4).swapaxes(2, 3) for a in unsigned]
+    lengths = jnp.int32([129, 300])
+    how = {"chip": "v6e", "block": 128, "interpret": True}
+    o, total = decode_attention(q, laid[0], k_scale, laid[1], v_scale, lengths, k_zero, v_zero, tokens_last=bits == 4, **how)
+    for i, length in enumerate((129, 300)):
+        expected, logarithm = exact(q[i], moved[0][i], k_scale[i], moved[1][i], v_scale[i], length)
+        np.testing.assert_allclose(np.float64(o[i]), expected, atol=near * 2)
+        np.testing.assert_allclose(total[i], logarithm, rtol=1e-5, atol=1e-5)
+
+
 def test_two_parts_join_by_their_log_sum_exps():
     q, k, k_scale, v, v_scale = operands(b=1, t=256)
     parts = [
@@ -69,11 +90,21 @@ def test_no_race(capfd):
 
 
 def test_reasons_are_named():
-    assert not why_not("tpu", "v6e", 4, 128, None)
-    assert "cuda" in why_not("cuda", "sm_90a", 8, 128, None)
-    assert "2 bits" in why_not("tpu", "v6e", 2, 128, None)
-    assert "zero point" in why_not("tpu", "v6e", 8, 128, None, zero_point=True)
-    assert "groups of 32" in why_not("tpu", "v6e", 8, 128, 32)
+    four = Cached("int", 4)
+    read = CacheRead(Device("tpu", "v6e"), 1, 128, 512, four, four)
+
+    def asked(keys=four, values=None, **more):
+        return why_not(dataclasses.replace(read, keys=keys, values=values or keys, **more))
+
+    assert not asked() and not asked(Cached("uint", 8, group_size=128))
+    assert "cuda" in asked(device=Device("cuda", "sm_90a"))
+    assert "2 bits" in asked(Cached("int", 2))
+    assert "kind other" in asked(Cached("other", 4))
+    assert "values: groups of 32" in asked(values=Cached("int", 4, group_size=32))
+    assert "keys: 32 tokens share" in asked(Cached("uint", 4, tokens=32))
+    assert "keys are int4 and values int8" in asked(values=Cached("int", 8))
+    assert "19 queries a head" in asked(queries=19)
+    assert "24 channels of 4 bits" in asked(channels=24)
 
 
 @pytest.mark.parametrize(
