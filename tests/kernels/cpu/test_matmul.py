@@ -66,6 +66,9 @@ CASES = [
     (3, 48, 256, None, None, 17),
     (2, 37, 333, 32, None, 1),
     (2, 48, 256, 128, "float", 16),
+    (4, 70, 1100, 128, "int", 1),  # single rows take two blocks at a time, and the last of five alone
+    (4, 70, 1100, None, "float", 1),
+    (8, 70, 333, 48, "int", 2),
 ]
 SHARED = [(4, case.n, case.k, case.group, None, case.m) for case in shapes.TESTS]
 
