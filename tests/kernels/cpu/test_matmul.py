@@ -66,7 +66,7 @@ CASES = [
     (3, 48, 256, None, None, 17),
     (2, 37, 333, 32, None, 1),
     (2, 48, 256, 128, "float", 16),
-    (4, 70, 1100, 128, "int", 1),  # single rows take two blocks at a time, and the last of five alone
+    (4, 70, 1100, 128, "int", 1),  # single rows take four blocks at a time, and the fifth alone
     (4, 70, 1100, None, "float", 1),
     (8, 70, 333, 48, "int", 2),
 ]

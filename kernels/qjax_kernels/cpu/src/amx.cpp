@@ -294,6 +294,8 @@ void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i tab
   for (int64_t t = 0; t < count; ++t) {
     if constexpr (kDirect) {
       const uint8_t* at = codes + t * code_bytes;
+      for (int b = 0; b < NB; ++b)
+        for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(at + b * block_bytes + 2048 + i);
       few_multiply<INTEGER, NB>(x + t * x_tile, x_tile, x_row, at, block_bytes, 1);
     } else {
       few_multiply<INTEGER, NB>(x + t * planes * x_tile, x_tile, x_row, tiles + t % kRing * kTileBytes, kRing * kTileBytes, planes);
