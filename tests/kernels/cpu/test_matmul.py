@@ -152,6 +152,33 @@ def test_large_and_small_magnitudes_in_one_row_keep_float32():
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", SETS or ["none"])
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_single_rows_are_exact_whatever_their_magnitudes(name, bits):
+    """A row that kernels may cut into digits: groups that fit a grid, one that does not, zeros, the ends of float32."""
+    packed, w = make(7, bits, 80, 640, 128, None)
+    product = jax.jit(functools.partial(cpu.matmul, instruction_set=name))
+    x = np.array(rows(3, 1, 640))
+    x[0, 130], x[0, 131], x[0, 256:384] = 3e20, 1e-20, 0  # one group of wide range, one of zeros
+    x[0, 384:512] *= np.float32(1e-41)  # denormal
+    x[0, 512:] *= np.float32(1e30)
+    for columns in (slice(0, 128), slice(128, 256), slice(384, 512), slice(512, 640), slice(0, 640)):
+        part = np.zeros_like(x)
+        part[:, columns] = x[:, columns]
+        if columns.start == 384:  # XLA's threads take denormal numbers for zeros
+            assert np.max(np.abs(np.asarray(product(part, packed)))) < 1e-36
+        else:
+            assert worst(product(part, packed), part.astype(np.float64), w) < 8
+    whole = np.random.default_rng(4).integers(-(2**9), 2**9, (1, 640)).astype(np.float32)  # sums of whole numbers are exact in float32
+    ones = cpu.prepack(np.sign(w[:, ::-1]).astype(np.int8), np.ones((80, 5)), bits=bits, group_size=128)
+    np.testing.assert_array_equal(product(whole, ones), whole @ np.sign(w[:, ::-1]).T)
+    for odd in (np.inf, np.nan):
+        whole[0, 3] = odd
+        y = np.asarray(product(whole, packed))
+        assert not np.isfinite(y[0][w[:, 3] != 0]).any()
+
+
+@needs_kernels
 def test_experts():
     packed, w = make(4, 4, 37, 100, 32, "int", parts=(3,))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 100)), jnp.float32)
