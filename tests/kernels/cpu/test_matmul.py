@@ -69,6 +69,7 @@ CASES = [
     (4, 70, 1100, 128, "int", 1),  # single rows take four blocks at a time, and the fifth alone
     (4, 70, 1100, None, "float", 1),
     (8, 70, 333, 48, "int", 2),
+    (4, 70, 1100, 128, "float", 4),
 ]
 SHARED = [(4, case.n, case.k, case.group, None, case.m) for case in shapes.TESTS]
 
@@ -154,8 +155,8 @@ def test_large_and_small_magnitudes_in_one_row_keep_float32():
 @needs_kernels
 @pytest.mark.parametrize("name", SETS or ["none"])
 @pytest.mark.parametrize("bits", [8, 4, 3])
-def test_single_rows_are_exact_whatever_their_magnitudes(name, bits):
-    """A row that kernels may cut into digits: groups that fit a grid, one that does not, zeros, the ends of float32."""
+def test_few_rows_are_exact_whatever_their_magnitudes(name, bits):
+    """Rows that kernels may cut into digits: groups that fit a grid, one that does not, zeros, the ends of float32."""
     packed, w = make(7, bits, 80, 640, 128, None)
     product = jax.jit(functools.partial(cpu.matmul, instruction_set=name))
     x = np.array(rows(3, 1, 640))
@@ -172,10 +173,12 @@ def test_single_rows_are_exact_whatever_their_magnitudes(name, bits):
     whole = np.random.default_rng(4).integers(-(2**9), 2**9, (1, 640)).astype(np.float32)  # sums of whole numbers are exact in float32
     ones = cpu.prepack(np.sign(w[:, ::-1]).astype(np.int8), np.ones((80, 5)), bits=bits, group_size=128)
     np.testing.assert_array_equal(product(whole, ones), whole @ np.sign(w[:, ::-1]).T)
+    several = np.concatenate([x, whole, rows(5, 1, 640)])  # a span that one of them does not fit
+    assert worst(product(several, packed), several.astype(np.float64), w) < 8
     for odd in (np.inf, np.nan):
-        whole[0, 3] = odd
-        y = np.asarray(product(whole, packed))
-        assert not np.isfinite(y[0][w[:, 3] != 0]).any()
+        several[1, 3] = odd
+        y = np.asarray(product(several[:2], packed))
+        assert not np.isfinite(y[1][w[:, 3] != 0]).any() and np.isfinite(y[0]).all()
 
 
 @needs_kernels
