@@ -68,7 +68,7 @@ CASES = [
     (2, 48, 256, 128, "float", 16),
     (4, 70, 1100, 128, "int", 1),  # single rows take four blocks at a time, and the fifth alone
     (4, 70, 1100, None, "float", 1),
-    (8, 70, 333, 48, "int", 2),
+    (8, 70, 333, 48, "int", 3),
     (4, 70, 1100, 128, "float", 4),
 ]
 SHARED = [(4, case.n, case.k, case.group, None, case.m) for case in shapes.TESTS]

@@ -101,7 +101,7 @@ void prepare_bytes(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
 
 // Values of a table are no bfloat16, and for very few rows codes are multiplied sooner than stored.
 inline bool without_tiles(const Weight& w, const Rows& r) {
-  return w.codebook || (r.integer ? w.bits != 8 && r.count < 4 : r.count <= 2);
+  return w.codebook || (r.integer ? w.bits != 8 && r.count < 4 : r.count <= (w.bits == 8 ? 3 : 2));
 }
 
 void amx_prepare(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
