@@ -66,6 +66,10 @@ CASES = [
     (3, 48, 256, None, None, 17),
     (2, 37, 333, 32, None, 1),
     (2, 48, 256, 128, "float", 16),
+    (4, 70, 1100, 128, "int", 1),  # single rows take four blocks at a time, and the fifth alone
+    (4, 70, 1100, None, "float", 1),
+    (8, 70, 333, 48, "int", 3),
+    (4, 70, 1100, 128, "float", 4),
 ]
 SHARED = [(4, case.n, case.k, case.group, None, case.m) for case in shapes.TESTS]
 
@@ -146,6 +150,35 @@ def test_large_and_small_magnitudes_in_one_row_keep_float32():
     for m in (1, 8, 40):
         x = np.array(rows(2, m, 128)) * 10.0 ** np.random.default_rng(3).integers(-12, 12, (m, 128)).astype(np.float32)
         assert worst(cpu.matmul(jnp.asarray(x), packed), x.astype(np.float64), w) < 12
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", SETS or ["none"])
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_few_rows_are_exact_whatever_their_magnitudes(name, bits):
+    """Rows that kernels may cut into digits: groups that fit a grid, one that does not, zeros, the ends of float32."""
+    packed, w = make(7, bits, 80, 640, 128, None)
+    product = jax.jit(functools.partial(cpu.matmul, instruction_set=name))
+    x = np.array(rows(3, 1, 640))
+    x[0, 130], x[0, 131], x[0, 256:384] = 3e20, 1e-20, 0  # one group of wide range, one of zeros
+    x[0, 384:512] *= np.float32(1e-41)  # denormal
+    x[0, 512:] *= np.float32(1e30)
+    for columns in (slice(0, 128), slice(128, 256), slice(384, 512), slice(512, 640), slice(0, 640)):
+        part = np.zeros_like(x)
+        part[:, columns] = x[:, columns]
+        if columns.start == 384:  # XLA's threads take denormal numbers for zeros
+            assert np.max(np.abs(np.asarray(product(part, packed)))) < 1e-36
+        else:
+            assert worst(product(part, packed), part.astype(np.float64), w) < 8
+    whole = np.random.default_rng(4).integers(-(2**9), 2**9, (1, 640)).astype(np.float32)  # sums of whole numbers are exact in float32
+    ones = cpu.prepack(np.sign(w[:, ::-1]).astype(np.int8), np.ones((80, 5)), bits=bits, group_size=128)
+    np.testing.assert_array_equal(product(whole, ones), whole @ np.sign(w[:, ::-1]).T)
+    several = np.concatenate([x, whole, rows(5, 1, 640)])  # a span that one of them does not fit
+    assert worst(product(several, packed), several.astype(np.float64), w) < 8
+    for odd in (np.inf, np.nan):
+        several[1, 3] = odd
+        y = np.asarray(product(several[:2], packed))
+        assert not np.isfinite(y[1][w[:, 3] != 0]).any() and np.isfinite(y[0]).all()
 
 
 @needs_kernels

@@ -22,25 +22,28 @@ inline int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 inline int parts_of(const Rows& r) { return r.dtype == Dtype::kBF16 ? 1 : 3; }
 inline bool stacked(const Rows& r) { return r.count * parts_of(r) <= kTile; }
 inline int planes_of(const Rows& r) { return stacked(r) ? 1 : parts_of(r); }
+// Tiles that are not full stand close together, so that the first cache holds them.
+inline int64_t plane_bytes(const Rows& r) { return stacked(r) ? r.count * parts_of(r) * 2 * kUnit : kTileBytes; }
 
 // k of one product of int8 tiles.
 inline int64_t byte_span(const Weight& w) { return w.group_padded % 64 == 0 ? 64 : 32; }
 
 size_t amx_bytes(const Weight& w, const Rows& r) {
   if (r.integer) return tiles_of(r.count) * kTile * w.k_padded();
-  return tiles_of(r.count) * (w.k_padded() / kUnit) * planes_of(r) * kTileBytes;
+  return tiles_of(r.count) * (w.k_padded() / kUnit) * planes_of(r) * plane_bytes(r);
 }
 
 // Float rows: (tile of rows, unit, plane) tiles of 16 rows and 32 bfloat16; eight k stand as 0 2 4 6 1 3 5 7, which is how the pairs of a
 // decoded vector of nibbles come.
 void prepare_planes(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
   const int parts = parts_of(r), planes = planes_of(r);
+  const int64_t words = plane_bytes(r) / 2;
   const bool together = stacked(r);
   const int64_t units = w.group_padded / kUnit, all = w.groups * units;
   alignas(64) float buffer[4096];
   for (int64_t m = r0; m < (r1 + kTile - 1) / kTile * kTile; ++m) {
     if (m >= r.count && together) break;
-    uint16_t* tiles = static_cast<uint16_t*>(r.data) + (m / kTile) * all * planes * (kTileBytes / 2);
+    uint16_t* tiles = static_cast<uint16_t*>(r.data) + (m / kTile) * all * planes * words;
     if (m < r.count) r.scales[m] = 1;
     for (int64_t g = 0; g < w.groups; ++g) {
       float sum = 0;
@@ -63,12 +66,12 @@ void prepare_planes(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
         for (int64_t u = 0; u < count; ++u)
           for (int h = 0; h < 2; ++h) {
             __m512 x = _mm512_permutexvar_ps(order, _mm512_loadu_ps(buffer + u * kUnit + 16 * h));
-            uint16_t* at = tiles + ((g * units + first + u) * planes) * (kTileBytes / 2) + 16 * h;
+            uint16_t* at = tiles + ((g * units + first + u) * planes) * words + 16 * h;
             for (int part = 0; part < parts; ++part) {
               const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x), top);
               // Nothing is left of an infinity or a NaN: their difference with themselves would be NaN.
               const __mmask16 finite = _mm512_cmp_epu32_mask(_mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000)), _mm512_set1_epi32(0x7f800000), _MM_CMPINT_LT);
-              uint16_t* row = together ? at + (part * r.count + m) * kUnit : at + part * (kTileBytes / 2) + (m % kTile) * kUnit;
+              uint16_t* row = together ? at + (part * r.count + m) * kUnit : at + part * words + (m % kTile) * kUnit;
               _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
               x = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(bits));
             }
@@ -96,8 +99,10 @@ void prepare_bytes(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
   delete[] row;
 }
 
-// Values of a table are no bfloat16, and for very few integer rows nibbles are multiplied sooner than stored.
-inline bool without_tiles(const Weight& w, const Rows& r) { return w.codebook || (r.integer && w.bits != 8 && r.count < 4); }
+// Values of a table are no bfloat16, and for very few rows codes are multiplied sooner than stored.
+inline bool without_tiles(const Weight& w, const Rows& r) {
+  return w.codebook || (r.integer ? w.bits != 8 && r.count < 4 : r.count <= (w.bits == 8 ? 3 : 2));
+}
 
 void amx_prepare(const Weight& w, const Rows& r, int64_t r0, int64_t r1) {
   if (without_tiles(w, r))
@@ -272,7 +277,7 @@ void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i tab
   const int64_t in_group = w.group_padded / kUnit / step, count = w.groups * in_group;
   const int64_t span = INTEGER || in_group < kSpan ? in_group : kSpan;
   const int planes = INTEGER ? 1 : planes_of(r), parts = INTEGER || !stacked(r) ? 1 : parts_of(r);
-  const int64_t x_tile = INTEGER ? kTile * x_row : kTileBytes, code_bytes = step * BITS * 64, block_bytes = w.block_bytes();
+  const int64_t x_tile = INTEGER ? kTile * x_row : plane_bytes(r), code_bytes = step * BITS * 64, block_bytes = w.block_bytes();
   const uint8_t* x = static_cast<const uint8_t*>(r.data);
   const uint8_t* codes = w.codes + block * block_bytes;
   alignas(64) float sums[2][kAbreast * 256];
@@ -289,6 +294,8 @@ void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i tab
   for (int64_t t = 0; t < count; ++t) {
     if constexpr (kDirect) {
       const uint8_t* at = codes + t * code_bytes;
+      for (int b = 0; b < NB; ++b)
+        for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(at + b * block_bytes + 2048 + i);
       few_multiply<INTEGER, NB>(x + t * x_tile, x_tile, x_row, at, block_bytes, 1);
     } else {
       few_multiply<INTEGER, NB>(x + t * planes * x_tile, x_tile, x_row, tiles + t % kRing * kTileBytes, kRing * kTileBytes, planes);
