@@ -72,7 +72,9 @@ def product(tiles: Callable[[int, int], Tiles | None]) -> Callable:
         if len(w) == 1:
             y = jnp.einsum("mk,nk->mn", x, w[0])
             return y if added is None else y + added
-        bias = None if added is None else added[0]  # a single row: what is added to it is a bias
+        if added is not None and added.shape[0] != 1:
+            raise ValueError(f"`added` must be a single row, which is then a bias; it has {added.shape[0]}")
+        bias = None if added is None else added[0]
         return weight_only_matmul(x, *w, group_size=GROUP, bias=bias, tiles=tiles(*w[0].shape) if w[0].dtype == jnp.int4 else None)
 
     return times

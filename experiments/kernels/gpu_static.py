@@ -145,7 +145,7 @@ def rows() -> list[dict]:
         program, text = compiled(function(kernel, tiles), arguments, "h200")
         default, sizes = chosen(kernel, m, n, k)
         used = tiles or default
-        row = {"kernel": kernel, "m": m, "n": n, "k": k, "tiles": _short(used), **counts(text), "shared": used.shared_bytes(*sizes)}
+        row = {"kernel": kernel, "m": m, "n": n, "k": k, "tiles": _short(used), **counts(text), "shared": used.shared_bytes(*sizes, rows=m)}
         row |= {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * n * k}
         found.append(row)
         print(json.dumps(row), f"{time.monotonic() - start:.1f}s", flush=True)

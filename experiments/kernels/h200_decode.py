@@ -45,7 +45,8 @@ def decode(record: Record, clock: Clock, dry: bool, profile: bool) -> None:
     """
     shape = Shape(2, 256, 512, 4, 2, 512, 128) if dry else Shape()
     styles = STYLES[1:2] if dry else STYLES
-    wanted = [style for style in styles if record.known("decode", {"kind": style[0], "how": style[1]}) is None]
+    parts = ("decode", "profile") if profile else ("decode",)
+    wanted = [style for style in styles if any(record.known(part, {"kind": style[0], "how": style[1]}) is None for part in parts)]
     with concurrent.futures.ThreadPoolExecutor(2 * len(STYLES)) as pool:
         waiting = [[pool.submit(compiled, shape, kind, make(step(shape, product(tiles)))) for make in (lambda f: f, looped)]
                    for kind, _, tiles in wanted]  # fmt: skip
@@ -58,8 +59,9 @@ def decode(record: Record, clock: Clock, dry: bool, profile: bool) -> None:
         if failure := next((error for future in both if (error := future.exception()) is not None), None):
             record.add("decode", row | {"failed": f"{type(failure).__name__}: {failure}"[:300]})
             continue
-        record.begin("decode", row)
-        record.add("decode", row | timed(shape, kind, *(future.result() for future in both)))
+        if record.known("decode", row) is None:
+            record.begin("decode", row)
+            record.add("decode", row | timed(shape, kind, *(future.result() for future in both)))
         if profile:
             for name, us in profiled(shape, kind, both[0].result()):
                 record.add("profile", {"kind": kind, "how": how, "kernel": name, "us": us})
@@ -78,7 +80,7 @@ def timed(shape: Shape, kind: str, single, many) -> dict[str, Any]:
     places = [jnp.int32(i) for i in range(TOKENS)]
     took = {}
     for name in ("us", "us, all tokens in one program"):
-        for turn in range(2):  # the first warms up
+        for _ in range(2):  # the first warms up
             jax.block_until_ready((token, caches, places))
             start = time.perf_counter()
             if name == "us":
@@ -88,7 +90,6 @@ def timed(shape: Shape, kind: str, single, many) -> dict[str, Any]:
                 token, caches = many(weights, caches, token, places[0])
             jax.block_until_ready(token)
             took[name] = round((time.perf_counter() - start) / TOKENS * 1e6, 1)
-            del turn
     memory = single.memory_analysis()
     took["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
     return took | {"tokens/s": round(1e6 / min(took["us"], took["us, all tokens in one program"]), 1)}

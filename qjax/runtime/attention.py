@@ -51,7 +51,8 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: Any) ->
 
     Alone it is those few lines of jax. `qjax.quantized` knows the call: where k and v come packed, T is 1 and a kernel takes their form,
     it multiplies codes, and no float copy of the cache is made; elsewhere the cache is dequantized in front of it.
-    `qjax.runtime.cache_kernel_of` says which, and why not. So write the cache, and hand it over as it is, in any dtype.
+    `qjax.runtime.cache_kernel_of` says which, and why not. So write the cache, and hand it over as it is, in any dtype. A `vmap` belongs
+    around the quantized function: one inside of it makes another call, which is not known.
 
     Args:
       q: (B, H, N, T, D) floating: N query heads share each of the H heads of the cache.
@@ -101,12 +102,16 @@ def packed_attention(eqn: Any, operands: Sequence[Any], runtime: Runtime) -> lis
     Raises:
       ValueError: `runtime.force_cache` names a kernel that cannot run here.
     """
+    forced = runtime.force_cache not in (None, "xla")
     if not _is_attend(eqn):
+        if forced:
+            raise ValueError(f"`kernel` {runtime.force_cache!r} cannot run {CALL}: the program changes the call, as a vmap in it does; "
+                             "put the vmap around qjax.quantized(...)")  # fmt: skip
         return None
     q, k, v, position = operands
     read = read_of(q.shape, q.dtype, k, v, runtime.device)
     if isinstance(read, str):
-        if runtime.force_cache not in (None, "xla"):
+        if forced:
             raise ValueError(f"`kernel` {runtime.force_cache!r} cannot run {CALL}: {read}")
         return None
     kernel, _ = choose_read(read, runtime)

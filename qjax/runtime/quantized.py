@@ -80,13 +80,23 @@ def quantized(
         named = named_products(program, sites)
         runtime = runtime_of(kernel, device, kernels, tuned)
         rule = functools.partial(packed_rule, runtime=runtime, memo={})
-        calls = {CALL: functools.partial(packed_attention, runtime=runtime)}
+        reads: list[bool] = []
+
+        def read(eqn: Any, operands: Any) -> Any:
+            outs = packed_attention(eqn, operands, runtime)
+            reads.append(outs is not None)
+            return outs
+
+        calls = {CALL: read}
         at = {site.key: site for site in program.sites}
         interpreter = Interpreter(at, rule=rule, products=named, product_rule=product_rule, calls=calls)
         state = {key: sites[product.name] for key, product in named.items()}
         values = [*arguments.params, *arguments.inputs]
         check_caches(program, values)
         outs, _ = interpreter(program.jaxpr, values, state)
+        if runtime.force_cache not in (None, XLA) and not any(reads):
+            raise ValueError(f"`kernel` {runtime.force_cache!r} reads packed caches, and the program hands none to qjax.cached_attention: "
+                             "pack one with qjax.quantized_cache, or leave `kernel` out")  # fmt: skip
         return jax.tree.unflatten(program.out_tree, outs)
 
     return call

@@ -140,7 +140,8 @@ class FakeQuant:
 
         Args:
           key: as for `init`.
-          packed: the parameters that `qjax.quantize` gave for the same rules: `result.params`.
+          packed: the parameters that `qjax.quantize` gave for the same rules: `result.params`. Static ranges of activations are not taken
+            from it: they begin with the data, as in `init`.
           *args: as for `init`.
           params: the float parameters from which they were made; the new ones are the nearest to them that round to the codes.
           **kwargs: keyword arguments of the function.
@@ -151,7 +152,7 @@ class FakeQuant:
         Raises:
           TypeError: `key` is no key.
           ValueError: another tree; a leaf has another spec than the policy trains, belongs to an estimator that takes its range from the
-            weights (`qjax.lsq` does not), is rotated, rescaled, or has groups of reordered columns.
+            weights (`qjax.lsq` does not), has a schedule of weights or bits, is rotated, rescaled, or has groups of reordered columns.
 
         Example:
           >>> import jax, jax.numpy as jnp, qjax

@@ -48,10 +48,11 @@ def adopted(plan: Planned, packed: Sequence[Any], near: Sequence[Any]) -> tuple[
 
 def _why_not(q: QTensor, trained: Trained) -> str:
     """Why an estimator cannot take over a packed weight, and what to do; "" if it can."""
-    spec, estimator = trained.spec, trained.train.weight
+    spec, estimator, schedule = trained.spec, trained.train.weight, trained.train.schedule
     grouped = isinstance(spec, IntSpec) and isinstance(spec.granularity, PerGroup)
     reasons = (
         (q.spec != spec, f"it is {q.spec}, the policy trains {spec}; give both the same spec"),
+        (bool(schedule.weights or schedule.bits), "its schedule begins with float weights or other bits; begin without one"),
         (not isinstance(estimator, BeginsPacked), f"{estimator.name} takes its range from the weights; train with qjax.lsq()"),
         (q.perm is not None and grouped, "its groups are of reordered columns; use static_groups=True, or no act_order"),
         (q.rotation is not None or trained.rotation is not None, "it is rotated on line; begin without online_rotation"),
@@ -105,6 +106,7 @@ def nearest(problem: Problem, q: QTensor) -> jax.Array:
     scale = q.scale.astype(jnp.float32)[..., None]
     zero = 0.0 if q.zero_point is None else q.zero_point.astype(jnp.float32)[..., None]
     edge = jnp.minimum(0.5, jnp.maximum(0.01, 2 * jnp.finfo(problem.w.dtype).eps * (jnp.abs(codes - zero) + 0.5)))
-    low, high = jnp.maximum(codes - 0.5 + edge, spec.qmin + edge), jnp.minimum(codes + 0.5 - edge, spec.qmax - edge)
+    inside = jnp.minimum(edge, 0.5 - edge)  # of the range; nothing where the dtype knows the codes alone
+    low, high = jnp.maximum(codes - 0.5 + edge, spec.qmin + inside), jnp.minimum(codes + 0.5 - edge, spec.qmax - inside)
     steps = jnp.clip(divide(w, scale) + zero, low, high) - zero
     return to_logical(steps * scale).astype(problem.w.dtype)

@@ -110,7 +110,12 @@ def test_what_is_forced_and_cannot_run_is_refused_and_other_calls_of_the_name_ar
         cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], position, axis=2) for name in cache}
         return jax.jit(cached_attention_call)(q, cache["key"], cache["value"], position), cache
 
-    assert "decode_attention" not in str(jax.make_jaxpr(qjax.quantized(other, **how))(*given))
+    assert "decode_attention" not in str(jax.make_jaxpr(qjax.quantized(other, **on_this_machine()))(*given))
+    with pytest.raises(ValueError, match="the program changes the call"):
+        jax.eval_shape(qjax.quantized(other, **how), *given)
+    floats = dict.fromkeys(("key", "value"), jnp.zeros((B, H, S, D)))
+    with pytest.raises(ValueError, match=r"the program hands none to qjax\.cached_attention"):
+        jax.eval_shape(qjax.quantized(step, **how), jnp.ones(()), q, new, floats, jnp.int32(21))
     with pytest.raises(ValueError, match=r"`q` \(B, H, N, T, D\), `k` and `v` .* do not fit"):
         qjax.cached_attention(q, new["key"], new["value"][:, :1], 0)
 

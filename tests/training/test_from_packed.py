@@ -71,8 +71,10 @@ def test_bf16_weights_begin_where_their_numbers_can_and_are_refused_where_not():
     fq, result, params, quant = begun(qjax.int3(), qjax.gptq(), narrow)
     assert params["head"].dtype == jnp.bfloat16
     assert bool((fq.leaves(params, X, quant=quant)(params)["head"] == result.params["head"].dequantize()).all())
+    fq, result, params, quant = begun(qjax.int8(), None, narrow)  # 127 codes are all that eight bits of a bfloat16 tell apart
+    assert bool((fq.leaves(params, X, quant=quant)(params)["head"] == result.params["head"].dequantize()).all())
     with pytest.raises(ValueError, match="too coarse to round to its codes; give `params` in float32"):
-        begun(qjax.uint8(), qjax.gptq(), jax.tree.map(lambda a: a.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16) + 1, narrow))
+        begun(qjax.uint8(), qjax.gptq(), jax.tree.map(lambda a: a / 8 + 1, narrow))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,7 @@ def test_bf16_weights_begin_where_their_numbers_can_and_are_refused_where_not():
         (GROUPS, qjax.gptq(act_order=True), None, "reordered columns; use static_groups=True"),
         (qjax.int4(), qjax.gptq(), qjax.ste(), "takes its range from the weights; train with qjax.lsq"),
         (qjax.int4(), qjax.online_rotation(), None, "rotated on line"),
+        (qjax.int4(), None, qjax.qat(qjax.lsq(), schedule=qjax.schedule(weights=10)), "its schedule begins with float weights"),
     ],
 )
 def test_what_training_cannot_take_over_is_refused_by_name(spec, method, train, message):

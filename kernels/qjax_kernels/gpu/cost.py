@@ -79,7 +79,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     bits, group = request.weight.bits, request.weight.group_size
     tiles = eight_bit_tiles(m, n, k, cores) if eight else weight_only_tiles(m, n, k, bits, cores, group)
     scales = 4 * n * (k // group if group else 1)
-    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2)
+    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2, rows=m)
     moved = n * k * bits // 8 + scales + 2 * padded_rows(m) * k + 2 * m * n
     if tiles.split_k > 1 and not tiles.few_rows:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next

@@ -1,4 +1,4 @@
-"""The Hopper kernel of four-bit products of up to sixteen rows, in one launch: it orders rows of x, and clusters add parts of K."""
+"""The Hopper kernel of four-bit products of 1 to 8 or 16 rows, in one launch: it orders rows of x, and clusters add parts of K."""
 
 import jax
 import jax.numpy as jnp

@@ -36,7 +36,7 @@ class Tiles:
         sides.
       digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
         in groups only.
-      few_rows: up to sixteen rows of x, in one launch: a thread block orders its rows of x itself, nibbles are used as they lie, and the
+      few_rows: 1 to 8 or 16 rows of x, in one launch: a thread block orders its rows of x itself, nibbles are used as they lie, and the
         `split_k` thread blocks of a tile are a cluster that adds its sums in shared memory. Four-bit codes in groups only.
       early: the launch begins while the one before it ends (programmatic dependent launch), asks for its first blocks of w to be brought
         into the second-level cache, and waits before it reads anything. Only with `few_rows`.
@@ -126,9 +126,12 @@ def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128) -> Tiles:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
+    Not those of `few_rows`: that kernel was found right there and was not timed by itself; a decode step of 7B takes as long with it as
+    with the tiles that were measured before (2241 and 2220 us).
+
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. Up to sixteen rows of a four-bit weight in groups are one launch; nine to 32 meet digits where the weight keeps the
-    multiprocessors busy without a split. Many rows are bound by the tensor cores: two
+    have work. 1 to 8 rows of a four-bit weight in groups, and 16 of a narrow one, are one launch; others up to 32 meet digits
+    where the weight keeps the multiprocessors busy without a split. Many rows are bound by the tensor cores: two
     warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor still has one.
 
     Args:
@@ -181,6 +184,7 @@ def _few_rows(m: int, n: int, k: int, cores: int) -> Tiles:
     steps, living = math.ceil(k / (tiles.block_k * split)), min(4, math.ceil(blocks(m, n, tiles) / cores))
     # A block needs a kilobyte more than it asks for; as many stages as leave room for all that live beside it.
     room = (SHARED_BYTES + 1024) // living - 1024
+    # Two at least: with fewer nothing is on its way while it is multiplied, even if then fewer blocks live side by side.
     fitting = (s for s in (6, 5, 4, 3) if s <= steps and dataclasses.replace(tiles, stages=s).shared_bytes(4, rows=m) <= room)
     return dataclasses.replace(tiles, stages=next(fitting, 2))
 

@@ -119,6 +119,8 @@ def decode_attention(
       (0.5, 4.6052, 4.6052)
     """
     chip_of(chip)
+    if (k_zero is None) != (v_zero is None):
+        raise ValueError("`k_zero` and `v_zero` come together: give zeros for the one that has none")
     zeros = [] if k_zero is None or v_zero is None else [k_zero, v_zero]
     _check(q, k, k_scale, v, v_scale, lengths, zeros, tokens_last, block)
     (b, h, d), (g, t) = q.shape, k_scale.shape[1:]

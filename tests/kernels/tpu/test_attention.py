@@ -70,6 +70,8 @@ def test_codes_with_zero_points_and_bytes_of_two_with_tokens_in_the_last_axis(bi
 
 def test_two_parts_join_by_their_log_sum_exps():
     q, k, k_scale, v, v_scale = operands(b=1, t=256)
+    with pytest.raises(ValueError, match="`k_zero` and `v_zero` come together"):
+        decode_attention(q, k, k_scale, v, v_scale, jnp.int32([128]), None, v_scale, chip="v6e", interpret=True)
     parts = [
         decode_attention(q, k[:, :, at], k_scale[:, :, at], v[:, :, at], v_scale[:, :, at], jnp.int32([n]), chip="v6e", interpret=True)
         for at, n in ((slice(0, 128), 128), (slice(128, 256), 100))
