@@ -12,17 +12,21 @@ EXPECTED = {"float32": (47.051, 0.002), "int8 rtn": (47.057, 0.001), "int4 g128 
 BETTER_THAN = {"int4 g128 gptq": 47.242, "int3 g128 gptq": 48.128}
 
 
-def perplexities(text: str) -> dict[str, float]:
-    """By row of the table."""
-    return {name: float(value) for name, value in re.findall(r"^((?:float|int)\S*(?: \S+)*?) +(\d+\.\d{3})\b", text, re.MULTILINE)}
+BITS = {"float32": "32.00", "int8 rtn": "8.10", "int4 g128 rtn": "4.25", "int4 g128 gptq": "4.25", "int3 g128 gptq": "3.25"}
+ROW = re.compile(r"^((?:float|int)\S*(?: \S+)*?) +(\d+\.\d{3}) +(?:(0\.\d+) +\S+% +)?(\d+\.\d\d) ", re.MULTILINE)
 
 
 def wrong(text: str) -> list[str]:
     """What is not as it must be."""
-    found = perplexities(text)
-    off = [f"{name}: {found.get(name)} for {value}" for name, (value, by) in EXPECTED.items() if abs(found.get(name, 0) - value) > by]
-    worse = [f"{name}: {found.get(name)}, not below {value}" for name, value in BETTER_THAN.items() if not 47 < found.get(name, 99) < value]
-    return off + worse
+    rows = {name: (float(value), float(kl or 0), bits) for name, value, kl, bits in ROW.findall(text)}
+    nothing = 0.0, 9.0, "none"
+    found = {name: rows.get(name, nothing) for name in BITS}
+    off = [f"{name}: {found[name][0]} for {value}" for name, (value, by) in EXPECTED.items() if abs(found[name][0] - value) > by]
+    worse = [f"{name}: {found[name][0]}, not below {value}" for name, value in BETTER_THAN.items() if not 47 < found[name][0] < value]
+    bits = [f"{name}: {found[name][2]} bits a weight for {value}" for name, value in BITS.items() if found[name][2] != value]
+    better, plain = "int4 g128 gptq", "int4 g128 rtn"
+    kl = [] if found[better][1] < found[plain][1] else [f"KL of {better} is not below that of {plain}"]
+    return off + worse + bits + kl
 
 
 if __name__ == "__main__":
