@@ -77,7 +77,7 @@ def test_every_fold_found_holds(names):
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(CHAINS)
 def test_every_fold_found_holds_in_many_programs(names):
     check(names)
@@ -119,7 +119,7 @@ def test_every_rotation_found_holds(names):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(CHAINS)
 def test_every_rotation_found_holds_in_many_programs(names):
     check_rotations(names)
