@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from qjax_kernels.request import Cached, CacheRead
 
 from qjax.core import IntSpec, PerGroup, QCache, hadamard_transform
@@ -64,7 +65,8 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: Any) ->
       (B, H, N, T, D) in the dtype of q. The softmax is in float32.
 
     Raises:
-      ValueError: shapes that do not fit.
+      TypeError: `position` is no whole number, `q` not floating.
+      ValueError: shapes that do not fit; a position outside of the cache, where it is no tracer.
 
     Example:
       >>> q, k = jnp.ones((1, 1, 2, 1, 4)), jnp.ones((1, 1, 8, 4))
@@ -74,7 +76,15 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, position: Any) ->
     """
     if q.ndim != 5 or k.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[4]:
         raise ValueError(f"`q` (B, H, N, T, D), `k` and `v` (B, H, S, D) do not fit: {q.shape}, {k.shape} and {v.shape}")
-    return _call(q, k, v, jnp.asarray(position, jnp.int32))
+    place = jnp.asarray(position)
+    if place.shape or not jnp.issubdtype(place.dtype, jnp.integer):
+        raise TypeError(f"`position` must be a whole number, got {place.dtype}{list(place.shape)}: vmap what has places of its own")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(f"`q` must be floating, got {q.dtype}")
+    if not isinstance(place, Tracer) and not 0 <= int(place) <= k.shape[2] - q.shape[3]:
+        last = k.shape[2] - q.shape[3]
+        raise ValueError(f"`position` must be 0 .. {last}, so that the {q.shape[3]} tokens lie in the cache, got {int(place)}")
+    return _call(q, k, v, place.astype(jnp.int32))
 
 
 CALL = "cached_attention_call"  # the name of the call in programs
@@ -169,6 +179,8 @@ def cache_kernel_of(keys: QCache, values: QCache, runtime: Runtime, dtype: Any =
     if isinstance(read, str):
         return "xla", (read,) if runtime.cache_kernels else ()
     kernel, reasons = choose_read(read, runtime)
+    if kernel is None and not reasons and not runtime.cache_kernels:
+        return "xla", (f"there is no kernel that reads packed caches on {runtime.device.platform}",)
     return "xla" if kernel is None else kernel.name, tuple(f"{name}: {why}" for name, why in reasons)
 
 

@@ -16,7 +16,7 @@ from qjax.program.primitives import PLACEMENTS
 from qjax.runtime.alone import alone_or
 from qjax.runtime.kernels import Choice, Kernel, Runtime, choose
 from qjax.runtime.layouts import laid_out, layout_of
-from qjax.runtime.request import operands_of, request_of, result_of, rows_alone, why_not_operands
+from qjax.runtime.request import check_result, operands_of, request_of, result_of, rows_alone, why_not_operands
 
 # A function of (activation, weight, what else the equation takes): the product as XLA has it, also for the platforms that a kernel is not
 # for.
@@ -130,6 +130,7 @@ def _vmappable(
             q = laid_out(q, kernel.layout, 1 if request.ragged else len(site.batch), 0)
         operands = operands_of(site, eqn, wider, q, x.reshape(times, *site.x_shape), *others, rotate=not kernel.rotates)
         y = kernel.run(wider, operands, q.act)
+        check_result(kernel, wider, y)
         y = result_of(site, eqn, q, y, times)
         return y.reshape(*extra, *y.shape[1:])
 

@@ -240,6 +240,17 @@ def rows_of(q: QTensor, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, j
     return rows(q.codes), rows(scale), zero_point
 
 
+def check_result(kernel: Any, request: Request, y: Any) -> None:
+    """Refuses what a kernel gave where it is not the product that was asked for.
+
+    Raises:
+      ValueError: naming the kernel, what came and what was wanted.
+    """
+    wanted = (request.m, request.n) if request.parts == 1 or request.ragged else (request.parts, request.m, request.n)
+    if getattr(y, "shape", None) != wanted:
+        raise ValueError(f"kernel {kernel.name!r} gave {getattr(y, 'shape', y)} for a product of {wanted}: `run` must give y {wanted}")
+
+
 def result_of(site: Site, eqn: Any, q: QTensor, y: jax.Array, times: int) -> jax.Array:
     """y (P, times * M, N) as the equation gives it, (times, batch..., free of the left operand..., free of the right one...)."""
     aval = eqn.outvars[0].aval

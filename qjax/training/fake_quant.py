@@ -163,12 +163,14 @@ class FakeQuant:
           >>> bool((fq(begun, x, quant=quant) == result.params["w"].dequantize()).all())
           True
         """
-        plan = self.plan(params, *args, **kwargs)
-        arguments, given = split_arguments(params, args, kwargs), split_arguments(packed, (), {})
-        _check_float(plan, arguments.params)
         structures = [jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, QTensor)) for tree in (packed, params)]
         if structures[0] != structures[1]:
             raise ValueError("`packed` is another tree than `params`: give result.params of qjax.quantize for these parameters")
+        plan = self.plan(params, *args, **kwargs)
+        arguments, given = split_arguments(params, args, kwargs), split_arguments(packed, (), {})
+        _check_float(plan, arguments.params)
+        if not any(isinstance(leaf, QTensor) for leaf in given.params):
+            raise ValueError("`packed` holds nothing that is packed: give result.params of qjax.quantize, or begin with `init`")
         new, learned = adopted(plan, given.params, arguments.params)
         begun = given.rebuild(new, [])[0]
         return begun, self._begun(key, begun, learned, args, kwargs)

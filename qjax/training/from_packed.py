@@ -38,6 +38,8 @@ def adopted(plan: Planned, packed: Sequence[Any], near: Sequence[Any]) -> tuple[
         if trained is None:
             raise ValueError(f"`packed` leaf {path!r} is {leaf.spec}, and the policy leaves it float: give it a rule with that spec, or "
                              "put its dequantize() in its place")  # fmt: skip
+        if near[index].shape != leaf.shape:
+            raise ValueError(f"`params` leaf {path!r} is {near[index].shape} and that of `packed` {leaf.shape}: give what was quantized")
         q = leaf.plain()
         reason = _why_not(q, trained)
         if reason:

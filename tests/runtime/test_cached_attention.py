@@ -93,7 +93,8 @@ def test_what_is_left_to_xla_is_named(keys, values, reason):
     made = [qjax.core.init_cache((B, H, S, D), jnp.bfloat16, spec, 2) for spec in (keys, {None: eight, ...: keys}[values])]
     name, reasons = cache_kernel_of(*made, runtime_of(device=Device("tpu", "v6e")))
     assert (name == "xla") == bool(reason) and "; ".join(reasons).startswith(reason)
-    assert cache_kernel_of(*made, runtime_of(device=Device("cpu", "plain"))) == ("xla", ())
+    name, why = cache_kernel_of(*made, runtime_of(device=Device("cpu", "plain")))
+    assert name == "xla" and (reason or why == ("there is no kernel that reads packed caches on cpu",))
 
 
 def test_what_is_forced_and_cannot_run_is_refused_and_other_calls_of_the_name_are_left_alone():

@@ -103,3 +103,7 @@ def test_other_trees_and_specs_are_refused():
         head(qjax.int3()).from_packed(key, {**PARAMS, "head": result.params["head"]}, X, params=PARAMS)
     with pytest.raises(TypeError, match="is packed"):
         fq.from_packed(key, result.params, X, params=result.params)
+    with pytest.raises(ValueError, match="holds nothing that is packed"):
+        fq.from_packed(key, PARAMS, X, params=PARAMS)
+    with pytest.raises(ValueError, match=r"`params` leaf 'head' is \(24, 8\) and that of `packed` \(24, 10\)"):
+        fq.from_packed(key, result.params, X, params={**PARAMS, "head": PARAMS["head"][:, :8], "bias": PARAMS["bias"][:8]})

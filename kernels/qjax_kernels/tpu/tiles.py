@@ -85,7 +85,7 @@ def scale_blocks(scale: jax.Array, group: int, k: int) -> jax.Array:
 
     A reshape that moves nothing where a tile holds a multiple of eight groups.
     """
-    each = max(1, k // group)
+    each = 1 if scale.shape[0] == 1 else max(1, k // group)  # one scale a column is one block, however short K is beside the tile
     extra = -scale.shape[0] % each
     padded = jnp.pad(scale, ((0, extra), (0, 0))) if extra else scale
     return padded.reshape(-1, each, scale.shape[1])

@@ -142,3 +142,10 @@ def test_wrong_arguments_are_refused(wrong, words):
     given = {"x": jnp.ones((4, 256)), "w": jnp.ones((256, 128), jnp.int8), "scale": jnp.ones((2, 128)), "chip": "v6e"} | wrong
     with pytest.raises(ValueError, match=words):
         weight_only(given["x"], given["w"], given["scale"], group=128, chip=given["chip"])
+
+
+@pytest.mark.parametrize("k", [8, 40])
+def test_a_column_that_is_shorter_than_a_tile_has_one_scale(k):
+    w, scale = jnp.ones((k, 10), jnp.int8), jnp.linspace(0.5, 1.4, 10)[None]
+    y = weight_only(jnp.ones((5, k)), w, scale, group=k, chip="v6e", interpret=True)
+    np.testing.assert_allclose(y, np.tile(k * np.asarray(scale), (5, 1)), rtol=1e-6)
