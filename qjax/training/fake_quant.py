@@ -126,8 +126,7 @@ class FakeQuant:
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
-        state = begin(plan, key, arguments.params)
-        state = {**state, "weights": {**state["weights"], **learned}} if learned else state
+        state = begin(plan, key, arguments.params, learned)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in arguments.inputs):
             return state
         return self._calibrated(state, plan, params, [(plan.program, arguments.inputs)])

@@ -33,9 +33,14 @@ LEAST = ("lo", "offset")  # of these the smallest covers all
 _SIDES = ("left", "right")
 
 
-def begin(plan: Planned, key: jax.Array, params: Sequence[Any]) -> Quant:
-    """The state before data: learned numbers of weights, ranges that are not known (NaN), step 0 and a seed."""
-    weights = {t.leaf.path: t.train.weight.init(t.problem(params[i])) for i, t in plan.weights.items()}
+def begin(plan: Planned, key: jax.Array, params: Sequence[Any], known: Mapping[str, Learned] | None = None) -> Quant:
+    """The state before data: learned numbers of weights, ranges that are not known (NaN), step 0 and a seed.
+
+    What is `known` of a weight, by its path, is not looked for.
+    """
+    found = known or {}
+    weights = {t.leaf.path: found[t.leaf.path] if t.leaf.path in found else t.train.weight.init(t.problem(params[i]))
+               for i, t in plan.weights.items()}  # fmt: skip
     state: Quant = {"weights": {path: learned for path, learned in weights.items() if learned}}
     unknown = _unknown(plan)
     state |= jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, jnp.float32), unknown)
