@@ -89,7 +89,7 @@ def cache_path_of(
     Example:
       >>> import qjax
       >>> cache_path_of(qjax.kv_cache(qjax.int8()), Runtime(Device("cpu", "avx2")))
-      ('xla', ())
+      ('xla', ('there is no kernel that reads packed caches on cpu',))
     """
     cache = jax.eval_shape(lambda: init_cache((1, 1, capacity, channels), dtype, spec, 2))
     return cache_kernel_of(cache, cache, runtime)
