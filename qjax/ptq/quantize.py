@@ -308,37 +308,47 @@ def describe(
     rescaled: Mapping[int, tuple[str, ...]],
 ) -> Report:
     """Writes the report of a run: measures the error each parameter took."""
-    rows, runtime = [], runtime_of()
     weights = {i: jnp.asarray(flat[i]) for i in done}
-    # Of all, before the first is read.
-    errors = jax.device_get({i: relative_error(weights[i], q) for i, (q, _) in done.items()})
-    for choice in choices:
-        q, notes = done.get(choice.leaf.index, (None, ()))
-        notes = (*rescaled.get(choice.leaf.index, ()), *notes)
-        if q is None:
-            rows.append(dataclasses.replace(planned_row(choice, runtime), notes=notes))
+    # Measured while the rows are written: no number is waited for before all are asked for.
+    measured = {i: relative_error(weights[i], q) for i, (q, _) in done.items()}
+    runtime = runtime_of()
+    rows = [planned_row(choice, runtime, *done.get(choice.leaf.index, (None,))[:1]) for choice in choices]
+    errors = jax.device_get(measured)
+    for at, choice in enumerate(choices):
+        index = choice.leaf.index
+        if index not in done:
+            rows[at] = dataclasses.replace(rows[at], notes=rescaled.get(index, ()))
             continue
-        w = weights[choice.leaf.index]
-        row, error = planned_row(choice, runtime, q), float(errors[choice.leaf.index])
-        notes = dict.fromkeys((*notes, *small_scales(w, q, choice.leaf.sites[0].stacked), *row.notes))
-        rows.append(dataclasses.replace(row, error=error, notes=tuple(notes)))
+        q, notes = done[index]
+        small = small_scales(weights[index], q, choice.leaf.sites[0].stacked)
+        notes = dict.fromkeys((*rescaled.get(index, ()), *notes, *small, *rows[at].notes))
+        rows[at] = dataclasses.replace(rows[at], error=float(errors[index]), notes=tuple(notes))
     return Report(tuple(rows), (*program_notes(program), *layout_notes(rows, runtime)), seconds)
 
 
 @jax.jit
 def relative_error(w: jax.Array, q: QTensor) -> jax.Array:
     """What `Row.error` says of a weight: |w - w_hat|^2 / |w|^2, a float32 scalar."""
-    # Squares of very small and very large weights leave float32.
-    reach = jnp.max(jnp.abs(w)).astype(jnp.float32)
-    unit = 1 / jnp.where(reach > 0, reach, 1.0)
 
-    def sums(part: tuple[jax.Array, QTensor]) -> tuple[jax.Array, jax.Array]:
+    def sums(part: tuple[jax.Array, QTensor], unit: jax.Array) -> tuple[jax.Array, jax.Array]:
         w = part[0].astype(jnp.float32)
         return jnp.sum(jnp.square((w - part[1].dequantize().astype(jnp.float32)) * unit)), jnp.sum(jnp.square(w * unit))
 
-    # A stack one layer at a time, without a float copy of it.
-    error, whole = jax.lax.map(sums, (w, q)) if w.ndim > 2 and can_scan(Packed(q)) else sums((w, q))
-    return jnp.sum(error) / jnp.maximum(jnp.sum(whole), 1e-30)
+    def whole(unit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # A stack one layer at a time, without a float copy of it.
+        stack = w.ndim > 2 and can_scan(Packed(q))
+        error, norm = jax.lax.map(lambda part: sums(part, unit), (w, q)) if stack else sums((w, q), unit)
+        return jnp.sum(error), jnp.sum(norm)
+
+    def in_units() -> tuple[jax.Array, jax.Array]:
+        reach = jnp.max(jnp.abs(w)).astype(jnp.float32)
+        return whole(1 / jnp.where(reach > 0, reach, 1.0))
+
+    # Squares of very small and very large weights leave float32: those are measured again, in units of the largest.
+    error, norm = plain = whole(jnp.ones((), jnp.float32))
+    fits = jnp.isfinite(error + norm) & (norm > 1e-20 * w.size)
+    error, norm = jax.lax.cond(fits, lambda: plain, in_units)
+    return error / jnp.maximum(norm, 1e-30)
 
 
 def planned_row(choice: Choice, runtime: Runtime, q: QTensor | None = None) -> Row:

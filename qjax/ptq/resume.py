@@ -53,6 +53,8 @@ class Kept:
 
     def keep_outcome(self, index: int, part: Part, outcome: Outcome) -> None:
         """Keeps a packed parameter, or a part of it."""
+        if self.folder is None:
+            return
         arrays = {field: getattr(outcome.q, field) for field in ARRAYS if getattr(outcome.q, field) is not None}
         self._write(_name("leaf", (index, *part)), arrays, (str(jax.tree.structure(outcome.q)), *outcome.notes))
 
