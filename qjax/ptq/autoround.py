@@ -122,7 +122,7 @@ def autoround(
       block: "auto" for blocks, "site" to tune every weight by itself on its own output, all data in each step.
       span: how many stretches between two cuts make a block. Of a transformer two are a layer.
       checks: how often, at equal distances, the error over all of the data is measured; the best is kept, plain rounding among the
-        candidates. On the shipped model it was always the last.
+        candidates. On the shipped model it was always the last; with a large `lr` it need not be.
       seed: of the order in which batches are taken, each once before any comes twice. The same seed gives the same codes.
 
     Returns:
@@ -142,8 +142,8 @@ def autoround(
       'autoround(steps=20)'
 
     Source: Cheng et al. 2023, arXiv 2309.05516, equations 3 to 6 and algorithm 1; intel/auto-round. There the best step is that with the
-    least loss of its own batch; here all of the data is looked at, half way and at the end. A factor may not fall below 1/16. A symmetric
-    grid has one factor (there the larger of both ends).
+    least loss of its own batch; here all of the data is looked at, half way and at the end. A factor may not fall below
+    1/16. A symmetric grid has one factor (there the larger of both ends).
     """
     for argument, value in (("steps", steps), ("batch_size", batch_size), ("span", span), ("checks", checks)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

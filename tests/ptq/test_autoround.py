@@ -471,7 +471,7 @@ halved.defvjp(lambda x: (x, None), lambda _, g: (g / 2,))
 @pytest.mark.slow
 def test_a_derivative_of_its_own_is_kept():
     """The rounding behind the weight has none but that; where it would be lost, the weight is tuned by itself."""
-    rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False))
+    rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False, checks=5))
     params, x = {"w": numbers(D, F), "v": numbers(F, 4, seed=1)}, data(2)
     result, run = quantized(lambda p, x: straight(x @ p["w"]) @ p["v"], params, x, rule)
     fn = lambda p, x: straight(x @ p["w"])  # noqa: E731
