@@ -173,8 +173,17 @@ def test_few_rows_are_exact_whatever_their_magnitudes(name, bits):
     whole = np.random.default_rng(4).integers(-(2**9), 2**9, (1, 640)).astype(np.float32)  # sums of whole numbers are exact in float32
     ones = cpu.prepack(np.sign(w[:, ::-1]).astype(np.int8), np.ones((80, 5)), bits=bits, group_size=128)
     np.testing.assert_array_equal(product(whole, ones), whole @ np.sign(w[:, ::-1]).T)
-    several = np.concatenate([x, whole, rows(5, 1, 640)])  # a span that one of them does not fit
+    small = rows(5, 1, 640).at[0, 200:210:5].multiply(1e-6)  # two numbers with bits below the grid of their span
+    several = np.concatenate([x, whole, small])
     assert worst(product(several, packed), several.astype(np.float64), w) < 8
+    alone = np.concatenate([product(row[None], packed) for row in several])
+    for m in {"avx512_vnni": (2, 3), "amx": (2,)}.get(name, ()):  # as digits: a row that does not fit is no matter to its neighbours
+        for rows_of in (slice(m), slice(3 - m, 3)):
+            np.testing.assert_array_equal(product(several[rows_of], packed), alone[rows_of])
+    blind = np.where(np.arange(640) % 128 == 5, 0, np.sign(w[:, ::-1])).astype(np.int8)
+    loud = np.where(np.arange(640) % 128 == 5, 2.0**12, 0) + np.where(np.arange(640) % 128 < 5, whole * 2.0**-30, 0)
+    loud = loud.astype(np.float32)  # what meets nothing is 2^32 times as large as what is asked for
+    np.testing.assert_array_equal(product(loud, cpu.prepack(blind, np.ones((80, 5)), bits=bits, group_size=128)), loud @ blind.T)
     for odd in (np.inf, np.nan):
         several[1, 3] = odd
         y = np.asarray(product(several[:2], packed))
