@@ -12,6 +12,7 @@ from flax import nnx
 
 import qjax
 from qjax import Policy, Rule
+from qjax.core import quantize
 from tests.program.cases import normal
 
 TENSOR4 = qjax.int4(per="tensor", scale_rule="full")
@@ -70,15 +71,19 @@ def by_hand(variables, name):
 
 @pytest.fixture(scope="module")
 def net():
-    """The variables, the folds, and one compiled program: both modes' results, rounded weights, and gradients of a loss."""
+    """The variables, the folds, and one program: the results in evaluation, the step's statistics and gradients, weights, factors."""
     variables = variables_of()
     folds = qjax.batch_norm_folds(evaluate, variables, X)
     fq, training = (qjax.fake_quant(fn, RULES, folds=folds) for fn in (evaluate, train))
 
     @functools.partial(chex.assert_max_traces, n=1)
     def everything(variables, x):
-        loss = lambda v: (training(v, x)[0] * jnp.arange(3.0)).sum()  # noqa: E731
-        return fq(variables, x), training(variables, x), training.leaves(variables, x)(variables), jax.grad(loss)(variables)
+        def loss(variables):
+            logits, new = training(variables, x)
+            return (logits * jnp.arange(3.0)).sum(), new
+
+        grads, new = jax.grad(loss, has_aux=True)(variables)
+        return fq(variables, x), new, grads["params"], training.leaves(variables, x)(variables)["params"], folds.factors(variables)
 
     return variables, folds, training, jax.jit(everything)
 
@@ -86,7 +91,7 @@ def net():
 def test_weights_are_those_of_the_folded_network_divided_by_its_factors(net):
     variables, folds, _, run = net
     assert list(folds.by_path) == ["conv/kernel", "depth/kernel", "dense/kernel"] and not folds.refused
-    weights = run(variables, X)[2]["params"]
+    weights = run(variables, X)[3]
     for name in ("conv", "depth"):
         np.testing.assert_allclose(weights[name]["kernel"], by_hand(variables, name), rtol=2e-6, atol=1e-7)
         plain = grid(np.asarray(variables["params"][name]["kernel"], np.float64), 7)
@@ -96,14 +101,13 @@ def test_weights_are_those_of_the_folded_network_divided_by_its_factors(net):
 
 def test_one_program_serves_every_step_and_follows_parameters_and_statistics(net):
     """Momentum changes the statistics, an optimizer gamma: the next step rounds with the new factors, and is not traced again."""
-    variables, folds, _, run = net
+    variables, _, _, run = net
     for _ in range(2):
-        _, (_, new), _, grads = run(variables, X)
-        params = jax.tree.map(lambda w, g: w - 0.1 * g, variables["params"], grads["params"])
-        before, variables = folds.factors(variables)["conv/kernel"], {"params": params, **new}
-    assert bool((folds.factors(variables)["conv/kernel"] != before).all())
-    weights = run(variables, X)[2]["params"]["conv"]["kernel"]
-    np.testing.assert_allclose(weights, by_hand(variables, "conv"), rtol=2e-6, atol=1e-7)
+        _, new, grads, _, before = run(variables, X)
+        variables = {"params": jax.tree.map(lambda w, g: np.asarray(w) - 0.1 * np.asarray(g), variables["params"], grads), **new}
+    *_, weights, factors = run(variables, X)
+    assert (np.asarray(factors["conv/kernel"]) != np.asarray(before["conv/kernel"])).all()
+    np.testing.assert_allclose(weights["conv"]["kernel"], by_hand(variables, "conv"), rtol=2e-6, atol=1e-7)
 
 
 def test_training_is_folding_with_stored_statistics_corrected_to_those_of_the_batch():
@@ -133,22 +137,21 @@ def test_training_is_folding_with_stored_statistics_corrected_to_those_of_the_ba
 
 def test_the_packed_model_is_the_one_that_was_trained(net):
     """Codes to the bit, results to rounding, in evaluation; with batch norms that multiply by one and shifts in one place."""
-    variables, folds, training, run = net
-    want, _, weights, _ = run(variables, X)
+    variables, _, training, run = net
+    want, *_, weights, factors = run(variables, X)
     result = qjax.convert(training, variables, X)
     assert str(result.report).count("folded: ") == 3
     before, after = variables["params"], result.params["params"]
     for name, norm in LAYERS.items():
-        q, f = after[name]["kernel"], np.asarray(folds.factors(variables)[f"{name}/kernel"])
+        q, f = after[name]["kernel"], np.asarray(factors[f"{name}/kernel"])
         # Division of float32 is correctly rounded: no other codes give these bits.
-        np.testing.assert_array_equal(np.asarray(q.dequantize()) / f, weights["params"][name]["kernel"])
-        again = qjax.core.quantize(before[name]["kernel"] * f, q.spec, q.axes)
-        np.testing.assert_array_equal(q.codes, again.codes)
+        np.testing.assert_array_equal(np.asarray(q.dequantize()) / f, weights[name]["kernel"])
         np.testing.assert_allclose(after[norm]["scale"], np.sqrt(wide(variables)["batch_stats"][norm]["var"] + 1e-3), rtol=1e-5)
         assert bool((result.params["batch_stats"][norm]["mean"] == 0).all())
-    f, mean = np.ravel(folds.factors(variables)["conv/kernel"]), wide(variables)["batch_stats"]["n1"]["mean"]
-    shift = (wide(before)["conv"]["bias"] - mean) * f
+    shift = (wide(before)["conv"]["bias"] - wide(variables)["batch_stats"]["n1"]["mean"]) * np.ravel(factors["conv/kernel"])
     np.testing.assert_allclose(after["conv"]["bias"], shift + wide(before)["n1"]["bias"], rtol=1e-4, atol=1e-5)
+    again = quantize(before["conv"]["kernel"] * factors["conv/kernel"], TENSOR4, (0, 1, 2))
+    np.testing.assert_array_equal(after["conv"]["kernel"].codes, again.codes)
     assert after["head"]["kernel"] is before["head"]["kernel"]
     got = jax.jit(qjax.quantized(evaluate))(result.params, X)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
@@ -235,7 +238,7 @@ def test_refused():
     with pytest.raises(ValueError, match=r"`folds` were made for 'w' of shape \(3, 2\), here it is \(4, 2\)"):
         qjax.fake_quant(fn, every, folds=folds)({**p, "w": normal(4, 2)}, normal(4, 4))
     with pytest.raises(TypeError, match=r"`folds` must be a value of qjax\.batch_norm_folds"):
-        qjax.fake_quant(fn, every, folds=["w"])
+        qjax.fake_quant(fn, every, folds=["w"])  # pyright: ignore[reportArgumentType]
     fq = qjax.fake_quant(fn, every, folds=folds)
     with pytest.raises(ValueError, match="`folds` and from_packed do not go together"):
         fq.from_packed(jax.random.key(0), p, x, params=p)
