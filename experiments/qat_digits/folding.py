@@ -55,8 +55,8 @@ def tuning(fq, fn, steps):
 
         grads, changed = jax.grad(loss, has_aux=True)(carry[0])
         updates, state = optimizer(variables, quant).update(grads, carry[1], carry[0])
-        variables, quant = optax.apply_updates(carry[0], updates)
-        return ({**variables, **changed}, quant), state
+        moved, learned = optax.apply_updates(carry[0], updates)
+        return ({**moved, **changed}, learned), state
 
     return begin, step
 
@@ -106,7 +106,7 @@ def measure(options):
             (variables, state), _ = trained(*tuning(fq, fn, steps), steps, keys, start, quant, mine, wanted)
             logits = look(variables, state, unseen)
             mark(f"{name}, QAT, {arm}", logits)
-            if folding is None and fn is on_batch:
+            if folding is None and fn is on_batch and "tensor" in name:  # scales a channel fold exactly: s becomes f s
                 after = each(lambda v, n: folded(v, images[seen[n, :BATCH]]), variables, networks)
                 mark(f"{name}, QAT, not folded, then folded and rounded anew", look(after, begun(keys, after, seen), unseen))
             if folding is not None:
