@@ -54,6 +54,7 @@ from qjax.core import uint7 as uint7
 from qjax.core import uint8 as uint8
 from qjax.formats.checkpoint import load as load
 from qjax.formats.checkpoint import save as save
+from qjax.graph import batch_norm_folds as batch_norm_folds
 from qjax.models.call import generate as generate
 from qjax.policy import Policy as Policy
 from qjax.policy import Rule as Rule

@@ -11,6 +11,8 @@ import jax
 from flax import linen as nn
 from flax.core.scope import subtract_filters
 
+from qjax.graph import BatchNormFolds
+from qjax.graph.batch_norm_folds import check_folds
 from qjax.policy import Policy, check_policy
 from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
@@ -121,10 +123,12 @@ class FakeQuantModule(nn.Module):
     Attributes:
       module: the module it stands for; parameters keep their paths.
       policy: which parameters are fake-quantized.
+      folds: the batch norms that are folded in every step, see `qjax.batch_norm_folds`.
     """
 
     module: nn.Module
     policy: Policy
+    folds: BatchNormFolds | None = None
 
     def setup(self) -> None:
         nn.share_scope(self, self.module)
@@ -136,7 +140,7 @@ class FakeQuantModule(nn.Module):
         held = {name: tree for name, tree in self.variables.items() if name != QUANT}
         rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
         changes = subtract_filters(scope.mutable, ["params", QUANT])
-        fq = FakeQuant(_forward(self.module, changes), self.policy)
+        fq = FakeQuant(_forward(self.module, changes), self.policy, folds=self.folds)
         state = self.variables.get(QUANT, {}).get("state")
         if state is not None and self.is_mutable_collection(QUANT):
             (out, changed), state = fq.stepped(held, rngs, *args, quant=state, **kwargs)
@@ -162,12 +166,13 @@ def _forward(module: nn.Module, mutable: Any = False) -> Any:
     return fixed if mutable is False else forward
 
 
-def fake_quant(model: nn.Module, policy: Policy) -> FakeQuantModule:
+def fake_quant(model: nn.Module, policy: Policy, folds: BatchNormFolds | None = None) -> FakeQuantModule:
     """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
 
     Args:
       model: any Linen module; not changed.
       policy: which parameters, activations and products are fake-quantized.
+      folds: batch norms that are folded in every step: `qjax.batch_norm_folds(model.apply, variables, x, train=False)`.
 
     Returns:
       A module with the same parameter tree: `init` gives the variables that `model.init` gives, and each may use the other's. A policy
@@ -191,7 +196,8 @@ def fake_quant(model: nn.Module, policy: Policy) -> FakeQuantModule:
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.fake_quant")
     check_policy(policy)
-    return FakeQuantModule(model.clone(parent=None), policy)
+    check_folds(folds)
+    return FakeQuantModule(model.clone(parent=None), policy, folds)
 
 
 def begin(model: FakeQuantModule, key: jax.Array, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -266,7 +272,7 @@ def _function(model: Any, verb: str) -> FakeQuant:
     if not isinstance(model, FakeQuantModule):
         raise TypeError(f"`model` of qjax.linen.{verb} must be from qjax.linen.fake_quant, got {type(model).__name__}")
     forward = _forward(model.module)
-    return FakeQuant(lambda variables, rngs, *args, **kwargs: forward(variables, rngs, *args, **kwargs)[0], model.policy)
+    return FakeQuant(lambda variables, rngs, *args, **kwargs: forward(variables, rngs, *args, **kwargs)[0], model.policy, folds=model.folds)
 
 
 def _without_state(variables: Any) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qjax.graph import BatchNormFolds
+from qjax.graph.batch_norm_folds import check_folds
 from qjax.policy import Policy, check_policy
 from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
@@ -143,7 +145,9 @@ class Learned(Quantizer):
     """A learned number of the quantizers' state; not an `nnx.Param`, so that it can have a learning rate of its own."""
 
 
-def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("__call__",)) -> Any:
+def fake_quant(
+    model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("__call__",), folds: BatchNormFolds | None = None
+) -> Any:
     """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
 
     Args:
@@ -151,6 +155,8 @@ def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("_
       policy: which parameters, activations and products are fake-quantized.
       methods: the methods that compute with fake-quantized parameters; all others compute in float. One, if the policy's quantizers have
         a state.
+      folds: batch norms that are folded in every step: `qjax.batch_norm_folds(qjax.nnx.function(model), nnx.state(model), x)` of the
+        module in evaluation mode.
 
     Returns:
       A copy of the module whose `methods` compute with fake-quantized parameters. Its state has the same paths, its
@@ -177,14 +183,15 @@ def fake_quant(model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("_
     """
     _check(model, "fake_quant")
     check_policy(policy)
+    check_folds(folds)
     base = type(model)
     for name in methods:
         if not callable(getattr(base, name, None)):
             raise ValueError(f"`methods` names {name!r}, which {base.__name__} does not have")
     copy = nnx.clone(model)
     # A subclass, so that the copy is what the original is, with the attributes and paths it has.
-    wrapped = {name: _fake_quantized(getattr(base, name), policy) for name in methods}
-    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), {**wrapped, _HOW: (base, policy, methods)})
+    wrapped = {name: _fake_quantized(getattr(base, name), policy, folds) for name in methods}
+    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), {**wrapped, _HOW: (base, policy, methods, folds)})
     return copy
 
 
@@ -205,7 +212,7 @@ def begin(model: Any, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
       ValueError: it has several methods, or an attribute `quant` of its own; as `qjax.FakeQuant.init`.
     """
     copy = nnx.clone(model)
-    _, _, methods = _how(copy, "begin")
+    _, _, methods, _ = _how(copy, "begin")
     if len(methods) > 1:
         raise ValueError(f"`model` has {len(methods)} fake-quantized methods, {', '.join(methods)}, and one state: name one")
     held = copy.__dict__.get(_QUANT)
@@ -256,12 +263,12 @@ def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:
       >>> fq.quant.activations.kernel.hi[...].item()
       6.0
     """
-    base, policy, methods = _how(model, "tracked")
+    base, policy, methods, folds = _how(model, "tracked")
     state = _state(model)
     if state is None:
         raise ValueError("`model` has no state of quantizers whose ranges could move: take the module that qjax.nnx.begin returns")
-    graphdef, params, held, rest = nnx.split(model, nnx.Param, Quantizer, ...)
-    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy)
+    graphdef, params, held, rest = nnx.split(model, _first(folds), Quantizer, ...)
+    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy, folds=folds)
     (out, changed), state = fq.tracked(params, rest, held, *args, quant=state, **kwargs)
     nnx.update(model, changed)
     nnx.update(model.quant, nnx.state(_variables(state, labels(state))))
@@ -294,7 +301,14 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
 _HOW, _QUANT = "_fake_quantized_as", "quant"
 
 
-def _how(model: Any, verb: str) -> tuple[type, Policy, tuple[str, ...]]:
+def _first(folds: BatchNormFolds | None) -> Any:
+    """Which variables the first argument of a module's function holds: parameters, and the statistics that folds read."""
+    if folds is None:
+        return nnx.Param
+    return nnx.Any(nnx.Param, lambda path, _: "/".join(map(str, path)) in folds.read)
+
+
+def _how(model: Any, verb: str) -> tuple[type, Policy, tuple[str, ...], BatchNormFolds | None]:
     found = getattr(type(model), _HOW, None)
     if found is None:
         raise TypeError(f"`model` of qjax.nnx.{verb} must be from qjax.nnx.fake_quant, got {type(model).__name__}")
@@ -310,13 +324,13 @@ def _without_state(model: Any) -> Any:
 
 def _function(model: Any) -> tuple[FakeQuant, Any, Any]:
     """The function fn(params, rest, *args) of a module without a state, and its arguments."""
-    base, policy, methods = _how(model, "fake_quant")
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    base, policy, methods, folds = _how(model, "fake_quant")
+    graphdef, params, rest = nnx.split(model, _first(folds), ...)
 
     def forward(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(base, methods[0])(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)
 
-    return FakeQuant(forward, policy), params, rest
+    return FakeQuant(forward, policy, folds=folds), params, rest
 
 
 def _variables(state: Any, marks: Any) -> Any:
@@ -332,10 +346,10 @@ def _state(model: Any) -> Any:
     return nnx.to_pure_dict(nnx.state(held)) if isinstance(held, nnx.Dict) else None
 
 
-def _fake_quantized(method: Callable[..., Any], policy: Policy) -> Callable[..., Any]:
+def _fake_quantized(method: Callable[..., Any], policy: Policy, folds: BatchNormFolds | None) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        graphdef, params, held, rest = nnx.split(self, nnx.Param, Quantizer, ...)
-        fq = FakeQuant(_forward(graphdef, method), policy)
+        graphdef, params, held, rest = nnx.split(self, _first(folds), Quantizer, ...)
+        fq = FakeQuant(_forward(graphdef, method), policy, folds=folds)
         out, changed = fq(params, rest, held, *args, quant=_state(self), **kwargs)
         nnx.update(self, changed)
         return out

@@ -6,6 +6,8 @@ from qjax.graph.axes import rotatable as rotatable
 from qjax.graph.batch_norm import BatchNormFold as BatchNormFold
 from qjax.graph.batch_norm import Folded as Folded
 from qjax.graph.batch_norm import fold_batch_norm as fold_batch_norm
+from qjax.graph.batch_norm_folds import BatchNormFolds as BatchNormFolds
+from qjax.graph.batch_norm_folds import batch_norm_folds as batch_norm_folds
 from qjax.graph.equalize import Equalized as Equalized
 from qjax.graph.equalize import Pair as Pair
 from qjax.graph.equalize import equalize as equalize

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from qjax.program.flatten import FlatEqn, Graph, Lit
 
 VIEWS = frozenset({"reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "copy"})
@@ -54,7 +56,7 @@ def affine_after(
       readers: from `readers_of`.
       at: the value.
       takes: (equation, the other operand) -> whether to go on through it.
-      through: names of equations that are passed without being counted.
+      through: names of equations that are passed without being counted, where they give floating numbers.
 
     Returns:
       (equation, the value that it reads, its other operand), in order; the first argument of a `sub` or `div` is the value.
@@ -63,7 +65,7 @@ def affine_after(
     found: list[tuple[FlatEqn, int, Any]] = []
     while at not in outputs and len(readers.get(at, [])) == 1:
         eqn = readers[at][0]
-        if eqn.name in through:
+        if eqn.name in through and jnp.issubdtype(graph.avals[eqn.outputs[0]].dtype, jnp.floating):
             at = eqn.outputs[0]
             continue
         if eqn.name not in AFFINE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from qjax.graph.solve import System, build, index_readers, solve
 from qjax.graph.verify import verify
 from qjax.program import Program, Site, compat
 from qjax.program.flatten import FlatEqn, Lit
+
+CASTS = frozenset({"convert_element_type"})  # of a layer in bfloat16 whose batch norm is in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +55,36 @@ class BatchNormFold:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Chain:
-    """The affine equations after a site: operands that depend on parameters only, one value a channel."""
+class Chain:
+    """The affine equations after a site: operands that depend on parameters only, one value a channel.
+
+    Attributes:
+      site: the place of the layer's weight.
+      channel: the dim of its result that the weight makes.
+      eqns: the equations, each with the operand that is no activation.
+    """
 
     site: Site
-    channel: int  # dim of the site's result
-    eqns: tuple[tuple[FlatEqn, Any], ...]  # with the operand that is no activation
+    channel: int
+    eqns: tuple[tuple[FlatEqn, Any], ...]
+
+    @property
+    def size(self) -> int:
+        """How many channels there are."""
+        return self.site.out_shape[self.channel]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The parameters, by flat index, that a map which moves is set to nothing in.
+
+    Attributes:
+      scale: what all of its factor is proportional to.
+      shifts: what is added or subtracted; the first takes all of the shift.
+    """
+
+    scale: int
+    shifts: tuple[int, ...]
 
 
 def fold_batch_norm(program: Program, params: Sequence[Any], inputs: Sequence[Any]) -> BatchNormFold:
@@ -95,7 +122,7 @@ def fold_batch_norm(program: Program, params: Sequence[Any], inputs: Sequence[An
     system = build(program)
     leaves, folded, refused = list(params), [], []
     for site in program.sites:
-        chain = _chain(system, site)
+        chain = chain_after(system, site)
         if chain is None:
             continue
         answer = _fold_one(system, chain, leaves)
@@ -107,7 +134,7 @@ def fold_batch_norm(program: Program, params: Sequence[Any], inputs: Sequence[An
     return BatchNormFold(leaves, tuple(folded), tuple(refused), verify(program, params, leaves, inputs))
 
 
-def _chain(system: System, site: Site) -> _Chain | None:
+def chain_after(system: System, site: Site) -> Chain | None:
     """Follows a site's result through affine equations as long as nothing else reads it."""
     if site.op == "gather" or site.sharded or site.opaque or site.scans:
         return None
@@ -118,12 +145,13 @@ def _chain(system: System, site: Site) -> _Chain | None:
         return None
 
     def takes(eqn: FlatEqn, other: Any) -> bool:
-        per_channel = isinstance(other, Lit) or (other in constant and _per_channel(graph.avals[other].shape, channel))
-        return per_channel and graph.avals[eqn.outputs[0]].shape == shape
+        known = isinstance(other, Lit) or (other in constant and leaves_of(system, other) is not None)
+        per_channel = isinstance(other, Lit) or _per_channel(graph.avals[other].shape, channel)
+        return known and per_channel and graph.avals[eqn.outputs[0]].shape == shape
 
-    eqns = [(eqn, other) for eqn, _, other in affine_after(graph, readers_of(graph), start.outputs[0], takes)]
+    eqns = [(eqn, other) for eqn, _, other in affine_after(graph, readers_of(graph), start.outputs[0], takes, CASTS)]
     scaled = any(eqn.name in ("mul", "div") and not isinstance(other, Lit) for eqn, other in eqns)
-    return _Chain(site, channel, tuple(eqns)) if scaled else None
+    return Chain(site, channel, tuple(eqns)) if scaled else None
 
 
 def _channel(eqn: FlatEqn, site: Site) -> int | None:
@@ -143,8 +171,31 @@ def _constants(system: System) -> set[int]:
     return constant_values(system.graph, len(system.program.leaves))
 
 
+def leaves_of(system: System, atom: Any) -> set[int] | None:
+    """The parameters on which a value depends; None if it is not the same in every turn of a loop."""
+    graph, made = system.graph, {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
+    inputs = {v: i for i, v in enumerate(graph.inputs[: len(system.program.leaves)])}
+    found, seen, left = set(), set(), [atom]
+    while left:
+        at = left.pop()
+        if isinstance(at, Lit) or at in seen or at in graph.consts:
+            continue
+        seen.add(at)
+        if at in inputs:
+            found.add(inputs[at])
+        elif at in made and made[at].eqn is not None:
+            left += made[at].inputs
+        else:
+            return None
+    return found
+
+
 def _value(system: System, atom: Any, leaves: Sequence[Any]) -> np.ndarray:
-    """Computes a value that depends on parameters only."""
+    return np.asarray(computed(system, atom, leaves), np.float64)
+
+
+def computed(system: System, atom: Any, leaves: Sequence[Any]) -> Any:
+    """Computes a value that depends on parameters only; of traced parameters a traced one."""
     graph, made = system.graph, {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
     inputs = dict(zip(graph.inputs, leaves, strict=False))
 
@@ -156,10 +207,10 @@ def _value(system: System, atom: Any, leaves: Sequence[Any]) -> np.ndarray:
         eqn = made[atom]
         return compat.bind(eqn.eqn, [compute(a) for a in eqn.inputs])[eqn.outputs.index(atom)]
 
-    return np.asarray(compute(atom), np.float64)
+    return compute(atom)
 
 
-def _affine(system: System, chain: _Chain, leaves: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def _affine(system: System, chain: Chain, leaves: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """The chain as (factor, shift), one number a channel."""
     factor, shift = np.ones(()), np.zeros(())
     for eqn, other in chain.eqns:
@@ -170,8 +221,7 @@ def _affine(system: System, chain: _Chain, leaves: Sequence[Any]) -> tuple[np.nd
             factor, shift = factor * value, shift * value
         else:
             shift = shift + (value if eqn.name == "add" else -value)
-    size = chain.site.out_shape[chain.channel]
-    return np.broadcast_to(factor, size), np.broadcast_to(shift, size)
+    return np.broadcast_to(factor, chain.size), np.broadcast_to(shift, chain.size)
 
 
 def _leaf_of(system: System, atom: Any) -> int | None:
@@ -196,59 +246,79 @@ def _factor_leaf(system: System, atom: Any) -> int | None:
     return next((found for a in operands if (found := _factor_leaf(system, a)) is not None), None)
 
 
-def _fold_one(system: System, chain: _Chain, leaves: Sequence[Any]) -> tuple[list[Any], Folded] | str:
-    """Folds one chain, or says why it cannot be."""
+def places(system: System, chain: Chain) -> Places | str:
+    """Where a chain's map can be set to nothing, or why nowhere."""
     weight = system.program.leaves[chain.site.leaf]
     if len(weight.sites) != 1 or weight.consumers:
         return "its weight is used elsewhere, too"
-    new, size = list(leaves), chain.site.out_shape[chain.channel]
-    factor, shift = _affine(system, chain, leaves)
-    scale = _factor_leaf_of(system, chain, size, leaves)
+    scale = _factor_leaf_of(system, chain)
     if scale is None:
         return "no parameter of one number a channel is a factor of its scale"
-    shifts = _shifts(system, chain, size, leaves)
-    if not shifts:
-        return "no parameter of one number a channel holds a shift"
-    new[scale] = np.ones_like(leaves[scale])
-    new[scale] = _cast(1 / _affine(system, chain, new)[0], leaves[scale])
-    for leaf in shifts:
+    shifts = _shifts(system, chain)
+    return Places(scale, tuple(shifts)) if shifts else "no parameter of one number a channel holds a shift"
+
+
+def moved(system: System, chain: Chain, leaves: Sequence[Any], at: Places) -> list[Any]:
+    """The leaves with a chain's map in the layer, but for the weight, which is to be multiplied by its factor."""
+    new, shift = list(leaves), _affine(system, chain, leaves)[1]
+    new[at.scale] = np.ones_like(leaves[at.scale])
+    new[at.scale] = _cast(1 / _affine(system, chain, new)[0], leaves[at.scale])
+    for leaf in at.shifts:
         new[leaf] = np.zeros_like(leaves[leaf])
-    left = _affine(system, chain, new)[1]
-    new[shifts[0]] = np.ones_like(leaves[shifts[0]])
+    left, first = _affine(system, chain, new)[1], at.shifts[0]
+    new[first] = np.ones_like(leaves[first])
     weight_of_shift = _affine(system, chain, new)[1] - left  # -1 for a mean; more if factors follow that are not one
-    new[shifts[0]] = _cast((shift - left) / weight_of_shift, leaves[shifts[0]])
-    new[chain.site.leaf] = _scaled(system, chain, leaves[chain.site.leaf], factor)
+    new[first] = _cast((shift - left) / weight_of_shift, leaves[first])
+    return new
+
+
+def _fold_one(system: System, chain: Chain, leaves: Sequence[Any]) -> tuple[list[Any], Folded] | str:
+    """Folds one chain, or says why it cannot be."""
+    at = places(system, chain)
+    if isinstance(at, str):
+        return at
+    new, weight = moved(system, chain, leaves, at), chain.site.leaf
+    new[weight] = _scaled(system, chain, leaves[weight], _affine(system, chain, leaves)[0])
     paths = [leaf.path for leaf in system.program.leaves]
-    return new, Folded(weight.path, paths[scale], paths[shifts[0]], tuple(paths[leaf] for leaf in shifts[1:]))
+    return new, Folded(paths[weight], paths[at.scale], paths[at.shifts[0]], tuple(paths[leaf] for leaf in at.shifts[1:]))
 
 
-def _factor_leaf_of(system: System, chain: _Chain, size: int, leaves: Sequence[Any]) -> int | None:
+def _factor_leaf_of(system: System, chain: Chain) -> int | None:
     """A parameter that the whole chain's factor is proportional to, with one number a channel."""
     found = [_factor_leaf(system, other) for eqn, other in chain.eqns if eqn.name == "mul"]
-    return next((leaf for leaf in found if leaf is not None and np.size(leaves[leaf]) == size), None)
+    return next((leaf for leaf in found if leaf is not None and _of_channels(system, chain, leaf)), None)
 
 
-def _shifts(system: System, chain: _Chain, size: int, leaves: Sequence[Any]) -> list[int]:
+def _of_channels(system: System, chain: Chain, leaf: int) -> bool:
+    return math.prod(system.program.leaves[leaf].shape) == chain.size
+
+
+def _shifts(system: System, chain: Chain) -> list[int]:
     """The parameters that are added or subtracted as they are; first the one that can hold the shift: a bias, then beta, then a mean."""
     groups: tuple[list[int], list[int], list[int]] = [], [], []
     scaled = False
     for eqn, other in chain.eqns:
         scaled |= eqn.name in ("mul", "div")
         leaf = _leaf_of(system, other) if eqn.name in ("add", "sub") else None
-        if leaf is not None and np.size(leaves[leaf]) == size:
+        if leaf is not None and _of_channels(system, chain, leaf):
             groups[2 if eqn.name == "sub" else int(scaled)].append(leaf)
     return [leaf for group in groups for leaf in group]
 
 
-def _scaled(system: System, chain: _Chain, weight: Any, factor: np.ndarray) -> Any:
+def _scaled(system: System, chain: Chain, weight: Any, factor: np.ndarray) -> Any:
     """The weight times the factor of the channel that each of its elements makes."""
+    found = weight_channels(system, chain)
+    return _cast(np.asarray(weight, np.float64) * np.where(nonzero(found), factor[found.channel], 1.0), weight)
+
+
+def weight_channels(system: System, chain: Chain) -> Label:
+    """Which channel each element of the weight makes, of the weight's rank; with the power 0, or NaN, where none."""
     inner = _only_weight(system, chain.site)
-    ndim, size = len(chain.site.out_shape), len(factor)
+    ndim, size = len(chain.site.out_shape), chain.size
     label = Label(*(a.reshape([-1 if i == chain.channel else 1 for i in range(ndim)]) for a in (np.ones(size), np.arange(size))))
     start = next(eqn for eqn in system.graph.eqns if eqn.key == chain.site.key and eqn.eqn is not None)
     (solution, *_), _ = solve(inner, [(start.outputs[0], label)], size)
-    found = solution.labels[system.graph.inputs[chain.site.leaf]]
-    return _cast(np.asarray(weight, np.float64) * np.where(nonzero(found), factor[found.channel], 1.0), weight)
+    return solution.labels[system.graph.inputs[chain.site.leaf]]
 
 
 def _only_weight(system: System, site: Site) -> System:

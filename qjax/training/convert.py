@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from qjax.core import ActSpec, OnlineRotation, QProduct, QTensor, check_finite
+from qjax.graph.batch_norm_folds import scaled
 from qjax.policy import ProductChoice
 from qjax.program import split_arguments
 from qjax.ptq.products import product_row
@@ -29,6 +32,9 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     Learned scales and offsets become the scales and zero points of the packed weights; learned and static ranges of activations become
     those of their integer products. Random rounding becomes rounding to nearest. No data is read.
 
+    The weights of `folds` are folded first: packed is Q(f W), their batch norms multiply by one, and a bias, or beta, holds the shift. Run
+    the result with the function in evaluation.
+
     Args:
       fq: what was trained, from `qjax.fake_quant`.
       params: the trained float parameters.
@@ -42,7 +48,7 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     Raises:
       TypeError: `fq` is something else; numbers are traced.
       ValueError: the state is missing, of another policy, without ranges, or at a step before its schedule rounds everything; a weight
-        holds NaN or infinity.
+        holds NaN or infinity; a channel that a batch norm multiplies by nothing is packed by a spec that has no zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -64,8 +70,10 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     check(quant, plan)
     state = quant or {}
     _check_numbers(plan, arguments.params, state)
-    flat = [jnp.asarray(w) if i in plan.weights else w for i, w in enumerate(arguments.params)]
-    done = {i: (_packed(flat[i], trained, state), trained.notes) for i, trained in plan.weights.items()}
+    flat, notes = _folded(plan, arguments.params)
+    done = {i: (_packed(flat[i], trained, state), (*trained.notes, *notes.get(i, ()))) for i, trained in plan.weights.items()}
+    for index in notes:
+        _check_zeros(flat[index], done[index][0], plan.program.leaves[index].path)
     products = {choice.product.name: _product(choice, state) for choice in plan.products}
     report = describe(plan.program, plan.choices, flat, done, {"convert": round(time.perf_counter() - started, 3)}, {})
     methods = {t.leaf.path: t.train.weight.name for t in plan.weights.values()}
@@ -79,10 +87,11 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
 def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
     if any(isinstance(x, Tracer) for x in (*params, *jax.tree.leaves(quant))):
         raise TypeError("`params` or `quant` is traced: call convert outside jit, it needs numbers")
-    for index, trained in plan.weights.items():
-        if isinstance(params[index], (QTensor, jax.ShapeDtypeStruct)):
-            raise TypeError(f"`params` leaf {trained.leaf.path!r} is a {type(params[index]).__name__}: give the trained float parameters")
-        check_finite(params[index], trained.leaf.path)
+    for index in dict.fromkeys((*plan.weights, *(plan.folding.where.values() if plan.folding is not None else ()))):
+        w, path = params[index], plan.program.leaves[index].path
+        if isinstance(w, (QTensor, jax.ShapeDtypeStruct)):
+            raise TypeError(f"`params` leaf {path!r} is a {type(w).__name__}: give the trained float parameters")
+        check_finite(w, path)
     trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
     last = max((train.ends for train in trains), default=0)
     if last and float(quant["step"]) < last:
@@ -90,10 +99,33 @@ def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
                          f"step {last} on: train on (quant = fq.advance(quant) after each update)")  # fmt: skip
 
 
+def _folded(plan: Planned, leaves: Sequence[Any]) -> tuple[list[Any], dict[int, tuple[str, ...]]]:
+    """Flat parameters with batch norms folded, weights in float32 where they are; and remarks."""
+    flat = [jnp.asarray(w) if i in plan.weights else w for i, w in enumerate(leaves)]
+    if plan.folding is None:
+        return flat, {}
+    read = {i: jnp.asarray(leaves[i]) for i in plan.folding.where.values()}
+    factors = jax.jit(plan.factors)(read)  # compiled, as training is
+    for index, w in plan.folding.moved(read).items():
+        flat[index] = jnp.asarray(w)
+    for index, factor in factors.items():
+        flat[index] = scaled(flat[index], factor)
+    return flat, {i: (plan.folding.note(i),) for i in factors}
+
+
+def _check_zeros(w: jax.Array, q: QTensor, path: str) -> None:
+    """Refuses a folded weight of which a channel is all zero and does not stay so: its batch norm, which multiplied by 0, does not now."""
+    zeros = jnp.all(w == 0, axis=q.axes, keepdims=True)
+    if bool(jnp.any(zeros & (q.dequantize() != 0))):
+        raise ValueError(f"`params` leaf {path!r} has channels that its batch norm multiplies by nothing, and {q.spec} has no zero to fold "
+                         "them to: take a symmetric spec of integers, or give each channel a scale of its own")  # fmt: skip
+
+
 def _packed(w: jax.Array, trained: Trained, quant: Quant) -> QTensor:
     estimator = trained.train.weight
     learned = quant.get("weights", {}).get(trained.leaf.path, {})
     q = estimator.pack(trained.problem(w), learned) if trained.rotation is None else _rotated(w, trained, trained.rotation, learned)
+    q = dataclasses.replace(q, dtype=np.dtype(trained.leaf.dtype))
     if trained.act is None:
         return q
     q = dataclasses.replace(q, act=dataclasses.replace(trained.act, observer=None))

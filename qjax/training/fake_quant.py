@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from qjax.calibration import as_batches
 from qjax.core import QTensor, check_key
 from qjax.core.specs import check_choice
+from qjax.graph import BatchNormFolds
+from qjax.graph.batch_norm_folds import check_folds, scaled
 from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
@@ -33,11 +36,13 @@ class FakeQuant:
       fn: the float function.
       policy: which parameters are fake-quantized.
       forward: on what forward products are computed; None: on what is faster.
+      folds: the batch norms that are folded in every step; None: none.
     """
 
     fn: Callable[..., Any]
     policy: Policy
     forward: Forward | None = None
+    folds: BatchNormFolds | None = None
 
     @functools.cached_property
     def programs(self) -> ProgramCache:
@@ -49,7 +54,7 @@ class FakeQuant:
 
     def plan(self, params: Any, *args: Any, **kwargs: Any) -> Planned:
         """What is rounded in the program of these arguments."""
-        return planned(self.programs(split_arguments(params, args, kwargs)), self.policy)
+        return planned(self.programs(split_arguments(params, args, kwargs)), self.policy, self.folds)
 
     def __call__(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Any:
         plan = self.plan(params, *args, **kwargs)
@@ -90,7 +95,8 @@ class FakeQuant:
         weights = _weights(plan, params, quant)
         flat = split_arguments(params, (), {}).params
         # Codes are rounded with the ranges that a site has before it is run.
-        exact = {i: integer_weight(flat[i], t, quant) for i, t in plan.weights.items()} if self._on_integers and not tracks else {}
+        whole = {i: t for i, t in plan.weights.items() if plan.folding is None or i not in plan.folding.weights}
+        exact = {i: integer_weight(flat[i], t, quant) for i, t in whole.items()} if self._on_integers and not tracks else {}
         run = rounding(plan, quant, {i: q for i, q in exact.items() if q is not None}, tracks)
         if run is None:
             return self.fn(weights, *args, **kwargs), quant
@@ -126,7 +132,7 @@ class FakeQuant:
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
-        state = begin(plan, key, arguments.params, learned)
+        state = begin(plan, key, _folded(plan, arguments.params), learned)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in arguments.inputs):
             return state
         return self._calibrated(state, plan, params, [(plan.program, arguments.inputs)])
@@ -151,7 +157,8 @@ class FakeQuant:
         Raises:
           TypeError: `key` is no key.
           ValueError: another tree; a leaf has another spec than the policy trains, belongs to an estimator that takes its range from the
-            weights (`qjax.lsq` does not), has a schedule of weights or bits, is rotated, rescaled, or has groups of reordered columns.
+            weights (`qjax.lsq` does not), has a schedule of weights or bits, is rotated, rescaled, or has groups of reordered columns; the
+            function folds batch norms.
 
         Example:
           >>> import jax, jax.numpy as jnp, qjax
@@ -162,6 +169,9 @@ class FakeQuant:
           >>> bool((fq(begun, x, quant=quant) == result.params["w"].dequantize()).all())
           True
         """
+        if self.folds is not None:
+            raise ValueError("`folds` and from_packed do not go together: the codes of `packed` are of weights that are not folded; leave "
+                             "`folds` out, or begin with `init`")  # fmt: skip
         structures = [jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, QTensor)) for tree in (packed, params)]
         if structures[0] != structures[1]:
             raise ValueError("`packed` is another tree than `params`: give result.params of qjax.quantize for these parameters")
@@ -192,7 +202,7 @@ class FakeQuant:
         streams = [(self.programs(a), a.inputs) for a in arguments]
         check_numbers(streams, "the range of static activations")
         check_same_sites(streams)
-        return self._calibrated(quant, planned(streams[0][0], self.policy), params, streams)
+        return self._calibrated(quant, planned(streams[0][0], self.policy, self.folds), params, streams)
 
     def _calibrated(self, quant: Quant, plan: Planned, params: Any, streams: Any) -> Quant:
         weights = split_arguments(_weights(plan, params, quant), (), {}).params
@@ -231,11 +241,22 @@ def _weights(plan: Planned, params: Any, quant: Quant) -> Any:
     """The tree of parameters with rounded weights."""
     arguments = split_arguments(params, (), {})
     _check_float(plan, arguments.params)
-    new = [rounded_weight(w, plan.weights[i], quant) if i in plan.weights else w for i, w in enumerate(arguments.params)]
+    factors = plan.factors(arguments.params)
+    new = [
+        rounded_weight(w, plan.weights[i], quant, factors.get(i)) if i in plan.weights else w for i, w in enumerate(arguments.params)
+    ]
     return arguments.rebuild(new, [])[0]
 
 
-def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None = None) -> FakeQuant:
+def _folded(plan: Planned, leaves: Sequence[Any]) -> list[Any]:
+    """Flat parameters with weights as they are rounded."""
+    factors = plan.factors(leaves)
+    return [scaled(jnp.asarray(w), factors[i]) if i in factors else w for i, w in enumerate(leaves)]
+
+
+def fake_quant(
+    fn: Callable[..., Any], policy: Policy, forward: Forward | None = None, folds: BatchNormFolds | None = None
+) -> FakeQuant:
     """Transforms `fn(params, *args)` so that it computes with rounded weights and trains the float ones.
 
     Forward, a weight is `dequantize(quantize(w))`, bit for bit what the packed model will hold (a rule's `method` chooses codes
@@ -253,6 +274,8 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
         the packed model's do, where whole rows share a scale and no schedule or random rounding is in the way (others stay float). The
         result differs by float rounding only, gradients are those of the float product. None: "integer" on a CPU, where it was measured
         to be faster, else "float".
+      folds: from `qjax.batch_norm_folds`: the weights in front of these batch norms are rounded as the folded network's, in every step
+        from its parameters and statistics; their products are of floats. Weights that the policy leaves float are not folded.
 
     Returns:
       A function with the same arguments and results that composes with `jit`, `grad`, `vmap`, `scan` and `shard_map`. Policies with
@@ -261,8 +284,10 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
       also returns ranges that follow the data, `fq.labels(quant)` tells what to train.
 
     Raises:
-      TypeError: `policy` is no policy. When called: a parameter that the policy rounds is packed already, or the state is not float32.
-      ValueError: when called, a state that is missing, or of another policy.
+      TypeError: `policy` is no policy, or `folds` something else. When called: a parameter that the policy rounds is packed already, or
+        the state is not float32.
+      ValueError: when called, a state that is missing, or of another policy; parameters that lack what `folds` need, or a policy that
+        rounds no weight of theirs.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, qjax
@@ -286,4 +311,5 @@ def fake_quant(fn: Callable[..., Any], policy: Policy, forward: Forward | None =
     """
     check_policy(policy)
     check_choice("forward", forward, ("float", "integer", None))
-    return FakeQuant(fn, policy, forward)
+    check_folds(folds)
+    return FakeQuant(fn, policy, forward, folds)

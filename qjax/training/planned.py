@@ -6,11 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from qjax.calibration import why_no_rows, why_not_observed
 from qjax.core import ActSpec, OnlineRotation, Spec
+from qjax.graph import BatchNormFolds
 from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs
 from qjax.program import Key, Leaf, Program, Site
 from qjax.ptq.method import Problem, methods_of
+from qjax.training.folding import Folding, folding
 from qjax.training.qat import QAT, training_of
 from qjax.training.side_state import watched
 
@@ -61,6 +65,7 @@ class Planned:
       products: the products of two activations that are rounded.
       choices: all that the policy decided.
       caches: the caches that are rounded where they are read.
+      folding: the weights that are rounded with the batch norm behind them folded.
     """
 
     program: Program
@@ -68,6 +73,7 @@ class Planned:
     products: tuple[ProductChoice, ...]
     choices: tuple[Choice, ...]
     caches: tuple[CacheChoice, ...] = ()
+    folding: Folding | None = None
 
     @property
     def steps(self) -> bool:
@@ -79,12 +85,16 @@ class Planned:
         """What is done at which site."""
         return {site.key: trained for trained in self.weights.values() for site in trained.sites}
 
+    def factors(self, leaves: Any) -> dict[int, jax.Array]:
+        """By the parameter's index what folded weights are multiplied by, from flat parameters."""
+        return {} if self.folding is None else self.folding.factors(leaves)
 
-def planned(program: Program, policy: Policy) -> Planned:
+
+def planned(program: Program, policy: Policy, folds: BatchNormFolds | None = None) -> Planned:
     """Resolves a policy for training.
 
     Raises:
-      ValueError: as `Policy.resolve`; a site whose activations cannot be rounded, or not with a range of their own.
+      ValueError: as `Policy.resolve` and `folding`; a site whose activations cannot be rounded, or not with a range of their own.
     """
     choices = policy.resolve(program)
     weights = {}
@@ -104,7 +114,7 @@ def planned(program: Program, policy: Policy) -> Planned:
             raise ValueError(f"the static ranges of {choice.product.name!r} cannot be found: {reason}; make them qjax.dynamic(...)")
     # A program that takes no cache trains without: rules for caches count where one is.
     named = policy.resolve_caches(program) if program.caches and any(rule.is_cache for rule in policy.rules) else ()
-    return Planned(program, weights, products, choices, tuple(named))
+    return Planned(program, weights, products, choices, tuple(named), None if folds is None else folding(folds, program, weights))
 
 
 def _check_site(site: Site, trained: Trained) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from qjax.calibration.observe import scan_lengths
 from qjax.core import ActSpec, IntSpec, PerChannel, PerTensor, QTensor
+from qjax.graph.batch_norm_folds import scaled, unscaled
 from qjax.policy import ProductChoice
 from qjax.program import Interpreter, Key, Packed, Product, Site, compat, materialize
 from qjax.runtime.integer import conv_axes, product, why_not
@@ -32,17 +33,19 @@ from qjax.training.straight_through import straight_through_activation, straight
 _SIDES = ("left", "right")
 
 
-def rounded_weight(w: Any, trained: Trained, quant: Quant) -> jax.Array:
-    """A fake-quantized weight; with an on-line rotation it is rounded where it is rotated."""
+def rounded_weight(w: Any, trained: Trained, quant: Quant, factor: jax.Array | None = None) -> jax.Array:
+    """A fake-quantized weight; with an on-line rotation it is rounded where it is rotated, with the `factor` of a batch norm folded."""
     w, rotation = jnp.asarray(w), trained.rotation
+    given = w if factor is None else scaled(w, factor)
     train, learned = trained.train, quant.get("weights", {}).get(trained.leaf.path, {})
     moment = moment_of(train, quant, trained.leaf.index)
     if rotation is None:
-        new = train.weight.fake(trained.problem(w), learned, moment)
+        new = train.weight.fake(trained.problem(given), learned, moment)
     else:
         at = [a % w.ndim for a in trained.axes]
-        turned = train.weight.fake(trained.problem(rotate_axes(w.astype(jnp.float32), at, rotation)), learned, moment)
-        new = rotate_axes(turned, at, rotation, back=True).astype(w.dtype)
+        turned = train.weight.fake(trained.problem(rotate_axes(given.astype(jnp.float32), at, rotation)), learned, moment)
+        new = rotate_axes(turned, at, rotation, back=True).astype(given.dtype)
+    new = new if factor is None else unscaled(new, factor, w)
     return _from(train.schedule.weights, quant, new, w)
 
 
