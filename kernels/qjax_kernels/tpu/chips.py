@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Literal
 
-import jax
-
 Placement = Literal["before", "after"]
 
 
@@ -23,7 +21,6 @@ class Chip:
       int8: whether int8 products are faster than bfloat16 ones.
       fp8: whether the matrix unit multiplies e4m3 codes.
       bfloat16: whether the vector unit multiplies bfloat16; float32 elsewhere, at twice the registers.
-      spread_first: whether a row of scales takes fewer bundles when it is spread over sublanes before it is rounded to bfloat16.
       placement: where the scale of a group belongs: on the weight before the dot, or on the result of the group's dot.
     """
 
@@ -37,20 +34,17 @@ class Chip:
     int8: bool
     fp8: bool
     bfloat16: bool
-    spread_first: bool
     placement: Placement
 
 
 _MIB = 2**20
-# What the compiler of jax 0.10 (libtpu 0.0.42) schedules in 290 bundles for 294, that of 0.12 (0.0.52) schedules in 314 for 295.
-_SPREAD = jax.__version_info__ < (0, 11)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "v5e:2x2", 1.5e9, 8.2e11, 4 * 128 * 128, 128 * _MIB, 1, True, False, False, False, "after"),
-        Chip("v5p", "v5p:2x2x1", 1.75e9, 1.23e12, 4 * 128 * 128, 64 * _MIB, 2, True, False, False, False, "after"),
-        Chip("v6e", "v6e:2x2", 1.755e9, 1.64e12, 4 * 256 * 256, 128 * _MIB, 1, True, False, True, _SPREAD, "before"),
-        Chip("tpu7x", "tpu7x:2x2x1", 2.2e9, 3.7e12, 4 * 256 * 256, 64 * _MIB, 2, False, True, True, False, "before"),
+        Chip("v5e", "v5e:2x2", 1.5e9, 8.2e11, 4 * 128 * 128, 128 * _MIB, 1, True, False, False, "after"),
+        Chip("v5p", "v5p:2x2x1", 1.75e9, 1.23e12, 4 * 128 * 128, 64 * _MIB, 2, True, False, False, "after"),
+        Chip("v6e", "v6e:2x2", 1.755e9, 1.64e12, 4 * 256 * 256, 128 * _MIB, 1, True, False, True, "before"),
+        Chip("tpu7x", "tpu7x:2x2x1", 2.2e9, 3.7e12, 4 * 256 * 256, 64 * _MIB, 2, False, True, True, "before"),
     )
 }
 """Rates as `pltpu.get_tpu_info_for_chip` has them (jax 0.12), a core; the clock is the bfloat16 rate over twice `macs`."""

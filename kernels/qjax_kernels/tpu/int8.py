@@ -217,5 +217,5 @@ def _groups(codes: jax.Array, w_ref, scale_ref) -> jax.Array:
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
         total = _dot(codes[:, part], w_ref[part, :])
-        y += total.astype(jnp.float32) * scale_ref[g : g + 1, :].astype(jnp.float32)
+        y += total.astype(jnp.float32) * tiles.spread(scale_ref, g, y.shape[0])
     return y

@@ -115,6 +115,17 @@ def dot(x: jax.Array, w: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array
     return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=dtype)
 
 
+def spread(ref, row: int, rows: int, columns: slice = slice(None)) -> jax.Array:
+    """Row `row` of a float `ref`, its columns `rows` times below each other, in float32.
+
+    A load of 128 lanes spreads them over sublanes by itself; a longer row is permuted in registers, which costs the vector unit one or two
+    operations for each register of results.
+    """
+    start, stop, _ = columns.indices(ref.shape[1])
+    parts = [ref[row : row + 1, c : c + _LANES].astype(jnp.float32) for c in range(start, stop, _LANES)]
+    return jnp.concatenate([jnp.broadcast_to(part, (rows, _LANES)) for part in parts], axis=1)
+
+
 def accumulate(accumulator, y: jax.Array, step: jax.Array) -> None:
     """Adds y, at the first step to nothing: whatever the memory held, NaN too, is not read into the sum."""
     accumulator[...] = jnp.where(step == 0, y, accumulator[...] + y)

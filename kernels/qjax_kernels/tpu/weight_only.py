@@ -7,7 +7,9 @@ become floats in registers; the matrix unit multiplies; float32 sums stay in vec
 float weight never exists outside registers and vector memory.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +19,16 @@ from jax.experimental.pallas import tpu as pltpu
 from qjax_kernels.gradient import to_rows_alone
 from qjax_kernels.reference import dequantize
 from qjax_kernels.request import Request
-from qjax_kernels.tpu import tiles
+from qjax_kernels.tpu import digits, tiles
 from qjax_kernels.tpu.chips import Chip, Placement, chip_of, why_not_chip
 from qjax_kernels.tpu.tiles import Interpret, Tile
 
 Shaped = jax.Array | jax.ShapeDtypeStruct
 
+_UNIT = 256  # columns of a matrix unit of the generations that multiply e4m3
+_AHEAD = 4  # products whose results may be on their way: two in each of two units
+_SINGLE = 8  # up to so many rows a tile is no higher than x: rows that are not there would be multiplied and scaled as well
+_WIDE = 512  # from so many columns of a tile on, cutting rows into digits takes less than making codes float
 _FEW_ROWS = 32  # up to here the results of a dot are fewer than its weights, and the scale goes behind it on every chip
 
 
@@ -75,7 +81,10 @@ def weight_only(
     multiple of 128 into whole native tiles first.)
 
     Rounding: with the scale before the dot, `s` and `w * s` are rounded to bfloat16 (a relative error of 2^-8 each at most), on v5e and v5p
-    only `w * s` is; with the scale behind, nothing is rounded but y. A float32 x keeps float32 everywhere, in six passes of the unit.
+    only `w * s` is; with the scale behind, nothing is rounded but y. A float32 x keeps float32 everywhere, in six passes of the unit. Up to
+    16 bfloat16 rows meet int4 on v5e and v5p, in tiles of 512 columns or more, as three bytes (`digits.cut`), exactly where no value is
+    2^14 times smaller than the largest of its row and group; of those that are, what is below 2^-22 of that largest is lost, and a row
+    that holds an infinity gives NaN.
 
     Args:
       x: (M, K) float32 or bfloat16.
@@ -125,6 +134,8 @@ def check(x: Shaped, w: Shaped, scale: Shaped, group: int) -> None:
 def _run(x: jax.Array, w: jax.Array, scale: jax.Array, group: int, chip: Chip, limit: Tile | None, interpret: Interpret) -> jax.Array:
     (m, k), n = x.shape, w.shape[1]
     tile = tiles.tile_of(chip, m, n, k, group, limit)
+    if m <= _SINGLE and x.dtype == jnp.bfloat16 and not chip.fp8:  # e4m3 takes more so: 352 bundles for 329
+        tile = dataclasses.replace(tile, m=m)
     rows, columns, steps = tiles.cuts(m, n, k, tile)
     scales = tiles.scale_blocks(scale, group, tile.k)
     block = tiles.scale_block_of(group, k, tile.k)
@@ -157,11 +168,15 @@ def _kernel(x_ref, w_ref, scale_ref, out_ref, sum_ref, *, chip: Chip, place: Pla
 
 def multiply(x_ref, w_ref, scale_ref, chip: Chip, place: Placement, whole: bool) -> jax.Array:
     """The product of a tile, float32 (m, n); where a column shares its scale (`whole`), not scaled yet."""
-    if whole:
-        return tiles.dot(x_ref[...], w_ref[...].astype(carrier(chip, x_ref, w_ref)))
-    if place == "after":
-        return _scaled_results(x_ref, w_ref, scale_ref, carrier(chip, x_ref, w_ref))
-    return tiles.dot(x_ref[...], scaled_weight(w_ref, scale_ref, x_ref.dtype, chip))
+    rows = x_ref.shape[0]
+    few = rows <= _FEW_ROWS and x_ref.dtype == jnp.bfloat16 and w_ref.dtype == jnp.int4
+    if not whole and place == "before":
+        return tiles.dot(x_ref[...], scaled_weight(w_ref, scale_ref, x_ref.dtype, chip))
+    if few and chip.int8 and not chip.bfloat16 and rows <= 16 and w_ref.shape[1] >= _WIDE:
+        return digits.product(x_ref[...], w_ref[...]) if whole else _scaled_results(x_ref, w_ref, scale_ref, digits.product)
+    if few and chip.fp8 and rows % 16 == 0:  # e4m3 holds all of int4, at half the bytes that the matrix unit is fed
+        return _product_of_e4m3(x_ref[...], w_ref[...]) if whole else _scaled_in_turn(x_ref, w_ref, scale_ref)
+    return _product(x_ref[...], w_ref[...]) if whole else _scaled_results(x_ref, w_ref, scale_ref, _product)
 
 
 def scaled_weight(w_ref, scale_ref, dtype: jnp.dtype, chip: Chip) -> jax.Array:
@@ -169,26 +184,53 @@ def scaled_weight(w_ref, scale_ref, dtype: jnp.dtype, chip: Chip) -> jax.Array:
     groups = scale_ref.shape[0]
     size = w_ref.shape[0] // groups
     factor = jnp.bfloat16 if chip.bfloat16 and dtype == jnp.bfloat16 else jnp.float32
-    scaled = []
-    for g in range(groups):
-        w = w_ref[g * size : (g + 1) * size, :].astype(factor)
-        # A row that is read alone is spread over sublanes by the load; cut out of a value it is not.
-        row = scale_ref[g : g + 1, :]
-        scaled.append(w * (jnp.broadcast_to(row, w.shape) if chip.spread_first else row).astype(factor))
+    scaled = [w_ref[g * size : (g + 1) * size, :].astype(factor) * tiles.spread(scale_ref, g, size).astype(factor) for g in range(groups)]
     return jnp.concatenate(scaled).astype(dtype)
 
 
-def carrier(chip: Chip, x_ref, w_ref) -> jnp.dtype:
-    """The float that codes are multiplied as: e4m3 holds all of int4, at half the bytes that a matrix unit which takes it is fed."""
-    few = x_ref.shape[0] <= _FEW_ROWS and x_ref.dtype == jnp.bfloat16
-    return jnp.float8_e4m3fn if few and chip.fp8 and w_ref.dtype == jnp.int4 else x_ref.dtype
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return tiles.dot(x, w.astype(x.dtype))
 
 
-def _scaled_results(x_ref, w_ref, scale_ref, dtype: jnp.dtype) -> jax.Array:
+def _product_of_e4m3(x: jax.Array, w: jax.Array) -> jax.Array:
+    return tiles.dot(x, w.astype(jnp.float8_e4m3fn))
+
+
+def _scaled_results(x_ref, w_ref, scale_ref, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
     groups = scale_ref.shape[0]
     size = w_ref.shape[0] // groups
     y = jnp.zeros((x_ref.shape[0], w_ref.shape[1]), jnp.float32)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
-        y += tiles.dot(x_ref[:, part], w_ref[part, :].astype(dtype)) * scale_ref[g : g + 1, :].astype(jnp.float32)
+        y += product(x_ref[:, part], w_ref[part, :]) * tiles.spread(scale_ref, g, y.shape[0])
     return y
+
+
+def _scaled_in_turn(x_ref, w_ref, scale_ref) -> jax.Array:
+    """`_scaled_results` of e4m3 codes, the columns that a matrix unit holds one after the other.
+
+    The compiler would put off all results until the last weight is in, and then scale them in a row. So each product waits for one of a
+    few before, whose result is taken out by then and scaled beside the next weights.
+    """
+    groups = scale_ref.shape[0]
+    size = w_ref.shape[0] // groups
+    columns, results = [], []
+    for c in range(0, w_ref.shape[1], _UNIT):
+        here = slice(c, min(c + _UNIT, w_ref.shape[1]))
+        y = jnp.zeros((x_ref.shape[0], here.stop - c), jnp.float32)
+        for g in range(groups):
+            part = slice(g * size, (g + 1) * size)
+            x = x_ref[:, part]
+            if len(results) >= _AHEAD:
+                x = _after(results[-_AHEAD], x)
+            results.append(_product_of_e4m3(x, w_ref[part, here]))
+            y += results[-1] * tiles.spread(scale_ref, g, y.shape[0], here)
+        columns.append(y)
+    return jnp.concatenate(columns, axis=1)
+
+
+def _after(result: jax.Array, x: jax.Array) -> jax.Array:
+    """x (m, k) as it is, but not before the float32 result (m, n) is there: the matrix unit applies a mask, and this one holds nowhere."""
+    words = pltpu.bitcast(x[:, :128], jnp.int32)
+    masked = pltpu.bitcast(jnp.where(result[: words.shape[0], -128:] > jnp.inf, 0, words), x.dtype)
+    return masked if x.shape[1] == 128 else jnp.concatenate([masked, x[:, 128:]], axis=1)

@@ -52,9 +52,7 @@ def test_bundles_are_those_committed(rows):
 
 
 def test_group_wise_int4_costs_no_more_than_bfloat16(rows):
-    # The same tile and accumulator; later compilers schedule three bundles of 286 more than the 2 % that were asked for.
-    limit = 1.02 if importlib.metadata.version("libtpu") == "0.0.42.1" else 1.035
-    assert ratio(rows, "v6e", (128, 512, 512), "W4A16 g128") <= limit
+    assert ratio(rows, "v6e", (128, 512, 512), "W4A16 g128") <= 1.02
     assert ratio(rows, "v6e", (256, 1024, 1024), "W4A16 g128") <= 1.0
     for chip in ("v5e", "v5p", "v6e", "tpu7x"):
         assert ratio(rows, chip, (16, 1024, 1024), "W4A16 g128") <= 1.0
@@ -65,8 +63,10 @@ def test_int8_products_cost_little_more_than_half(rows):
     assert ratio(rows, "v5e", (16, 1024, 1024), "W8A8") <= 0.55
 
 
-@pytest.mark.parametrize("kernel", ["W4A16 g128", "W8A16 g128"])
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_decode_waits_for_memory(rows, chip, kernel):
-    row = rows[chip, (16, 1024, 1024), kernel]
-    assert row["body"] <= row["dma"]
+@pytest.mark.parametrize("kernel", ["W4A16 g128", "W8A16 g128", "W4A16 column", "W8A8", "W4A8", "W4A8 g128"])
+def test_decode_waits_for_memory(rows, kernel):
+    found = [row for row in rows.values() if row["tile"] and tuple(row["tile"]) == (16, 1024, 1024) and row["kernel"] == kernel]
+    assert len(found) >= 3  # tpu7x has no integer unit
+    for row in found:
+        assert row["body"] <= row["dma"], row
+        assert row["chip"] != "v5e" or row["total"] <= row["dma"], row

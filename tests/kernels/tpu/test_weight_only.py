@@ -65,15 +65,21 @@ def test_float32_keeps_float32(bits):
     assert np.all(np.abs(y - expected) <= 300 * 2**-24 * magnitude)
 
 
-@pytest.mark.parametrize("chip", ["v5e", "tpu7x"])
-def test_behind_the_dot_nothing_is_rounded_but_the_result(chip):
-    """Small integers as x: every sum is exact, so y equals the reference bit for bit."""
-    case = shapes.Case(16, 256, 512, 128)
+@pytest.mark.parametrize(
+    ("chip", "group", "m", "n", "k"),
+    [("v5e", 128, 16, 512, 256), ("v5p", 128, 5, 512, 256), ("tpu7x", 128, 16, 256, 1024), ("tpu7x", 256, 16, 384, 1024)],
+)
+def test_behind_the_dot_nothing_is_rounded_but_the_result(chip, group, m, n, k):
+    """Small integers as x: every sum is exact, so y equals the reference bit for bit. Rows that are not finite touch no other."""
+    case = shapes.Case(m, n, k, group)
     _, w, scale = operands(case)
-    x = jnp.asarray(np.random.default_rng(1).integers(-4, 5, (16, 512)), jnp.bfloat16)
+    x = np.random.default_rng(1).integers(-4, 5, (m, k)).astype(np.float32)
+    x[3, 5], x[m // 2, k - 3], finite = np.nan, np.inf, np.delete(np.arange(m), [3, m // 2])
     scale = 2.0 ** jnp.round(jnp.log2(scale))
-    y = weight_only(x, w, scale, group=128, chip=chip, limit=SMALL, interpret=True)
-    np.testing.assert_array_equal(y, reference.weight_only(x, w, scale, 128))
+    y = weight_only(jnp.asarray(x, jnp.bfloat16), w, scale, group=group, chip=chip, interpret=True)
+    expected = reference.weight_only(jnp.asarray(x[finite], jnp.bfloat16), w, scale, group)
+    np.testing.assert_array_equal(y[finite], expected)
+    assert not jnp.isfinite(y[jnp.array([3, m // 2])]).any()
 
 
 def test_no_race_and_nothing_read_that_was_not_written(capfd):
