@@ -26,7 +26,13 @@ ORDINARY = {
     ("int8", "encoder, linen"), ("dynamic", "decoder, nnx"), ("static", "residual, nnx"),
     ("gptq", "experts dispatched, nnx"),
 }  # fmt: skip
-ALL = [(method, name) for method in METHODS for name in NAMES if "bf16" not in name or method in ("int8", "dynamic")]
+# int8 and GPTQ on every family in both forms, the others on every family in one.
+EVERYWHERE = ("int8", "gptq")
+ALL = [
+    (method, name) for i, method in enumerate(METHODS) for j, name in enumerate(NAMES)
+    if (method in EVERYWHERE or (i + j + j // 2) % 2 == 0 or (method, name) in ORDINARY)
+    and ("bf16" not in name or method in ("int8", "dynamic"))
+]  # fmt: skip
 CASES = [pytest.param(*case, marks=() if case in ORDINARY else pytest.mark.slow) for case in ALL]
 
 
