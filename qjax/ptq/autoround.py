@@ -14,6 +14,7 @@ from jax import lax
 
 from qjax.calibration import SecondMoment, hessian
 from qjax.core import IntSpec, LearnedSpec, QTensor, blocks
+from qjax.core.specs import check_count, check_flag, is_number
 from qjax.ptq.candidates import Rescaling
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
@@ -146,15 +147,12 @@ def autoround(
     grid has one factor (there the larger of both ends).
     """
     for argument, value in (("steps", steps), ("batch_size", batch_size), ("span", span), ("checks", checks)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{argument}` must be a whole number, 1 or more, got {value!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number, 0 or more, got {seed!r}")
-    if lr is not None and not 0 < lr <= 1:
+        check_count(argument, value, 1)
+    check_count("seed", seed, 0)
+    if lr is not None and not (is_number(lr) and 0 < lr <= 1):
         raise ValueError(f"`lr` must be above 0 and at most 1, or None for 1 / steps, got {lr!r}")
     for argument, value in (("minmax", minmax), ("mse", mse)):
-        if not isinstance(value, bool):
-            raise TypeError(f"`{argument}` must be True or False, got {value!r}")
+        check_flag(argument, value)
     if block not in get_args(Unit):
         raise ValueError(f"`block` must be one of {', '.join(map(repr, get_args(Unit)))}, got {block!r}")
     return AutoRound(steps, None if lr is None else float(lr), batch_size, minmax, mse, block, span, checks, seed)

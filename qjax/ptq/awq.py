@@ -28,6 +28,7 @@ from qjax.core import (
     has_global_scale,
     logical_blocks,
 )
+from qjax.core.specs import check_count, check_flag
 from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Method, Outcome, Problem
@@ -125,7 +126,7 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
 
     Raises:
       ValueError: `grid` or `rows` less than 1; another `unfoldable`; a `then` that rescales, too.
-      TypeError: `then` is no method.
+      TypeError: `then` is no method; `clip` neither True nor False.
 
     Example:
       >>> import qjax
@@ -136,8 +137,8 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
     each architecture, and query and key projections are not clipped; here it is the outputs of the weights that share the
     input, whatever they are, and a group is clipped only where that lowers the error of its own part of the output.
     """
-    if grid < 1:
-        raise ValueError(f"`grid` must be at least 1, got {grid}")
+    check_count("grid", grid, 1)
+    check_flag("clip", clip)
     return AWQ(grid, clip, None if then is None else checked_then(then), checked_rows(rows), checked_unfoldable(unfoldable))
 
 

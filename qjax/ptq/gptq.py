@@ -114,7 +114,7 @@ def gptq(
       A method for `qjax.Rule`. Needs calibration data.
 
     Raises:
-      ValueError: an option out of range; both orders at once.
+      ValueError, TypeError: an option out of range or of another type; both orders at once.
 
     Example:
       >>> import qjax

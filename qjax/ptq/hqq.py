@@ -13,6 +13,7 @@ from jax import lax
 
 from qjax.core import IntSpec, PerBlock, PerGroup, QTensor, Spec, block_decode, block_encode, block_params, divide, group_length, quantize
 from qjax.core.affine import round_stored
+from qjax.core.specs import check_count, is_number
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.work import Work
 
@@ -160,13 +161,12 @@ def hqq(lp_norm: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iteration
     are not rounded before codes are chosen; `round_zero` rounds the zero points to begin with only; and kappa, which the publication and
     earlier releases have, is 1.
     """
-    if not 0 < lp_norm <= 1:
+    if not (is_number(lp_norm) and 0 < lp_norm <= 1):
         raise ValueError(f"`lp_norm` must be a positive number up to 1, got {lp_norm!r}")
     for argument, value in (("beta", beta), ("kappa", kappa)):
-        if not 0 < value < math.inf:
+        if not (is_number(value) and 0 < value < math.inf):
             raise ValueError(f"`{argument}` must be a positive number, got {value!r}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"`iterations` must be an int of at least 1, got {iterations!r}")
+    check_count("iterations", iterations, 1)
     return HQQ(lp_norm, beta, kappa, iterations)
 
 

@@ -10,6 +10,7 @@ import jax
 
 from qjax.core import QTensor, block_params, check_overflow, check_shape, quantize_moved, quantized_shapes
 from qjax.core.rounding import Ranges
+from qjax.core.specs import check_flag
 from qjax.ptq.method import Outcome, Problem
 from qjax.ptq.range_search import SHRINK, search_range
 from qjax.ptq.work import Work
@@ -55,10 +56,13 @@ def rtn(mse: bool = False) -> RoundToNearest:
     Returns:
       A method for `qjax.Rule`. Needs no data.
 
+    Raises:
+      TypeError: `mse` is neither True nor False.
+
     Example:
       >>> import qjax
       >>> qjax.Rule("*", weight=qjax.int4(group_size=64), method=qjax.rtn(mse=True))
       Rule('*', weight=int4(group_size=64), method=RoundToNearest(mse=True))
     """
+    check_flag("mse", mse)
     return RoundToNearest(mse)
-

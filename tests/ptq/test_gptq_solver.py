@@ -418,7 +418,7 @@ def test_refusals_name_the_argument():
     for bad in ({"damping": np.nan}, {"damping_increment": 0.0}, {"block_size": 0}, {"max_damping_retries": True}):
         with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):
             GPTQOptions(**bad)
-    with pytest.raises(ValueError, match="`refine` must be an int >= 0"):
+    with pytest.raises(ValueError, match="`refine` must be an int of at least 0"):
         GPTQOptions(refine=-1)
 
 

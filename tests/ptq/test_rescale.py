@@ -240,7 +240,7 @@ def test_bad_data():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: qjax.smoothquant(1.5), "`alpha` must be from 0 to 1"),
+        (lambda: qjax.smoothquant(1.5), "`alpha` must be a number from 0 to 1"),
         (lambda: qjax.smoothquant("best"), "'search'"),
         (lambda: qjax.smoothquant(rows=0), "`rows`"),
         (lambda: qjax.awq(grid=0), "`grid`"),
