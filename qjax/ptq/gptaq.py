@@ -32,7 +32,7 @@ def gptaq(
       damping: see `qjax.gptq`, as the other arguments.
       act_order: likewise.
       static_groups: likewise.
-      block_size: likewise.
+      block_size: likewise: it moves the scales of groups that are smaller than a block.
       mse: likewise.
       group_aware: likewise.
       refine: likewise.
