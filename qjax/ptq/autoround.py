@@ -18,7 +18,7 @@ from qjax.core.specs import check_count, check_flag, is_number
 from qjax.ptq.candidates import Rescaling
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import check_matrix_blocks, for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_matrix_blocks, check_not_cast, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.rtn import rtn
 from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start, stored
@@ -184,6 +184,7 @@ def check_tuned(problem: Problem) -> IntSpec:
       ValueError: naming the weight and what to take in place.
     """
     spec = problem.spec
+    check_not_cast(problem, "autoround")
     if not isinstance(spec, IntSpec):
         others = "qjax.kmeans" if isinstance(spec, LearnedSpec) else "qjax.gptq, qjax.awq, qjax.rtn"
         raise ValueError(

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import CrossMoment, CrossMoments, Observer, SecondMoment, deviation, hessian
-from qjax.core import CastSpec, LearnedSpec, QTensor, has_global_scale
+from qjax.core import LearnedSpec, QTensor, has_global_scale
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import check_matrix_blocks, for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_matrix_blocks, check_not_cast, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.sparsity import MOST_ZEROS, is_pruned, pruned_share
 from qjax.ptq.work import Work, matrix_sizes
@@ -158,8 +158,7 @@ _solve_many = jax.jit(
 
 def _check(problem: Problem, options: GPTQOptions) -> None:
     spec = problem.spec
-    if isinstance(spec, CastSpec):
-        raise ValueError(f"`method` gptq has nothing to choose for the cast {spec} of {problem.name!r}; leave `method` out")
+    check_not_cast(problem, "gptq")
     if isinstance(spec, LearnedSpec):
         raise ValueError(
             f"`method` gptq rounds to a grid that is known before, and the table of {spec}, the spec of {problem.name!r}, is learned: "

@@ -11,10 +11,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import IntSpec, PerBlock, PerGroup, QTensor, Spec, block_decode, block_encode, block_params, divide, group_length, quantize
+from qjax.core import (
+    IntSpec,
+    LearnedSpec,
+    PerBlock,
+    PerGroup,
+    QTensor,
+    block_decode,
+    block_encode,
+    block_params,
+    divide,
+    group_length,
+    quantize,
+)
 from qjax.core.affine import round_stored
 from qjax.core.specs import check_count, is_number
 from qjax.ptq.method import Outcome, Problem
+from qjax.ptq.parts import check_not_cast
 from qjax.ptq.work import Work
 
 
@@ -112,11 +125,12 @@ class HQQ:
         return f"hqq({', '.join(f'{f.name}={getattr(self, f.name):g}' for f in changed)})" if changed else "hqq"
 
     def shapes(self, problem: Problem) -> QTensor:
+        _checked(problem)
         return jax.eval_shape(lambda w: self.quantize(problem._replace(w=w)).q, problem.w)
 
     def quantize(self, problem: Problem, state: Any = None) -> Outcome:
         del state
-        spec = _checked(problem.spec, problem.name)
+        spec = _checked(problem)
         w, axes, stacked = problem.w, problem.axes, problem.stacked
         columns = math.prod(w.shape[a] for a in axes)
         splitting = Splitting(self.lp_norm, self.beta, self.kappa, self.iterations, columns if spec.pad else None)
@@ -170,12 +184,14 @@ def hqq(lp_norm: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iteration
     return HQQ(lp_norm, beta, kappa, iterations)
 
 
-def _checked(spec: Spec, name: str) -> IntSpec:
+def _checked(problem: Problem) -> IntSpec:
+    spec, name = problem.spec, problem.name
+    check_not_cast(problem, "hqq")
     if isinstance(spec, IntSpec) and not spec.symmetric:
         return spec
     what = "has no zero point to choose" if isinstance(spec, IntSpec) else "has no zero points"
     bits = spec.bits if 2 <= spec.bits <= 8 else 4
     raise ValueError(
         f'`method` hqq chooses zero points, and {spec}, the spec of {name!r}, {what}: give qjax.uint{bits}(..., zero_dtype="float16") '
-        "or another asymmetric spec, or take qjax.rtn(mse=True) or qjax.gptq()"
+        f"or another asymmetric spec, or take {'qjax.kmeans()' if isinstance(spec, LearnedSpec) else 'qjax.rtn(mse=True) or qjax.gptq()'}"
     )

@@ -16,7 +16,7 @@ from qjax.core.learned import ITERATIONS
 from qjax.core.specs import check_count, check_flag
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_not_cast, for_each_matrix, matrices, packed
 from qjax.ptq.work import Work, matrix_sizes
 
 
@@ -99,6 +99,7 @@ def _learn(w: jax.Array, importance: jax.Array, spec: LearnedSpec, iterations: i
 
 def _checked(problem: Problem) -> LearnedSpec:
     spec, name = problem.spec, problem.name
+    check_not_cast(problem, "kmeans")
     if not isinstance(spec, LearnedSpec):
         bits = spec.bits if spec.bits in (2, 3, 4) else 4
         raise ValueError(f"`method` kmeans fits a table of levels, and those of {spec}, the spec of {name!r}, are fixed: give "
