@@ -45,7 +45,8 @@ def check_options(options: dict[str, Any]) -> None:
     if method in _SWEEPS and weight in LEARNED:
         raise click.UsageError(f"--method {method} needs levels that are known before, those of {weight} are learned: give --method kmeans")
     if method == "autoround" and weight not in _INTEGERS:
-        raise click.UsageError(f"--method autoround tunes integers such as --weight int4, and the weight is {weight}: take --method gptq")
+        instead = "leave --method out" if weight in _CASTS else f"take --method {'kmeans' if weight in LEARNED else 'gptq'}"
+        raise click.UsageError(f"--method autoround tunes integers such as --weight int4, and the weight is {weight}: {instead}")
     if options["act_order"] and options["group_aware"]:
         raise click.UsageError("--act-order and --group-aware exclude each other: give one")
     if method == "llm_int8" and options["activation"] == "static":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Literal, TypeGuard, get_args
 
 import numpy as np
@@ -24,12 +25,32 @@ def check_choice(argument: str, value: object, choices: tuple) -> None:
         raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_flag(argument: str, value: object) -> None:
+    """Refuses a value that is neither True nor False: "no" and 0 would be read as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be True or False, got {value!r}")
+
+
+def check_count(argument: str, value: object, least: int) -> None:
+    """Refuses a value that is no whole number, or less than the least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{argument}` must be an int of at least {least}, got {value!r}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, NumPy's among them; True and False are none.
+
+    >>> is_number(1), is_number(np.float32(0.5)), is_number(True), is_number("1")
+    (True, True, False, False)
+    """
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_common(granularity: object, scale_dtype: object, pad: object, scale_dtypes: object = ScaleDtype) -> None:
     if not isinstance(granularity, Granularity):
         raise TypeError(f"`granularity` must be one of the Per... classes, e.g. PerGroup(128), got {granularity!r}")
     check_choice("scale_dtype", scale_dtype, get_args(scale_dtypes))
-    if not isinstance(pad, bool):
-        raise TypeError(f"`pad` must be True or False, got {pad!r}")
+    check_flag("pad", pad)
 
 
 def _describe(granularity: Granularity) -> str:
@@ -87,8 +108,7 @@ class IntSpec:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise ValueError(f"`bits` must be an int from 2 to 8, got {self.bits!r}")
         for argument in ("signed", "symmetric"):
-            if not isinstance(getattr(self, argument), bool):
-                raise TypeError(f"`{argument}` must be True or False, got {getattr(self, argument)!r}")
+            check_flag(argument, getattr(self, argument))
         check_choice("scale_rule", self.scale_rule, get_args(ScaleRule))
         check_choice("zero_dtype", self.zero_dtype, get_args(ZeroDtype))
         if self.symmetric and self.float_zero:
@@ -170,8 +190,7 @@ class CodebookSpec:
             raise ValueError(f"`levels` must differ as float32 numbers (only zero may repeat), got {self.levels}")
         _check_common(self.granularity, self.scale_dtype, self.pad)
         check_choice("scale_rule", self.scale_rule, get_args(TableRule))
-        if not isinstance(self.double_quant, bool):
-            raise TypeError(f"`double_quant` must be True or False, got {self.double_quant!r}")
+        check_flag("double_quant", self.double_quant)
         if self.double_quant and self.scale_dtype != "float32":
             raise ValueError(f"`scale_dtype` must stay 'float32' with double_quant=True, which stores 8 bits, got {self.scale_dtype!r}")
 

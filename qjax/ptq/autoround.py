@@ -14,10 +14,11 @@ from jax import lax
 
 from qjax.calibration import SecondMoment, hessian
 from qjax.core import IntSpec, LearnedSpec, QTensor, blocks
+from qjax.core.specs import check_count, check_flag, is_number
 from qjax.ptq.candidates import Rescaling
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import check_matrix_blocks, for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_matrix_blocks, check_not_cast, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.rtn import rtn
 from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start, stored
@@ -146,15 +147,12 @@ def autoround(
     1/16. A symmetric grid has one factor (there the larger of both ends).
     """
     for argument, value in (("steps", steps), ("batch_size", batch_size), ("span", span), ("checks", checks)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{argument}` must be a whole number, 1 or more, got {value!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` must be a whole number, 0 or more, got {seed!r}")
-    if lr is not None and not 0 < lr <= 1:
+        check_count(argument, value, 1)
+    check_count("seed", seed, 0)
+    if lr is not None and not (is_number(lr) and 0 < lr <= 1):
         raise ValueError(f"`lr` must be above 0 and at most 1, or None for 1 / steps, got {lr!r}")
     for argument, value in (("minmax", minmax), ("mse", mse)):
-        if not isinstance(value, bool):
-            raise TypeError(f"`{argument}` must be True or False, got {value!r}")
+        check_flag(argument, value)
     if block not in get_args(Unit):
         raise ValueError(f"`block` must be one of {', '.join(map(repr, get_args(Unit)))}, got {block!r}")
     return AutoRound(steps, None if lr is None else float(lr), batch_size, minmax, mse, block, span, checks, seed)
@@ -186,6 +184,7 @@ def check_tuned(problem: Problem) -> IntSpec:
       ValueError: naming the weight and what to take in place.
     """
     spec = problem.spec
+    check_not_cast(problem, "autoround")
     if not isinstance(spec, IntSpec):
         others = "qjax.kmeans" if isinstance(spec, LearnedSpec) else "qjax.gptq, qjax.awq, qjax.rtn"
         raise ValueError(

@@ -28,10 +28,11 @@ from qjax.core import (
     has_global_scale,
     logical_blocks,
 )
+from qjax.core.specs import check_count, check_flag
 from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, means
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Method, Outcome, Problem
-from qjax.ptq.parts import for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_not_cast, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import candidates
 from qjax.ptq.rtn import rtn
 from qjax.ptq.work import Work, matrix_sizes, work_of
@@ -65,12 +66,14 @@ class AWQ:
         return activation_of(self.then, given, ops)
 
     def shapes(self, problem: Problem) -> QTensor:
+        check_not_cast(problem, self.name)
         return (self.then or rtn()).shapes(problem)
 
     def quantize(self, problem: Problem, state: Any) -> Outcome:
+        check_not_cast(problem, self.name)
         if self.then is not None:
             return self.then.quantize(problem, state)
-        if not self.clip or isinstance(problem.spec, CastSpec):
+        if not self.clip:
             return rtn().quantize(problem, None)
         if state is None or not bool(jnp.any(state.held)):
             return Outcome(rtn().quantize(problem, None).q, ("no calibration data reached it: rounded",))
@@ -125,7 +128,7 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
 
     Raises:
       ValueError: `grid` or `rows` less than 1; another `unfoldable`; a `then` that rescales, too.
-      TypeError: `then` is no method.
+      TypeError: `then` is no method; `clip` neither True nor False.
 
     Example:
       >>> import qjax
@@ -136,8 +139,8 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
     each architecture, and query and key projections are not clipped; here it is the outputs of the weights that share the
     input, whatever they are, and a group is clipped only where that lowers the error of its own part of the output.
     """
-    if grid < 1:
-        raise ValueError(f"`grid` must be at least 1, got {grid}")
+    check_count("grid", grid, 1)
+    check_flag("clip", clip)
     return AWQ(grid, clip, None if then is None else checked_then(then), checked_rows(rows), checked_unfoldable(unfoldable))
 
 
@@ -156,7 +159,7 @@ def _positive(x: jax.Array) -> jax.Array:
 def _clipped(problem: Problem, state: Sample) -> Outcome:
     """Rounds within the range of each group that has the least error of the outputs."""
     spec = problem.spec
-    if isinstance(spec, (CastSpec, LearnedSpec)) or isinstance(spec.granularity, (PerTensor, PerBlock)):
+    if not isinstance(spec, BlockSpec) or isinstance(spec.granularity, (PerTensor, PerBlock)):
         why = "its table is learned" if isinstance(spec, LearnedSpec) else "rows of it share a scale"
         return Outcome(rtn().quantize(problem, None).q, (f"its ranges are not searched: {why}",))
     if has_global_scale(spec) and problem.groups > 1:

@@ -344,7 +344,8 @@ def _outcomes(members: Sequence[Member], descent: Descent, found: Found, codes: 
     lost = [(found.skipped, "its block's error is not finite: left out"),
             (found.holes, "some of its block's gradient is NaN or infinite: what has none stands still")]  # fmt: skip
     notes = (note, *(f"in {count} of {checks * between} steps {what}" for count, what in lost if count))
-    unseen = [unseen_note(np.atleast_1d(seen), "rounded") for seen in found.reached]
+    # Data may have come to a weight without a gradient: one that is on its grid already, or whose output the block multiplies by zero.
+    unseen = [unseen_note(np.atleast_1d(seen), "rounded", "gradient of its block's error reached it") for seen in found.reached]
     return [Outcome(pack_rounded(m.problem, rounded, m.scale), (*notes, *([unreached] if unreached else [])))
             for m, rounded, unreached in zip(members, codes, unseen, strict=True)]  # fmt: skip
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from qjax.calibration import Channels
 from qjax.core import ActSpec, Spec, quantize, round_inliers
+from qjax.core.specs import check_count
 from qjax.policy import ChoosesActivation
 from qjax.ptq.method import Method
 from qjax.ptq.rtn import rtn
@@ -137,6 +138,5 @@ def checked_unfoldable(unfoldable: Any) -> Unfoldable:
 
 def checked_rows(rows: int) -> int:
     """A number of rows to sample."""
-    if rows < 1:
-        raise ValueError(f"`rows` must be at least 1, got {rows}")
+    check_count("rows", rows, 1)
     return rows

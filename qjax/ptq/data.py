@@ -57,12 +57,13 @@ def _sites(program: Program) -> list[tuple[Key, int, str, Any]]:
     return [(site.key, site.leaf, site.op, site.view) for site in program.sites]
 
 
-def unseen_note(seen: Any, what: str) -> str:
+def unseen_note(seen: Any, what: str, came: str = "calibration data but zeros reached it") -> str:
     """Names the parts of a parameter that no data reached; "" if there is none.
 
     Args:
       seen: an array of bool, an entry for each part (layer, expert).
       what: what becomes of such a part.
+      came: what did not come.
 
     Returns:
       A remark for the report.
@@ -70,7 +71,7 @@ def unseen_note(seen: Any, what: str) -> str:
     >>> unseen_note(np.array([True, False]), "rounded")
     'no calibration data but zeros reached it in parts 1: rounded'
     """
-    return f"no calibration data but zeros reached it{_which(seen)}: {what}" if not np.all(seen) else ""
+    return f"no {came}{_which(seen)}: {what}" if not np.all(seen) else ""
 
 
 def with_unseen(lo: np.ndarray, hi: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qjax.core.specs import is_number
 from qjax.ptq.gptq import ALPHA, GPTQ
 from qjax.ptq.gptq_solver import GPTQOptions
 
@@ -31,7 +32,7 @@ def gptaq(
       damping: see `qjax.gptq`, as the other arguments.
       act_order: likewise.
       static_groups: likewise.
-      block_size: likewise.
+      block_size: likewise: it moves the scales of groups that are smaller than a block.
       mse: likewise.
       group_aware: likewise.
       refine: likewise.
@@ -40,7 +41,7 @@ def gptaq(
       A method for `qjax.Rule`. Needs calibration data.
 
     Raises:
-      ValueError: an option out of range; both orders at once.
+      ValueError, TypeError: an option out of range or of another type; both orders at once.
 
     Example:
       >>> import qjax
@@ -50,6 +51,6 @@ def gptaq(
     Source: Li et al., GPTAQ (arXiv 2504.02692), and the authors' code (GPTQv2), whose default alpha this is. See
     `gptq_solver.corrected` for where we differ.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
+    if not (is_number(alpha) and alpha > 0):
         raise ValueError(f"`alpha` must be greater than 0, got {alpha!r}: without the correction it is qjax.gptq()")
     return GPTQ(GPTQOptions(damping, act_order, static_groups, block_size, mse, group_aware=group_aware, refine=refine, alpha=alpha))

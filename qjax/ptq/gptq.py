@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.calibration import CrossMoment, CrossMoments, Observer, SecondMoment, deviation, hessian
-from qjax.core import CastSpec, LearnedSpec, QTensor, has_global_scale
+from qjax.core import LearnedSpec, QTensor, has_global_scale
 from qjax.ptq.gptq_solver import GPTQOptions, Solution, check_solved, solve
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import check_matrix_blocks, for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_matrix_blocks, check_not_cast, for_each_matrix, matrices, packed
 from qjax.ptq.range_search import SHRINK
 from qjax.ptq.sparsity import MOST_ZEROS, is_pruned, pruned_share
 from qjax.ptq.work import Work, matrix_sizes
@@ -100,12 +100,15 @@ def gptq(
       act_order: quantize the columns with the largest diag(H) first. Better; a permutation is stored unless
         `static_groups`.
       static_groups: fix every group's range before anything is rounded, so no permutation is needed at run time.
-      block_size: columns between two lazy updates; speed only.
+      block_size: columns between two lazy updates. Groups smaller than a block take their scales at its start, all at once, as in
+        the authors' code, so there it moves scales and codes a little; else it is speed only. Blocks of one group take each
+        group's scale from the weights as they stand when its turn comes.
       mse: choose ranges by search (see `rtn`); False takes them from the extreme values, as the paper does.
       group_aware: quantize the groups by their largest diag(H), and the columns of each by theirs. Groups stay what they are, so
         no permutation is needed at run time.
       refine: passes of coordinate descent after the sweep: each column is rounded anew from where all the others stand, on the same
-        grid. The output error on the data never rises; a pass takes about the time of the sweep.
+        grid. The damped error, that of the output on the data and `damping` times the mean of diag(H) times |w - w_hat|^2, never
+        rises; a pass takes about the time of the sweep.
 
     A weight's exact zeros stay zeros, and the other weights make up for what they cannot take: a pruned weight stays pruned. One
     of which more than a tenth is zero gets at least two passes of refinement, and the report says so.
@@ -114,7 +117,7 @@ def gptq(
       A method for `qjax.Rule`. Needs calibration data.
 
     Raises:
-      ValueError: an option out of range; both orders at once.
+      ValueError, TypeError: an option out of range or of another type; both orders at once.
 
     Example:
       >>> import qjax
@@ -139,9 +142,7 @@ def _with_passes(options: GPTQOptions) -> GPTQOptions:
     return dataclasses.replace(options, refine=max(options.refine, MASKED_PASSES))
 
 
-def _solve(
-    w: jax.Array, h: jax.Array, lack: jax.Array | None, problem: Problem, options: GPTQOptions, masked: bool
-) -> Solution:
+def _solve(w: jax.Array, h: jax.Array, lack: jax.Array | None, problem: Problem, options: GPTQOptions, masked: bool) -> Solution:
     """Solves a stack of matrices (stack, N, K)."""
     if w.shape[0] == 1:
         return jax.tree.map(lambda x: x[None], solve(w[0], h[0], problem.spec, options, None if lack is None else lack[0], masked))
@@ -157,8 +158,7 @@ _solve_many = jax.jit(
 
 def _check(problem: Problem, options: GPTQOptions) -> None:
     spec = problem.spec
-    if isinstance(spec, CastSpec):
-        raise ValueError(f"`method` gptq has nothing to choose for the cast {spec} of {problem.name!r}; leave `method` out")
+    check_not_cast(problem, "gptq")
     if isinstance(spec, LearnedSpec):
         raise ValueError(
             f"`method` gptq rounds to a grid that is known before, and the table of {spec}, the spec of {problem.name!r}, is learned: "

@@ -20,6 +20,7 @@ from qjax.core import (
     padding,
     tensor_scale,
 )
+from qjax.core.specs import check_count, check_flag, is_number
 from qjax.ptq.factorize import Factor, factorize
 from qjax.ptq.gptq_sweep import Grid, Plan, Problem, descend, fit, free_moves, plan, sweep
 
@@ -45,7 +46,7 @@ class GPTQOptions:
       alpha: share of GPTAQ's correction for inputs that differ from the float program's; 0: none.
 
     Raises:
-      ValueError: naming the argument.
+      ValueError, TypeError: naming the argument.
 
     >>> GPTQOptions(damping=-1.0)
     Traceback (most recent call last):
@@ -64,18 +65,18 @@ class GPTQOptions:
     alpha: float = 0.0
 
     def __post_init__(self):
+        for argument in ("act_order", "static_groups", "mse", "group_aware"):
+            check_flag(argument, getattr(self, argument))
         if self.group_aware and self.act_order:
             raise ValueError("`act_order` and `group_aware` are two orders of the columns: choose one")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not (0 <= self.alpha < float("inf")):
+        if not (is_number(self.alpha) and 0 <= self.alpha < float("inf")):
             raise ValueError(f"`alpha` must be a finite number >= 0, got {self.alpha!r}")
-        if not (0 <= self.damping < float("inf")):
+        if not (is_number(self.damping) and 0 <= self.damping < float("inf")):
             raise ValueError(f"`damping` must be a finite number >= 0, got {self.damping!r}")
-        if not (0 < self.damping_increment < float("inf")):
+        if not (is_number(self.damping_increment) and 0 < self.damping_increment < float("inf")):
             raise ValueError(f"`damping_increment` must be a finite number > 0, got {self.damping_increment!r}")
         for argument, least in (("block_size", 1), ("max_damping_retries", 0), ("refine", 0)):
-            value = getattr(self, argument)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{argument}` must be an int >= {least}, got {value!r}")
+            check_count(argument, getattr(self, argument), least)
 
 
 class Solution(NamedTuple):

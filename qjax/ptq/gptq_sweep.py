@@ -228,7 +228,7 @@ def _fit_groups(rows: jax.Array, static: _Static, of_tensor: jax.Array | None, s
         group = static.plan.group or size
         rows = rows[:, :group]  # the zeros of a padded group are not its own
         left = static.plan.k - (start // size + jnp.arange(rows.shape[0])) * group  # nor are those behind the last row
-        real = jnp.tile(jnp.arange(group), kept) < jnp.maximum(left, 1)[:, None, None]
+        real = jnp.tile(jnp.arange(group), kept)[None, None, :] < jnp.maximum(left, 1)[:, None, None]
     elif not static.mse:
         # Only the extreme values count: a reduction here spares transposing the group.
         rows = jnp.stack([jnp.min(rows, axis=1), jnp.max(rows, axis=1)], axis=1)

@@ -11,9 +11,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.core import IntSpec, PerBlock, PerGroup, QTensor, Spec, block_decode, block_encode, block_params, divide, group_length, quantize
+from qjax.core import (
+    IntSpec,
+    LearnedSpec,
+    PerBlock,
+    PerGroup,
+    QTensor,
+    block_decode,
+    block_encode,
+    block_params,
+    divide,
+    group_length,
+    quantize,
+)
 from qjax.core.affine import round_stored
+from qjax.core.specs import check_count, is_number
 from qjax.ptq.method import Outcome, Problem
+from qjax.ptq.parts import check_not_cast
 from qjax.ptq.work import Work
 
 
@@ -111,11 +125,12 @@ class HQQ:
         return f"hqq({', '.join(f'{f.name}={getattr(self, f.name):g}' for f in changed)})" if changed else "hqq"
 
     def shapes(self, problem: Problem) -> QTensor:
+        _checked(problem)
         return jax.eval_shape(lambda w: self.quantize(problem._replace(w=w)).q, problem.w)
 
     def quantize(self, problem: Problem, state: Any = None) -> Outcome:
         del state
-        spec = _checked(problem.spec, problem.name)
+        spec = _checked(problem)
         w, axes, stacked = problem.w, problem.axes, problem.stacked
         columns = math.prod(w.shape[a] for a in axes)
         splitting = Splitting(self.lp_norm, self.beta, self.kappa, self.iterations, columns if spec.pad else None)
@@ -160,22 +175,23 @@ def hqq(lp_norm: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iteration
     are not rounded before codes are chosen; `round_zero` rounds the zero points to begin with only; and kappa, which the publication and
     earlier releases have, is 1.
     """
-    if not 0 < lp_norm <= 1:
+    if not (is_number(lp_norm) and 0 < lp_norm <= 1):
         raise ValueError(f"`lp_norm` must be a positive number up to 1, got {lp_norm!r}")
     for argument, value in (("beta", beta), ("kappa", kappa)):
-        if not 0 < value < math.inf:
+        if not (is_number(value) and 0 < value < math.inf):
             raise ValueError(f"`{argument}` must be a positive number, got {value!r}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"`iterations` must be an int of at least 1, got {iterations!r}")
+    check_count("iterations", iterations, 1)
     return HQQ(lp_norm, beta, kappa, iterations)
 
 
-def _checked(spec: Spec, name: str) -> IntSpec:
+def _checked(problem: Problem) -> IntSpec:
+    spec, name = problem.spec, problem.name
+    check_not_cast(problem, "hqq")
     if isinstance(spec, IntSpec) and not spec.symmetric:
         return spec
     what = "has no zero point to choose" if isinstance(spec, IntSpec) else "has no zero points"
     bits = spec.bits if 2 <= spec.bits <= 8 else 4
     raise ValueError(
         f'`method` hqq chooses zero points, and {spec}, the spec of {name!r}, {what}: give qjax.uint{bits}(..., zero_dtype="float16") '
-        "or another asymmetric spec, or take qjax.rtn(mse=True) or qjax.gptq()"
+        f"or another asymmetric spec, or take {'qjax.kmeans()' if isinstance(spec, LearnedSpec) else 'qjax.rtn(mse=True) or qjax.gptq()'}"
     )

@@ -13,9 +13,10 @@ import numpy as np
 from qjax.calibration import ColumnPower
 from qjax.core import Learned, LearnedSpec, QTensor, check_blocks, check_finite, learn
 from qjax.core.learned import ITERATIONS
+from qjax.core.specs import check_count, check_flag
 from qjax.ptq.data import unseen_note
 from qjax.ptq.method import Outcome, Problem
-from qjax.ptq.parts import for_each_matrix, matrices, packed
+from qjax.ptq.parts import check_not_cast, for_each_matrix, matrices, packed
 from qjax.ptq.work import Work, matrix_sizes
 
 
@@ -86,10 +87,8 @@ def kmeans(iterations: int = ITERATIONS, weighted: bool = True) -> KMeans:
     loss; here it is that of the layer's output, without a backward pass. The sparse outliers of its section 4.2 are not kept apart.
     The tables begin with the optimum over at most 256 runs of sorted weights, not with k-means++, and so are the same in every run.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"`iterations` must be an int of at least 0, got {iterations!r}")
-    if not isinstance(weighted, bool):
-        raise TypeError(f"`weighted` must be True or False, got {weighted!r}")
+    check_count("iterations", iterations, 0)
+    check_flag("weighted", weighted)
     return KMeans(iterations, weighted)
 
 
@@ -100,6 +99,7 @@ def _learn(w: jax.Array, importance: jax.Array, spec: LearnedSpec, iterations: i
 
 def _checked(problem: Problem) -> LearnedSpec:
     spec, name = problem.spec, problem.name
+    check_not_cast(problem, "kmeans")
     if not isinstance(spec, LearnedSpec):
         bits = spec.bits if spec.bits in (2, 3, 4) else 4
         raise ValueError(f"`method` kmeans fits a table of levels, and those of {spec}, the spec of {name!r}, are fixed: give "

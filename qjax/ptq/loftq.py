@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qjax.core.specs import check_count
 from qjax.ptq.low_rank import AdapterDtype, LowRank, low_rank
 from qjax.ptq.method import Method
 
@@ -37,7 +38,6 @@ def loftq(rank: int = 16, iterations: int = 5, then: Method | None = None, dtype
     Source: LoftQ, Li et al., arXiv 2310.08659, algorithm 1. It keeps the last turn; here each matrix keeps the nearest
     of its turns.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"`iterations` must be an int of at least 1, got {iterations!r}")
+    check_count("iterations", iterations, 1)
     found = low_rank(rank, then, "svd", dtype)
     return LowRank(found.rank, found.then, found.measure, found.dtype, iterations)

@@ -129,6 +129,20 @@ def matrices(problem: Problem) -> jax.Array:
     return w.reshape(stack, -1, math.prod(problem.w.shape[a] for a in contracted))
 
 
+def check_not_cast(problem: Problem, method: str) -> None:
+    """Refuses a cast, for a method that chooses codes or the grids that they are rounded to.
+
+    Args:
+      problem: the weight.
+      method: what the error calls the method.
+
+    Raises:
+      ValueError: naming the weight and the remedy.
+    """
+    if isinstance(problem.spec, CastSpec):
+        raise ValueError(f"`method` {method} has nothing to choose for the cast {problem.spec} of {problem.name!r}; leave `method` out")
+
+
 def check_matrix_blocks(problem: Problem, method: str) -> None:
     """Refuses blocks that the matrices of a weight cannot be cut into, for a method that works on `matrices(problem)`.
 

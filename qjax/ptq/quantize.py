@@ -33,7 +33,7 @@ from qjax.ptq.rescale import rescale, rescaled_by
 from qjax.ptq.resume import Kept, describe_job, open_kept
 from qjax.ptq.rtn import rtn
 from qjax.ptq.sequential import quantize_sequential
-from qjax.ptq.sparsity import check_filled, check_zeros, is_pruned
+from qjax.ptq.sparsity import check_filled, check_zeros, has_zero, is_pruned
 from qjax.ptq.spill import Spill
 from qjax.ptq.streams import Task
 from qjax.ptq.underflow import small_scales
@@ -255,7 +255,8 @@ def _check_leaves(flat: Sequence[Any], choices: Sequence[Choice]) -> dict[int, t
     for choice in chosen:
         w = flat[choice.leaf.index]
         problem = whole_problem(choice)._replace(w=w if isinstance(w, jax.Array) else jnp.asarray(w))
-        remarks[choice.leaf.index] = check_zeros(problem)
+        permuted = not has_zero(problem.spec) and shapes_of(choice).perm is not None
+        remarks[choice.leaf.index] = check_zeros(problem, permuted)
         if choice.rule is not None and choice.rule.method is not None and fills_zeros(choice.rule.method):
             check_filled(problem, choice.rule.method.name)
     return remarks

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qjax.calibration import Observer
 from qjax.core import ActSpec, QTensor, Spec
+from qjax.core.specs import is_number
 from qjax.ptq.candidates import Member, Unfoldable, activation_of, checked_rows, checked_then, checked_unfoldable, peaks
 from qjax.ptq.method import Method, Outcome, Problem
 from qjax.ptq.rtn import rtn
@@ -101,9 +102,8 @@ def smoothquant(
     Source: Xiao et al. 2022, arXiv 2211.10438, equation 4 and section 4 (the search is per model there). A channel that no data or
     no weight uses keeps its scale. Where the authors' pairs of layers end, at an input that no norm makes, `unfoldable` goes on.
     """
-    if isinstance(alpha, str) and alpha != "search":
+    given = SEARCHED if isinstance(alpha, str) and alpha == "search" else alpha if isinstance(alpha, (tuple, list)) else (alpha,)
+    if not given or not all(is_number(a) and 0 <= a <= 1 for a in given):
         raise ValueError(f"`alpha` must be a number from 0 to 1, a tuple of them or 'search', got {alpha!r}")
-    alphas = SEARCHED if isinstance(alpha, str) else tuple(alpha) if isinstance(alpha, (tuple, list)) else (float(alpha),)
-    if not alphas or not all(0 <= a <= 1 for a in alphas):
-        raise ValueError(f"`alpha` must be from 0 to 1, got {alpha!r}")
+    alphas = tuple(float(a) for a in given)
     return SmoothQuant(alphas, checked_then(then), checked_rows(rows), checked_unfoldable(unfoldable))

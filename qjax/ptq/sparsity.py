@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 
-from qjax.core import CodebookSpec, IntSpec, LearnedSpec, Spec
+from qjax.core import (
+    BlockSpec,
+    CodebookSpec,
+    IntSpec,
+    LearnedSpec,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Spec,
+    check_blocks,
+    logical_blocks,
+)
 from qjax.core.learned import PINNED_FROM
 from qjax.graph.rotate import MOST_ZEROS as MOST_ZEROS
 from qjax.graph.rotate import most_of
@@ -26,11 +41,14 @@ def has_zero(spec: Spec) -> bool:
     return not (isinstance(spec, IntSpec) and spec.float_zero)
 
 
-def check_zeros(problem: Problem) -> tuple[str, ...]:
+def check_zeros(problem: Problem, permuted: bool = False) -> tuple[str, ...]:
     """Looks whether a grid without a zero would fill in what was pruned.
+
+    A block of nothing but zeros does not count: its scale is 0, and so is all that it stands for.
 
     Args:
       problem: a weight of numbers, and what it is to become.
+      permuted: whether its groups will be runs of another order of its columns.
 
     Returns:
       A remark for the report, where a few zeros become something else.
@@ -40,24 +58,38 @@ def check_zeros(problem: Problem) -> tuple[str, ...]:
 
     Example:
       >>> import qjax
-      >>> check_zeros(Problem(jnp.eye(4), qjax.codebook((-1.0, 1.0)), (-2,), (), 1, "up"))
+      >>> check_zeros(Problem(jnp.eye(4), qjax.codebook((-1.0, 1.0), group_size=4), (-2,), (), 1, "up"))
       Traceback (most recent call last):
-      ValueError: `weight`=codebook(group_size=64) has no level that is exactly zero, and 75 % of 'up' is: ...
+      ValueError: `weight`=codebook(group_size=4) has no level that is exactly zero, and 75 % of 'up' is: ...
     """
-    w, spec, path = problem.w, problem.spec, problem.name
+    spec, path = problem.spec, problem.name
     if isinstance(spec, LearnedSpec):
         zeros = jnp.mean(matrices(problem) == 0, axis=(1, 2))
         lost = float(jnp.max(jnp.where(zeros > PINNED_FROM, 0.0, zeros)))
         return (f"{100 * lost:.2g} % of it is exactly zero, too little for {spec} to keep a level for",) if lost else ()
-    if has_zero(spec):
+    if not isinstance(spec, BlockSpec) or has_zero(spec):
         return ()
-    share = most_of(jnp.asarray(w) == 0, problem.stacked)
+    share = most_of(_beside_others(problem, spec, permuted), problem.stacked)
     if share > MOST_ZEROS:
         raise ValueError(
             f"`weight`={spec} has no level that is exactly zero, and {100 * share:.3g} % of {path!r} is: what was pruned would come back; "
             'take a grid with a zero, such as qjax.int4(...), qjax.uint4(...) with zero_dtype="int", or qjax.nf4(...)'
         )
     return (f"{100 * share:.2g} % of it is exactly zero, which {spec} has no level for",) if share else ()
+
+
+def _beside_others(problem: Problem, spec: BlockSpec, permuted: bool) -> jax.Array:
+    """Where a weight is zero and something else of its block is not, bool of its shape."""
+    granularity = spec.granularity
+    if getattr(spec, "double_quant", False) or (permuted and isinstance(granularity, PerBlock)):
+        granularity = PerTensor()  # the scale of a block of zeros is near those of the others, not 0
+    elif permuted and isinstance(granularity, PerGroup):
+        granularity = PerChannel()
+    kept = [n for i, n in enumerate(problem.w.shape) if i - problem.w.ndim not in problem.axes]
+    check_blocks((*kept, math.prod(problem.w.shape[a] for a in problem.axes)), spec, problem.name)
+    spec = dataclasses.replace(spec, granularity=granularity)
+    other, _, to_logical = logical_blocks(problem.w != 0, spec, problem.axes, problem.stacked)
+    return (problem.w == 0) & to_logical(jnp.broadcast_to(jnp.any(other, axis=-1, keepdims=True), other.shape))
 
 
 def pruned_share(problem: Problem) -> float:

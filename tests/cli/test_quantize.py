@@ -245,6 +245,8 @@ def bad_inputs():
     yield ["SRC", "DST", *gptq, "PASSAGES", "--act-order", "--group-aware"], 2, ["--act-order", "--group-aware"]
     yield ["SRC", "DST", *gptq, "PASSAGES", "--steps", "9"], 2, ["--steps", "autoround", "gptq"]
     yield ["SRC", "DST", "--method", "autoround", "--weight", "nf4", "--calibration", "PASSAGES"], 2, ["autoround", "nf4", "gptq"]
+    yield ["SRC", "DST", "--method", "autoround", *learned], 2, ["autoround", "learned3", "take --method kmeans"]
+    yield ["SRC", "DST", "--method", "autoround", "--weight", "bf16", "--calibration", "PASSAGES"], 2, ["bf16: leave --method out"]
     yield ["SRC", "DST", "--per", "tensor", "--group-size", "8"], 2, ["--per", "--group-size"]
     yield ["SRC", "DST", "--weight", "nf4", "--per", "channel"], 2, ["--per", "nf4"]
     yield ["SRC", "DST", "--weight", "mxfp4", "--group-size", "8"], 2, ["--group-size", "mxfp4"]

@@ -439,9 +439,17 @@ def test_experts_that_no_data_reached_are_named():
     fn = lambda p, x: jnp.einsum("ebk,ekn->ebn", x, p["e"])  # noqa: E731
     x = [numbers(3, 20, 16, seed=i).at[2].set(0) for i in range(2)]
     rule = lambda block: qjax.Rule("*", weight=qjax.int3(), method=qjax.autoround(steps=4, block=block))  # noqa: E731
-    for block in ("auto", "site"):
+    for block, what in (("auto", "gradient of its block's error"), ("site", "calibration data but zeros")):
         row = quantized(fn, {"e": numbers(3, 16, 12)}, x, rule(block))[0].report.rows[0]
-        assert "no calibration data but zeros reached it in parts 2: rounded" in row.notes
+        assert f"no {what} reached it in parts 2: rounded" in row.notes
+
+
+def test_data_without_a_gradient_is_not_said_to_be_missing():
+    fn = lambda p, x: jnp.sum(x @ p["w"]) * 0.0  # noqa: E731
+    rule = qjax.Rule("*", weight=qjax.int3(), method=qjax.autoround(steps=1))
+    row = quantized(fn, {"w": numbers(8, 4)}, [numbers(3, 8)], rule)[0].report.rows[0]
+    assert "no gradient of its block's error reached it: rounded" in row.notes
+    assert not any("calibration data" in note for note in row.notes)
 
 
 @jax.custom_vjp

@@ -418,7 +418,7 @@ def test_refusals_name_the_argument():
     for bad in ({"damping": np.nan}, {"damping_increment": 0.0}, {"block_size": 0}, {"max_damping_retries": True}):
         with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):
             GPTQOptions(**bad)
-    with pytest.raises(ValueError, match="`refine` must be an int >= 0"):
+    with pytest.raises(ValueError, match="`refine` must be an int of at least 0"):
         GPTQOptions(refine=-1)
 
 
@@ -428,16 +428,18 @@ def test_a_weight_per_token_is_per_channel():
     np.testing.assert_array_equal(token.codes, solve(w, hessian, int4()).codes)
 
 
-@pytest.mark.parametrize("how", [{"block_size": 16}, {"act_order": True}, {"group_aware": True}], ids=str)
-def test_refining_never_raises_the_loss_and_keeps_the_grids(how):
+@pytest.mark.parametrize("how", [{"block_size": 16}, {"act_order": True}, {"group_aware": True, "damping": 0.01}], ids=str)
+def test_refining_never_raises_the_damped_loss_and_keeps_the_grids(how):
     w, hessian = problem(12, 72)
-    spec = int4(group_size=24)
-    once, *refined = (solve(jnp.asarray(w), jnp.asarray(hessian), spec, GPTQOptions(refine=n, damping=0.0, **how)) for n in (0, 1, 4))
+    spec, options = int4(group_size=24), GPTQOptions(**{"damping": 0.0, **how})
+    once, *refined = (solve(jnp.asarray(w), jnp.asarray(hessian), spec, dataclasses.replace(options, refine=n)) for n in (0, 1, 4))
     for s in refined:
         np.testing.assert_array_equal(s.scale, once.scale)
         found = output_mse(w, dequantized(s, spec, 72), hessian) if s.perm is None else float(s.loss) / 24
         assert float(s.loss) == pytest.approx(found * 24, rel=2e-3)
-    assert refined[1].loss <= refined[0].loss < 0.98 * once.loss
+    added = options.damping * np.mean(np.diag(np.float64(hessian)))
+    losses = [float(s.loss) + (added * np.sum(np.square(dequantized(s, spec, 72) - w)) if added else 0) for s in (once, *refined)]
+    assert losses[2] <= losses[1] < 0.98 * losses[0]
     assert (once.perm is None) == ("act_order" not in how)
 
 

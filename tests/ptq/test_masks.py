@@ -133,3 +133,27 @@ def test_a_grid_without_a_zero_is_refused_for_a_pruned_weight_and_said_of_a_few_
     few = np.where(np.arange(K * N).reshape(K, N) < 20, 0, np.where(w == 0, 1e-3, w))
     result = qjax.quantize(lambda p, x: x @ p["up"], {"up": few}, policy, [jnp.ones((2, K))])
     assert any("0.87 % of it is exactly zero" in note for note in result.report.rows[0].notes)
+
+
+def test_blocks_of_nothing_but_zeros_are_zero_on_every_grid():
+    """Two outputs of eight, a part of two, the whole weight: where scales are 0 nothing comes back, and nothing is refused or said."""
+    w = np.random.default_rng(3).standard_normal((2, 16, 8)).astype(np.float32)
+    w[1], few = 0, w.copy()
+    few[0, :, :2] = 0
+    floating, table = uint4(group_size=8, zero_dtype="float16"), qjax.nf4(8, table="quantile")
+    for spec, method in ((floating, qjax.hqq()), (qjax.binary(), qjax.rtn()), (table, qjax.rtn())):
+        problem = Problem(jnp.asarray(few), spec, (-2,), (-3,), 1, "w")
+        back = np.asarray(method.quantize(problem, None).q.dequantize())
+        assert check_zeros(problem) == () and not back[few == 0].any() and back.any(), spec
+    assert check_zeros(problem._replace(w=jnp.zeros((2, 16, 8)))) == ()
+    # Scales of 8 bits stand over those of all blocks of a part, and columns in another order have other groups.
+    nested = qjax.nf4(8, table="quantile", double_quant=True)
+    assert check_zeros(problem._replace(w=jnp.asarray(w), spec=nested)) == ()
+    group = problem._replace(w=jnp.asarray(w).at[:, :8].set(0.0), spec=floating)
+    assert check_zeros(group) == ()
+    for problem, permuted in ((group, True), (group._replace(spec=nested), False)):
+        with pytest.raises(ValueError, match="50 % of 'w'"):
+            check_zeros(problem, permuted)
+    policy = qjax.Policy([qjax.Rule("*", weight=floating, method=qjax.gptq(act_order=True))])
+    with pytest.raises(ValueError, match="50 % of 'up'"):
+        qjax.quantize(lambda p, x: x @ p["up"], {"up": group.w[0]}, policy, [jnp.ones((2, 16))])

@@ -10,7 +10,8 @@ from jax import lax
 
 import qjax
 from qjax import Policy, Rule
-from qjax.core import QTensor
+from qjax.core import QTensor, quantize
+from qjax.ptq.awq import CLIPS
 from qjax.ptq.candidates import Member, best
 from tests.program.cases import normal
 
@@ -99,6 +100,26 @@ def test_the_scales_are_those_of_the_formula():
     np.testing.assert_allclose(result.params["norm"], params["norm"] / s, rtol=1e-5)
     want = qjax.quantize(lambda p, x: x @ p, params["w"] * s[:, None], Policy([Rule("*", weight=qjax.int8())]), [x])
     np.testing.assert_allclose(result.params["w"].dequantize(), want.params.dequantize(), rtol=1e-4, atol=1e-4)
+
+
+def test_awq_scales_are_those_of_the_formula():
+    """For two weights of one input the ratio with the least error of both outputs, in float64; and the authors' list of clips."""
+    scale, spec, grid = jnp.where(jnp.arange(16) % 8 == 3, 30.0, 1.0), qjax.int3(group_size=8), 5  # so few that none is as good as another
+    params = {"norm": scale, "q": normal(16, 24) / scale[:, None], "k": normal(16, 10, seed=1) / scale[:, None]}
+    x = normal(96, 16, seed=2) * jnp.exp(0.7 * normal(16, seed=3))
+    fn = lambda p, x: [norm(x, p["norm"]) @ p[name] for name in "qk"]  # noqa: E731
+    result = qjax.quantize(fn, params, Policy([Rule("[qk]", weight=spec, method=qjax.awq(grid, clip=False))]), [x[:60], x[60:]])
+    h, w = np.float64(norm(x, scale)), np.float64(np.concatenate([params["q"], params["k"]], axis=1)).T
+    groups = np.abs(w).reshape(len(w), -1, 8)
+    of_w, of_x = (groups / groups.max(-1, keepdims=True)).reshape(w.shape).mean(0), np.abs(h).mean(0)
+    tried = [np.ones(16), *(of_x**r / (of_w ** (1 - r) + 1e-4) for r in np.arange(grid) / grid)]
+    tried = [s / np.sqrt(s.max() * s.min()) for s in tried]
+    back = [np.float64(quantize(jnp.float32(w * s), spec, (-1,)).dequantize()) / s for s in tried]
+    losses = [np.sum(np.square(h @ (each - w).T)) for each in back]
+    best = int(np.argmin(losses))
+    assert 2 <= best < grid and np.sort(losses)[1] > 1.03 * losses[best]  # a ratio within, for which both means count
+    np.testing.assert_allclose(params["norm"] / result.params["norm"], tried[best], rtol=1e-5)
+    assert AWQ.grid == 20 and CLIPS == (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 
 
 @pytest.mark.slow
@@ -240,7 +261,7 @@ def test_bad_data():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: qjax.smoothquant(1.5), "`alpha` must be from 0 to 1"),
+        (lambda: qjax.smoothquant(1.5), "`alpha` must be a number from 0 to 1"),
         (lambda: qjax.smoothquant("best"), "'search'"),
         (lambda: qjax.smoothquant(rows=0), "`rows`"),
         (lambda: qjax.awq(grid=0), "`grid`"),
