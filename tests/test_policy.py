@@ -78,6 +78,9 @@ def test_sites_refuses_what_quantize_would_with_a_remedy_for_all_parameters():
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(group_size=16))])
     with pytest.raises(ValueError, match="take 8, the nearest size that divides those of all parameters of the rule"):
         qjax.sites(lambda p, x: x @ p["a"] @ p["b"], policy)(params, jnp.ones((2, 48)))
+    params["a"] = jnp.ones((50, 104))  # groups of two would hold more scales than codes
+    with pytest.raises(ValueError, match='take per="channel", or give them rules of their own, for none but 2 divides all, or pad=True'):
+        qjax.sites(lambda p, x: x @ p["a"] @ p["b"], policy)(params, jnp.ones((2, 50)))
 
 
 def test_sites_touches_no_number_and_counts_the_bytes_quantize_makes():

@@ -11,6 +11,8 @@ from qjax.core.layout import fixed_blocks, group_length, padded_size
 from qjax.policy import Choice, Rule
 from qjax.program import Leaf
 
+SMALL = 8  # a group of fewer weights than this is no remedy
+
 
 def check_groups(choices: Sequence[Choice]) -> None:
     """Refuses groups that do not divide, all of them at once, with a size that fits every parameter of the rule.
@@ -63,7 +65,10 @@ def undivided(rule: Rule, choices: Sequence[Choice], among: Sequence[Choice] = (
     whole = math.gcd(*every.values())
     fits = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: (abs(d - size), -d))
     what = "the nearest size that divides those of all parameters of the rule" if len(every) > 1 else "the nearest size that does"
-    take = f"take {fits}, {what}," if fits > 1 else "give them rules of their own, for no size divides all,"
+    take = f"take {fits}, {what},"
+    if fits < min(size, SMALL):  # which would store more scales than codes
+        found = f"none but {fits} divides all" if fits > 1 else "no size divides all"
+        take = f'take per="channel", or give them rules of their own, for {found},'
     pads = f"to {padded_size(k, spec)}" if not others else "to whole groups"
     return f"{argument}={size} does not divide the {k} contracted values of `{path}`{also}: {take} or pad=True, which pads them {pads}"
 

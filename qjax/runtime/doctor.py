@@ -68,7 +68,9 @@ def path_of(
     kind, rotation = "float32" if dtype == "float32" else "bfloat16", k if rotated else None
     request = Request(runtime.device, rows, n, k, form, kind, act[0] if act else None, rotation=rotation)
     choice = choose(request, runtime.kernels, tuned=runtime.tuned)
-    return Path(*texts, "xla" if choice.kernel is None else choice.kernel.name, choice.reasons)
+    if choice.kernel is not None or choice.reasons or not runtime.kernels:
+        return Path(*texts, "xla" if choice.kernel is None else choice.kernel.name, choice.reasons)
+    return Path(*texts, "xla", (("", f"no kernel on {runtime.device.platform} takes {request.activation or 'float'} activations"),))
 
 
 def cache_path_of(

@@ -73,8 +73,19 @@ def runtime_of(
         products = tuple(one for one in kernels if not isinstance(one, CacheKernel))
         reads = tuple(one for one in kernels if isinstance(one, CacheKernel))
     if kernel is not None:
+        if kernels is None and kernel not in {one.name for one in (*products, *reads)} and (other := _platform_of(kernel)):
+            raise ValueError(f"`kernel` {kernel!r} is for {other}, and the program for {where.platform}: give a "
+                             f"qjax.Device({other!r}, ...) as `device` to compile for another machine, or leave `kernel` out")  # fmt: skip
         check_name(kernel, (*products, *reads))
     # What is forced is the only kernel that may run: the others of both kinds leave their work to XLA.
     for_reads = kernel in {one.name for one in reads}
     of_products, of_reads = (XLA, kernel) if for_reads else (kernel, None if kernel is None else XLA)
     return Runtime(where, products, of_products, known, reads, of_reads)
+
+
+def _platform_of(kernel: str) -> str:
+    """The platform that a kernel of this name is for; "" if there is none of it that can be loaded here."""
+    for platform in ("cpu", "cuda", "tpu"):
+        if kernel in {one.name for one in (*installed_kernels(platform), *installed_cache_kernels(platform))}:
+            return platform
+    return ""

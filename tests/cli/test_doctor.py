@@ -1,5 +1,7 @@
 """`qjax doctor`: what runs each format here and elsewhere, and what is missing."""
 
+import dataclasses
+
 import jax
 import pytest
 from qjax_kernels import cpu
@@ -39,6 +41,8 @@ def test_a_path_tells_why_no_kernel_runs_it():
     (reason,) = path_of(qjax.int8(), qjax.dynamic(qjax.uint8()), runtime, 1).reasons
     assert reason == ("small", "it takes float or int8 or fp8 activations, and these are not one symmetric scale a row, found as they come")
     assert path_of(qjax.bf16(), None, runtime, 1).reasons == (("", "bf16() has no codes"),)
+    floats = Runtime(Device("cpu", "plain"), (dataclasses.replace(runtime.kernels[0], activations=(None,)),))
+    assert path_of(qjax.int8(), qjax.dynamic(qjax.int8()), floats, 1).reasons == (("", "no kernel on cpu takes int8 activations"),)
 
 
 @pytest.mark.parametrize(("file", "words"), [("nvidia0", "jax[cuda13]"), ("accel0", "jax[tpu]"), ("null", "")])

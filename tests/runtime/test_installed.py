@@ -136,6 +136,8 @@ def test_gpus_that_no_kernel_is_written_for_multiply_by_groups():
 
 def test_every_platform_has_kernels():
     assert all(installed_kernels(platform) for platform in ("cpu", "cuda", "tpu")) and installed_kernels("METAL") == ()
+    with pytest.raises(ValueError, match=r"`kernel` 'tpu int8' is for tpu, and the program for cpu: give a qjax.Device\('tpu', ...\)"):
+        qjax.quantized(product, kernel="tpu int8", device=qjax.Device("cpu", "avx2"))({"w": jnp.ones((4, 4))}, jnp.ones((2, 4)))
 
 
 @needs_cpu
