@@ -23,8 +23,8 @@ class Percentile(Histogram):
         super().__post_init__()
         if isinstance(self.p, bool) or not isinstance(self.p, int | float):
             raise TypeError(f"`p` must be a number, e.g. 99.999, got {self.p!r}")
-        if not 0 < self.p <= 100:
-            raise ValueError(f"`p` must be a percentage above 0 and up to 100, e.g. 99.999, got {self.p!r}")
+        if not 50 <= self.p <= 100:
+            raise ValueError(f"`p` must be a percentage from 50 to 100, e.g. 99.9 for all but a thousandth, got {self.p!r}")
 
     def range(self, state: Bins, spec: IntSpec | FloatSpec) -> tuple[jax.Array, jax.Array]:
         return _range(state, self.p, spec)
@@ -37,7 +37,7 @@ def percentile(p: float = 99.999) -> Percentile:
     itself with half of that. Never beyond the data's own range, so `p = 100` is `minmax`.
 
     Args:
-      p: percent, above 0 and up to 100.
+      p: percent, from 50 to 100.
 
     Returns:
       An observer; its state is `Bins` of 8192 bins a side, so the range is at most 1/4096 of the absmax too large.

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from qjax.core import QTensor
+from qjax.core.specs import check_flag
 from qjax.disk import flush_to_disk
 from qjax.formats import document as doc
 from qjax.formats.arrays import check_arrays, check_entries, nbytes, read_arrays, write_arrays
@@ -79,6 +80,7 @@ def save(
       ([0.0, 1.0, 2.0], ('a', None), {'step': 7})
     """
     folder = _local(path)
+    check_flag("overwrite", overwrite)
     previous = _previous(folder, overwrite)
     given = result if isinstance(result, Result) else None
     if metadata is None:
@@ -155,6 +157,7 @@ def load(
       QTensor(int4(per="channel"), float32[8,8], 64 bytes, 8 bits/weight)
     """
     folder = _local(path)
+    check_flag("verify", verify)
     document = read_document(folder)
     where = f"`{folder / DOCUMENT}`"
     full = {name: entry for name, entry in document.arrays.items() if nbytes(entry)}
@@ -232,6 +235,8 @@ def fingerprint(params: Any) -> str:
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` must be a path, got {type(path).__name__}: for save it comes first, what is saved second")
     if "://" in os.fspath(path):
         raise ValueError(f"`path` {os.fspath(path)!r} is not a path of this machine: save locally and copy the folder")
     return Path(os.path.abspath(path))

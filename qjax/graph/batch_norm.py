@@ -190,6 +190,22 @@ def leaves_of(system: System, atom: Any) -> set[int] | None:
     return found
 
 
+def holds_constants(system: System, atom: Any) -> bool:
+    """Whether a value depends on an array that is no parameter: one that the function closes over."""
+    graph, made = system.graph, {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
+    inputs, seen, left = set(graph.inputs), set(), [atom]
+    while left:
+        at = left.pop()
+        value = at.value if isinstance(at, Lit) else graph.consts.get(at)
+        if value is not None and np.size(value) > 1:
+            return True
+        if isinstance(at, Lit) or at in seen or at in inputs or at not in made:
+            continue
+        seen.add(at)
+        left += made[at].inputs
+    return False
+
+
 def _value(system: System, atom: Any, leaves: Sequence[Any]) -> np.ndarray:
     return np.asarray(computed(system, atom, leaves), np.float64)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.core import divide
-from qjax.graph.batch_norm import Chain, Places, chain_after, computed, leaves_of, moved, places, weight_channels
+from qjax.graph.batch_norm import Chain, Places, chain_after, computed, holds_constants, leaves_of, moved, places, weight_channels
 from qjax.graph.labels import Label, nonzero
 from qjax.graph.solve import System, build
 from qjax.program import split_arguments, trace
@@ -56,7 +56,8 @@ class BatchNormFolds:
     refused: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
-        return f"BatchNormFolds({', '.join(self.by_path)})"
+        refused = f", not {', '.join(path for path, _ in self.refused)}" if self.refused else ""
+        return f"BatchNormFolds({', '.join(self.by_path)}{refused})"
 
     @property
     def read(self) -> frozenset[str]:
@@ -221,6 +222,8 @@ def batch_norm_folds(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
         if chain is None:
             continue
         at = places(system, chain)
+        if any(holds_constants(system, other) for _, other in chain.eqns):
+            at = "its batch norm reads arrays that `fn` closes over, such as statistics: put them among `params`"
         if isinstance(at, str):
             refused.append((site.path, at))
         else:

@@ -18,5 +18,6 @@ from qjax.program.sites import Site as Site
 from qjax.program.trace import Arguments as Arguments
 from qjax.program.trace import Program as Program
 from qjax.program.trace import ProgramCache as ProgramCache
+from qjax.program.trace import check_function as check_function
 from qjax.program.trace import split_arguments as split_arguments
 from qjax.program.trace import trace as trace

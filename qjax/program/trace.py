@@ -179,8 +179,15 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     return compat.abstract(jax.typeof(x))
 
 
+def check_function(fn: Any) -> None:
+    """Refuses what cannot be called."""
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
+
+
 def trace_arguments(fn: Callable[..., Any], arguments: Arguments) -> Program:
     """Traces `fn` on the avals of split arguments."""
+    check_function(fn)
     n_params = len(arguments.params)
 
     def flat_fn(*leaves: Any) -> Any:

@@ -139,6 +139,8 @@ def awq(grid: int = 20, clip: bool = True, then: Method | None = None, rows: int
     each architecture, and query and key projections are not clipped; here it is the outputs of the weights that share the
     input, whatever they are, and a group is clipped only where that lowers the error of its own part of the output.
     """
+    if isinstance(grid, Method):
+        raise TypeError(f"`grid` is the number of ratios that are tried, got the method {grid.name}: write awq(then=...)")
     check_count("grid", grid, 1)
     check_flag("clip", clip)
     return AWQ(grid, clip, None if then is None else checked_then(then), checked_rows(rows), checked_unfoldable(unfoldable))

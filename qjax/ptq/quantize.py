@@ -18,7 +18,7 @@ from qjax.calibration import as_batches, why_no_rows
 from qjax.core import QProduct, QTensor, Spec, check_all_finite
 from qjax.graph import Fold
 from qjax.policy import Choice, Policy, check_not_learned, check_policy
-from qjax.program import Leaf, Packed, Program, ProgramCache, split_arguments
+from qjax.program import Leaf, Packed, Program, ProgramCache, check_function, split_arguments
 from qjax.program.packed import can_scan
 from qjax.ptq.activations import with_activations
 from qjax.ptq.data import Batches, check_numbers, check_same_sites
@@ -122,8 +122,13 @@ def quantize(
       >>> result.params["w"]
       QTensor(int8(per="channel"), float32[16,4], 80 bytes, 10 bits/weight)
     """
+    check_function(fn)
     check_policy(policy)
     check_not_learned(policy)
+    if spill is not None and not isinstance(spill, Spill):
+        raise TypeError(f"`spill` must be a qjax.Spill or None, got {type(spill).__name__}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"`progress` must be a function of a qjax.Progress or None, got {type(progress).__name__}")
     started = time.perf_counter()
     batches = as_batches(calibration)
     programs = ProgramCache(fn)

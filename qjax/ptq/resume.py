@@ -98,6 +98,8 @@ def open_kept(folder: str | os.PathLike[str] | None, job: dict[str, str] | None)
     """
     if folder is None or job is None:
         return Kept()
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"`resume` must be the path of a folder, got {type(folder).__name__}")
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"`resume` {str(path)!r} is a file: give a folder")

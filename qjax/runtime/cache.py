@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from qjax.core import CacheSpec, QCache, append_cache, init_cache
 from qjax.policy import Policy, check_policy
-from qjax.program import InputLeaf, Program, ProgramCache, split_arguments
+from qjax.program import InputLeaf, Program, ProgramCache, check_function, split_arguments
 
 
 def quantized_cache(fn: Callable[..., Any], policy: Policy, *, argnum: int | str = 2, length: int = 0) -> Callable[..., Any]:
@@ -52,8 +52,7 @@ def quantized_cache(fn: Callable[..., Any], policy: Policy, *, argnum: int | str
 
     Source: for the format see `qjax.kv_cache`.
     """
-    if not callable(fn):
-        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}")
+    check_function(fn)
     check_policy(policy)
     programs = ProgramCache(fn)
 

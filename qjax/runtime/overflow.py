@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qjax.calibration import OutlierCounts, init_states, outlier_columns, site_rows, why_no_rows
 from qjax.core import QProduct, QTensor
-from qjax.program import Interpreter, Leaf, ProgramCache, Site, split_arguments
+from qjax.program import Interpreter, Leaf, ProgramCache, Site, check_function, split_arguments
 from qjax.runtime.products import product_rule
 from qjax.runtime.quantized import checked_products, named_products
 from qjax.runtime.select import packed_rule
@@ -63,8 +63,7 @@ def overflow(fn: Callable[..., Any], sites: Mapping[str, QProduct] | None = None
       >>> {name: int(value) for name, value in counts._asdict().items()}
       {'calls': 1, 'over': 1, 'most': 16, 'capacity': 2}
     """
-    if not callable(fn):
-        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}")
+    check_function(fn)
     sites = checked_products(sites)
     programs = ProgramCache(fn)
 

@@ -12,7 +12,7 @@ import jax
 from jax.core import Tracer
 
 from qjax.core import QTensor
-from qjax.program import Leaf, Program, ProgramCache, Site, shared_inputs, split_arguments
+from qjax.program import Leaf, Program, ProgramCache, Site, check_function, shared_inputs, split_arguments
 from qjax.runtime.fused import lay_out_together, why_not_together
 from qjax.runtime.installed import runtime_of
 from qjax.runtime.kernels import Kernel, Layout, Runtime, choose
@@ -64,8 +64,7 @@ def prepack(
       >>> laid["w"] is params["w"]
       True
     """
-    if not callable(fn):
-        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
+    check_function(fn)
     for name, flag in (("donate", donate), ("fuse", fuse)):
         if not isinstance(flag, bool):
             raise TypeError(f"`{name}` must be True or False, got {flag!r}")

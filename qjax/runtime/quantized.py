@@ -11,7 +11,7 @@ import jax
 
 from qjax.core import QProduct
 from qjax.policy import no_product
-from qjax.program import Interpreter, Key, Product, Program, ProgramCache, split_arguments
+from qjax.program import Interpreter, Key, Product, Program, ProgramCache, check_function, split_arguments
 from qjax.runtime.attention import CALL, packed_attention
 from qjax.runtime.cache import check_caches
 from qjax.runtime.installed import runtime_of
@@ -66,8 +66,7 @@ def quantized(
       >>> jax.jit(quantized(fn))(result.params, x).shape
       (2, 8)
     """
-    if not callable(fn):
-        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
+    check_function(fn)
     sites = checked_products(sites)
     programs = ProgramCache(fn)
     if kernels is not None or kernel == XLA:

@@ -109,6 +109,9 @@ def _folded(plan: Planned, leaves: Sequence[Any]) -> tuple[list[Any], dict[int, 
     for index, w in plan.folding.moved(read).items():
         flat[index] = jnp.asarray(w)
     for index, factor in factors.items():
+        if not bool(jnp.all(jnp.isfinite(factor))):
+            path, reads = plan.folding.weights[index], ", ".join(map(repr, plan.folding.reads(index)))
+            raise ValueError(f"the batch norm of {path!r} multiplies it by NaN or infinity: look at what it is made of, {reads}")
         flat[index] = scaled(flat[index], factor)
     return flat, {i: (plan.folding.note(i),) for i in factors}
 

@@ -16,7 +16,7 @@ from qjax.core.specs import check_choice
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds, scaled
 from qjax.policy import Policy, check_policy
-from qjax.program import ProgramCache, split_arguments
+from qjax.program import ProgramCache, check_function, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.training.estimator import TracksRanges
 from qjax.training.from_packed import adopted
@@ -309,6 +309,7 @@ def fake_quant(
 
     Source: Bengio et al., arXiv 1308.3432; Jacob et al., arXiv 1712.05877; see also the estimators.
     """
+    check_function(fn)
     check_policy(policy)
     check_choice("forward", forward, ("float", "integer", None))
     check_folds(folds)

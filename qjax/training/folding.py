@@ -37,6 +37,11 @@ class Folding:
         new = self.folds.moved(list(self.weights.values()), mine)
         return {self.where[i]: w for i, w in enumerate(new) if w is not mine[i]}
 
+    def reads(self, index: int) -> list[str]:
+        """Paths of what the batch norm of a weight reads."""
+        fold, leaves = self.folds.by_path[self.weights[index]], self.folds.system.program.leaves
+        return [leaves[i].path for i in sorted(fold.reads - {fold.weight})]
+
     def note(self, index: int) -> str:
         """What a report says of a weight."""
         at = self.folds.by_path[self.weights[index]].places

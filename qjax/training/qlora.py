@@ -14,7 +14,7 @@ from qjax.calibration.batches import as_batches
 from qjax.calibration.observe import scan_lengths
 from qjax.core import QProduct, QTensor, check_key
 from qjax.policy import Policy, check_policy
-from qjax.program import Arguments, Interpreter, Program, ProgramCache, split_arguments
+from qjax.program import Arguments, Interpreter, Program, ProgramCache, check_function, split_arguments
 from qjax.ptq import Result, quantize
 from qjax.ptq.quantize import shapes_of
 from qjax.runtime.installed import runtime_of
@@ -238,6 +238,5 @@ def qlora(fn: Callable[..., Any], policy: Policy, sites: Mapping[str, QProduct] 
     Source: QLoRA, Dettmers et al., arXiv 2305.14314, equation 5. The thin products are float32 here.
     """
     check_policy(policy)
-    if not callable(fn):
-        raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
+    check_function(fn)
     return QLoRA(fn, policy, checked_products(sites))

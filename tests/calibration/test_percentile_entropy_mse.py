@@ -214,7 +214,7 @@ def test_magnitudes_at_the_ends_of_float32(observer, spec):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: percentile(0), ValueError, "`p` must be a percentage above 0 and up to 100, e.g. 99.999, got 0"),
+        (lambda: percentile(0.999), ValueError, "`p` must be a percentage from 50 to 100, e.g. 99.9 for all but a thousandth, got 0.999"),
         (lambda: percentile(100.1), ValueError, "`p` .*100.1"),
         (lambda: percentile(float("nan")), ValueError, "`p` .*nan"),
         (lambda: percentile("99"), TypeError, "`p` must be a number.*'99'"),

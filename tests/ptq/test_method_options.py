@@ -26,6 +26,38 @@ def test_an_option_of_another_type_is_refused_by_name(make, name, value, said):
         make(**{name: value})
 
 
+def test_a_method_in_the_place_of_a_number_is_told_where_it_goes():
+    with pytest.raises(TypeError, match=r"`grid` is the number of ratios that are tried, got the method gptq: write awq\(then=...\)"):
+        qjax.awq(qjax.gptq())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"fn": 3}, r"`fn` must be a function of \(params, \*args\), got int"),
+     ({"spill": 3}, "`spill` must be a qjax.Spill or None, got int"),
+     ({"progress": "yes"}, "`progress` must be a function of a qjax.Progress or None, got str"),
+     ({"resume": 3}, "`resume` must be the path of a folder, got int")],
+)  # fmt: skip
+def test_an_argument_of_another_type_is_refused_by_name(changed, said):
+    given = {"fn": lambda p, x: x @ p, "params": jnp.ones((4, 2)), "policy": qjax.Policy([qjax.Rule("*", weight=qjax.int8())]),
+             "calibration": [jnp.ones((1, 4))]}  # fmt: skip
+    with pytest.raises(TypeError, match=said):
+        qjax.quantize(**(given | changed))
+    with pytest.raises(TypeError, match="`fn` must be a function"):
+        qjax.fake_quant(3, given["policy"])  # pyright: ignore[reportArgumentType]
+
+
+def test_a_checkpoint_is_not_replaced_for_a_word(tmp_path):
+    qjax.save(tmp_path / "c", {"w": jnp.ones(2)})
+    with pytest.raises(TypeError, match="`overwrite` must be True or False, got 'no'"):
+        qjax.save(tmp_path / "c", {"w": jnp.zeros(2)}, overwrite="no")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="`verify` must be True or False, got 'no'"):
+        qjax.load(tmp_path / "c", verify="no")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="`path` must be a path, got int"):
+        qjax.load(5)  # pyright: ignore[reportArgumentType]
+    assert qjax.load(tmp_path / "c").params["w"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     "method",
     [qjax.gptq(), qjax.gptaq(), qjax.awq(), qjax.awq(then=qjax.rtn()), qjax.hqq(), qjax.kmeans(), qjax.autoround()],
