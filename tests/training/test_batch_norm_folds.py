@@ -242,7 +242,7 @@ def test_refused():
     with pytest.raises(ValueError, match=r"and folds into .'w': its batch norm reads arrays that `fn` closes over, such as statistics"):
         qjax.batch_norm_folds(lambda q, x: fn({**q, "var": p["var"]}, x), less, x)
     fq = qjax.fake_quant(fn, every, folds=folds)
-    with pytest.raises(ValueError, match="the batch norm of 'w' multiplies it by NaN or infinity: look at .*, 'beta', 'gamma', 'mean', 'var'"):
+    with pytest.raises(ValueError, match=r"the batch norm of 'w' multiplies it by NaN or infinity: look at .*'gamma', 'mean', 'var'"):
         qjax.convert(fq, {**p, "var": -p["var"]}, x)
     with pytest.raises(ValueError, match="`folds` and from_packed do not go together"):
         fq.from_packed(jax.random.key(0), p, x, params=p)
