@@ -196,7 +196,8 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
     elif bits == 4:
         wide = dataclasses.replace(wide, reorder=True, cluster=2 if n % 512 == 0 else 1)
     split = 1
-    while blocks(m, n, wide) * split * 2 <= cores and k // 128 >= 8 * split:
+    # The float32 parts of a split stay below what the weight would take in bfloat16.
+    while blocks(m, n, wide) * split * 2 <= cores and k // 128 >= 8 * split and 4 * m * split < k:
         split *= 2
     wide = dataclasses.replace(wide, split_k=split)
     return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))

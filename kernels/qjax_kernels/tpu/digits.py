@@ -1,4 +1,4 @@
-"""Few bfloat16 rows times int4 codes on an int8 matrix unit: the rows are cut into three bytes, which hold them exactly.
+"""Few bfloat16 rows times int4 codes on an int8 matrix unit: the rows are cut into three bytes, which hold 2^14 of range exactly.
 
     x_ik = u_i (2^16 a_ik + 2^8 b_ik + c_ik),      x w = u_i (2^8 (2^8 a w + b w) + c w)
 
@@ -21,8 +21,9 @@ _SMALLEST = _BITS + 1  # exponent field of the least normal magnitude whose unit
 def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns signed bytes of rows and the unit of each row.
 
-    Exact for bfloat16 down to 2^-14 of a row's largest magnitude; below, half a unit (2^-22 of the largest magnitude at most) is lost,
-    which is less than a float32 sum loses. A row that holds an infinity or NaN has the unit NaN.
+    Exact for bfloat16 down to 2^-14 of a row's largest magnitude; below, half a unit (2^-22 of the largest magnitude at most) is lost.
+    That is less than a float32 sum loses, unless the largest meet codes of zero: then small values are all that is left, and the
+    smaller they are the more of them is lost (all below 2^-22). A row that holds an infinity or NaN has the unit NaN.
 
     Args:
       x: (m, k) float32 that bfloat16 holds.

@@ -47,7 +47,7 @@ def why_not(request: Request) -> str:
     if weight.group_size is not None and weight.group_size < request.k and weight.group_size % 128:
         return f"groups of {weight.group_size}: integer sums of a group need a multiple of 128"
     if weight.group_size is not None and weight.group_size < request.k and request.m > 32 and chip_of(device.chip).bfloat16:
-        return f"groups on {device.chip} cost half the depth of the matrix unit: above 32 rows `weight_only` takes fewer bundles"
+        return f"groups on {device.chip} cost half the depth of the matrix unit: above 32 rows XLA takes it"
     if _row_bytes(16, request.k, 2 if request.dtype == "bfloat16" else 4) > _ROW_BYTES:
         return f"16 rows of {request.k} values do not fit vector memory"
     return ""

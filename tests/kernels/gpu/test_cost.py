@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from qjax_kernels.gpu.cost import BANDWIDTH, estimate
+from qjax_kernels.gpu.tiles import weight_only_tiles
 from qjax_kernels.request import Device, Request, Weight
 
 DECODE = Request(Device("cuda", "sm_90a", 132), 16, 4096, 4096, Weight("int", 4, 128))
@@ -27,3 +28,12 @@ def test_many_rows_are_bound_by_arithmetic_and_eight_bits_take_half():
 def test_what_no_kernel_takes_is_refused():
     with pytest.raises(ValueError, match="int3"):
         estimate(dataclasses.replace(DECODE, weight=Weight("int", 3, 128)))
+
+
+def test_the_parts_of_a_split_take_less_than_the_float_weight_would():
+    for m in (1, 13, 16, 64, 65, 128, 512, 1024, 4096):
+        for n in (256, 1024, 4096, 14336):
+            for k in (1024, 4096, 11008):
+                for bits in (4, 8):
+                    split = weight_only_tiles(m, n, k, bits).split_k
+                    assert split == 1 or 4 * split * m * n < 2 * n * k, (m, n, k, bits, split)

@@ -24,6 +24,11 @@ def test_without_a_tpu_it_says_so(capsys):
     assert lines[0].startswith("no TPU")
     assert all(any(line.startswith(chip) for line in lines) for chip in ("v5e", "v5p", "v6e", "tpu7x"))
     assert not any("W8A8" in line for line in lines if line.startswith("tpu7x"))
+    told = [line.split(" | ") for line in FILE.with_name("README.md").read_text().splitlines() if line.startswith(("| v", "| tpu"))]
+    assert len(told) == 4
+    for chip, plain, packed, *_ in told:
+        (line,) = (line for line in lines if line.startswith(f"{chip[2:]} 16x14336x4096"))
+        assert f"bf16 {plain} us, W4A16 {packed} us" in line
 
 
 @pytest.mark.slow

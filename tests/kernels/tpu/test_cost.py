@@ -55,6 +55,17 @@ def test_prefill_of_packed_weights_is_bound_by_arithmetic_and_vector_memory_hold
         assert estimate(request, kernel).vmem < 16 * 2**20
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_no_product_is_faster_than_its_matrix_unit(chip):
+    """Beside the float product at its best, with each operand read once, bfloat16 rows gain nothing where arithmetic binds."""
+    square, peak = dataclasses.replace(DECODE, device=Device("tpu", chip), m=4096), 4096**3 / (CHIPS[chip].macs * CHIPS[chip].clock)
+    plain = estimate(square, "bf16")
+    assert plain.seconds == plain.compute == pytest.approx(peak) and plain.bytes == 2 * 3 * 4096**2
+    for kernel in RATES[chip]:
+        eight = 2 if kernel in ("W8A8", "W4A8", "W8A8 fp8") else 1
+        assert estimate(square, kernel).compute >= 0.999 * peak / eight, kernel
+
+
 def test_unknown_kernels_are_refused():
     with pytest.raises(ValueError, match="no rates on tpu7x"):
         estimate(dataclasses.replace(DECODE, device=Device("tpu", "tpu7x"), activation="int8"))

@@ -42,6 +42,15 @@ def test_the_smallest_numbers_keep_a_normal_unit():
     assert np.abs(value(x) - x).max() <= 2.0**-126
 
 
+def test_a_product_is_the_sum_of_all_three_bytes():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((8, 128)), jnp.bfloat16)
+    w = rng.integers(-8, 8, (128, 128))
+    exact = np.float64(x.astype(jnp.float32)) @ w
+    error = np.abs(np.float64(digits.product(x, jnp.asarray(w, jnp.int4))) - exact)
+    assert np.all(error <= 2.0**-20 * (np.abs(np.float64(x.astype(jnp.float32))) @ np.abs(w)))
+
+
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_has_no_unit(odd):
     x = rows(3)
