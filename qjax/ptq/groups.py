@@ -11,7 +11,7 @@ from qjax.core.layout import fixed_blocks, group_length, padded_size
 from qjax.policy import Choice, Rule
 from qjax.program import Leaf
 
-SMALL = 8  # a group of fewer weights than this is no remedy
+SMALL = 4  # a group of fewer weights than this is no remedy
 
 
 def check_groups(choices: Sequence[Choice]) -> None:
