@@ -15,7 +15,7 @@ import numpy as np
 from qjax.core.granularity import Granularity, PerChannel, PerGroup, PerToken
 from qjax.core.hadamard import hadamard_transform
 from qjax.core.qtensor import QTensor, quantize, quantize_unchecked
-from qjax.core.specs import CastSpec, LearnedSpec, Spec
+from qjax.core.specs import CastSpec, LearnedSpec, Spec, check_flag
 
 CHANNEL_GROUP = 32  # tokens that share the scale of a channel, unless told otherwise: KIVI's group
 
@@ -49,8 +49,7 @@ class CacheSpec:
             if own not in (None, self.group_size):
                 raise ValueError(f"`group_size` {self.group_size} contradicts {self.spec}, whose groups are of {own}: give one of them")
         _check_count("window", self.window, 0, "the number of latest tokens that stay float")
-        if not isinstance(self.rotate, bool):
-            raise TypeError(f"`rotate` must be True or False, got {self.rotate!r}")
+        check_flag("rotate", self.rotate)
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,37 +173,36 @@ def _constants(system: System) -> set[int]:
 
 def leaves_of(system: System, atom: Any) -> set[int] | None:
     """The parameters on which a value depends; None if it is not the same in every turn of a loop."""
-    graph, made = system.graph, {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
+    graph, found = system.graph, set()
     inputs = {v: i for i, v in enumerate(graph.inputs[: len(system.program.leaves)])}
-    found, seen, left = set(), set(), [atom]
-    while left:
-        at = left.pop()
-        if isinstance(at, Lit) or at in seen or at in graph.consts:
+    for at, eqn in _behind(system, atom):
+        if isinstance(at, Lit) or at in graph.consts:
             continue
-        seen.add(at)
         if at in inputs:
             found.add(inputs[at])
-        elif at in made and made[at].eqn is not None:
-            left += made[at].inputs
-        else:
+        elif eqn is None:
             return None
     return found
 
 
 def holds_constants(system: System, atom: Any) -> bool:
     """Whether a value depends on an array that is no parameter: one that the function closes over."""
-    graph, made = system.graph, {v: eqn for eqn in system.graph.eqns for v in eqn.outputs}
-    inputs, seen, left = set(graph.inputs), set(), [atom]
+    values = (at.value if isinstance(at, Lit) else system.graph.consts.get(at) for at, _ in _behind(system, atom))
+    return any(value is not None and np.size(value) > 1 for value in values)
+
+
+def _behind(system: System, atom: Any) -> Iterator[tuple[Any, FlatEqn | None]]:
+    """A value and all that it is made of, each once, with the equation that makes it; None for what no equation of the program makes."""
+    made, seen, left = {v: eqn for eqn in system.graph.eqns for v in eqn.outputs if eqn.eqn is not None}, set(), [atom]
     while left:
         at = left.pop()
-        value = at.value if isinstance(at, Lit) else graph.consts.get(at)
-        if value is not None and np.size(value) > 1:
-            return True
-        if isinstance(at, Lit) or at in seen or at in inputs or at not in made:
-            continue
-        seen.add(at)
-        left += made[at].inputs
-    return False
+        eqn = None if isinstance(at, Lit) else made.get(at)
+        if not isinstance(at, Lit):
+            if at in seen:
+                continue
+            seen.add(at)
+        yield at, eqn
+        left += () if eqn is None else eqn.inputs
 
 
 def _value(system: System, atom: Any, leaves: Sequence[Any]) -> np.ndarray:

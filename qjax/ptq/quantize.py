@@ -318,7 +318,7 @@ def describe(
     # Measured while the rows are written: no number is waited for before all are asked for.
     measured = {i: relative_error(weights[i], q) for i, (q, _) in done.items()}
     runtime = runtime_of()
-    rows = [planned_row(choice, runtime, *done.get(choice.leaf.index, (None,))[:1]) for choice in choices]
+    rows = [planned_row(choice, runtime, done[choice.leaf.index][0] if choice.leaf.index in done else None) for choice in choices]
     errors = jax.device_get(measured)
     for at, choice in enumerate(choices):
         index = choice.leaf.index

@@ -12,6 +12,7 @@ import jax
 from jax.core import Tracer
 
 from qjax.core import QTensor
+from qjax.core.specs import check_flag
 from qjax.program import Leaf, Program, ProgramCache, Site, check_function, shared_inputs, split_arguments
 from qjax.runtime.fused import lay_out_together, why_not_together
 from qjax.runtime.installed import runtime_of
@@ -66,8 +67,7 @@ def prepack(
     """
     check_function(fn)
     for name, flag in (("donate", donate), ("fuse", fuse)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"`{name}` must be True or False, got {flag!r}")
+        check_flag(name, flag)
     programs = ProgramCache(fn)
 
     @functools.wraps(fn)

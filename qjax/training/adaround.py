@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qjax.core import ActSpec, IntSpec, QTensor, Spec, affine_decode, affine_params, assemble, divide, logical_blocks
 from qjax.core.rounding import checked
+from qjax.core.specs import check_flag
 from qjax.ptq.method import Problem
 from qjax.ptq.range_search import search_range
 from qjax.training.estimator import Learned, Moment
@@ -165,8 +166,7 @@ def adaround(mse: bool = True) -> AdaRound:
     Source: AdaRound (Nagel et al. 2020, arXiv 2004.10568), eq. 21 to 24. There each layer is reconstructed by itself; here whatever the
     loss is.
     """
-    if not isinstance(mse, bool):
-        raise TypeError(f"`mse` must be True or False, got {mse!r}")
+    check_flag("mse", mse)
     return AdaRound(mse)
 
 

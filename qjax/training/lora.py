@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from qjax.core import ActSpec, Spec
-from qjax.core.specs import check_choice
+from qjax.core.specs import check_choice, check_count, check_flag
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -24,15 +24,13 @@ class Lora:
     init: Init = "kaiming"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"`rank` must be an int of at least 1, got {self.rank!r}")
+        check_count("rank", self.rank, 1)
         if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0 and math.isfinite(self.alpha)):
             raise ValueError(f"`alpha` must be a positive number or None, got {self.alpha!r}")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"`dropout` must be a probability below 1, got {self.dropout!r}")
         for name in ("rank_stabilized", "dora"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         check_choice("init", self.init, ("kaiming", "gaussian"))
 
     @property

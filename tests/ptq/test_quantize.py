@@ -242,3 +242,13 @@ def test_a_quantized_tree_is_not_quantized_again():
     params = qjax.quantize(fn2, PARAMS2, INT8, [normal(2, 12)]).params
     with pytest.raises(ValueError, match="is quantized already"):
         qjax.quantize(fn2, params, INT8, [normal(2, 12)])
+
+
+@pytest.mark.parametrize("reach", [1.0, 1e-25, 1e25])
+def test_the_error_of_a_row_is_that_of_its_numbers_however_small_or_large(reach):
+    """Their squares leave float32."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((24, 6)) * reach, jnp.float32)
+    result = qjax.quantize(lambda p, x: x @ p, w, qjax.Policy([qjax.Rule("*", weight=qjax.int4())]), [jnp.ones((2, 24))])
+    exact, rounded = np.asarray(w, np.float64), np.asarray(result.params.dequantize(), np.float64)
+    want = np.square((exact - rounded) / reach).sum() / np.square(exact / reach).sum()
+    np.testing.assert_allclose(result.report.rows[0].error, want, rtol=1e-5)
