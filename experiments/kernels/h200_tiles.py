@@ -57,6 +57,11 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles]:
     eight = name in ("W8A8", "FP8")
     block_m = max(8, -(-m // 8) * 8)
     found: list[Tiles] = []
+    if m <= 16 and name == "W4A16":
+        for split, block_n, block_k, stages in itertools.product((1, 2, 4, 8), (64, 128), (512, 256, 128), (2, 3, 4, 6)):
+            launched, steps = -(-n // block_n) * split, k // (block_k * split)
+            if 100 <= launched <= 132 * 8 and 2 <= stages <= steps:
+                found.append(Tiles(block_m, block_n, block_k, stages, split, few_rows=True))
     if m <= 64:
         reorders = (False, True) if name == "W4A16" else (False,)
         for split, block_n, block_k, stages, reorder in itertools.product((1, 2, 4, 8), (64, 128), (256, 128, 512), (4, 3, 2, 6), reorders):

@@ -102,6 +102,8 @@ def plain(x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Ar
     return activated(y if bias is None else y + bias.astype(jnp.float32), activation).astype(x.dtype)
 
 
+# A program of its own, so that layers with the same shapes are traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("out_dtype", "activation", "tiles", "cores", "interpret"))
 def scaled_product(
     rows: jax.Array, row_scales: jax.Array, codes: jax.Array, scales: jax.Array, *, out_dtype, bias: jax.Array | None = None,
     activation: Activation | None = None, tiles: Tiles | None = None, cores: int = 132, interpret=None,

@@ -97,6 +97,8 @@ def plain(x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Ar
     return activated(y if bias is None else y + bias.astype(jnp.float32), activation).astype(x.dtype)
 
 
+# A program of its own: layers with the same shapes are traced and lowered once, which else takes Mosaic seconds for each of them.
+@functools.partial(jax.jit, static_argnames=("group_size", "activation", "tiles", "cores", "interpret"))
 def _run(
     x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, *, group_size, activation, tiles, cores, interpret
 ) -> jax.Array:
