@@ -26,6 +26,7 @@ KEEP = (qjax.Rule("*embed*", weight=None),)
 INT8 = qjax.dynamic(qjax.int8())
 SPECS = {"W4A8 g32": (qjax.int4(group_size=32), INT8), "W3": (qjax.int3(group_size=64), None), "W2": (qjax.int2(group_size=64), None)}
 METHODS = {"rounding": None, "rounding, range search": qjax.rtn(mse=True), "GPTQ": qjax.gptq(), "AutoRound": qjax.autoround()}
+FURTHER, CONTROL = "float, distilled", "of the distilled float"  # rows of the control
 TRAINS = {"straight-through": qjax.ste(), "learned steps": qjax.lsq("mse")}
 
 
@@ -87,6 +88,11 @@ def measure(options):
     since = time.perf_counter()
     tuned, _ = trained(apply, start, {}, None, data, options.float_rate)
     mark("float", apply, tuned, since)
+    further = None
+    if "float" in options.begin and options.mix:  # the control of rows that begin there: the same training without rounding
+        since = time.perf_counter()
+        further, _ = trained(apply, tuned, {}, None, data, options.rate, tuned, options.mix)
+        mark(FURTHER, apply, further, since)
     calibration = [data[i, :8] for i in range(min(16, len(data)))]
     for name in options.rows or SPECS:
         found = {}
@@ -94,6 +100,10 @@ def measure(options):
             since = time.perf_counter()
             found[method] = qjax.quantize(apply, tuned, policy(name, METHODS[method]), calibration).params
             mark(f"{name}, {method}", qjax.quantized(apply), found[method], since)
+            if further is not None:
+                since = time.perf_counter()
+                packed = qjax.quantize(apply, further, policy(name, METHODS[method]), calibration).params
+                mark(f"{name}, {method} {CONTROL}", qjax.quantized(apply), packed, since)
         for kind in options.trains or TRAINS:
             fq = qjax.fake_quant(apply, policy(name, train=TRAINS[kind]))
             for source, first, packed in beginnings(options, start, tuned, found if kind == "learned steps" else {}):
@@ -125,9 +135,11 @@ def show(losses):
     second = {name: each[1::2] for name, each in losses.items()}  # the halves would be different books
     ppl = {name: float(np.exp(each.mean())) for name, each in second.items()}
     print(f"\nfloat before: {ppl['float, before']:.3f}; float, trained on the same batches: {ppl['float']:.3f}")
+    if FURTHER in ppl:
+        print(f"float, distilled from itself as the rows are: {ppl[FURTHER]:.3f}")
     for spec in SPECS:
         names = [name for name in losses if name.startswith(f"{spec}, ")]
-        rounded = [name for name in names if "QAT" not in name]
+        rounded = [name for name in names if "QAT" not in name and CONTROL not in name]
         if not rounded:
             continue
         best = min(rounded, key=lambda name: losses[name][::2].mean())
@@ -136,6 +148,8 @@ def show(losses):
         print("| | perplexity | of the lost perplexity recovered | ratio to the best after training |\n|---|---|---|---|")
         for name in names:
             won = f"{100 * (1 - (ppl[name] - ppl['float']) / lost):.0f} %" if "QAT" in name else ""
+            if "QAT" in name and (control := ppl.get(f"{best} {CONTROL}")) is not None:
+                won += f"; beside the distilled float and its rounding {100 * (control - ppl[name]) / (control - ppl[FURTHER]):.0f} %"
             interval = paired_bootstrap(second[best], second[name])
             ratio = f"{np.exp(interval.low):.4f} .. {np.exp(interval.high):.4f}" if name != best else ""
             print(f"| {name.removeprefix(f'{spec}, ')} | {ppl[name]:.3f} | {won} | {ratio} |")

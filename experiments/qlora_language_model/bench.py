@@ -159,7 +159,7 @@ def main():
     parser.add_argument("--rate", type=float, default=3e-4, help="Of full fine-tuning.")
     parser.add_argument("--adapter-rate", type=float, default=4e-4)
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--dropout", type=float, default=0.0, help="Of what goes into the adapters, while they train.")
+    parser.add_argument("--dropout", type=float, default=0.1, help="Of what goes into the adapters, while they train.")
     parser.add_argument("--windows", type=int, help="The first held-out windows only; all by default.")
     parser.add_argument("--rows", nargs="*", choices=list(rows(1)))
     parser.add_argument("--tables", nargs="*", choices=["adapt", "memory"], default=["adapt", "memory"])
