@@ -98,14 +98,35 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles]]]:
     pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True)
     few, some = Tiles(8, 64, 512, 2, few_rows=True), Tiles(16, 64, 256, 4, few_rows=True)
     return {
-        (14336, 4096): {1: [dataclasses.replace(few, stages=4, split_k=4)]},
-        (4096, 28672): {1: [few]},
+        (14336, 4096): {
+            1: [
+                dataclasses.replace(few, stages=4, split_k=4),
+                dataclasses.replace(few, split_k=4),
+                dataclasses.replace(few, stages=3, split_k=8),
+                Tiles(8, 128, 512, 2, split_k=7, digits=True),
+                Tiles(8, 128, 256, 3, split_k=8, reorder=True),
+            ],
+        },
+        (4096, 28672): {
+            1: [few, dataclasses.replace(few, stages=3), Tiles(8, 128, 512, 2, digits=True), Tiles(8, 128, 256, 4, digits=True)]
+        },
+        (4096, 6144): {
+            1: [
+                dataclasses.replace(few, split_k=2),
+                dataclasses.replace(few, split_k=4),
+                dataclasses.replace(few, block_k=256, stages=4, split_k=4),
+                Tiles(8, 64, 512, 2, split_k=2, digits=True),
+                Tiles(8, 128, 128, 3, split_k=8),
+            ],
+        },
         (8192, 28672): {
             1: [
                 few,
                 dataclasses.replace(few, stages=3),
                 dataclasses.replace(few, early=True),
                 Tiles(8, 128, 512, 2, digits=True),
+                Tiles(8, 128, 256, 4, digits=True),
+                Tiles(8, 128, 256, 3, split_k=2, digits=True),
             ],
             16: [
                 dataclasses.replace(some, block_n=128, stages=3),

@@ -1,7 +1,6 @@
-"""AutoRound: the update against a transcription of the paper, blocks against programs that one can see through, and the whole walk."""
+"""AutoRound of whole blocks: what is tuned, what it costs, and what is said of it."""
 
 import dataclasses
-import itertools
 import re
 
 import jax
@@ -11,18 +10,10 @@ import pytest
 
 import qjax
 from qjax.core import QTensor
-from qjax.program import compat, trace
-from qjax.program.flatten import flatten
-from qjax.program.segments import Cutter
+from qjax.program import compat
 from qjax.ptq import block_tuning, sequential
-from qjax.ptq.block_tuning import _blocked, _codes, pack_rounded
-from qjax.ptq.blocks import Flow, find_blocks, why_not_tuned
-from qjax.ptq.method import Problem
-from qjax.ptq.signed_descent import Descent, Offsets, decode, descend, round_with, start
-
-
-def numbers(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+from qjax.ptq.signed_descent import Descent, decode, descend, round_with, start
+from tests.ptq.layers import SHAPES, SPECS, D, F, L, data, layers_params, numbers, scanned, stacked_params, unrolled
 
 
 def quantized(fn, params, data, *rules, **how):
@@ -35,117 +26,6 @@ def losses(row):
     number = r"(?:\S+ \.\. )?([^ ,]+)"
     found = re.findall(rf"weights: {number} of its block's output is error, {number} when rounded", " ".join(row.notes))
     return [(float(a), float(b)) for a, b in found]
-
-
-class Paper:
-    """Algorithm 1 of arXiv 2309.05516 in float64 for y = x w, blocks along the rows of w^T: (N, G, group)."""
-
-    def __init__(self, x, w, spec):
-        self.x, self.w, self.spec = np.float64(x), np.float64(w), spec
-
-    def round(self, v, alpha, beta):
-        w, spec = self.w, self.spec
-        if spec.symmetric:
-            scale = alpha * np.abs(w).max(-1, keepdims=True) / (spec.qmax + (0.5 if spec.scale_rule == "half" else 0))
-            smooth_zero = zero = np.zeros_like(scale)
-        else:
-            lo, hi = beta * np.minimum(w.min(-1, keepdims=True), 0), alpha * np.maximum(w.max(-1, keepdims=True), 0)
-            scale = (hi - lo) / (spec.qmax - spec.qmin)
-            smooth_zero = spec.qmin - lo / scale
-            zero = np.clip(np.round(smooth_zero), spec.qmin, spec.qmax)
-        free = np.round(w / scale + v) + zero
-        codes = np.clip(free, spec.qmin, spec.qmax)
-        return codes, scale, zero, (free >= spec.qmin) & (free <= spec.qmax)
-
-    def loss_and_signs(self, v, alpha, beta):
-        spec, (codes, scale, zero, inside) = self.spec, self.round(v, alpha, beta)
-        delta = ((codes - zero) * scale - self.w).reshape(len(self.w), -1)
-        loss = np.square(self.x @ delta.T).sum()
-        slope = (2 * delta @ (self.x.T @ self.x)).reshape(self.w.shape)
-        # w_hat = s (q - z): dq/dV = 1, dq/ds = -w / s^2 where nothing is clipped; there dz cancels, where it is clipped it does not.
-        d_v = slope * scale * inside
-        d_scale = (slope * ((codes - zero) - self.w / scale * inside)).sum(-1, keepdims=True)
-        if spec.symmetric:
-            reach = np.abs(self.w).max(-1, keepdims=True) / (spec.qmax + (0.5 if spec.scale_rule == "half" else 0))
-            return loss, (np.sign(d_v), np.sign(d_scale * reach), np.zeros_like(scale))
-        d_zero = (-slope * scale * ~inside).sum(-1, keepdims=True)
-        steps = spec.qmax - spec.qmin
-        hi, lo = np.maximum(self.w.max(-1, keepdims=True), 0), np.minimum(self.w.min(-1, keepdims=True), 0)
-        d_scale = d_scale + d_zero * beta * lo / scale**2  # z = qmin - lo / s
-        return loss, (np.sign(d_v), np.sign(d_scale * hi / steps), np.sign(d_scale * -lo / steps - d_zero * lo / scale))
-
-    def run(self, steps, lr):
-        at = [np.zeros_like(self.w), np.ones((*self.w.shape[:-1], 1)), np.ones((*self.w.shape[:-1], 1))]
-        tried = [(self.loss_and_signs(*at)[0], [a.copy() for a in at])]
-        for t in range(steps):
-            signs = self.loss_and_signs(*at)[1]
-            at = [a - lr * (1 - t / steps) * s for a, s in zip(at, signs, strict=True)]
-            at = [np.clip(at[0], -0.5, 0.5), np.clip(at[1], 1 / 16, 1), np.clip(at[2], 1 / 16, 1)]
-            tried.append((self.loss_and_signs(*at)[0], [a.copy() for a in at]))
-        return min(tried, key=lambda pair: pair[0])
-
-
-@pytest.mark.parametrize("spec", [qjax.int3(group_size=4, scale_rule="full"), qjax.uint2(group_size=4)], ids=str)
-def test_the_update_is_the_papers(spec):
-    x, w = numbers(32, 8), numbers(3, 2, 4, seed=1)
-
-    def loss(offsets, t=None):
-        delta = (decode(round_with(w, offsets, spec)) - w).reshape(3, 8)
-        return jnp.sum(jnp.square(x @ delta.T))
-
-    begin = start(w, spec, False)
-    found = jax.jit(lambda o: descend(loss, loss, o, o, Descent(12, 0.05, True, False, 12)))(begin)
-    least, (v, alpha, beta) = Paper(x, w, spec).run(12, 0.05)
-    np.testing.assert_allclose(found.least, least, rtol=1e-5)
-    assert least < 0.8 * float(found.rounding)
-    np.testing.assert_allclose(found.best.v, v, atol=1e-5)
-    np.testing.assert_allclose(found.best.top, alpha, atol=1e-5)
-    if not spec.symmetric:
-        np.testing.assert_allclose(found.best.bottom, beta, atol=1e-5)
-
-
-def test_it_finds_the_best_of_a_problem_of_one_dimension():
-    """Every input is the same number, so only the sum of the errors counts, and rounding to nearest makes them all of one sign."""
-    spec, w = qjax.int4(scale_rule="full"), jnp.float32([[0.45, 0.3, -1.7, 7.0]])
-
-    def loss(offsets, t=None):
-        return jnp.square(jnp.sum(decode(round_with(w, offsets, spec)) - w))
-
-    begin = start(w, spec, False)
-    found = descend(loss, loss, begin, begin, Descent(50, 0.02, False, False, 50))
-    corners = itertools.product(*([np.floor(v), np.ceil(v)] for v in np.asarray(w[0])))
-    best = min(float(np.square(np.sum(np.asarray(c) - np.asarray(w[0])))) for c in corners)
-    np.testing.assert_allclose([found.least, found.rounding], [best, 1.05**2], rtol=1e-3)
-    assert np.asarray(jnp.abs(found.best.v) <= 0.5).all()
-
-
-SPECS = [
-    qjax.int2(group_size=4), qjax.int3(scale_rule="full"), qjax.uint3(group_size=8, pad=True, scale_dtype="bfloat16"),
-    qjax.int4(per="tensor"), qjax.uint4(block=(2, 4)), qjax.integer(4, signed=False, symmetric=True),
-    qjax.uint2(group_size=4, zero_dtype="float32"), qjax.uint3(zero_dtype="float16"), qjax.ternary(group_size=4),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_what_is_tuned_is_what_is_packed(spec):
-    w = numbers(20, 6, dtype=jnp.bfloat16).at[3].set(0)
-    problem = Problem(w, spec, (-2,), (), 1, "w")
-
-    @jax.jit
-    def both(w, key):
-        x, canonical, logical = _blocked(problem, w, None)
-        keys = jax.random.split(key, 3)
-        shapes = x.shape, (*x.shape[:-1], 1), (*x.shape[:-1], 1)
-        draw = [jax.random.uniform(k, s, minval=lo, maxval=hi)
-                for k, s, (lo, hi) in zip(keys, shapes, [(-0.5, 0.5), (0.3, 1), (0.3, 1)], strict=True)]  # fmt: skip
-        offsets = Offsets(*draw)._replace(v=jnp.where(draw[0] > 0.4, 0.5, draw[0]))
-        return logical(decode(round_with(x, offsets, spec))).astype(w.dtype), _codes(x, offsets, spec, canonical)
-
-    fake, codes = both(w, jax.random.key(0))
-    q = pack_rounded(problem, codes, None)
-    np.testing.assert_array_equal(np.asarray(q.dequantize()), np.asarray(fake))
-    assert spec.float_zero or not np.asarray(q.dequantize()[3]).any()
-    assert float(jnp.linalg.norm((q.dequantize() - w).astype(jnp.float32))) > 0
 
 
 FLOAT_ZERO_AND_MEAN = [qjax.uint2(group_size=8, zero_dtype="float32"), qjax.ternary(group_size=8)]
@@ -163,103 +43,10 @@ def test_it_begins_at_the_rounding_of_the_spec_and_gets_better(spec, block):
     assert error < 0.99 * plain
     row = tuned.report.rows[0]
     if block == "site":
-        said, = re.findall(r"its output is (\S+) of that of rounding", " ".join(row.notes))
+        (said,) = re.findall(r"its output is (\S+) of that of rounding", " ".join(row.notes))
         np.testing.assert_allclose(float(said), error / plain, rtol=6e-3)
     else:
         np.testing.assert_allclose(losses(row)[0], np.asarray([error, plain]) / float(jnp.sum(jnp.square(fn(params, x[0])))), rtol=6e-3)
-
-
-def mixer(x, mask, w):
-    """A residual branch whose weights meet, with a mask that every layer reads."""
-    h = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6) * w["norm"]
-    score = jax.nn.softmax((h @ w["q"]) @ (h @ w["k"]).swapaxes(-1, -2) + mask)
-    return x + (score @ (h @ w["v"])) @ w["o"]
-
-
-def layer(x, mask, w):
-    x = mixer(x, mask, w)
-    return x + jax.nn.silu(x @ w["gate"]) * (x @ w["up"]) @ w["down"]
-
-
-def scanned(p, x):
-    mask = jnp.where(jnp.tri(x.shape[-2]) > 0, 0.0, -1e9)
-    return jax.lax.scan(jax.checkpoint(lambda x, w: (layer(x, mask, w), None)), x * p["norm"][0], p)[0]
-
-
-def unrolled(p, x):
-    mask = jnp.where(jnp.tri(x.shape[-2]) > 0, 0.0, -1e9)
-    x = x * p[0]["norm"]
-    for w in p:
-        x = layer(x, mask, w)
-    return x
-
-
-D, F, L = 8, 16, 2
-SHAPES = {"q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
-
-
-def layers_params(dtype=jnp.float32):
-    each = [{k: numbers(*s, seed=10 * i + j, dtype=dtype) / s[0] ** 0.5 for j, (k, s) in enumerate(SHAPES.items())} for i in range(L)]
-    return [w | {"norm": jnp.ones(D, dtype)} for w in each]
-
-
-def stacked_params(dtype=jnp.float32):
-    return jax.tree.map(lambda *w: jnp.stack(w), *layers_params(dtype))
-
-
-def blocks_of(fn, params, *inputs, span=1, without=()):
-    program = trace(fn, params, *inputs)
-    cutter = Cutter(flatten(program, unroll=True), len(program.leaves))
-    flow = Flow(cutter, {site.key for site in program.sites})
-    names = {site.key: program.leaves[site.leaf].path for site in program.sites}
-    at = [p for p, eqn in enumerate(cutter.graph.eqns) if eqn.key in names and not set(names[eqn.key].split("/")) & set(without)]
-    found = find_blocks(flow, at, span)
-    return [[names[cutter.graph.eqns[p].key].split("/")[-1] for p in block.members] for block in found], found, flow
-
-
-@pytest.mark.parametrize("form", ["scanned", "unrolled"])
-def test_blocks_are_cut_where_one_value_crosses(form):
-    fn, params = (scanned, stacked_params()) if form == "scanned" else (unrolled, layers_params())
-    members, found, flow = blocks_of(fn, params, jnp.ones((2, 4, D)))
-    assert members == [["q", "k", "v", "o"], ["gate", "up", "down"]] * L
-    assert all(len(block.outputs) == 1 and not why_not_tuned(flow, block) for block in found)
-    rest = [[flow.graph.eqns[p] for p in range(b.start, b.stop) if p not in b.first] for b in found]
-    keys = [flow.cutter.segment(b.start, b.stop, b.outputs, eqns).key for b, eqns in zip(found, rest, strict=True)]
-    assert keys[0] == keys[2] and keys[1] == keys[3] and keys[0] != keys[1]
-    assert blocks_of(fn, params, jnp.ones((2, 4, D)), span=2)[0] == [list(SHAPES)] * L
-    assert blocks_of(fn, params, jnp.ones((2, 4, D)), without=("k", "up"))[0] == [["q", "v", "o"], ["gate", "down"]] * L
-
-
-def test_blocks_of_other_programs():
-    chain = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
-    members, found, flow = blocks_of(chain, {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}, jnp.ones((2, 4)))
-    assert members == [["a"], ["b"]]
-    # The cut lies behind what is not linear, not in front of it.
-    assert flow.graph.eqns[found[1].start].name == "dot_general"
-
-    def memory(p, x, y):
-        x, y = x * p["s"], y * p["s"]
-        x = x + jax.nn.relu(x @ p["e1"]) @ p["e2"]
-        for _ in range(9):
-            y = y + jax.nn.relu(y @ p["d1"]) @ x.T @ p["d2"]
-        return y
-
-    p = {"e1": jnp.ones((4, 4)), "e2": jnp.ones((4, 4)), "d1": jnp.ones((4, 4)), "d2": jnp.ones((2, 4)), "s": jnp.ones(4)}
-    members, _, _ = blocks_of(memory, p, jnp.ones((2, 4)), jnp.ones((2, 4)))
-    # Behind the encoder two values cross everywhere; so many weights are cut again.
-    assert members[:9] == [["e1", "e2"], *[["d1", "d2"]] * 8]
-    one = lambda p, x: (x * p["s"] @ p["a"]) * (x * p["s"] @ p["b"])  # noqa: E731
-    assert blocks_of(one, {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "s": jnp.ones(4)}, jnp.ones((2, 4)))[0] == [["a", "b"]]
-
-    def looped(p, x):
-        return jax.lax.while_loop(lambda c: jnp.sum(c) < 10, lambda c: c + 1, x @ p["a"])
-
-    _, found, flow = blocks_of(looped, {"a": jnp.ones((4, 4))}, jnp.ones((2, 4)))
-    assert "`while`" in why_not_tuned(flow, found[0])
-
-
-def data(n=2, seed=5, dtype=jnp.float32):
-    return [numbers(4, 6, D, seed=seed + i, dtype=dtype) for i in range(n)]
 
 
 @pytest.mark.slow
@@ -299,7 +86,7 @@ def test_the_loss_that_is_reported_is_that_of_the_packed_weights():
         return np.square(y - want).sum() / np.square(want).sum()
 
     for row in result.report.rows:
-        (best, plain), = losses(row)
+        ((best, plain),) = losses(row)
         np.testing.assert_allclose(best, error(result.params), rtol=2e-2)
         np.testing.assert_allclose(plain, error(rounded.params), rtol=6e-3)  # the note has three digits
         assert best < plain
@@ -394,7 +181,7 @@ def test_masks_may_be_infinite_and_what_is_not_finite_is_named():
     x = [(numbers(6, D, seed=i), mask) for i in range(2)]
     rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False))
     result, run = quantized(masked, params, x, rule)
-    (best, plain), = losses(result.report.rows[0])
+    ((best, plain),) = losses(result.report.rows[0])
     assert best < plain and np.isfinite(run(result.params, *x[0])).all()
     within = lambda p, x: masked(p, x, jnp.where(jnp.tri(6) > 0, 0.0, -jnp.inf))  # noqa: E731
     assert losses(quantized(within, params, [x for x, _ in x], rule)[0].report.rows[0]) == losses(result.report.rows[0])
@@ -410,6 +197,7 @@ def test_masks_may_be_infinite_and_what_is_not_finite_is_named():
 @pytest.mark.slow
 def test_what_has_no_gradient_stands_still_and_is_counted():
     """The square root of a row of zeros has none."""
+
     def fn(p, x):
         h = x @ p["w"]
         return (h / (jnp.sqrt(jnp.sum(h * h, -1, keepdims=True)) + 1.0)) @ p["v"]
@@ -418,7 +206,7 @@ def test_what_has_no_gradient_stands_still_and_is_counted():
     rule = qjax.Rule("*", weight=qjax.int2(), method=qjax.autoround(steps=20, lr=0.02, mse=False))
     result, _ = quantized(fn, params, [x.at[0].set(0.0)], rule)
     for row in result.report.rows:
-        (best, plain), = losses(row)
+        ((best, plain),) = losses(row)
         assert best < plain
         assert "in 20 of 20 steps some of its block's gradient is NaN" in " ".join(row.notes)
     row = quantized(fn, params, [x], rule)[0].report.rows[0]
@@ -485,7 +273,7 @@ def test_a_derivative_of_its_own_is_kept():
     fn = lambda p, x: straight(x @ p["w"])  # noqa: E731
     only, run = quantized(fn, {"w": params["w"]}, x, rule)
     for row in (*result.report.rows, *only.report.rows):
-        (best, plain), = losses(row)
+        ((best, plain),) = losses(row)
         assert best < 0.95 * plain
     wanted, made = (np.concatenate([f(p, b) for b in x]) for f, p in ((fn, params), (run, only.params)))
     np.testing.assert_allclose(losses(only.report.rows[0])[0][0], np.square(made - wanted).sum() / np.square(wanted).sum(), rtol=6e-3)
@@ -549,7 +337,7 @@ def test_rescaled_inputs_are_tuned_with_their_scales():
     method = qjax.awq(then=qjax.autoround(steps=20), unfoldable="scale")
     result, run = quantized(fn, params, x, qjax.Rule("*", weight=qjax.int3(group_size=4), method=method))
     assert result.params["a"].input_scale is not None
-    (best, _), = losses(result.report.rows[0])
+    ((best, _),) = losses(result.report.rows[0])
     want = fn(params, x[0])
     # Both are one block.
     np.testing.assert_allclose(float(jnp.sum((run(result.params, x[0]) - want) ** 2) / jnp.sum(want**2)), best, rtol=3e-2)

@@ -126,11 +126,9 @@ def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128) -> Tiles:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
-    Not those of `few_rows`: that kernel was found right there and was not timed by itself; a decode step of 7B takes as long with it as
-    with the tiles that were measured before (2241 and 2220 us).
-
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. 1 to 8 rows of a four-bit weight in groups, and 16 of a narrow one, are one launch; others up to 32 meet digits
+    have work. 1 to 8 rows of a four-bit weight in groups are one launch (16 can be, and are slower that way: 12.7 for 10.0 us at
+    4096 x 4096); others up to 32 meet digits
     where the weight keeps the multiprocessors busy without a split. Many rows are bound by the tensor cores: two
     warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor still has one.
 
@@ -153,7 +151,7 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
     packed = bits == 4
     if m > 64:
         return _many_rows(m, n, k, bits, cores)
-    if packed and group is not None and (m <= 8 or (m == 16 and n < 128 * cores)):
+    if packed and group is not None and m <= 8:
         return _few_rows(m, n, k, cores)
     if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 256, 128, 4, warpgroups=2, reorder=True)
@@ -175,18 +173,12 @@ _DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: the
 
 
 def _few_rows(m: int, n: int, k: int, cores: int) -> Tiles:
-    deep = 512 if m <= 8 else 256
-    tiles = Tiles(8 if m <= 8 else 16, 64, next((b for b in (512, 256) if b <= min(deep, k)), 128), stages=1, few_rows=True)
+    # Two stages: more of them were slower at every shape (20.6 for 17.1 us at K 14336, N 4096, 47.7 for 41.9 at K 8192, N 28672).
+    tiles = Tiles(8, 64, next((b for b in (512, 256) if b <= k), 128), stages=2, few_rows=True)
     split = 1
     while 2 * blocks(m, n, tiles) * split < 3 * cores and k >= 2 * split * tiles.block_k and split < 8:
         split *= 2
-    tiles = dataclasses.replace(tiles, split_k=split)
-    steps, living = math.ceil(k / (tiles.block_k * split)), min(4, math.ceil(blocks(m, n, tiles) / cores))
-    # A block needs a kilobyte more than it asks for; as many stages as leave room for all that live beside it.
-    room = (SHARED_BYTES + 1024) // living - 1024
-    # Two at least: with fewer nothing is on its way while it is multiplied, even if then fewer blocks live side by side.
-    fitting = (s for s in (6, 5, 4, 3) if s <= steps and dataclasses.replace(tiles, stages=s).shared_bytes(4, rows=m) <= room)
-    return dataclasses.replace(tiles, stages=next(fitting, 2))
+    return dataclasses.replace(tiles, split_k=split)
 
 
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
