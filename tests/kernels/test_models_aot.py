@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
     ("target", "expected"),
     [
         ("v6e", ({"weight_only": SHIPPED}, {"weight_only": LAYER}, {"rounded_product_int8": LAYER}, {"experts": 1}, ROTATED)),
-        ("h200", ({"hopper_few_rows": SHIPPED}, {"hopper_few_rows": LAYER}, {"hopper_eight_bit": LAYER})),
+        ("h200", ({"hopper_weight_only": SHIPPED}, {"hopper_weight_only": LAYER}, {"hopper_eight_bit": LAYER})),
     ],
 )
 def test_every_packed_product_is_a_kernel_of_the_compiled_program(target, expected, rows_of):

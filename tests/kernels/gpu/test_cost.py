@@ -11,10 +11,14 @@ DECODE = Request(Device("cuda", "sm_90a", 132), 16, 4096, 4096, Weight("int", 4,
 
 
 def test_bytes_and_instructions_are_those_of_the_tiles():
-    cost = estimate(DECODE)  # blocks of 64 rows of w, K in the four parts of a cluster, whose sums stay in shared memory
-    assert cost.bytes == 4096 * 4096 // 2 + 4096 * 32 * 4 + 2 * 2 * 16 * 4096
-    assert (cost.blocks, cost.products) == (64 * 4, 1024 // 16)
+    least = 4096 * 4096 // 2 + 4096 * 32 * 4
+    cost = estimate(DECODE)  # blocks of 64 rows of w, K in eight parts, whose float32 sums are written and read
+    assert cost.bytes == least + 2 * 2 * 16 * 4096 + 2 * 4 * 8 * 16 * 4096
+    assert (cost.blocks, cost.products) == (64 * 8, 512 // 16)
     assert cost.memory == cost.bytes / BANDWIDTH == cost.seconds
+    one = estimate(dataclasses.replace(DECODE, m=1))  # in the four parts of a cluster, whose sums stay in shared memory
+    assert one.bytes == least + 2 * 2 * 1 * 4096
+    assert (one.blocks, one.products) == (64 * 4, 1024 // 16)
 
 
 def test_many_rows_are_bound_by_arithmetic_and_eight_bits_take_half():
