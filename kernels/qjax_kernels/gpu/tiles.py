@@ -128,9 +128,8 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
     have work. 1 to 8 rows of a four-bit weight in groups are one launch (16 can be, and are slower that way: 12.7 for 10.0 us at
-    4096 x 4096); others up to 32 meet digits
-    where the weight keeps the multiprocessors busy without a split. Many rows are bound by the tensor cores: two
-    warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor still has one.
+    4096 x 4096); others up to 32 meet digits where the weight keeps the multiprocessors busy without a split. Many rows are bound by the
+    tensor cores: two warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor still has one.
 
     Args:
       m: rows of x.

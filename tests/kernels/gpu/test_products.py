@@ -1,5 +1,7 @@
 """Hopper kernels through the interpreter against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.epilogue import activated
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles
 from qjax_kernels.request import Device, Request, Weight
+
+from qjax.program import compat
 
 interpreted = pytest.mark.skipif(
     jax.version.__version_info__ < (0, 11), reason="the Mosaic GPU interpreter of jax 0.10 does not know transposed operands"
@@ -206,3 +210,22 @@ def test_rows_that_the_copy_engine_cannot_take_go_another_way():
     x, w, s = jnp.zeros((13, 256), jnp.bfloat16), jnp.zeros((64, 256), jnp.int4), jnp.ones((64, 2), jnp.bfloat16)
     with pytest.raises(ValueError, match="1 to 8 rows or 16, up to `block_m` = 16; `x` has 13"):
         weight_only.weight_only_matmul(x, w, s, group_size=128, tiles=Tiles(16, 64, 256, 2, few_rows=True))
+
+
+@pytest.mark.parametrize("name", ["weight-only", "eight bits"])
+def test_layers_of_the_same_shapes_are_one_program(name):
+    """What is traced once is lowered once: Mosaic takes seconds for each kernel."""
+    x, s = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 2 if name == "weight-only" else 1), jnp.bfloat16)
+    w = jnp.ones((64, 256), jnp.int4 if name == "weight-only" else jnp.int8)
+    one = functools.partial(weight_only.weight_only_matmul, group_size=128) if name == "weight-only" else eight_bit.eight_bit_matmul
+
+    def programs(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.params.get("name") in ("_run", "scaled_product"):
+                yield eqn.params["jaxpr"]
+            else:
+                for _, inner in compat.subprograms(eqn):
+                    yield from programs(compat.parts(inner)[0])
+
+    found = list(programs(jax.make_jaxpr(lambda x, w, s: one(x, w, s) + one(x, w, s))(x, w, s).jaxpr))
+    assert len(found) == 2 and found[0] is found[1]
