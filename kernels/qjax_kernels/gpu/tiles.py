@@ -144,7 +144,7 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
     Example:
       >>> weight_only_tiles(1, 28672, 8192, 4).few_rows, weight_only_tiles(16, 4096, 4096, 4).split_k
-      (True, 4)
+      (True, 8)
     """
     block_m = max(8, math.ceil(m / 8) * 8)
     packed = bits == 4
