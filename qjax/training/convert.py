@@ -92,11 +92,22 @@ def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
         if isinstance(w, (QTensor, jax.ShapeDtypeStruct)):
             raise TypeError(f"`params` leaf {path!r} is a {type(w).__name__}: give the trained float parameters")
         check_finite(w, path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in (quant or {}).items() if k not in ("step", "seed")}):
+        _check_learned(jax.tree_util.keystr(path), path[-1].key, np.asarray(leaf))
     trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
     last = max((train.ends for train in trains), default=0)
     if last and float(quant["step"]) < last:
         raise ValueError(f"`quant` is at step {float(quant['step']):g}, and its schedule rounds everything to the bits of the policy from "
                          f"step {last} on: train on (quant = fq.advance(quant) after each update)")  # fmt: skip
+
+
+def _check_learned(name: str, kind: str, value: np.ndarray) -> None:
+    """Training that ran away leaves numbers that no grid has."""
+    positive = kind in ("scale", "alpha")
+    wrong = ~np.isfinite(value) | (positive & (value < 0))
+    if wrong.any():
+        raise ValueError(f"`quant`{name} holds {value[wrong].flat[0]:g}; a {kind} is a {'positive' if positive else 'finite'} number: "
+                         'train with a lower rate for what `fq.labels` calls "learned", or begin again with `init`')  # fmt: skip
 
 
 def _folded(plan: Planned, leaves: Sequence[Any]) -> tuple[list[Any], dict[int, tuple[str, ...]]]:

@@ -202,7 +202,9 @@ class FakeQuant:
         streams = [(self.programs(a), a.inputs) for a in arguments]
         check_numbers(streams, "the range of static activations")
         check_same_sites(streams)
-        return self._calibrated(quant, planned(streams[0][0], self.policy, self.folds), params, streams)
+        plan = planned(streams[0][0], self.policy, self.folds)
+        check(quant, plan, calibrated=False)
+        return self._calibrated(quant, plan, params, streams)
 
     def _calibrated(self, quant: Quant, plan: Planned, params: Any, streams: Any) -> Quant:
         weights = split_arguments(_weights(plan, params, quant), (), {}).params

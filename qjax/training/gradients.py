@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -29,6 +30,8 @@ def check_gradient(act: Any) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rounded_gradient(y: jax.Array, key: jax.Array, act: ActSpec, axes: tuple[int, ...]) -> jax.Array:
     """`y`; backward g becomes floor(g / s + u) s with u uniform in 0 .. 1, whose mean over draws is g; floats round to nearest.
+
+    s = max |g| / q_max whatever the `scale_rule` of the spec: nothing is clipped.
 
     Args:
       y: the result of a product, floating, any shape.
@@ -61,7 +64,8 @@ def _forward(y: jax.Array, key: jax.Array, act: ActSpec, axes: tuple[int, ...]) 
 def _backward(act: ActSpec, axes: tuple[int, ...], key: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
     if act.is_float:
         return round_activation(g, act, axes), None
-    spec: Any = act.spec
+    # The whole range: ends half a step beyond the codes would be clipped, and what is clipped has another mean.
+    spec: Any = dataclasses.replace(act.spec, scale_rule="full")  # pyright: ignore[reportArgumentType]  # integers, by `check_gradient`
     wide = g.astype(jnp.float32)
     moved = jnp.moveaxis(wide, axes, range(-len(axes), 0))
     scale, _ = affine_params(moved.reshape(*moved.shape[: g.ndim - len(axes)], -1), spec)

@@ -9,6 +9,7 @@ gradient 0. The seed is two whole numbers below 2^24, which float32 holds, as it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -205,15 +206,14 @@ def _of_parameter(trained: Trained, states: Mapping[Key, Any], lengths: Mapping[
     seen = [states[site.key][0] for site in trained.sites]
     found = [_by_turn(lambda s: estimator.from_data(s, act), state, len(n)) for state, n in zip(seen, turns, strict=True)]
     parts = {name: [each[name] for each in found] for name in found[0]}
-    return {name: _known(of_leaf(each, trained.leaf, trained.sites, turns, name in LEAST), name) for name, each in parts.items()}
+    return _known({name: of_leaf(each, trained.leaf, trained.sites, turns, name in LEAST) for name, each in parts.items()})
 
 
 def _of_product(choice: ProductChoice, states: Any) -> dict[str, Learned]:
     estimator, found = training_of(choice.rule).activation, {}
     for side, act, state in zip(_SIDES, choice.operands or (), states, strict=True):
         if state is not None:
-            each = _by_turn(lambda s, act=act: estimator.from_data(s, act), state[0], len(choice.product.turns))
-            found[side] = {name: _known(value, name) for name, value in each.items()}
+            found[side] = _known(_by_turn(lambda s, act=act: estimator.from_data(s, act), state[0], len(choice.product.turns)))
     return found
 
 
@@ -223,12 +223,15 @@ def _by_turn(f: Callable[[Any], Learned], state: Any, depth: int) -> Learned:
     return f(state)
 
 
-def _known(value: jax.Array, name: str) -> jax.Array:
-    """What no data reached gets the widest range of the others, or 1."""
-    if name in LEAST:
-        return value.astype(jnp.float32)
-    widest = jnp.max(value)
-    return jnp.where(value > 0, value, jnp.where(widest > 0, widest, 1.0)).astype(jnp.float32)
+def _known(found: Learned) -> Learned:
+    """What no data reached gets the widest range of the others, or 1: all of its numbers are 0. A range may well end at 0."""
+    reached = functools.reduce(jnp.logical_or, (value != 0 for value in found.values()))
+
+    def known(value: jax.Array) -> jax.Array:
+        widest = jnp.max(value)
+        return jnp.where(reached, value, jnp.where(widest > 0, widest, 1.0))
+
+    return {name: (value if name in LEAST else known(value)).astype(jnp.float32) for name, value in found.items()}
 
 
 def site_number(program: Program, site: Site) -> int:

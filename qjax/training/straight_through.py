@@ -82,6 +82,8 @@ def _straight_through_jvp(
 def straight_through_activation(x: Any, act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...] = ()) -> jax.Array:
     """Returns activations rounded with ranges of their own, with the gradient of the identity: such ranges clip nothing.
 
+    But for unsigned symmetric ones, which begin at 0: negative values have no gradient.
+
     Args:
       x: floating, any shape.
       act: a dynamic `ActSpec`.
@@ -104,7 +106,19 @@ def straight_through_activation(x: Any, act: ActSpec, axes: tuple[int, ...], row
 def _straight_through_activation_jvp(
     act: ActSpec, axes: tuple[int, ...], rows: tuple[int, ...], primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
-    return straight_through_activation(primals[0], act, axes, rows), tangents[0]
+    (x,), (t,) = primals, tangents
+    value = straight_through_activation(x, act, axes, rows)
+    return value, jnp.where(_below(x, value, act.spec), jnp.zeros_like(t), t) if _unsigned(act.spec) else t
+
+
+def _unsigned(spec: Spec) -> bool:
+    """Whether the range of the data is cut at 0."""
+    return isinstance(spec, IntSpec) and spec.symmetric and not spec.signed
+
+
+def _below(x: jax.Array, value: jax.Array, spec: Spec) -> jax.Array:
+    """Where a range that begins at 0 clips; outlier columns, which are not rounded, are not clipped."""
+    return (x < 0) & (value >= 0) if _unsigned(spec) else jnp.zeros(x.shape, bool)
 
 
 def straight_through_at(x: jax.Array, act: ActSpec, axes: tuple[int, ...], moment: Moment) -> jax.Array:
@@ -132,7 +146,7 @@ def straight_through_at(x: jax.Array, act: ActSpec, axes: tuple[int, ...], momen
     shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
     scale, zero_point = scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
     value = affine_decode(affine_encode(fixed, scale, zero_point, now), scale, zero_point).astype(x.dtype)
-    return with_gradient(x, value, jnp.ones(x.shape, bool))
+    return with_gradient(x, value, ~_below(x, value, act.spec))
 
 
 @jax.custom_vjp
@@ -309,8 +323,9 @@ def ste(gradient: Gradient = "clipped", slope: float = 0.0, rounding: Literal["n
         never is.
       slope: how much the gradient of a value is larger where it moves the value on towards where it was rounded from; 0 does not
         scale. Under it only reverse mode works.
-      rounding: "nearest", or "stochastic": floor(x / s + u) with u uniform in 0 .. 1, so that the mean over draws is x. The packed model
-        rounds to nearest.
+      rounding: "nearest", or "stochastic": floor(x / s + u) with u uniform in 0 .. 1, so that the mean over draws is x; but for what a
+        range clips, which under `scale_rule="half"` is the top half step: take "full" where the mean counts. The packed model rounds to
+        nearest.
 
     Returns:
       An estimator for `Rule(train=...)`.

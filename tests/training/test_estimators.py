@@ -13,7 +13,7 @@ from qjax.training.estimator import Moment
 from qjax.training.gradients import rounded_gradient
 from qjax.training.lsq import LearnedStep, learned_round
 from qjax.training.pact import clipped_round
-from qjax.training.straight_through import StraightThrough
+from qjax.training.straight_through import StraightThrough, straight_through_activation, straight_through_at
 from tests.program.cases import normal
 
 W = np.asarray(normal(12, 3), np.float64)
@@ -123,6 +123,14 @@ def test_clipped_and_passed_differ_where_a_range_ends():
         assert np.any(np.asarray(got) == 0) == (gradient == "clipped")
 
 
+def test_activations_below_an_unsigned_range_have_no_gradient():
+    act, x = qjax.dynamic(IntSpec(4, signed=False, symmetric=True)), jnp.float32([[-1, -0.5, 0.5, 2]])
+    value, back = jax.vjp(lambda x: straight_through_activation(x, act, (1,)), x)
+    assert not value[0, :2].any() and back(jnp.ones_like(x))[0].tolist() == [[0, 0, 1, 1]]
+    at = jax.grad(lambda x: straight_through_at(x, act, (1,), Moment(bits=jnp.int32(4))).sum())(x)
+    assert at.tolist() == [[0, 0, 1, 1]]
+
+
 def test_random_rounding_has_the_mean_and_stays_on_the_grid():
     spec = qjax.int3(scale_rule="full")
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -135,8 +143,9 @@ def test_random_rounding_has_the_mean_and_stays_on_the_grid():
     assert not np.any(zero)
 
 
-def test_rounded_gradients_have_the_mean():
-    act, g = qjax.dynamic(qjax.int4(scale_rule="full")), jnp.float32(G)
+@pytest.mark.parametrize("rule", ["full", "half"])
+def test_rounded_gradients_have_the_mean(rule):
+    act, g = qjax.dynamic(qjax.int4(scale_rule=rule)), jnp.float32(G)
     back = lambda key: jax.vjp(lambda y: rounded_gradient(y, key, act, (1,)), g)[1](g)[0]  # noqa: E731
     many = jax.vmap(back)(jax.random.split(jax.random.key(0), 4000))
     step = np.abs(G).max(1, keepdims=True) / 7

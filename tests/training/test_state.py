@@ -136,6 +136,39 @@ def test_static_ranges_without_training_are_those_of_quantize():
     chex.assert_trees_all_close(jax.tree.leaves(ours), jax.tree.leaves(theirs), rtol=1e-6)
 
 
+def test_ranges_that_end_at_zero_are_those_of_quantize():
+    """Inputs that are never positive have a largest value of 0: a range, not a lack of data; layers of a scan each their own."""
+    policy = Policy([Rule("*", weight=qjax.int8(), activation=qjax.static(qjax.uint8()))])
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda x, w: (-jax.nn.relu(x @ w) * 0.1, None), x, p["w"])[0]
+
+    stacked = {"w": jnp.stack([normal(8, 8, seed=i) for i in range(3)])}
+    for fn, params, x in ((lambda p, x: x @ p["w"], {"w": DENSE["a"]}, -jnp.abs(X) * 0.02), (scanned, stacked, X)):
+        fq = qjax.fake_quant(fn, policy)
+        quant = fq.init(jax.random.key(0), params, x)
+        theirs = qjax.quantize(fn, params, policy, [x]).params
+        ours = qjax.convert(fq, params, x, quant=quant).params
+        chex.assert_trees_all_close(jax.tree.leaves(ours), jax.tree.leaves(theirs), rtol=1e-6)
+        np.testing.assert_allclose(fq(params, x, quant=quant), jax.jit(qjax.quantized(fn))(theirs, x), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "says"), [(jnp.nan, "holds nan"), (-0.1, "holds -0.1; a scale is a positive number")])
+def test_learned_scales_that_ran_away_are_not_packed(value, says):
+    fq = qjax.fake_quant(dense, Policy([Rule("*", weight=qjax.int4(), train=qjax.lsq("extremes"))]))
+    quant = fq.init(jax.random.key(0), DENSE, X)
+    gone = jax.tree_util.tree_map_with_path(lambda path, a: a.at[..., 0].set(value) if path[-1].key == "scale" else a, quant)
+    with pytest.raises(ValueError, match=says):
+        qjax.convert(fq, DENSE, X, quant=gone)
+
+
+def test_ranges_are_not_calibrated_into_another_state():
+    fq = qjax.fake_quant(dense, Policy([Rule("*", weight=qjax.int4(), activation=qjax.static(qjax.uint8()))]))
+    for quant in ({}, None):
+        with pytest.raises(ValueError, match="`quant`"):
+            fq.calibrate(quant, DENSE, [X])
+
+
 def test_schedules_move_without_compiling_again():
     plan = qjax.schedule(weights=1, activations=2, freeze=4, bits=((0, 8), (3, 2)))
     rule = Rule("*", weight=qjax.int2(), activation=qjax.static(INT8), train=qjax.qat(qjax.lsq("extremes"), qjax.lsq(), schedule=plan))
