@@ -143,13 +143,15 @@ def show(losses):
         if not rounded:
             continue
         best = min(rounded, key=lambda name: losses[name][::2].mean())
-        lost = ppl[best] - ppl["float"]
+        lost, control = ppl[best] - ppl["float"], ppl.get(f"{best} {CONTROL}")
         print(f"\n## {spec}: the best after training is {best.removeprefix(f'{spec}, ')}\n")
         print("| | perplexity | of the lost perplexity recovered | ratio to the best after training |\n|---|---|---|---|")
         for name in names:
-            won = f"{100 * (1 - (ppl[name] - ppl['float']) / lost):.0f} %" if "QAT" in name else ""
-            if "QAT" in name and (control := ppl.get(f"{best} {CONTROL}")) is not None:
-                won += f"; beside the distilled float and its rounding {100 * (control - ppl[name]) / (control - ppl[FURTHER]):.0f} %"
+            won = ""
+            if "QAT" in name:
+                won = f"{100 * (1 - (ppl[name] - ppl['float']) / lost):.0f} %"
+                if control is not None:
+                    won += f"; beside the distilled float and its rounding {100 * (control - ppl[name]) / (control - ppl[FURTHER]):.0f} %"
             interval = paired_bootstrap(second[best], second[name])
             ratio = f"{np.exp(interval.low):.4f} .. {np.exp(interval.high):.4f}" if name != best else ""
             print(f"| {name.removeprefix(f'{spec}, ')} | {ppl[name]:.3f} | {won} | {ratio} |")

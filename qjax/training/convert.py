@@ -48,7 +48,8 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     Raises:
       TypeError: `fq` is something else; numbers are traced.
       ValueError: the state is missing, of another policy, without ranges, or at a step before its schedule rounds everything; a weight
-        holds NaN or infinity; a channel that a batch norm multiplies by nothing is packed by a spec that has no zero.
+        or the state holds NaN or infinity, or a learned scale is negative; a channel that a batch norm multiplies by nothing is packed
+        by a spec that has no zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax

@@ -108,17 +108,13 @@ def _straight_through_activation_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     (x,), (t,) = primals, tangents
     value = straight_through_activation(x, act, axes, rows)
-    return value, jnp.where(_below(x, value, act.spec), jnp.zeros_like(t), t) if _unsigned(act.spec) else t
-
-
-def _unsigned(spec: Spec) -> bool:
-    """Whether the range of the data is cut at 0."""
-    return isinstance(spec, IntSpec) and spec.symmetric and not spec.signed
+    return value, jnp.where(_below(x, value, act.spec), jnp.zeros_like(t), t)
 
 
 def _below(x: jax.Array, value: jax.Array, spec: Spec) -> jax.Array:
     """Where a range that begins at 0 clips; outlier columns, which are not rounded, are not clipped."""
-    return (x < 0) & (value >= 0) if _unsigned(spec) else jnp.zeros(x.shape, bool)
+    unsigned = isinstance(spec, IntSpec) and spec.symmetric and not spec.signed
+    return (x < 0) & (value >= 0) if unsigned else jnp.zeros(x.shape, bool)
 
 
 def straight_through_at(x: jax.Array, act: ActSpec, axes: tuple[int, ...], moment: Moment) -> jax.Array:
