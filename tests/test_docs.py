@@ -1,7 +1,9 @@
 """The examples in docstrings and the README run, and the README prints what it says."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import pathlib
 import pkgutil
 import re
@@ -43,6 +45,47 @@ def test_what_the_page_on_choosing_names_is_there():
     text = (ROOT / "docs/choosing.md").read_text()
     calls = {name for line in re.findall(r"`([^`\n]+)`", text) for name in re.findall(r"([a-z_0-9]+)\(", line)}
     assert "autoround" in calls and not {name for name in calls if not hasattr(qjax, name)}
+
+
+def sections(page: str) -> dict[str, str]:
+    """What stands under each `## ` of a page, by its title; "" is what stands before the first."""
+    first, *rest = re.split(r"(?m)^## ", (ROOT / page).read_text())
+    return {"": first} | {title: text for title, _, text in (part.partition("\n") for part in rest)}
+
+
+def differs(printed: str, page: str) -> bool:
+    """Whether an output is not the page's: words and whole numbers are the same, decimals near (machines sum in different orders)."""
+    decimal = r"-?\d+\.\d+"
+    near = [float(a) == pytest.approx(float(b), rel=0.05, abs=0.005) for a, b in zip(*(re.findall(decimal, s) for s in (printed, page)), strict=False)]
+    return re.sub(decimal, "#", printed) != re.sub(decimal, "#", page) or not all(near)
+
+
+def run_printed(text: str, scope: dict) -> int:
+    """Runs blocks in order and holds what each prints to the output that stands under it; returns how many outputs there were."""
+    found = re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", text, re.DOTALL)
+    for code, page in found:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "training.md", "exec"), scope)
+        assert not differs(printed.getvalue(), page), f"printed\n{printed.getvalue()}and the page says\n{page}"
+    return sum(bool(page) for _, page in found)
+
+
+def test_a_page_that_prints_something_else_is_found():
+    assert not differs("2.12 nats, 3 of 4 steps\n", "2.09 nats, 3 of 4 steps\n")
+    assert differs("2.12 nats, 3 steps\n", "2.12 nats, 4 steps\n") and differs("2.12 nats\n", "1.90 nats\n")
+    assert differs("True\n", "False\n") and differs("2.1 2.1\n", "2.1\n") and differs("more\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", list(sections("docs/training.md"))[1:])
+def test_the_page_on_training_prints_what_it_says(title, tmp_path, monkeypatch):
+    """Every section runs after the first block alone."""
+    monkeypatch.chdir(tmp_path)
+    page, scope = sections("docs/training.md"), {}
+    assert run_printed(page[""], scope) == 1
+    assert run_printed(page[title], scope) >= 1
+    assert scope.get("agree", 1.0) > 0.99
 
 
 @pytest.mark.slow
