@@ -189,7 +189,7 @@ def fake_quant(model: nn.Module, policy: Policy, folds: BatchNormFolds | None = 
       >>> model, x = qjax.linen.fake_quant(nn.Dense(4), qjax.Policy([rule])), jnp.ones((1, 8))
       >>> variables = qjax.linen.begin(model, jax.random.key(0), model.init(jax.random.key(1), x), x)
       >>> jax.tree.map(jnp.shape, variables["quant"]["state"])
-      {'activations': {'kernel': {'scale': (1, 1)}}, 'weights': {'kernel': {'scale': (4, 1)}}}
+      {'activations': {'kernel': {'scale': (1, 1)}}, 'policy': {'x...': ()}, 'weights': {'kernel': {'scale': (4, 1)}}}
       >>> model.apply(variables, x).shape, str(qjax.linen.convert(model, variables, x).params["params"]["kernel"].spec)
       ((1, 4), 'int4(per="channel")')
     """

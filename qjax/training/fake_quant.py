@@ -108,8 +108,9 @@ class FakeQuant:
         """Returns the state of the quantizers, to be passed as `quant=` and trained beside the parameters.
 
         It holds learned scales by the parameter's path, the ranges of static activations, and, with a schedule or random rounding, the
-        step and a seed: a tree of float32 arrays, to be trained, saved, stacked and sharded as any other. Rounding to nearest
-        with ranges from the extreme values has none: the state is an empty tree.
+        step and a seed: a tree of float32 arrays, to be trained, saved, stacked and sharded as any other. The name of an entry of it says
+        of which policy it is, and with another one it is refused. Rounding to nearest with ranges from the extreme values has none: the
+        state is an empty tree.
 
         Args:
           key: a random key, for the seed.
@@ -307,7 +308,7 @@ def fake_quant(
       >>> quant = fq.init(jax.random.key(0), params, jnp.eye(2))
       >>> by_params, by_quant = jax.grad(lambda p, q: fq(p, jnp.ones((1, 2)), quant=q).sum(), argnums=(0, 1))(params, quant)
       >>> jax.tree.map(jnp.shape, by_quant)
-      {'activations': {'w': {'scale': (1, 1)}}, 'weights': {'w': {'scale': (1, 1)}}}
+      {'activations': {'w': {'scale': (1, 1)}}, 'policy': {'x...': ()}, 'weights': {'w': {'scale': (1, 1)}}}
 
     Source: Bengio et al., arXiv 1308.3432; Jacob et al., arXiv 1712.05877; see also the estimators.
     """

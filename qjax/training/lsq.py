@@ -285,8 +285,8 @@ def lsq(start: Literal["mean", "extremes", "mse"] = "mean") -> LearnedStep:
       >>> fq = qjax.fake_quant(lambda p, x: x @ p["w"], policy)
       >>> params, x = {"w": jnp.linspace(-1, 1, 8).reshape(4, 2)}, jnp.ones((1, 4))
       >>> quant = fq.init(jax.random.key(0), params, x)
-      >>> jax.tree.map(jnp.shape, quant), fq.labels(quant)
-      ({'weights': {'w': {'scale': (2, 1)}}}, {'weights': {'w': {'scale': 'learned'}}})
+      >>> jax.tree.map(jnp.shape, quant["weights"]), fq.labels(quant)["weights"]
+      ({'w': {'scale': (2, 1)}}, {'w': {'scale': 'learned'}})
 
     Source: LSQ (Esser et al. 2020, arXiv 1902.08153); LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576). There one scale a layer, of n weights;
     here one for each block that the spec says, of the weights in it.

@@ -11,7 +11,7 @@ import jax
 from qjax.calibration import why_no_rows, why_not_observed
 from qjax.core import ActSpec, OnlineRotation, Spec
 from qjax.graph import BatchNormFolds
-from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs
+from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs, Rule
 from qjax.program import Key, Leaf, Program, Site
 from qjax.ptq.method import Problem, methods_of
 from qjax.training.folding import Folding, folding
@@ -66,6 +66,7 @@ class Planned:
       choices: all that the policy decided.
       caches: the caches that are rounded where they are read.
       folding: the weights that are rounded with the batch norm behind them folded.
+      rules: those of the policy.
     """
 
     program: Program
@@ -74,6 +75,7 @@ class Planned:
     choices: tuple[Choice, ...]
     caches: tuple[CacheChoice, ...] = ()
     folding: Folding | None = None
+    rules: tuple[Rule, ...] = ()
 
     @property
     def steps(self) -> bool:
@@ -114,7 +116,8 @@ def planned(program: Program, policy: Policy, folds: BatchNormFolds | None = Non
             raise ValueError(f"the static ranges of {choice.product.name!r} cannot be found: {reason}; make them qjax.dynamic(...)")
     # A program that takes no cache trains without: rules for caches count where one is.
     named = policy.resolve_caches(program) if program.caches and any(rule.is_cache for rule in policy.rules) else ()
-    return Planned(program, weights, products, choices, tuple(named), None if folds is None else folding(folds, program, weights))
+    folded = None if folds is None else folding(folds, program, weights)
+    return Planned(program, weights, products, choices, tuple(named), folded, policy.rules)
 
 
 def _check_site(site: Site, trained: Trained) -> None:

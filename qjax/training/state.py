@@ -1,10 +1,13 @@
 """The state of quantizers: learned numbers, ranges, the step and a seed, as one tree of float32 arrays.
 
     {"weights": {path: {name: array}}, "activations": {path: {name: array}}, "products": {name: {"left": .., "right": ..}},
-     "step": float32, "seed": float32 (2,)}
+     "step": float32, "seed": float32 (2,), "policy": {fingerprint: float32}}
 
 Entries without anything in them are left out. All is float32, so that `jax.grad` takes the whole tree: what does not train has the
 gradient 0. The seed is two whole numbers below 2^24, which float32 holds, as it holds steps.
+
+The name of the one entry of "policy" is the `fingerprint` of what is rounded and how it trains; its number is 0. So the structure of a
+state says whose it is: it is known while tracing, and goes where the numbers go. A state without numbers has none: {}.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from qjax.core import ActSpec
 from qjax.policy import ProductChoice
 from qjax.program import Key, Program, Site
 from qjax.training.estimator import Learned, Moment
+from qjax.training.fingerprint import fingerprint
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
 from qjax.training.side_state import of_leaf, range_shape
@@ -48,7 +52,8 @@ def begin(plan: Planned, key: jax.Array, params: Sequence[Any], known: Mapping[s
     if plan.steps:
         state["step"] = jnp.float32(0)
         state["seed"] = jax.random.randint(key, (2,), 0, 2**24).astype(jnp.float32)
-    return {name: value for name, value in state.items() if not isinstance(value, dict) or value}
+    state = {name: value for name, value in state.items() if not isinstance(value, dict) or value}
+    return state | ({"policy": {fingerprint(plan): jnp.float32(0)}} if state else {})
 
 
 def shapes(plan: Planned) -> Quant:
@@ -88,18 +93,37 @@ def check(quant: Any, plan: Planned, calibrated: bool = True) -> None:
     if want and quant is None:
         raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass "
                          "quant=fq.init(key, params, *args), or give a module its state by qjax.linen.begin or qjax.nnx.begin")  # fmt: skip
-    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
-    wanted = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(want)}
-    other = [name for name in flat.keys() | wanted.keys() if getattr(flat.get(name), "shape", 0) != getattr(wanted.get(name), "shape", 1)]
+    flat, wanted = _by_name(given), _by_name(want)
+    other = sorted(name for name in flat.keys() | wanted.keys() if _shape(flat.get(name)) != _shape(wanted.get(name)))
     if other or jax.tree.structure(given) != jax.tree.structure(want):
-        what = ", ".join(sorted(other)[:3]) or "its structure"
-        raise ValueError(f"`quant` must be what `init` gave for this policy and these parameters, it differs in {what}: "
-                         "a policy cannot change between steps; call init again")  # fmt: skip
+        raise ValueError(_difference(given, want, other))
     for name, leaf in flat.items():
         if leaf.dtype != jnp.float32:
             raise TypeError(f"`quant`{name} must be float32, got {leaf.dtype}: keep the state in the dtype that `init` gives")
     if calibrated:
         check_calibrated(given)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _shape(leaf: Any) -> Any:
+    return None if leaf is None else getattr(leaf, "shape", type(leaf))
+
+
+def _difference(given: Any, want: Quant, other: Sequence[str]) -> str:
+    """Says how a state differs from the one that is wanted, in the entries `other`, and what to do."""
+    entries = [name for name in other if not name.startswith("['policy']")]
+    named = f"it differs in {', '.join((entries or other)[:3])}" if other else "it has another structure"
+    theirs = given.get("policy") if isinstance(given, Mapping) else None
+    if theirs and theirs.keys() != want.get("policy", {}).keys():
+        how = named if entries else "what it rounds, to what, or how that trains is not what `init` was given"
+        return (f"`quant` is of another policy: {how}. A policy cannot change between steps: call init again; what was learned is in "
+                "quant['weights'] and quant['activations'] by path, to be put into the state that init gives for the new policy (or begin "
+                "with fq.from_packed)")  # fmt: skip
+    return (f"`quant` must be what `init` gave for this policy and these parameters, {named}: a policy "
+            "cannot change between steps; call init again")  # fmt: skip
 
 
 def check_calibrated(quant: Quant) -> None:
