@@ -235,7 +235,7 @@ def advance(model: Any) -> None:
     """
     quant = _state(model)
     if quant is not None and "step" in quant:
-        model.quant.step[...] = next_state(quant)["step"]
+        nnx.update(model.quant, nnx.state(_variables(next_state(quant), labels(quant))))
 
 
 def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:

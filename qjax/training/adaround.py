@@ -15,6 +15,7 @@ from qjax.core.specs import check_flag
 from qjax.ptq.method import Problem
 from qjax.ptq.range_search import search_range
 from qjax.training.estimator import Learned, Moment
+from qjax.training.freezing import standing
 from qjax.training.schedule import Schedule
 
 HIGH, LOW = 1.1, -0.1  # how far the sigmoid is stretched, so that 0 and 1 are reached
@@ -72,6 +73,10 @@ class AdaRound:
     @property
     def random(self) -> bool:
         return False
+
+    @property
+    def learns(self) -> bool:
+        return True
 
     def refusal(self, spec: Spec) -> str:
         if not isinstance(spec, IntSpec) or spec.by_mean or spec.float_zero:
@@ -136,12 +141,13 @@ def adaround(mse: bool = True) -> AdaRound:
 
     V begins where h(V) is the fraction of w / s, so that only what lies outside of the codes is moved at first. It is trained by optax
     beside the other learned numbers of the state (`fq.labels`), with a penalty in the loss that pushes h to 0 or 1
-    (`qjax.training.rounding_penalty`). From the
-    step `freeze` of the schedule on h is 1 where V >= 0 and else 0, in the same compiled program, and so is it packed. The grid is that of
-    the weights at `init` and stays. The gradient passes straight through to the weights, too; to learn the rounding alone, as the paper
-    does, leave them out of the optimizer (`optax.set_to_zero`). A weight of zero stays zero.
+    (`qjax.training.rounding_penalty`). From the step `freeze` of the schedule on V stands still and h is 1 where V >= 0 and else 0, in the
+    same compiled program, and so is it packed. The grid is that of the weights at `init` and stays. The gradient passes straight through to
+    the weights, too; to learn the rounding alone, as the paper does, leave them out of the optimizer (`optax.set_to_zero`). A weight of
+    zero stays zero.
 
-    The state has a float32 number for each weight; `qjax.autoround` learns such numbers after training, block by block.
+    The state has two float32 numbers for each weight, V and the copy that will stand still; `qjax.autoround` learns such numbers after
+    training, block by block.
 
     Args:
       mse: the grid of least squared error (`qjax.rtn(mse=True)`); False: of the extreme values.
@@ -195,7 +201,7 @@ def rounding_penalty(quant: Any, steps: int, warmup: float = 0.2, beta: tuple[fl
 
     Source: AdaRound (Nagel et al. 2020, arXiv 2004.10568), eq. 24 and section 4, settings of its experiments.
     """
-    learned = [each["rounding"] for each in quant.get("weights", {}).values() if "rounding" in each]
+    learned = [each["rounding"] for each in standing(quant).get("weights", {}).values() if "rounding" in each]
     if not learned:
         raise ValueError("`quant` has no learned rounding: give a rule train=qjax.qat(qjax.adaround(), schedule=qjax.schedule(freeze=...))")
     if not steps > 0 or not 0 <= warmup < 1:

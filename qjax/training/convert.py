@@ -20,6 +20,7 @@ from qjax.ptq.products import product_row
 from qjax.ptq.quantize import Result, cache_notes, describe
 from qjax.runtime.rotation import rotate_axes
 from qjax.training.fake_quant import FakeQuant
+from qjax.training.freezing import standing
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import training_of
 from qjax.training.side_state import whole_ranges
@@ -30,7 +31,8 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     """Packs what was trained: the weights of the result are those that `fq` computes with, bit for bit.
 
     Learned scales and offsets become the scales and zero points of the packed weights; learned and static ranges of activations become
-    those of their integer products. Random rounding becomes rounding to nearest. No data is read.
+    those of their integer products; what a schedule has frozen is packed as it was then. Random rounding becomes rounding to nearest. No
+    data is read.
 
     The weights of `folds` are folded first: packed is Q(f W), their batch norms multiply by one, and a bias, or beta, holds the shift. Run
     the result with the function in evaluation.
@@ -69,7 +71,7 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     arguments = split_arguments(params, args, kwargs)
     plan = fq.plan(params, *args, **kwargs)
     check(quant, plan)
-    state = quant or {}
+    state = standing(quant or {})  # what an update did to frozen numbers does not count, as in the function
     _check_numbers(plan, arguments.params, state)
     flat, notes = _folded(plan, arguments.params)
     done = {i: (_packed(flat[i], trained, state), (*trained.notes, *notes.get(i, ()))) for i, trained in plan.weights.items()}
@@ -93,7 +95,7 @@ def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
         if isinstance(w, (QTensor, jax.ShapeDtypeStruct)):
             raise TypeError(f"`params` leaf {path!r} is a {type(w).__name__}: give the trained float parameters")
         check_finite(w, path)
-    for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in (quant or {}).items() if k not in ("step", "seed")}):
+    for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in quant.items() if k not in ("step", "seed", "held")}):
         _check_learned(jax.tree_util.keystr(path), path[-1].key, np.asarray(leaf))
     trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]
     last = max((train.ends for train in trains), default=0)

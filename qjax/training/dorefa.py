@@ -36,6 +36,10 @@ class DoReFa:
     def random(self) -> bool:
         return False
 
+    @property
+    def learns(self) -> bool:
+        return False
+
     def refusal(self, spec: Spec) -> str:
         fits = isinstance(spec, IntSpec) and not spec.signed and spec.zero_dtype == spec.scale_dtype == "float32"
         if not (fits and isinstance(spec, IntSpec) and isinstance(spec.granularity, PerTensor | PerChannel)):

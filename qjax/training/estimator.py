@@ -13,6 +13,7 @@ from qjax.core.elements import power_of_two
 from qjax.ptq.method import Problem
 
 Learned = dict[str, jax.Array]
+LEARNED = ("scale", "offset", "alpha", "rounding")  # what of it an optimizer trains; other names are found once, or from data
 
 
 class Codes(NamedTuple):
@@ -29,7 +30,8 @@ class Moment(NamedTuple):
     Attributes:
       key: a random key of this site and step, or None where nothing is random.
       bits: int32, how many bits there are now; None: those of the spec.
-      frozen: bool, whether learned ranges stand still; None: they never do.
+      frozen: bool, whether ranges stand still; None: they never do. Learned numbers are held in front of an estimator; this is for what
+        it decides or tracks itself.
     """
 
     key: jax.Array | None = None
@@ -54,6 +56,11 @@ class WeightEstimator(Protocol):
     @property
     def random(self) -> bool:
         """Whether it needs a key."""
+        ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether what it learns is for an optimizer to train, by the names in `LEARNED`."""
         ...
 
     def refusal(self, spec: Spec) -> str:
@@ -89,6 +96,9 @@ class ActivationEstimator(Protocol):
 
     @property
     def random(self) -> bool: ...
+
+    @property
+    def learns(self) -> bool: ...
 
     def refusal_of_activation(self, act: ActSpec) -> str:
         """Why it cannot train activations of this spec, and what can; "" if it can."""
@@ -181,11 +191,6 @@ def _with_gradient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arra
     x, value, mask = primals
     t = tangents[0].astype(value.dtype)
     return with_gradient(x, value, mask), jnp.where(mask, t, jnp.zeros_like(t))
-
-
-def frozen_if(value: jax.Array, moment: Moment) -> jax.Array:
-    """A learned number, which has no gradient any more once ranges are frozen."""
-    return value if moment.frozen is None else jnp.where(moment.frozen, jax.lax.stop_gradient(value), value)
 
 
 def check_estimators(weight: Any, activation: Any, spec: Spec | None, activations: tuple[ActSpec, ...]) -> None:

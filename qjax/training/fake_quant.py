@@ -19,6 +19,7 @@ from qjax.policy import Policy, check_policy
 from qjax.program import ProgramCache, check_function, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.training.estimator import TracksRanges
+from qjax.training.freezing import recorded, standing
 from qjax.training.from_packed import adopted
 from qjax.training.planned import Planned, planned
 from qjax.training.qat import training_of
@@ -59,7 +60,7 @@ class FakeQuant:
     def __call__(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Any:
         plan = self.plan(params, *args, **kwargs)
         check(quant, plan)
-        return self._run(plan, quant or {}, False, params, args, kwargs)[0]
+        return self._run(plan, standing(quant or {}), False, params, args, kwargs)[0]
 
     def tracked(self, params: Any, *args: Any, quant: Quant, **kwargs: Any) -> tuple[Any, Quant]:
         """Computes as the function does, with ranges that follow the data (`qjax.moving_range`).
@@ -82,14 +83,14 @@ class FakeQuant:
             raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function "
                              "itself")  # fmt: skip
         check(quant, plan, calibrated=False)
-        return self._run(plan, quant, True, params, args, kwargs)
+        return self._run(plan, standing(quant), True, params, args, kwargs)
 
     def stepped(self, params: Any, *args: Any, quant: Quant | None, **kwargs: Any) -> tuple[Any, Quant]:
         """As `tracked`, and as the function itself where no range follows the data: what modules call."""
         plan = self.plan(params, *args, **kwargs)
         follows = quant is not None and _follows(plan)
         check(quant, plan, calibrated=not follows)
-        return self._run(plan, quant or {}, follows, params, args, kwargs)
+        return self._run(plan, standing(quant or {}), follows, params, args, kwargs)
 
     def _run(self, plan: Planned, quant: Quant, tracks: bool, params: Any, args: Any, kwargs: Any) -> tuple[Any, Quant]:
         weights = _weights(plan, params, quant)
@@ -194,7 +195,7 @@ class FakeQuant:
           batches: as for `qjax.quantize`.
 
         Returns:
-          A state; what weights have learned, step and seed are as they were.
+          A state; what weights have learned, step and seed are as they were. Ranges that a schedule has frozen are those of these data.
 
         Raises:
           ValueError: no data, other sites, NaN or infinity.
@@ -208,12 +209,16 @@ class FakeQuant:
         return self._calibrated(quant, plan, params, streams)
 
     def _calibrated(self, quant: Quant, plan: Planned, params: Any, streams: Any) -> Quant:
-        weights = split_arguments(_weights(plan, params, quant), (), {}).params
+        weights = split_arguments(_weights(plan, params, standing(quant)), (), {}).params
         found = ranges(plan, streams, weights)
-        return {name: found.get(name, value) for name, value in quant.items()}
+        return recorded({name: found.get(name, value) for name, value in quant.items()}, found)
 
     def advance(self, quant: Quant) -> Quant:
-        """Returns the state of the next step: schedules go on, and random rounding draws anew. Call it once after each update."""
+        """Returns the state of the next step: schedules go on, and random rounding draws anew. Call it once after each update.
+
+        What an update did to numbers that the `freeze` of a schedule holds is undone. They are held whether it is called or not: a step
+        computes with the copies in the state, and `qjax.convert` packs them.
+        """
         return advance(quant)
 
     def labels(self, quant: Quant) -> Any:
@@ -224,7 +229,7 @@ class FakeQuant:
         """Finds the sites, and returns the function that fake-quantizes a tree of parameters."""
         plan = self.plan(params, *args, **kwargs)
         check(quant, plan)
-        return lambda params: _weights(plan, params, quant or {})
+        return lambda params: _weights(plan, params, standing(quant or {}))
 
 
 def _follows(plan: Planned) -> bool:

@@ -29,7 +29,7 @@ from qjax.core.rounding import checked
 from qjax.core.specs import check_choice
 from qjax.ptq.method import Problem
 from qjax.ptq.range_search import search_range
-from qjax.training.estimator import Codes, Learned, Moment, at_bits, check_estimators, frozen_if
+from qjax.training.estimator import Codes, Learned, Moment, at_bits, check_estimators
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -188,6 +188,10 @@ class LearnedStep:
     def random(self) -> bool:
         return False
 
+    @property
+    def learns(self) -> bool:
+        return True
+
     def refusal(self, spec: Spec) -> str:
         if not isinstance(spec, IntSpec) or spec.by_mean:
             return f"lsq learns the scales of integers, got {spec}: take a spec such as qjax.int4(), or qjax.ste()"
@@ -253,8 +257,7 @@ class LearnedStep:
 def _at(x: jax.Array, learned: Learned, spec: Any, moment: Moment, count: int, place: Any) -> jax.Array:
     """`learned_round` with the grid of this step: with more bits than the spec's, the range stays and steps are finer."""
     now = at_bits(spec, moment)
-    scale = frozen_if(learned["scale"], moment)
-    offset = frozen_if(learned["offset"], moment) if "offset" in learned else None
+    scale, offset = learned["scale"], learned.get("offset")
     if moment.bits is not None:
         scale = scale * (spec.qmax - spec.qmin) / (now.qmax - now.qmin)
     factor = 1 / math.sqrt(count * spec.qmax)

@@ -39,6 +39,10 @@ class MovingRange:
     def random(self) -> bool:
         return False
 
+    @property
+    def learns(self) -> bool:
+        return False
+
     def refusal_of_activation(self, act: ActSpec) -> str:
         return _BASE.refusal_of_activation(act)
 

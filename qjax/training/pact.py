@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qjax.calibration import minmax
 from qjax.core import ActSpec, IntSpec, Spec, affine_decode, affine_encode, divide
 from qjax.core.affine import round_scale
-from qjax.training.estimator import Learned, Moment, at_bits, check_estimators, frozen_if
+from qjax.training.estimator import Learned, Moment, at_bits, check_estimators
 from qjax.training.straight_through import StraightThrough
 
 
@@ -97,7 +97,7 @@ class Clipped:
 
     def fake_activation(self, x: jax.Array, act: ActSpec, learned: Learned, moment: Moment, features: int) -> jax.Array:
         del features
-        alpha = frozen_if(learned["alpha"], moment) if self.learns else jax.lax.stop_gradient(learned["hi"])
+        alpha = learned["alpha"] if self.learns else jax.lax.stop_gradient(learned["hi"])
         now = at_bits(act.spec, moment)  # pyright: ignore[reportArgumentType]
         return clipped_round(x.astype(jnp.float32), alpha.reshape((1,) * x.ndim), now).astype(x.dtype)
 

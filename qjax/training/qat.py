@@ -7,7 +7,7 @@ from typing import Any
 
 from qjax.core import ActSpec, Spec
 from qjax.policy import Rule, TrainsBeside
-from qjax.training.estimator import ActivationEstimator, Decides, WeightEstimator, check_estimators
+from qjax.training.estimator import ActivationEstimator, Decides, TracksRanges, WeightEstimator, check_estimators
 from qjax.training.gradients import check_gradient
 from qjax.training.schedule import Schedule
 from qjax.training.straight_through import StraightThrough
@@ -57,12 +57,23 @@ class QAT:
         reasons += [self.schedule.refusal(act.spec, activation=True) for act in activations]
         if weight is not None and isinstance(self.weight, Decides):
             reasons.insert(0, self.weight.refusal_of_schedule(self.schedule))
+        reasons.append(self._nothing_to_freeze(weight, activations))
         for reason in filter(None, reasons):
             raise ValueError(f"`train`: {reason}")
         moves = self.schedule.activations or self.schedule.activation_bits
         if moves and any(not act.static and act.outliers is not None for act in activations):
             raise ValueError("`train`: activations with outlier columns cannot set in later or have other bits: leave "
                              "`activations` and `activation_bits` of the schedule out")
+
+    def _nothing_to_freeze(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> str:
+        """Why a freeze would change nothing; "" if it does, or there is none."""
+        moves = self.activation.learns or isinstance(self.activation, TracksRanges)
+        if self.schedule.freeze is None or (weight is not None and self.weight.learns) or (moves and any(a.static for a in activations)):
+            return ""
+        acts = [f"{act} by {self.activation.name}" for act in activations]
+        what = ", ".join([f"weights by {self.weight.name}"] * (weight is not None) + acts)
+        return (f"`freeze`={self.schedule.freeze} of the schedule has nothing to hold, for no range moves from step to step ({what}): "
+                "leave `freeze` out, or train with qjax.lsq(), or static activations with qjax.moving_range()")  # fmt: skip
 
 
 def qat(

@@ -84,7 +84,9 @@ def schedule(
     Args:
       weights: the step from which weights are rounded.
       activations: the step from which activations are.
-      freeze: the step from which learned ranges have no gradient; None: never.
+      freeze: the step from which learned and followed ranges stand still; None: never. In this step and all later ones they are, bit for
+        bit, what the updates of the steps before it have made of them, and 0 what they began with: they have no gradient, and what a
+        momentum or a decay of weights still adds to them does not count, and is undone by `fq.advance`.
       bits: how many bits weights have from a step on, ((0, 8), (500, 4)): the last are those of the spec. Under learned scales
         more bits divide the same range more finely.
       activation_bits: the same for the activations, dynamic, static or learned, and for the operands of a product of two.

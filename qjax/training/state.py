@@ -1,10 +1,11 @@
 """The state of quantizers: learned numbers, ranges, the step and a seed, as one tree of float32 arrays.
 
     {"weights": {path: {name: array}}, "activations": {path: {name: array}}, "products": {name: {"left": .., "right": ..}},
-     "step": float32, "seed": float32 (2,), "policy": {fingerprint: float32}}
+     "step": float32, "seed": float32 (2,), "held": {kind: {path: {name: array, "from": float32}}}, "policy": {fingerprint: float32}}
 
 Entries without anything in them are left out. All is float32, so that `jax.grad` takes the whole tree: what does not train has the
-gradient 0. The seed is two whole numbers below 2^24, which float32 holds, as it holds steps.
+gradient 0. The seed is two whole numbers below 2^24, which float32 holds, as it holds steps. "held" has the copies of what a schedule
+freezes, see `freezing`.
 
 The name of the one entry of "policy" is the `fingerprint` of what is rounded and how it trains; its number is 0. So the structure of a
 state says whose it is: it is known while tracing, and goes where the numbers go. A state without numbers has none: {}.
@@ -26,14 +27,14 @@ from qjax.calibration.observe import scan_lengths
 from qjax.core import ActSpec
 from qjax.policy import ProductChoice
 from qjax.program import Key, Program, Site
-from qjax.training.estimator import Learned, Moment
+from qjax.training.estimator import LEARNED, Learned, Moment
 from qjax.training.fingerprint import fingerprint
+from qjax.training.freezing import held, recorded, standing
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
 from qjax.training.side_state import of_leaf, range_shape
 
 Quant = dict[str, Any]
-LEARNED = ("scale", "offset", "alpha", "rounding")
 LEAST = ("lo", "offset")  # of these the smallest covers all
 _SIDES = ("left", "right")
 
@@ -52,6 +53,7 @@ def begin(plan: Planned, key: jax.Array, params: Sequence[Any], known: Mapping[s
     if plan.steps:
         state["step"] = jnp.float32(0)
         state["seed"] = jax.random.randint(key, (2,), 0, 2**24).astype(jnp.float32)
+        state["held"] = held(plan, state)
     state = {name: value for name, value in state.items() if not isinstance(value, dict) or value}
     return state | ({"policy": {fingerprint(plan): jnp.float32(0)}} if state else {})
 
@@ -139,12 +141,16 @@ def check_calibrated(quant: Quant) -> None:
 
 def labels(quant: Quant) -> Any:
     """"learned" or "fixed" for every array of a state, a tree for `optax.multi_transform`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "learned" if path[-1].key in LEARNED else "fixed", quant)
+
+    def label(path: Any, _: Any) -> str:
+        return "learned" if path[-1].key in LEARNED and path[0].key != "held" else "fixed"
+
+    return jax.tree_util.tree_map_with_path(label, quant)
 
 
 def advance(quant: Quant) -> Quant:
-    """The state of the next step."""
-    return {**quant, "step": quant["step"] + 1} if "step" in quant else dict(quant)
+    """The state of the next step: what is frozen is put back, and what is not is copied."""
+    return {**recorded(standing(quant)), "step": quant["step"] + 1} if "step" in quant else dict(quant)
 
 
 def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:

@@ -200,6 +200,10 @@ class StraightThrough:
     def random(self) -> bool:
         return self.rounding == "stochastic"
 
+    @property
+    def learns(self) -> bool:
+        return False
+
     def refusal(self, spec: Spec) -> str:
         if (self.random or self.slope) and not isinstance(spec, IntSpec):
             return f"`rounding`='stochastic' and `slope` are for integers, got {spec}: take qjax.ste() or a spec such as qjax.int4()"
