@@ -90,7 +90,7 @@ def qat(
       activation: of static activations: `qjax.ste()` (ranges from data, which do not train), `qjax.moving_range()`, `qjax.lsq()` or
         `qjax.pact()`. Dynamic activations find their ranges in every call, and pass the gradient straight through.
       gradient: what the gradient of a site's result is rounded to, stochastically, before it goes on to both products of the backward
-        pass, such as `qjax.dynamic(qjax.int8())`; floats, such as `qjax.dynamic(qjax.fp8_e5m2())`, to nearest; None leaves it float.
+        pass, such as `qjax.dynamic(qjax.int8())` or floats, `qjax.dynamic(qjax.fp8_e5m2())`; None leaves it float.
       schedule: when things set in, see `qjax.schedule`.
 
     Returns:

@@ -153,13 +153,33 @@ def test_rounded_gradients_have_the_mean(rule):
     np.testing.assert_allclose(many.mean(0), G, atol=4 * 0.5 * step.max() / np.sqrt(4000))
 
 
-def test_rounded_gradients_may_be_fp8():
-    """A scale for each row: the largest value becomes the largest of E5M2; the rest has two bits behind the point."""
-    act, g = qjax.dynamic(qjax.fp8_e5m2()), jnp.float32(G)
-    back = jax.vjp(lambda y: rounded_gradient(y, jax.random.key(0), act, (1,)), g)[1](g)[0]
-    scale = np.abs(np.float32(G)).max(1, keepdims=True) / np.float32(57344)
-    want = (np.float32(G) / scale).astype(jnp.float8_e5m2).astype(np.float32) * scale
-    np.testing.assert_allclose(back, want, rtol=1e-6)
+FLOATS = {
+    "e5m2": (qjax.fp8_e5m2(), jnp.float8_e5m2),
+    "e4m3": (qjax.fp8_e4m3(), jnp.float8_e4m3fn),
+    "a scale in 16 bit": (qjax.fp8_e5m2(scale_dtype="bfloat16"), jnp.float8_e5m2),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_rounded_gradients_in_fp8_have_the_mean_and_are_neighbours_on_the_grid(name):
+    """Magnitudes over all binades, in steps of a row's scale: normal ones, subnormal ones, below the smallest, the largest, zero."""
+    spec, dtype = FLOATS[name]
+    grid = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
+    grid = np.unique(grid[np.isfinite(grid)])
+    largest, least, normal_from = grid[-1], np.min(grid[grid > 0]), float(jnp.finfo(dtype).smallest_normal)
+    steps = [largest, largest * 0.93, 17.3, 1.1, 1.0, 0.3, 1.7 * normal_from, 0.7 * normal_from, 2.6 * least, 0.4 * least, 0.01 * least, 0]
+    steps = np.float32([*steps, *(-v for v in steps)])
+    g = steps * np.float32([[1.0], [2.0**-15]])  # two rows with a scale each, both powers of two: all below is exact
+    draws = 20_000
+    back = lambda key: jax.vjp(lambda y: rounded_gradient(y, key, qjax.dynamic(spec), (1,)), g)[1](jnp.asarray(g))[0]  # noqa: E731
+    many = np.asarray(jax.jit(jax.vmap(back))(jax.random.split(jax.random.key(0), draws)), np.float64) / [[1.0], [2.0**-15]]
+    steps = np.float64(steps)
+    below = grid[np.searchsorted(grid, steps, side="right") - 1]
+    above = grid[np.searchsorted(grid, steps, side="left")]
+    assert ((many == below) | (many == above)).all()
+    error = np.sqrt((above - steps) * (steps - below) / draws)  # the standard error of the mean; 0 for numbers of the grid
+    assert (np.abs(many.mean(0) - steps) <= 4.5 * error).all()
+    assert (many.std(0) > 0).sum() >= 2 * 16  # and it does draw: to nearest, most of these have another mean
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
