@@ -87,10 +87,9 @@ def why_not_float8(site: Site, spec: Any, act: ActSpec) -> str:
 
 def why_not(site: Site, spec: Any) -> str:
     """Says why a site's product cannot run on integers; "" if it can. Its activations are then rounded in front of a float product."""
-    if not isinstance(spec, IntSpec):
-        return f"{spec} has no integers"
-    if isinstance(spec.granularity, PerBlock):
-        return "a 2-D block of weights shares a scale"
+    reason = _why_no_integers(spec)
+    if reason:
+        return reason
     if site.op == "conv_general_dilated" and (not spec.symmetric or not spec.signed):
         return "a convolution with a zero point in its weights"
     if site.op == "conv_general_dilated" and isinstance(spec.granularity, PerGroup):
@@ -100,26 +99,61 @@ def why_not(site: Site, spec: Any) -> str:
     return ""
 
 
-def dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, operand: int) -> jax.Array | None:
-    """The `dot_general` of an equation on integers.
+def _why_no_integers(spec: Any) -> str:
+    if not isinstance(spec, IntSpec):
+        return f"{spec} has no integers"
+    return "a 2-D block of weights shares a scale" if isinstance(spec.granularity, PerBlock) else ""
 
-    None if the weight's flattened axes are not those that it contracts, or parts of it that meet the same rows want them in another form
-    each: divided, in order, on a grid.
+
+def why_no_product(site: Site, eqn: Any, q: QTensor, ndim: int) -> str:
+    """Says why an equation cannot multiply the codes of a weight as it arrives there, which a site does not tell; "" if it can.
+
+    Args:
+      site: where it stands.
+      eqn: the equation.
+      q: the weight, rearranged by the views on its way.
+      ndim: of the activation.
     """
+    if q.adapter_left is not None:
+        return "its low-rank part was not taken off"
+    if q.act is None:
+        return "its activations stay float"
+    reason = why_not_float8(site, q.spec, q.act) if q.act.is_float else _why_no_integers(q.spec)
+    if reason:
+        return reason
+    if site.op == "dot_general":
+        return _why_no_dot(eqn, q, site.operand)
+    return _why_no_conv(eqn, q, q.act) if site.op == "conv_general_dilated" else _why_no_ragged_dot(eqn, q, ndim)
+
+
+def _why_no_dot(eqn: Any, q: QTensor, operand: int) -> str:
     contract, batch = eqn.params["dimension_numbers"]
     flat = [a + q.ndim for a in q.axes]
     if sorted(flat) != sorted(contract[operand]):
-        return None
+        return "it contracts other axes than those that the codes run along"
+    places = _kept_places(q, batch[operand])
+    of_rows = [a for a in (q.input_scale, q.perm, q.act_scale) if a is not None]
+    if any(n != 1 for a in of_rows for i, n in enumerate(a.shape[:-1]) if i not in places):
+        return "parts of it that meet the same rows want them in another form each: divided, in order, on a grid"
+    return ""
+
+
+def _kept_places(q: QTensor, axes: Sequence[int]) -> list[int]:
+    """Where axes that a weight keeps stand among those."""
+    flat = [a + q.ndim for a in q.axes]
+    kept = [i for i in range(q.ndim) if i not in flat]
+    return [kept.index(axis) for axis in axes]
+
+
+def dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, operand: int) -> jax.Array:
+    """The `dot_general` of an equation on integers."""
+    contract, batch = eqn.params["dimension_numbers"]
+    flat = [a + q.ndim for a in q.axes]
     pair = dict(zip(contract[operand], contract[1 - operand], strict=True))
     free = [i for i in range(x.ndim) if i not in batch[1 - operand] and i not in contract[1 - operand]]
     lead = [x.shape[i] for i in (*batch[1 - operand], *free)]
     x = x.transpose(*batch[1 - operand], *free, *(pair[a] for a in flat)).reshape(*lead, -1)
-    kept = [i for i in range(q.ndim) if i not in flat]
-    places = [kept.index(b) for b in batch[operand]]
-    of_rows = [a for a in (q.input_scale, q.perm, q.act_scale) if a is not None]
-    if any(n != 1 for a in of_rows for i, n in enumerate(a.shape[:-1]) if i not in places):
-        return None
-    return _matmul(x, q, act, places, x_first=operand == 1)
+    return _matmul(x, q, act, _kept_places(q, batch[operand]), x_first=operand == 1)
 
 
 def _matmul(x: jax.Array, q: QTensor, act: ActSpec, places: Sequence[int], x_first: bool) -> jax.Array:
@@ -217,25 +251,31 @@ def _over_groups(group: Any, x: jax.Array, w: Codes, x_scale: jax.Array | None) 
     return lax.scan(step, first, jax.tree.map(lambda a: a[1:], parts))[0]
 
 
-def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array | None:
-    """The `conv_general_dilated` of an equation on integers; None where the weights have a zero point, groups or an input of their own."""
+def _why_no_conv(eqn: Any, q: QTensor, act: ActSpec) -> str:
+    params, w = eqn.params, jax.eval_shape(weight_codes, q)
+    if w.scale.shape[-1] != 1 or w.zero_point is not None:
+        return "a convolution whose weights have a zero point, or scales in groups"
+    if q.perm is not None or q.input_scale is not None or q.rotation is not None:
+        return "a convolution whose input is put in order, divided or rotated"
+    if params["dimension_numbers"].rhs_spec[0] in [a + q.ndim for a in q.axes]:
+        return "a convolution whose codes run along its outputs"
+    spread = any(d != 1 for d in params["lhs_dilation"]) or any(min(width) < 0 for width in params["padding"])
+    if spread and not (act.spec.signed and act.spec.symmetric):
+        return "a convolution of spread or cut inputs with a zero point"
+    return ""
+
+
+def conv(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec) -> jax.Array:
+    """The `conv_general_dilated` of an equation on integers."""
     params = eqn.params
     dims = params["dimension_numbers"]
     w = weight_codes(q)
-    one_scale = w.scale.shape[-1] == 1 and w.zero_point is None and q.perm is None and q.input_scale is None
-    one_scale = one_scale and q.rotation is None
-    if not one_scale or [a + q.ndim for a in q.axes if a + q.ndim == dims.rhs_spec[0]]:
-        return None
     asymmetric = not (act.spec.signed and act.spec.symmetric)
     padding = params["padding"]
     if asymmetric:
-        if any(d != 1 for d in params["lhs_dilation"]):
-            return None
         # Zeros have a code of their own, so they are there before the rounding.
         widths = [(0, 0)] * x.ndim
         for axis, width in zip(dims.lhs_spec[2:], padding, strict=True):
-            if min(width) < 0:
-                return None
             widths[axis] = tuple(width)
         x, padding = jnp.pad(x, widths), [(0, 0)] * len(padding)
     axes = conv_axes(eqn, x.ndim) if act.per_token else tuple(range(x.ndim))
@@ -262,17 +302,21 @@ def conv_axes(eqn: Any, ndim: int) -> tuple[int, ...]:
     return tuple(i for i in range(ndim) if i != eqn.params["dimension_numbers"].lhs_spec[0])
 
 
-def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Array) -> jax.Array | None:
-    """Experts that share a list of rows, on integers; None unless x is (rows, K), the weight (experts, K, N) in some order.
+def _why_no_ragged_dot(eqn: Any, q: QTensor, ndim: int) -> str:
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    (contract, batch) = dims.dot_dimension_numbers
+    plain = tuple(contract[0]) == (1,) and not batch[0] and tuple(dims.lhs_ragged_dimensions) == (0,) and ndim == 2
+    if not plain or q.ndim != 3 or tuple(a + 3 for a in q.axes) != tuple(contract[1]) or tuple(dims.rhs_group_dimensions) != (0,):
+        return "experts whose rows are not (rows, K), or their weights not (experts, K, N) in some order"
+    return ""
+
+
+def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Array) -> jax.Array:
+    """Experts that share a list of rows, on integers.
 
     Works through blocks of rows that belong to one expert: rows / BLOCK + experts of them, so the arithmetic does not grow with
     rows times experts, as it does in a masked product over all experts.
     """
-    dims = eqn.params["ragged_dot_dimension_numbers"]
-    (contract, batch) = dims.dot_dimension_numbers
-    plain = tuple(contract[0]) == (1,) and not batch[0] and tuple(dims.lhs_ragged_dimensions) == (0,) and x.ndim == 2
-    if not plain or q.ndim != 3 or tuple(a + 3 for a in q.axes) != tuple(contract[1]) or tuple(dims.rhs_group_dimensions) != (0,):
-        return None
     if not act.static and not act.per_token:  # one range for all rows, not for those of a block
         scale, zero_point = block_params(x.reshape(1, -1), act.spec)
         q = dataclasses.replace(q, act_scale=scale[None], act_zero_point=None if zero_point is None else zero_point[None])
@@ -299,17 +343,10 @@ def ragged_dot(eqn: Any, x: jax.Array, q: QTensor, act: ActSpec, sizes: jax.Arra
 
 
 def product(site: Site, eqn: Any, operands: Sequence[Any]) -> jax.Array | None:
-    """The product of a site on integers or FP8, in the dtype that the equation gives; None if there is none for its form.
-
-    It is that of the codes: a weight with a low-rank part that was not taken off has none.
-    """
+    """The product of a site on integers or FP8, in the dtype that the equation gives; None if `why_no_product` has something against it."""
     q, x = operands[site.operand].q, operands[1 - site.operand]
     act = q.act
-    if q.adapter_left is not None:
-        return None
-    if act is None or (why_not_float8(site, q.spec, act) if act.is_float else not isinstance(q.spec, IntSpec)):
-        return None
-    if not act.is_float and isinstance(q.spec.granularity, PerBlock):
+    if act is None or why_no_product(site, eqn, q, x.ndim):
         return None
     if site.op == "dot_general":
         out = dot(eqn, x, q, act, site.operand)
@@ -317,4 +354,4 @@ def product(site: Site, eqn: Any, operands: Sequence[Any]) -> jax.Array | None:
         out = conv(eqn, x, q, act)
     else:
         out = ragged_dot(eqn, x, q, act, jnp.asarray(operands[2]))  # a constant is a NumPy array
-    return None if out is None else out.astype(eqn.outvars[0].aval.dtype)
+    return out.astype(eqn.outvars[0].aval.dtype)

@@ -106,10 +106,6 @@ class AdaRound:
         codes = jax.lax.stop_gradient(jnp.clip(low + up, spec.qmin, spec.qmax))
         return to_logical(_stepped(x, up, affine_decode(codes, scale, zero), scale, inside)).astype(w.dtype)
 
-    def codes(self, problem: Problem, learned: Learned) -> None:
-        """No whole numbers before rounding is decided: forward products are of floats."""
-        del problem, learned
-
     def pack(self, problem: Problem, learned: Learned) -> QTensor:
         spec: Any = problem.spec
         w, axes, stacked = checked(problem.w, spec, problem.axes, problem.stacked, problem.name)

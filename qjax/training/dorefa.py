@@ -62,9 +62,6 @@ class DoReFa:
         rounded = with_gradient(bounded, value, jnp.ones(value.shape, bool))
         return uncanonicalize(rounded, axes, [w.shape[a] for a in axes]).astype(w.dtype)
 
-    def codes(self, problem: Problem, learned: Learned) -> None:
-        del problem, learned
-
     def pack(self, problem: Problem, learned: Learned) -> QTensor:
         del learned
         spec: IntSpec = problem.spec  # pyright: ignore[reportAssignmentType]

@@ -75,10 +75,6 @@ class WeightEstimator(Protocol):
         """The rounded weight, of the shape and dtype of `problem.w`, with the estimator's gradient."""
         ...
 
-    def codes(self, problem: Problem, learned: Learned) -> Codes | None:
-        """What `fake` rounds to once schedules are over, without a gradient; None if that is no integers, or left to chance."""
-        ...
-
     def pack(self, problem: Problem, learned: Learned) -> QTensor:
         """The packed weight, whose numbers are those of `fake` to the bit once schedules are over and nothing is random."""
         ...
@@ -118,6 +114,15 @@ class ActivationEstimator(Protocol):
 
     def params(self, learned: Learned, act: ActSpec) -> tuple[jax.Array, jax.Array | None]:
         """Scale float32 and zero point int32 or None as a packed weight holds them; any shape."""
+        ...
+
+
+@runtime_checkable
+class RoundsToCodes(Protocol):
+    """An estimator of weights whose forward products may run on integers: those of its codes are known in every step."""
+
+    def codes(self, problem: Problem, learned: Learned) -> Codes:
+        """What `fake` rounds to once schedules are over and nothing is random, without a gradient, of an `IntSpec`."""
         ...
 
 

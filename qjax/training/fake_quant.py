@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,15 +16,17 @@ from qjax.core.specs import check_choice
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds, scaled
 from qjax.policy import Policy, check_policy
-from qjax.program import ProgramCache, check_function, split_arguments
+from qjax.program import Key, ProgramCache, check_function, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
+from qjax.report import Report
 from qjax.training.estimator import TracksRanges
 from qjax.training.freezing import recorded, standing
 from qjax.training.from_packed import adopted
+from qjax.training.integer_forward import check_any, forward_report, integer_weights, outcomes
 from qjax.training.planned import Planned, planned
 from qjax.training.qat import training_of
-from qjax.training.rounding import followed, integer_weight, rounded_weight, rounding
-from qjax.training.state import Quant, advance, begin, check, labels, ranges
+from qjax.training.rounding import followed, rounded_weight, rounding
+from qjax.training.state import Quant, advance, begin, check, labels, ranges, shapes
 
 Forward = Literal["float", "integer"]
 
@@ -60,7 +62,7 @@ class FakeQuant:
     def __call__(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Any:
         plan = self.plan(params, *args, **kwargs)
         check(quant, plan)
-        return self._run(plan, standing(quant or {}), False, params, args, kwargs)[0]
+        return self._computed(plan, quant or {}, False, params, args, kwargs)[0]
 
     def tracked(self, params: Any, *args: Any, quant: Quant, **kwargs: Any) -> tuple[Any, Quant]:
         """Computes as the function does, with ranges that follow the data (`qjax.moving_range`).
@@ -76,29 +78,77 @@ class FakeQuant:
           (`jax.value_and_grad(..., has_aux=True)`), and apply the updates of what is learned to it.
 
         Raises:
-          ValueError: no rule has ranges that follow, or the state is of another policy.
+          ValueError: no rule has ranges that follow; the state is of another policy; `forward` is "integer", whose codes are rounded with
+            the range that a site has before it is run.
         """
         plan = self.plan(params, *args, **kwargs)
         if not _follows(plan):
             raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function "
                              "itself")  # fmt: skip
         check(quant, plan, calibrated=False)
-        return self._run(plan, standing(quant), True, params, args, kwargs)
+        return self._computed(plan, quant, True, params, args, kwargs)
 
     def stepped(self, params: Any, *args: Any, quant: Quant | None, **kwargs: Any) -> tuple[Any, Quant]:
         """As `tracked`, and as the function itself where no range follows the data: what modules call."""
         plan = self.plan(params, *args, **kwargs)
         follows = quant is not None and _follows(plan)
         check(quant, plan, calibrated=not follows)
-        return self._run(plan, standing(quant or {}), follows, params, args, kwargs)
+        return self._computed(plan, quant or {}, follows, params, args, kwargs)
 
-    def _run(self, plan: Planned, quant: Quant, tracks: bool, params: Any, args: Any, kwargs: Any) -> tuple[Any, Quant]:
+    def report(self, params: Any, *args: Any, **kwargs: Any) -> Report:
+        """Says on what the forward product of each weight runs in training, integers or floats, and why; computes nothing.
+
+        Args:
+          params: the float parameters; shapes are enough, here and below.
+          *args: arguments of the function.
+          **kwargs: keyword arguments of the function.
+
+        Returns:
+          A `Report`, whose rows' `kernel` is "xla int8" or "xla", of floats, and whose `kernel_reasons` and `notes` say why floats.
+
+        Raises:
+          ValueError: the policy does not fit the program.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, qjax
+          >>> act = qjax.dynamic(qjax.int8())
+          >>> rules = [qjax.Rule("a", weight=qjax.int4(), activation=act), qjax.Rule("b", weight=qjax.int4(group_size=2), activation=act)]
+          >>> fq = qjax.fake_quant(lambda p, x: x @ p["a"] @ p["b"], qjax.Policy(rules), forward="integer")
+          >>> report = fq.report({"a": jnp.ones((4, 4)), "b": jnp.ones((4, 2))}, jnp.ones((3, 4)))
+          >>> [(row.path, row.kernel, row.kernel_reasons) for row in report.rows][0], report.rows[1].kernel_reasons[0][:42]
+          (('a', 'xla int8', ()), 'weights of int4(group_size=2) share scales')
+        """
+        plan, ran = self.plan(params, *args, **kwargs), dict[Key, str]()
+        arguments = split_arguments(params, args, kwargs)
+
+        def run(params: Any, inputs: Any, quant: Quant) -> Any:
+            tree, args, kwargs = arguments.rebuild(params, inputs)
+            return self._run(plan, quant, False, tree, args, kwargs, ran)[0]
+
+        if self._on_integers:
+            jax.eval_shape(run, arguments.params, arguments.inputs, shapes(plan))
+            return forward_report(plan, outcomes(plan, ran), "")
+        why = "`forward` is 'float'" if self.forward == "float" else f"`forward` is None, and floats are faster on {jax.default_backend()}"
+        return forward_report(plan, {}, f"all forward products are of floats: {why}")
+
+    def _computed(self, plan: Planned, quant: Quant, tracks: bool, params: Any, args: Any, kwargs: Any) -> tuple[Any, Quant]:
+        """Runs the program; one that was asked for integers, and has none, does not pass for it."""
+        if tracks and self.forward == "integer":
+            raise ValueError("`forward`='integer' and ranges that follow the data do not go together: codes would be rounded with the "
+                             "range that a site has before it is run; leave `forward` out, or write 'float'")  # fmt: skip
+        ran: dict[Key, str] = {}
+        done = self._run(plan, standing(quant), tracks, params, args, kwargs, ran)
+        if self.forward == "integer":
+            check_any(plan, outcomes(plan, ran))
+        return done
+
+    def _run(
+        self, plan: Planned, quant: Quant, tracks: bool, params: Any, args: Any, kwargs: Any, ran: MutableMapping[Key, str]
+    ) -> tuple[Any, Quant]:
         weights = _weights(plan, params, quant)
-        flat = split_arguments(params, (), {}).params
-        # Codes are rounded with the ranges that a site has before it is run.
-        whole = {i: t for i, t in plan.weights.items() if plan.folding is None or i not in plan.folding.weights}
-        exact = {i: integer_weight(flat[i], t, quant) for i, t in whole.items()} if self._on_integers and not tracks else {}
-        run = rounding(plan, quant, {i: q for i, q in exact.items() if q is not None}, tracks)
+        on_integers = self._on_integers and not tracks
+        exact = integer_weights(plan, split_arguments(params, (), {}).params, quant) if on_integers else {}
+        run = rounding(plan, quant, exact, tracks, ran)
         if run is None:
             return self.fn(weights, *args, **kwargs), quant
         flat = split_arguments(weights, args, kwargs)
@@ -279,9 +329,9 @@ def fake_quant(
       policy: which parameters are fake-quantized, to what, and how they train. Its rules for caches count where `fn` takes one (see
         `qjax.quantized_cache`): it stays float, and is read as the packed cache is, with the gradient of what was written.
       forward: "float"; "integer": products of rounded weights and rounded activations run on their codes, int8 x int8 -> int32, as
-        the packed model's do, where whole rows share a scale and no schedule or random rounding is in the way (others stay float). The
-        result differs by float rounding only, gradients are those of the float product. None: "integer" on a CPU, where it was measured
-        to be faster, else "float".
+        the packed model's do, where whole rows share a scale and no schedule or random rounding is in the way. Others stay float, and
+        `fq.report(params, *args)` names them; where all would, it is an error. The result differs by float rounding only, gradients are
+        those of the float product. None: integers where there are some on a CPU, where they were measured to be faster, else "float".
       folds: from `qjax.batch_norm_folds`: the weights in front of these batch norms are rounded as the folded network's, in every step
         from its parameters and statistics; their products are of floats. Weights that the policy leaves float are not folded.
 
@@ -295,7 +345,7 @@ def fake_quant(
       TypeError: `policy` is no policy, or `folds` something else. When called: a parameter that the policy rounds is packed already, or
         the state is not float32.
       ValueError: when called, a state that is missing, or of another policy; parameters that lack what `folds` need, or a policy that
-        rounds no weight of theirs.
+        rounds no weight of theirs; a `forward` of "integer" where no product runs on integers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, qjax

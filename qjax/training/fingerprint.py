@@ -41,7 +41,7 @@ def fingerprint(plan: Planned) -> str:
     """
     folded = {} if plan.folding is None else plan.folding.weights
     weights = [(t.leaf.path, t.spec, t.act, t.train, t.rotation, i in folded) for i, t in plan.weights.items()]
-    others = [_of_rule(rule) for rule in plan.rules if rule.is_product or rule.is_cache]
+    others = [_of_rule(rule) for rule in plan.policy.rules if rule.is_product or rule.is_cache]
     document = json.dumps(described((sorted(weights, key=lambda each: each[0]), others)), separators=(",", ":"))
     return f"x{hashlib.sha256(document.encode()).hexdigest()[:8]}"
 

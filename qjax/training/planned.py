@@ -11,7 +11,7 @@ import jax
 from qjax.calibration import why_no_rows, why_not_observed
 from qjax.core import ActSpec, OnlineRotation, Spec
 from qjax.graph import BatchNormFolds
-from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs, Rule
+from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs
 from qjax.program import Key, Leaf, Program, Site
 from qjax.ptq.method import Problem, methods_of
 from qjax.training.folding import Folding, folding
@@ -63,19 +63,19 @@ class Planned:
       program: it.
       weights: by the parameter's index.
       products: the products of two activations that are rounded.
-      choices: all that the policy decided.
+      choices: all that the policy decided for parameters.
+      policy: it.
       caches: the caches that are rounded where they are read.
       folding: the weights that are rounded with the batch norm behind them folded.
-      rules: those of the policy.
     """
 
     program: Program
     weights: Mapping[int, Trained]
     products: tuple[ProductChoice, ...]
     choices: tuple[Choice, ...]
+    policy: Policy
     caches: tuple[CacheChoice, ...] = ()
     folding: Folding | None = None
-    rules: tuple[Rule, ...] = ()
 
     @property
     def steps(self) -> bool:
@@ -117,7 +117,7 @@ def planned(program: Program, policy: Policy, folds: BatchNormFolds | None = Non
     # A program that takes no cache trains without: rules for caches count where one is.
     named = policy.resolve_caches(program) if program.caches and any(rule.is_cache for rule in policy.rules) else ()
     folded = None if folds is None else folding(folds, program, weights)
-    return Planned(program, weights, products, choices, tuple(named), folded, policy.rules)
+    return Planned(program, weights, products, choices, policy, tuple(named), folded)
 
 
 def _check_site(site: Site, trained: Trained) -> None:

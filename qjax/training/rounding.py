@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qjax.calibration.observe import scan_lengths
-from qjax.core import ActSpec, IntSpec, PerChannel, PerTensor, QTensor
+from qjax.core import ActSpec, QTensor
 from qjax.graph.batch_norm_folds import scaled, unscaled
 from qjax.policy import ProductChoice
 from qjax.program import Interpreter, Key, Packed, Product, Site, compat, materialize
-from qjax.runtime.integer import conv_axes, product, why_not
+from qjax.runtime.integer import conv_axes, product, why_no_product
 from qjax.runtime.products import rotated_pair
 from qjax.runtime.products import shared_axes as product_axes
 from qjax.runtime.rotation import rotate_axes
@@ -26,7 +25,7 @@ from qjax.training.fake_cache import FakeCache, fake_cache
 from qjax.training.gradients import rounded_gradient
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
-from qjax.training.side_state import keys_for, of_leaf, of_site, whole_ranges
+from qjax.training.side_state import keys_for, of_leaf, of_site
 from qjax.training.state import LEAST, Quant, moment_of
 from qjax.training.straight_through import straight_through_activation, straight_through_at
 
@@ -49,48 +48,13 @@ def rounded_weight(w: Any, trained: Trained, quant: Quant, factor: jax.Array | N
     return _from(train.schedule.weights, quant, new, w)
 
 
-def integer_weight(w: Any, trained: Trained, quant: Quant) -> QTensor | None:
-    """A weight's codes in 8 bits each, for the integer product of training; None if its forward products are of floats.
-
-    They are integers where the packed model's are and one product does it: whole rows share a scale, and nothing is left to a
-    schedule or to chance.
-    """
-    act, train, spec = trained.act, trained.train, trained.spec
-    if act is None or act.is_float or act.outliers is not None or trained.rotation is not None or not isinstance(spec, IntSpec):
-        return None
-    whole = isinstance(spec.granularity, PerChannel | PerTensor) and not any(why_not(site, spec) for site in trained.sites)
-    settled = not (train.schedule.weights or train.schedule.activations or train.schedule.bits or train.schedule.activation_bits)
-    if not whole or not settled or (act.static and train.activation.random):
-        return None
-    learned = jax.lax.stop_gradient(quant.get("weights", {}).get(trained.leaf.path, {}))
-    found = train.weight.codes(trained.problem(jax.lax.stop_gradient(jnp.asarray(w))), learned)
-    if found is None:
-        return None
-    signed = spec.signed or spec.bits < 8
-    wide = dataclasses.replace(spec, bits=8, signed=signed, symmetric=spec.symmetric and spec.signed == signed, scale_dtype="float32",
-                               scale_rule="half")  # fmt: skip
-    code, zero_point = jnp.int8 if signed else jnp.uint8, found.zero_point
-    if not wide.symmetric and zero_point is None:
-        zero_point = jnp.zeros(found.scale.shape, jnp.int32)
-    if zero_point is not None:
-        zero_point = zero_point.astype(jnp.float32 if spec.float_zero else code)
-    wide = dataclasses.replace(wide, zero_dtype="float32") if spec.float_zero else wide
-    sizes = tuple(w.shape[a] for a in trained.axes)
-    q = QTensor(found.codes.astype(code), found.scale, zero_point, None, wide, trained.axes, sizes, w.dtype,
-                act=dataclasses.replace(act, observer=None))  # fmt: skip
-    if not act.static:
-        return q
-    scale, zero_point = train.activation.params(jax.lax.stop_gradient(quant["activations"][trained.leaf.path]), act)
-    return dataclasses.replace(q, act_scale=whole_ranges(scale, trained.leaf), act_zero_point=whole_ranges(zero_point, trained.leaf))
-
-
 def _from(first: int, quant: Quant, new: jax.Array, old: jax.Array) -> jax.Array:
     """The rounded value from a step on, the float one before it."""
     return new if first == 0 else jnp.where(quant["step"] >= first, new, old)
 
 
 def rounding(
-    plan: Planned, quant: Quant, exact: Mapping[int, QTensor], tracks: bool = False
+    plan: Planned, quant: Quant, exact: Mapping[int, QTensor], tracks: bool = False, ran: MutableMapping[Key, str] | None = None
 ) -> Callable[[list[Any]], tuple[list[Any], dict[Key, Any]]] | None:
     """The program with rounded activations, caches and gradients; None if it has none of them.
 
@@ -99,6 +63,7 @@ def rounding(
       quant: the state.
       exact: of `integer_weight`, by the parameter's index.
       tracks: whether ranges follow the data, where their estimator says so.
+      ran: where the function notes of each site that meets a weight of `exact` why its product is of floats; "" if it is of integers.
 
     Returns:
       A function of flat arguments, which returns flat results and what sites and products took along, for `followed`.
@@ -112,7 +77,8 @@ def rounding(
 
     def rule(site: Site, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
         trained, state = by_site[site.key], _tracked(by_site[site.key], operands[1 - site.operand], state, quant) if tracks else state
-        return _at_site(site, eqn, operands, trained, state or {}, quant), state
+        note = ran if ran is not None and site.leaf in exact else {}
+        return _at_site(site, eqn, operands, trained, state or {}, quant, note), state
 
     def product_rule(product: Product, eqn: Any, operands: list[Any], state: Any) -> tuple[list[Any], Any]:
         choice = pairs[product.key]
@@ -209,7 +175,9 @@ def _key(train: QAT, quant: Quant, number: int, turns: Sequence[int]) -> dict[st
     return {} if key is None else {"key": keys_for(key, turns)}
 
 
-def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state: dict[str, Any], quant: Quant) -> list[Any]:
+def _at_site(
+    site: Site, eqn: Any, operands: list[Any], trained: Trained, state: dict[str, Any], quant: Quant, ran: MutableMapping[Key, str]
+) -> list[Any]:
     """One site: its activation is rounded, and the gradient of its result."""
     act, other, train = trained.act, 1 - site.operand, trained.train
     keys = jax.random.split(state["key"]) if "key" in state else (None, None)
@@ -217,7 +185,7 @@ def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state:
         x = operands[other]
         rounded = _rounded(site, eqn, x, act, trained, state, moment_of(train, quant, 0, activation=True)._replace(key=keys[0]))
         rounded = _from(train.schedule.activations, quant, rounded, x)
-        outs = _product(site, eqn, operands, rounded)
+        outs = _product(site, eqn, operands, rounded, ran)
     else:
         outs = compat.bind(eqn, [materialize(v) for v in operands])
     if train.gradient is None:
@@ -225,12 +193,17 @@ def _at_site(site: Site, eqn: Any, operands: list[Any], trained: Trained, state:
     return [rounded_gradient(outs[0], keys[1], train.gradient, _gradient_axes(site, eqn, outs[0].ndim, train.gradient))]
 
 
-def _product(site: Site, eqn: Any, operands: list[Any], rounded: jax.Array) -> list[Any]:
+def _product(site: Site, eqn: Any, operands: list[Any], rounded: jax.Array, ran: MutableMapping[Key, str]) -> list[Any]:
     """The product of a rounded activation, on integers where the weight is packed; its gradient is that of the float product."""
-    other = 1 - site.operand
+    other, weight = 1 - site.operand, operands[site.operand]
     values = [rounded if i == other else materialize(v) for i, v in enumerate(operands)]
-    exact = product(site, eqn, jax.lax.stop_gradient(operands)) if isinstance(operands[site.operand], Packed) else None
-    return compat.bind(eqn, values) if exact is None else [_float_gradient(eqn, tuple(values), exact)]
+    exact = product(site, eqn, jax.lax.stop_gradient(operands)) if isinstance(weight, Packed) else None
+    if exact is not None:
+        ran[site.key] = ""
+        return [_float_gradient(eqn, tuple(values), exact)]
+    packed = isinstance(weight, Packed)
+    ran[site.key] = why_no_product(site, eqn, weight.q, rounded.ndim) if packed else "it is rearranged on the way as codes cannot be"
+    return compat.bind(eqn, values)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -252,16 +252,15 @@ class StraightThrough:
             return with_gradient(x, value, mask)
         return scaled_gradient(x, value, mask, self.slope * (steps - divide(value, scale)))
 
-    def codes(self, problem: Problem, learned: Learned) -> Codes | None:
+    def codes(self, problem: Problem, learned: Learned) -> Codes:
         del learned
-        if self.random or not isinstance(problem.spec, IntSpec):
-            return None
-        if isinstance(problem.spec.granularity, PerChannel) and not problem.spec.by_mean:
-            return _codes_of_rows(problem.w.astype(jnp.float32), problem.spec, problem.axes)
-        blocked, to_canonical, _ = logical_blocks(problem.w, problem.spec, problem.axes, problem.stacked)
-        real = padding(math.prod(problem.w.shape[a] for a in problem.axes), problem.spec)
-        scale, zero_point = affine_params(blocked, problem.spec, **real)
-        codes = to_canonical(affine_encode(blocked, scale, zero_point, problem.spec))
+        spec: Any = problem.spec
+        if isinstance(spec.granularity, PerChannel) and not spec.by_mean:
+            return _codes_of_rows(problem.w.astype(jnp.float32), spec, problem.axes)
+        blocked, to_canonical, _ = logical_blocks(problem.w, spec, problem.axes, problem.stacked)
+        real = padding(math.prod(problem.w.shape[a] for a in problem.axes), spec)
+        scale, zero_point = affine_params(blocked, spec, **real)
+        codes = to_canonical(affine_encode(blocked, scale, zero_point, spec))
         return Codes(codes, scale[..., 0], None if zero_point is None else zero_point[..., 0])
 
     def pack(self, problem: Problem, learned: Learned) -> QTensor:
