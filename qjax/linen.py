@@ -24,6 +24,7 @@ from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
 from qjax.training.state import advance as next_state
 from qjax.training.state import labels as state_labels
+from qjax.training.trainable import check_trainable
 
 QUANT = "quant"  # the collection of the quantizers' state
 
@@ -242,7 +243,11 @@ def labels(variables: Any) -> dict[str, Any]:
 
     Returns:
       A tree like `variables`.
+
+    Raises:
+      TypeError: a parameter is packed or of integers, which have no gradient.
     """
+    check_trainable(variables.get("params", {}), "variables")
     marks = {name: jax.tree.map(lambda _, n=name: "weights" if n == "params" else "fixed", tree) for name, tree in variables.items()}
     return {**marks, QUANT: {"state": state_labels(variables[QUANT]["state"])}} if QUANT in variables else marks
 

@@ -4,7 +4,6 @@ from qjax.training.adam8bit import Adam8State as Adam8State
 from qjax.training.adam8bit import adam8bit as adam8bit
 from qjax.training.adam8bit import scale_by_adam8bit as scale_by_adam8bit
 from qjax.training.adapted import Adapted as Adapted
-from qjax.training.adapted import check_trainable as check_trainable
 from qjax.training.adaround import AdaRound as AdaRound
 from qjax.training.adaround import adaround as adaround
 from qjax.training.adaround import rounding_penalty as rounding_penalty
@@ -38,3 +37,4 @@ from qjax.training.schedule import schedule as schedule
 from qjax.training.straight_through import StraightThrough as StraightThrough
 from qjax.training.straight_through import ste as ste
 from qjax.training.straight_through import straight_through as straight_through
+from qjax.training.trainable import check_trainable as check_trainable

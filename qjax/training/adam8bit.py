@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_eps, check_floating, check_rates, for_each
+from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_eps, check_rates, for_each
+from qjax.training.trainable import check_trainable
 
 Number = float | jax.Array
 Rate = Number | Callable[[Any], Any]
@@ -57,7 +58,7 @@ def scale_by_adam8bit(
     check_eps(eps)
 
     def init(params: Any) -> Adam8State:
-        check_floating(params)
+        check_trainable(params)
         mu, nu = (jax.tree.map(lambda p, signed=signed: blocks.zeros(p, signed), params) for signed in (True, False))
         return Adam8State(jnp.zeros((), jnp.int32), mu, nu)
 

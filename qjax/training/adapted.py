@@ -244,26 +244,3 @@ def _grid(spec: Spec) -> tuple[type, dict[str, Any]]:
 
 def _is_q(x: Any) -> bool:
     return isinstance(x, QTensor)
-
-
-def check_trainable(tree: Any) -> None:
-    """Refuses trees that an optimizer must not be given: packed or integer leaves have no gradient and no learning rate.
-
-    Args:
-      tree: what is to be trained.
-
-    Raises:
-      TypeError: naming the first leaf that cannot.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> check_trainable({"codes": jnp.zeros(4, jnp.uint8)})
-      Traceback (most recent call last):
-      TypeError: 'codes' is uint8, which has no gradient: ...
-    """
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_q)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        what = "packed" if _is_q(leaf) else str(jnp.result_type(leaf))
-        if _is_q(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(f"{name!r} is {what}, which has no gradient: give the optimizer the adapters of qjax.qlora(fn, policy) "
-                            "alone, not the base")  # fmt: skip

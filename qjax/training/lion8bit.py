@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from qjax.training.adam8bit import Number, Rate
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_floating, check_rates, for_each
+from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_rates, for_each
+from qjax.training.trainable import check_trainable
 
 
 class Lion8State(NamedTuple):
@@ -50,7 +51,7 @@ def scale_by_lion8bit(
     check_decays(b1=b1, b2=b2)
 
     def init(params: Any) -> Lion8State:
-        check_floating(params)
+        check_trainable(params)
         return Lion8State(jax.tree.map(lambda p: blocks.zeros(p, True), params))
 
     def update(updates: Any, state: Lion8State, params: Any = None) -> tuple[Any, Lion8State]:

@@ -195,20 +195,6 @@ def _spec(signed: bool) -> Any:
     return DYNAMIC if signed else UNSIGNED_DYNAMIC
 
 
-def check_floating(params: Any) -> None:
-    """Refuses parameters that no gradient is of.
-
-    Raises:
-      TypeError: naming the parameter and what to write.
-    """
-    for path, p in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
-            raise TypeError(
-                f"`params`{jax.tree_util.keystr(path)} is {jnp.result_type(p)}, and what trains is floating: leave it out with "
-                "optax.masked, or give optax.multi_transform optax.set_to_zero() for it"
-            )
-
-
 def for_each(run: Callable[..., tuple[Any, ...]], blocks: Blocks, updates: Any, *moments: Any) -> tuple[Any, ...]:
     """Calls `run` with each array of a tree of updates and its moments.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qjax.calibration import why_no_rows, why_not_observed
 from qjax.core import ActSpec, OnlineRotation, Spec
@@ -96,9 +97,12 @@ def planned(program: Program, policy: Policy, folds: BatchNormFolds | None = Non
     """Resolves a policy for training.
 
     Raises:
+      TypeError: a rule's weights are integers.
       ValueError: as `Policy.resolve` and `folding`; a site whose activations cannot be rounded, or not with a range of their own.
     """
     choices = policy.resolve(program)
+    for leaf in program.leaves:
+        _check_floating(leaf, policy)
     weights = {}
     for choice in choices:
         if choice.spec is not None:
@@ -118,6 +122,17 @@ def planned(program: Program, policy: Policy, folds: BatchNormFolds | None = Non
     named = policy.resolve_caches(program) if program.caches and any(rule.is_cache for rule in policy.rules) else ()
     folded = None if folds is None else folding(folds, program, weights)
     return Planned(program, weights, products, choices, policy, tuple(named), folded)
+
+
+def _check_floating(leaf: Leaf, policy: Policy) -> None:
+    """Refuses whole numbers that are multiplied where a rule would train them; a table of them that is looked up may stay."""
+    if jnp.issubdtype(leaf.dtype, jnp.floating) or not any(site.op != "gather" for site in leaf.sites):
+        return
+    rules = (rule for rule in policy.rules if not rule.is_product and not rule.is_cache)
+    rule = next((rule for rule in rules if rule.matches(leaf.path)), None)
+    if rule is not None and rule.weight is not None:
+        raise TypeError(f"`params` leaf {leaf.path!r} is {leaf.dtype}, and rule {rule.pattern!r} names it to be trained: integers have no "
+                        "gradient; give the float parameters, or narrow the rule's pattern to others")  # fmt: skip
 
 
 def _check_site(site: Site, trained: Trained) -> None:

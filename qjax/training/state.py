@@ -33,6 +33,7 @@ from qjax.training.freezing import held, recorded, standing
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import QAT, training_of
 from qjax.training.side_state import of_leaf, range_shape
+from qjax.training.trainable import check_trainable
 
 Quant = dict[str, Any]
 LEAST = ("lo", "offset")  # of these the smallest covers all
@@ -140,7 +141,12 @@ def check_calibrated(quant: Quant) -> None:
 
 
 def labels(quant: Quant) -> Any:
-    """"learned" or "fixed" for every array of a state, a tree for `optax.multi_transform`."""
+    """"learned" or "fixed" for every array of a state, a tree for `optax.multi_transform`.
+
+    Raises:
+      TypeError: it holds what is packed or not floating, and is no state.
+    """
+    check_trainable(quant, "quant")
 
     def label(path: Any, _: Any) -> str:
         return "learned" if path[-1].key in LEARNED and path[0].key != "held" else "fixed"

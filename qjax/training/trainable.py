@@ -1,0 +1,42 @@
+"""What an optimizer may be given: floating arrays, and nothing that is packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.core import QTensor
+
+
+def check_trainable(tree: Any, argument: str = "params") -> None:
+    """Refuses trees that an optimizer must not be given: packed or integer leaves have no gradient and no learning rate.
+
+    `qjax.adam8bit` and `qjax.lion8bit` look at their parameters with it, and `labels` of a state or of variables at what they label. Call
+    it in front of any other optimizer.
+
+    Args:
+      tree: what is to be trained.
+      argument: what an error calls it.
+
+    Raises:
+      TypeError: naming the first leaf that cannot.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_trainable({"codes": jnp.zeros(4, jnp.uint8)})
+      Traceback (most recent call last):
+      TypeError: `params` leaf 'codes' is uint8, which has no gradient and no learning rate: train ...
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_q)[0]:
+        what = "packed" if _is_q(leaf) else str(getattr(leaf, "dtype", None) or jnp.result_type(leaf))
+        if _is_q(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(f"`{argument}` leaf {name!r} is {what}, which has no gradient and no learning rate: train float parameters, or "
+                            "the adapters of qjax.qlora(fn, policy) and not their base; what must stay in the tree is left out by "
+                            "optax.masked, or by optax.set_to_zero() in optax.multi_transform")  # fmt: skip
+
+
+def _is_q(x: Any) -> bool:
+    return isinstance(x, QTensor)
