@@ -101,7 +101,8 @@ def test_forward_mode_and_vmap_over_seeds():
 
 
 def test_a_qat_loop_ends_better_than_rounding_and_converts_exactly():
-    """Trains a three-bit regression; the packed model has the loss of the fake-quantized one to the bit."""
+    """Trains a three-bit regression; `convert` packs the weights that it trained with to the bit, and their loss."""
+
     def model(p, x):
         return jnp.tanh(x @ p["a"] + p["bias"]) @ p["b"]
 
@@ -124,9 +125,17 @@ def test_a_qat_loop_ends_better_than_rounding_and_converts_exactly():
     for _ in range(300):
         params, state = step(params, state)
     assert loss(params) < 0.8 * before
-    packed = qjax.quantize(model, params, policy, calibration=[x]).params
+    result = qjax.convert(fq, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    packed = result.params
+    assert is_q(packed["a"]) and is_q(packed["b"]) and packed["bias"] is params["bias"]
     dequantized = jax.tree.map(lambda v: v.dequantize() if is_q(v) else v, packed, is_leaf=is_q)
-    np.testing.assert_allclose(jnp.mean((jax.jit(model)(dequantized, x) - y) ** 2), loss(params), rtol=1e-6)
+    chex.assert_trees_all_equal(dequantized, jax.jit(fq.leaves(params, x))(params))
+    # What quantizing the trained parameters would give: there is no state to lose.
+    chex.assert_trees_all_equal(packed, qjax.quantize(model, params, policy, calibration=[x]).params)
+    assert result.report.nbytes < 0.3 * result.report.float_nbytes
+    after = jnp.mean((jax.jit(qjax.quantized(model))(packed, x) - y) ** 2)
+    np.testing.assert_allclose(after, loss(params), rtol=1e-6)
+    assert after < 0.8 * before
 
 
 def test_init_checks_the_policy_and_holds_nothing_for_rounding():
