@@ -231,7 +231,11 @@ def advance(variables: Any) -> dict[str, Any]:
 
     Returns:
       Variables.
+
+    Raises:
+      TypeError: `variables` are none.
     """
+    _check_variables(variables)
     return {**variables, QUANT: {"state": next_state(variables[QUANT]["state"])}} if QUANT in variables else dict(variables)
 
 
@@ -245,8 +249,9 @@ def labels(variables: Any) -> dict[str, Any]:
       A tree like `variables`.
 
     Raises:
-      TypeError: a parameter is packed or of integers, which have no gradient.
+      TypeError: a parameter is packed or of integers, which have no gradient; `variables` are none.
     """
+    _check_variables(variables)
     check_trainable(variables.get("params", {}), "variables")
     marks = {name: jax.tree.map(lambda _, n=name: "weights" if n == "params" else "fixed", tree) for name, tree in variables.items()}
     return {**marks, QUANT: {"state": state_labels(variables[QUANT]["state"])}} if QUANT in variables else marks
@@ -269,6 +274,7 @@ def convert(model: FakeQuantModule, variables: Any, *args: Any, **kwargs: Any) -
       TypeError: `model` is not from `fake_quant`.
       ValueError: as `qjax.convert`.
     """
+    _check_variables(variables)
     state = variables.get(QUANT, {}).get("state")
     return convert_function(_function(model, "convert"), _without_state(variables), {}, *args, quant=state, **kwargs)
 
@@ -280,7 +286,11 @@ def _function(model: Any, verb: str) -> FakeQuant:
     return FakeQuant(lambda variables, rngs, *args, **kwargs: forward(variables, rngs, *args, **kwargs)[0], model.policy, folds=model.folds)
 
 
-def _without_state(variables: Any) -> dict[str, Any]:
+def _check_variables(variables: Any) -> None:
     if not isinstance(variables, Mapping):
         raise TypeError(f"`variables` must be those of the module, as model.init(key, *args) gives them, got {type(variables).__name__}")
+
+
+def _without_state(variables: Any) -> dict[str, Any]:
+    _check_variables(variables)
     return {name: tree for name, tree in variables.items() if name != QUANT}

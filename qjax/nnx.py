@@ -166,8 +166,8 @@ def fake_quant(
       what was trained.
 
     Raises:
-      TypeError: `model` is no module of this kind, or `policy` no policy.
-      ValueError: `methods` names one that there is not.
+      TypeError: `model` is no module of this kind, `policy` no policy, or `methods` no tuple of names.
+      ValueError: `methods` names one that there is not, or none.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -185,6 +185,10 @@ def fake_quant(
     check_policy(policy)
     check_folds(folds)
     base = type(model)
+    if not isinstance(methods, tuple) or not all(isinstance(name, str) for name in methods):
+        raise TypeError(f"`methods` must be a tuple of names such as ('__call__',), got {methods!r}")
+    if not methods:
+        raise ValueError("`methods` names no method: leave it out for '__call__'")
     for name in methods:
         if not callable(getattr(base, name, None)):
             raise ValueError(f"`methods` names {name!r}, which {base.__name__} does not have")
@@ -232,7 +236,11 @@ def advance(model: Any) -> None:
 
     Args:
       model: from `begin`.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`.
     """
+    _how(model, "advance")
     quant = _state(model)
     if quant is not None and "step" in quant:
         nnx.update(model.quant, nnx.state(_variables(next_state(quant), labels(quant))))

@@ -37,6 +37,31 @@ def check_count(argument: str, value: object, least: int) -> None:
         raise ValueError(f"`{argument}` must be an int of at least {least}, got {value!r}")
 
 
+def as_count(argument: str, value: object, least: int) -> int:
+    """The argument as an int, if it is a whole number, one of NumPy's among them; what `check_count` refuses is refused.
+
+    >>> as_count("steps", np.int64(3), 0)
+    3
+    """
+    value = int(value) if isinstance(value, np.integer) else value
+    check_count(argument, value, least)
+    return value  # pyright: ignore[reportReturnType]  # by `check_count`
+
+
+def check_number(argument: str, value: object, least: float = 0.0, below: float = math.inf, positive: bool = False) -> None:
+    """Refuses a value that is no number, or not finite, not `positive`, less than the least, or not below a limit.
+
+    >>> check_number("rate", "x", below=1)
+    Traceback (most recent call last):
+    TypeError: `rate` must be a number of at least 0 and below 1, got 'x'
+    """
+    what = "a positive number" if positive else f"a number of at least {least:g}" + f" and below {below:g}" * (below < math.inf)
+    if not is_number(value):
+        raise TypeError(f"`{argument}` must be {what}, got {value!r}")
+    if not least <= value < below or (positive and not value > 0):
+        raise ValueError(f"`{argument}` must be {what}, got {value!r}")
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number, NumPy's among them; True and False are none.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from qjax.core import ActSpec, IntSpec, QTensor, Spec, affine_decode, affine_params, assemble, divide, logical_blocks
 from qjax.core.rounding import checked
-from qjax.core.specs import check_flag
+from qjax.core.specs import check_flag, check_number
 from qjax.ptq.method import Problem
 from qjax.ptq.range_search import search_range
 from qjax.training.estimator import Learned, Moment
@@ -51,6 +52,9 @@ class AdaRound:
     """See `adaround`."""
 
     mse: bool = True
+
+    def __post_init__(self) -> None:
+        check_flag("mse", self.mse)
 
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         del weight, activations
@@ -168,7 +172,6 @@ def adaround(mse: bool = True) -> AdaRound:
     Source: AdaRound (Nagel et al. 2020, arXiv 2004.10568), eq. 21 to 24. There each layer is reconstructed by itself; here whatever the
     loss is.
     """
-    check_flag("mse", mse)
     return AdaRound(mse)
 
 
@@ -188,7 +191,8 @@ def rounding_penalty(quant: Any, steps: int, warmup: float = 0.2, beta: tuple[fl
       float32, a scalar, to be added to the loss times a weight (0.01 of a sum of squares in the paper).
 
     Raises:
-      ValueError: the state has no learned rounding; `steps` or `warmup` is out of range.
+      TypeError: an argument of another type.
+      ValueError: the state has no learned rounding; `steps`, `warmup` or `beta` is out of range.
 
     Example:
       >>> quant = {"weights": {"w": {"rounding": jnp.float32([0.0, 9.0])}}, "step": jnp.float32(50)}
@@ -197,11 +201,19 @@ def rounding_penalty(quant: Any, steps: int, warmup: float = 0.2, beta: tuple[fl
 
     Source: AdaRound (Nagel et al. 2020, arXiv 2004.10568), eq. 24 and section 4, settings of its experiments.
     """
-    learned = [each["rounding"] for each in standing(quant).get("weights", {}).values() if "rounding" in each]
+    if not isinstance(quant, Mapping):
+        raise TypeError(f"`quant` must be the state that fq.init gives, got {type(quant).__name__}")
+    check_number("steps", steps, positive=True)
+    check_number("warmup", warmup, below=1)
+    if not isinstance(beta, tuple) or len(beta) != 2:
+        raise TypeError(f"`beta` must be two numbers, at the begin and the end, such as (20.0, 2.0), got {beta!r}")
+    for value in beta:
+        check_number("beta", value, positive=True)
+    learned = [each["rounding"] for each in standing(dict(quant)).get("weights", {}).values() if "rounding" in each]
     if not learned:
         raise ValueError("`quant` has no learned rounding: give a rule train=qjax.qat(qjax.adaround(), schedule=qjax.schedule(freeze=...))")
-    if not steps > 0 or not 0 <= warmup < 1:
-        raise ValueError(f"`steps` must be positive and `warmup` at least 0 and below 1, got {steps!r} and {warmup!r}")
+    if "step" not in quant:
+        raise ValueError("`quant` has no step: give the whole state that fq.init gives")
     at = jax.lax.stop_gradient(quant["step"]) / steps
     rest = jnp.clip((at - warmup) / (1 - warmup), 0.0, 1.0)
     now = beta[1] + 0.5 * (beta[0] - beta[1]) * (1 + jnp.cos(math.pi * rest))

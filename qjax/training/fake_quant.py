@@ -221,6 +221,7 @@ class FakeQuant:
           >>> bool((fq(begun, x, quant=quant) == result.params["w"].dequantize()).all())
           True
         """
+        check_key("key", key)
         if self.folds is not None:
             raise ValueError("`folds` and from_packed do not go together: the codes of `packed` are of weights that are not folded; leave "
                              "`folds` out, or begin with `init`")  # fmt: skip

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from qjax.core.specs import as_count
+
 KIND = "pinned_host"
 
 
@@ -46,8 +48,7 @@ def host_offload(tx: optax.GradientTransformation, at_least: int = 4096) -> opta
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"`tx` must be an optax transformation such as qjax.adam8bit(1e-3), got {tx!r}")
-    if isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 0:
-        raise ValueError(f"`at_least` must be a whole number of at least 0, got {at_least!r}")
+    at_least = as_count("at_least", at_least, 0)
     inner = optax.with_extra_args_support(tx)
 
     def moved(state: Any, space: Any) -> Any:

@@ -13,12 +13,14 @@ import optax
 from jax import lax
 
 from qjax.calibration import as_batches
+from qjax.core import check_key
+from qjax.core.specs import as_count, check_flag, check_number
 from qjax.graph import NotPreserved, Rotation, rotate
 from qjax.graph import untie as take_apart
 from qjax.graph.orthogonal import random_orthogonal
 from qjax.graph.rotate import turned
 from qjax.policy import Policy, check_policy
-from qjax.program import Program, split_arguments
+from qjax.program import Program, check_function, split_arguments
 from qjax.program.trace import trace_arguments
 from qjax.training.fake_quant import fake_quant
 
@@ -118,11 +120,13 @@ def learn_rotation(
     momentum SGD with a rate of 1.5; the default loss needs no labels; activations and weights are both rounded while learning
     (SpinQuant learns on float weights where GPTQ follows: give `policy` a fine weight spec for that); the best matrices are kept.
     """
+    check_function(fn)
     check_policy(policy)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"`steps` must be a whole number of at least 0, got {steps!r}")
-    if not learning_rate > 0:
-        raise ValueError(f"`learning_rate` must be positive, got {learning_rate!r}")
+    check_key("key", key)
+    check_flag("every", every)
+    check_flag("untie", untie)
+    steps = as_count("steps", steps, 0)
+    _check_learning(learning_rate, optimizer, loss)
     batches = as_batches(calibration)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(batches)):
         raise ValueError("`calibration` holds shapes, but rotations are learned on data: give batches of numbers")
@@ -161,6 +165,14 @@ def learn_rotation(
     new = [old if w is old else jnp.asarray(w) for old, w in zip(arguments.params, final.params, strict=True)]
     found = tuple(drawn[turn.leaves[0], turn.size] for turn in turns)
     return LearnedRotation(rebuilt(new), fn, final.rotations, found, losses, final.refused, final.error)
+
+
+def _check_learning(learning_rate: Any, optimizer: Any, loss: Any) -> None:
+    check_number("learning_rate", learning_rate, positive=True)
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"`optimizer` must be an optax transformation such as optax.sgd(0.1), or None, got {optimizer!r}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"`loss` must be a function of (outputs, *batch), or None, got {loss!r}")
 
 
 def cayley(u: jax.Array, r: jax.Array) -> jax.Array:

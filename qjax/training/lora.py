@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from qjax.core import ActSpec, Spec
-from qjax.core.specs import check_choice, check_count, check_flag
+from qjax.core.specs import as_count, check_choice, check_flag, check_number
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -24,11 +24,10 @@ class Lora:
     init: Init = "kaiming"
 
     def __post_init__(self) -> None:
-        check_count("rank", self.rank, 1)
-        if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"`alpha` must be a positive number or None, got {self.alpha!r}")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"`dropout` must be a probability below 1, got {self.dropout!r}")
+        object.__setattr__(self, "rank", as_count("rank", self.rank, 1))
+        if self.alpha is not None:
+            check_number("alpha", self.alpha, positive=True)
+        check_number("dropout", self.dropout, below=1)
         for name in ("rank_stabilized", "dora"):
             check_flag(name, getattr(self, name))
         check_choice("init", self.init, ("kaiming", "gaussian"))
@@ -50,10 +49,6 @@ class Lora:
 
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         del weight, activations  # it goes with all of them
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def lora(
@@ -87,7 +82,7 @@ def lora(
 
     Raises:
       ValueError: naming the argument.
-      TypeError: `rank_stabilized` or `dora` is no bool.
+      TypeError: `alpha` or `dropout` is no number, `rank_stabilized` or `dora` no bool.
 
     Example:
       >>> import qjax

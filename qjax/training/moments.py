@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qjax.core import DYNAMIC, UNSIGNED_DYNAMIC, codebook_decode, codebook_params, dynamic_encode
+from qjax.core.specs import as_count, check_number, is_number
 
 _SECTIONS = 16  # of an axis, of which each part takes rows: up to so many devices have shards of it and go over their own rows only
 
@@ -64,8 +65,8 @@ class Blocks:
     def __post_init__(self) -> None:
         for name, least in (("size", 2), ("at_least", 0), ("at_once", 1)):
             value = getattr(self, name)
-            if (value is not None or name != "at_once") and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}")
+            if value is not None or name != "at_once":
+                object.__setattr__(self, name, as_count(name, value, least))
 
     def layout(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
         """The leading axes, how many blocks stand behind them, and how many values the last block lacks."""
@@ -220,33 +221,36 @@ def check_decays(**decays: Any) -> None:
       ValueError: naming what is out of range.
     """
     for name, value in decays.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
-            raise TypeError(f"`{name}` must be a number, got {value!r}")
-        if isinstance(value, (int, float)) and not 0 <= value < 1:
-            raise ValueError(f"`{name}` must be at least 0 and below 1, got {value}")
+        if not isinstance(value, (np.ndarray, jax.Array)):
+            check_number(name, value, below=1)
 
 
 def check_eps(eps: Any) -> None:
-    """Refuses a number below 0; arrays are not looked into."""
-    if isinstance(eps, (int, float)) and not eps >= 0:
-        raise ValueError(f"`eps` must be at least 0, got {eps}")
+    """Refuses what is no number, or below 0; arrays are not looked into."""
+    if not isinstance(eps, (np.ndarray, jax.Array)):
+        check_number("eps", eps)
 
 
 def check_decay(weight_decay: Any, mask: Any) -> None:
-    """Refuses a mask of nothing."""
+    """Refuses a mask of nothing, and what is no mask."""
     if mask is not None and weight_decay is None:
         raise ValueError("`mask` says which parameters decay, and `weight_decay` is None: give it, or leave `mask` out")
+    if not callable(mask) and not all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(mask)):
+        raise TypeError(f"`mask` must be a tree of True and False like the parameters, or a function that gives it, got {mask!r}")
 
 
 def check_rates(**rates: Any) -> None:
-    """Refuses what is no number and no schedule.
+    """Refuses what is no number and no schedule; arrays are not looked into.
 
     Raises:
-      TypeError: naming the argument.
+      TypeError, ValueError: naming the argument.
     """
     for name, value in rates.items():
-        if isinstance(value, bool) or not (callable(value) or isinstance(value, (int, float, np.number, np.ndarray, jax.Array))):
-            raise TypeError(f"`{name}` must be a number or a schedule, a function of the step, got {value!r}")
+        what = f"`{name}` must be a finite number or a schedule, a function of the step, got {value!r}"
+        if not (is_number(value) or callable(value) or isinstance(value, (np.ndarray, jax.Array))):
+            raise TypeError(what)
+        if is_number(value) and not math.isfinite(value):
+            raise ValueError(what)
 
 
 def check_blocks(blocks: Any) -> Blocks:

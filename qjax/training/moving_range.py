@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from qjax.calibration import minmax
 from qjax.core import ActSpec, Spec
+from qjax.core.specs import check_number
 from qjax.training.estimator import Learned, Moment, check_estimators
 from qjax.training.straight_through import StraightThrough
 
@@ -21,6 +22,10 @@ class MovingRange:
     """See `moving_range`."""
 
     decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_number("decay", self.decay, below=1)
+        object.__setattr__(self, "decay", float(self.decay))
 
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         if not any(act.static for act in activations):
@@ -89,6 +94,7 @@ def moving_range(decay: float = 0.99) -> MovingRange:
       An estimator for `Rule(train=...)`.
 
     Raises:
+      TypeError: `decay` is no number.
       ValueError: `decay` is not in 0 .. 1, 1 excluded. `Rule` refuses activations that are not static.
 
     Example:
@@ -103,6 +109,4 @@ def moving_range(decay: float = 0.99) -> MovingRange:
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.1. There ranges set in late; see `activations` of `qjax.schedule`.
     """
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ValueError(f"`decay` must be at least 0 and below 1, got {decay!r}")
-    return MovingRange(float(decay))
+    return MovingRange(decay)

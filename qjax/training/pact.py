@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from qjax.calibration import minmax
 from qjax.core import ActSpec, IntSpec, Spec, affine_decode, affine_encode, divide
 from qjax.core.affine import round_scale
+from qjax.core.specs import check_flag, check_number
 from qjax.training.estimator import Learned, Moment, at_bits, check_estimators
 from qjax.training.straight_through import StraightThrough
 
@@ -66,6 +67,12 @@ class Clipped:
     alpha: float | None = None
     learns: bool = True
 
+    def __post_init__(self) -> None:
+        check_flag("learns", self.learns)
+        if self.alpha is not None:
+            check_number("alpha", self.alpha, positive=True)
+            object.__setattr__(self, "alpha", float(self.alpha))
+
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         if not any(act.static for act in activations):
             raise ValueError(f"`train` {self!r} is for static activations: give `activation`, such as qjax.static(qjax.uint4())")
@@ -120,7 +127,8 @@ def pact(alpha: float | None = None, learns: bool = True) -> Clipped:
       An estimator for `Rule(train=...)`.
 
     Raises:
-      ValueError: `alpha` is not positive. `Rule` refuses signed activations, dynamic ones and none.
+      TypeError: `alpha` is no number, or `learns` no bool.
+      ValueError: `alpha` is not positive, or infinite. `Rule` refuses signed activations, dynamic ones and none.
 
     Example:
       >>> import qjax
@@ -130,6 +138,4 @@ def pact(alpha: float | None = None, learns: bool = True) -> Clipped:
 
     Source: PACT (Choi et al. 2018, arXiv 1805.06085).
     """
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"`alpha` must be positive or None, got {alpha!r}")
-    return Clipped(None if alpha is None else float(alpha), learns)
+    return Clipped(alpha, learns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from qjax.calibration.batches import as_batches
 from qjax.calibration.observe import scan_lengths
 from qjax.core import QProduct, QTensor, check_key
+from qjax.core.specs import check_choice
 from qjax.policy import Policy, check_policy
 from qjax.program import Arguments, Interpreter, Program, ProgramCache, check_function, split_arguments
 from qjax.ptq import Result, quantize
+from qjax.ptq.low_rank import AdapterDtype
 from qjax.ptq.quantize import shapes_of
 from qjax.runtime.installed import runtime_of
 from qjax.runtime.products import product_rule
@@ -98,16 +100,17 @@ class QLoRA:
           adapters: the trained ones.
           base: the frozen parameters.
           *args: arguments of the function, to trace it with; shapes are enough.
-          dtype: what the low-rank parts are stored in; None keeps theirs.
+          dtype: what the low-rank parts are stored in, float32, float16 or bfloat16 by name or as a dtype; None keeps theirs.
           **kwargs: keyword arguments of the function.
 
         Returns:
           A tree of parameters; nothing is rounded but, with a `dtype`, A and s B. A float parameter takes its adapter in, as in `merge`.
 
         Raises:
-          ValueError: the adapter of a packed weight has magnitudes (DoRA): merge it.
+          ValueError: the adapter of a packed weight has magnitudes (DoRA): merge it; another `dtype`.
         """
         check_form(adapters)
+        name = None if dtype is None else _float_name(dtype)
         arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         flat = list(arguments.params)
@@ -119,7 +122,7 @@ class QLoRA:
                 raise ValueError(f"the adapter of {one.leaf.path!r} cannot become a low-rank part of a packed weight, for it has "
                                  "magnitudes (DoRA): use .merge(...) or .requantize(...)")  # fmt: skip
             adapter = one.adapter(adapters[one.leaf.path], flat[i])
-            flat[i] = flat[i].with_adapter(jax.tree.map(lambda a: a if dtype is None else a.astype(dtype), adapter))
+            flat[i] = flat[i].with_adapter(jax.tree.map(lambda a: a if name is None else a.astype(name), adapter))
         return arguments.rebuild(flat, arguments.inputs)[0]
 
     def merge(self, adapters: Adapters, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,6 +179,12 @@ class QLoRA:
         plan = adapted(program, self.policy)
         check_base(arguments.params, plan, self.policy, program)
         return arguments, program, plan
+
+
+def _float_name(dtype: Any) -> str:
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", dtype))
+    check_choice("dtype", name, get_args(AdapterDtype))
+    return name
 
 
 def _merged(w: Any, one: Adapted | None, adapters: Adapters) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.core import IntSpec, Spec
+from qjax.core.specs import as_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "freeze"):
             value = getattr(self, name)
-            if (value is not None or name != "freeze") and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ValueError(f"`{name}` must be a step, a whole number of at least 0, got {value!r}")
+            if value is not None or name != "freeze":
+                object.__setattr__(self, name, as_count(name, value, 0))
         for name in ("bits", "activation_bits"):
-            _check_bits(name, getattr(self, name))
+            object.__setattr__(self, name, _checked_bits(name, getattr(self, name)))
 
     @property
     def moves(self) -> bool:
@@ -62,14 +64,18 @@ class Schedule:
         return now
 
 
-def _check_bits(name: str, pairs: Any) -> None:
+def _checked_bits(name: str, pairs: Any) -> tuple[tuple[int, int], ...]:
     if not isinstance(pairs, tuple) or any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise TypeError(f"`{name}` must be a tuple of pairs (step, bits) such as ((0, 8), (500, 4)), got {pairs!r}")
+    if any(isinstance(value, bool) or not isinstance(value, int | np.integer) for pair in pairs for value in pair):
+        raise TypeError(f"`{name}` must hold whole numbers, pairs (step, bits) such as ((0, 8), (500, 4)), got {pairs!r}")
+    pairs = tuple((int(step), int(bits)) for step, bits in pairs)
     steps = [step for step, _ in pairs]
     if pairs and (steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps))):
         raise ValueError(f"`{name}` must begin at step 0 and name later steps after it, got {pairs!r}")
     if any(not 2 <= bits <= 8 for _, bits in pairs):
         raise ValueError(f"`{name}` must name 2 to 8 bits, got {pairs!r}")
+    return pairs
 
 
 def schedule(

@@ -92,6 +92,8 @@ def check(quant: Any, plan: Planned, calibrated: bool = True) -> None:
     Raises:
       TypeError, ValueError: naming `quant`, what differs, and the remedy.
     """
+    if quant is not None:
+        _check_form(quant)
     want, given = shapes(plan), quant or {}
     if want and quant is None:
         raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass "
@@ -115,12 +117,12 @@ def _shape(leaf: Any) -> Any:
     return None if leaf is None else getattr(leaf, "shape", type(leaf))
 
 
-def _difference(given: Any, want: Quant, other: Sequence[str]) -> str:
+def _difference(given: Quant, want: Quant, other: Sequence[str]) -> str:
     """Says how a state differs from the one that is wanted, in the entries `other`, and what to do."""
     entries = [name for name in other if not name.startswith("['policy']")]
     named = f"it differs in {', '.join((entries or other)[:3])}" if other else "it has another structure"
-    theirs = given.get("policy") if isinstance(given, Mapping) else None
-    if theirs and theirs.keys() != want.get("policy", {}).keys():
+    theirs = given.get("policy")
+    if isinstance(theirs, Mapping) and theirs.keys() != want.get("policy", {}).keys():
         how = named if entries else "what it rounds, to what, or how that trains is not what `init` was given"
         return (f"`quant` is of another policy: {how}. A policy cannot change between steps: call init again; what was learned is in "
                 "quant['weights'] and quant['activations'] by path, to be put into the state that init gives for the new policy (or begin "
@@ -146,6 +148,7 @@ def labels(quant: Quant) -> Any:
     Raises:
       TypeError: it holds what is packed or not floating, and is no state.
     """
+    _check_form(quant)
     check_trainable(quant, "quant")
 
     def label(path: Any, _: Any) -> str:
@@ -155,8 +158,18 @@ def labels(quant: Quant) -> Any:
 
 
 def advance(quant: Quant) -> Quant:
-    """The state of the next step: what is frozen is put back, and what is not is copied."""
+    """The state of the next step: what is frozen is put back, and what is not is copied.
+
+    Raises:
+      TypeError: `quant` is no state.
+    """
+    _check_form(quant)
     return {**recorded(standing(quant)), "step": quant["step"] + 1} if "step" in quant else dict(quant)
+
+
+def _check_form(quant: Any) -> None:
+    if not isinstance(quant, Mapping):
+        raise TypeError(f"`quant` must be a state as fq.init gives it, of a policy without one {{}}, got {type(quant).__name__}")
 
 
 def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:

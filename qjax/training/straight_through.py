@@ -34,7 +34,7 @@ from qjax.core import (
     round_trip,
 )
 from qjax.core.rounding import checked, never_clips, row_params
-from qjax.core.specs import check_choice
+from qjax.core.specs import check_choice, check_number
 from qjax.ptq.method import Problem
 from qjax.training.estimator import Codes, Learned, Moment, at_bits, check_estimators, with_gradient
 
@@ -180,8 +180,8 @@ class StraightThrough:
     def __post_init__(self) -> None:
         check_choice("gradient", self.gradient, ("clipped", "passed"))
         check_choice("rounding", self.rounding, ("nearest", "stochastic"))
-        if not 0 <= self.slope < 1:
-            raise ValueError(f"`slope` must be at least 0 and below 1, got {self.slope!r}")
+        check_number("slope", self.slope, below=1)
+        object.__setattr__(self, "slope", float(self.slope))
 
     def check(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> None:
         check_estimators(self, self, weight, activations)
@@ -330,6 +330,7 @@ def ste(gradient: Gradient = "clipped", slope: float = 0.0, rounding: Literal["n
       An estimator for `Rule(train=...)`.
 
     Raises:
+      TypeError: `slope` is no number.
       ValueError: an argument out of range.
 
     Example:

@@ -89,7 +89,7 @@ def test_refusals():
         (lambda: Rule("*", weight=qjax.int4(), train=qjax.qat(qjax.adaround())), "adaround decides at the `freeze` of its schedule"),
         (lambda: Rule("*", weight=qjax.nf4(), train=qjax.qat(qjax.adaround(), schedule=freeze)), "adaround learns which whole number"),
         (lambda: rounding_penalty({}, 5), "`quant` has no learned rounding"),
-        (lambda: rounding_penalty({"weights": {"w": {"rounding": jnp.ones(2)}}, "step": 0}, 0), "`steps` must be positive"),
+        (lambda: rounding_penalty({"weights": {"w": {"rounding": jnp.ones(2)}}, "step": 0}, 0), "`steps` must be a positive number"),
     ]:
         with pytest.raises(ValueError, match=message):
             rule()

@@ -80,7 +80,7 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_and_refusals():
     old = {"lo": jnp.float32(-1), "hi": jnp.float32(1)}
     for x in (jnp.array([jnp.nan, 9.0]), jnp.array([-9.0, jnp.inf])):
         assert estimator.track(x, old, qjax.training.estimator.Moment()) == old
-    with pytest.raises(ValueError, match="`decay` must be at least 0 and below 1, got 1"):
+    with pytest.raises(ValueError, match="`decay` must be a number of at least 0 and below 1, got 1"):
         qjax.moving_range(1)
     with pytest.raises(ValueError, match=r"is for static activations: give `activation`"):
         Rule("*", weight=qjax.int8(), train=estimator)

@@ -187,22 +187,22 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"`blocks` must be qjax.training.Blocks"):
         qjax.lion8bit(1e-3, blocks=256)
     for make in (qjax.adam8bit, qjax.lion8bit):
-        with pytest.raises(ValueError, match="`b1` must be at least 0 and below 1, got 1"):  # a first moment of zeros, divided by zero
+        with pytest.raises(ValueError, match="`b1` must be a number of at least 0 and below 1, got 1"):  # zeros, divided by zero
             make(1e-3, b1=1.0)
-        with pytest.raises(TypeError, match="`learning_rate` must be a number or a schedule"):
+        with pytest.raises(TypeError, match="`learning_rate` must be a finite number or a schedule"):
             make("1e-3")
-        with pytest.raises(TypeError, match="`weight_decay` must be a number or a schedule"):
+        with pytest.raises(TypeError, match="`weight_decay` must be a finite number or a schedule"):
             make(1e-3, weight_decay="0.1")
         with pytest.raises(ValueError, match="`mask` says which parameters decay, and `weight_decay` is None"):
             make(1e-3, mask={"w": True})
-    with pytest.raises(ValueError, match="`eps` must be at least 0, got -1e-08"):
+    with pytest.raises(ValueError, match="`eps` must be a number of at least 0, got -1e-08"):
         qjax.adam8bit(1e-3, eps=-1e-8)
     assert tx.update({"t": 1.0 + jnp.zeros(())}, tx.init({"t": 1.0}))[0]["t"].item() == pytest.approx(-1e-3, rel=1e-4)  # a number of Python
-    with pytest.raises(ValueError, match="`size` must be a whole number of at least 2, got 0"):
+    with pytest.raises(ValueError, match="`size` must be an int of at least 2, got 0"):
         Blocks(0)
     with pytest.raises(TypeError, match="`tx` must be an optax transformation"):
         qjax.host_offload("adam")
-    with pytest.raises(ValueError, match="`at_least` must be a whole number"):
+    with pytest.raises(ValueError, match="`at_least` must be an int of at least 0, got -1"):
         qjax.host_offload(tx, -1)
     device = SimpleNamespace(device_kind="Old", platform="old", addressable_memories=lambda: [SimpleNamespace(kind="device")])
     with pytest.raises(ValueError, match=r"Old \(old\), whose memories are device, and none is pinned_host"):
