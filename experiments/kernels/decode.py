@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from qjax_kernels.gpu.tiles import Tiles
+from qjax_kernels.gpu.tiles import Direct, Tiles
 from qjax_kernels.gpu.weight_only import weight_only_matmul
 
 GROUP = 128
+EPSILON = 1e-5  # of the norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +66,18 @@ def parameters(shape: Shape, kind: str) -> dict[str, Any]:
     return {"layers": layers, "embedding": flat(next(keys)), "head": flat(next(keys))}
 
 
-def product(tiles: Callable[[int, int], Tiles | None]) -> Callable:
+def product(tiles: Callable[[int, int], Tiles | Direct | None]) -> Callable:
     """x times a weight in whichever form it has, and a row that is added to it; `tiles` of N and K."""
 
-    def times(x, w, added=None):
+    def times(x, w, added=None, norm=None):
         if len(w) == 1:
             y = jnp.einsum("mk,nk->mn", x, w[0])
             return y if added is None else y + added
         if added is not None and added.shape[0] != 1:
             raise ValueError(f"`added` must be a single row, which is then a bias; it has {added.shape[0]}")
         bias = None if added is None else added[0]
-        return weight_only_matmul(x, *w, group_size=GROUP, bias=bias, tiles=tiles(*w[0].shape) if w[0].dtype == jnp.int4 else None)
+        chosen = tiles(*w[0].shape) if w[0].dtype == jnp.int4 else None
+        return weight_only_matmul(x, *w, group_size=GROUP, bias=bias, norm=norm, tiles=chosen)
 
     return times
 
@@ -83,7 +85,7 @@ def product(tiles: Callable[[int, int], Tiles | None]) -> Callable:
 def inverse(x):
     """One over the root mean square of a row: the products take the row as it is, and it scales what they give."""
     wide = x.astype(jnp.float32)
-    return jax.lax.rsqrt(jnp.mean(wide * wide) + 1e-5)
+    return jax.lax.rsqrt(jnp.mean(wide * wide) + EPSILON)
 
 
 def step(shape: Shape, times: Callable) -> Callable:
@@ -105,14 +107,22 @@ def step(shape: Shape, times: Callable) -> Callable:
         mixed = jnp.sum(jax.nn.softmax(scores)[..., None] * values, axis=2)
         return mixed.reshape(1, -1).astype(qkv.dtype), cache
 
+    def normed(x, w):
+        """A product of the row, and what is still to be multiplied for its norm: the kernel of few rows divides by it itself."""
+        if w[0].dtype == jnp.int4:
+            return times(x, w, norm=EPSILON), 1.0
+        return times(x, w), inverse(x)
+
     def run(weights, caches, token, place):
         x = weights["embedding"][token][None]
         kept = []
         for layer, cache in zip(weights["layers"], caches, strict=True):
-            mixed, cache = attended(times(x, layer["qkv"])[0], inverse(x), cache, place)
+            qkv, scale = normed(x, layer["qkv"])
+            mixed, cache = attended(qkv[0], scale, cache, place)
             kept.append(cache)
             x = times(mixed, layer["out"], x)
-            gate, up = jnp.split(times(x, layer["up"]).astype(jnp.float32) * inverse(x), 2, axis=1)
+            both, scale = normed(x, layer["up"])
+            gate, up = jnp.split(both.astype(jnp.float32) * scale, 2, axis=1)
             x = times((jax.nn.silu(gate) * up).astype(x.dtype), layer["down"], x)
         scores = jnp.einsum("mk,nk->mn", x, weights["head"])  # the largest is the largest whatever the norm
         return jnp.argmax(scores[0]).astype(jnp.int32), kept

@@ -3,9 +3,10 @@
     python experiments/kernels/gpu_static.py --write
 
 Needs what the extra `aot` installs; rows go to gpu_static/<version of jax>.json. `registers` and `spills` are what ptxas says;
-`loop` is the instructions of its longest loop, which a stage of the pipeline executes, `total` all of them, `products` the tensor core
-instructions in that loop; `shared` is the bytes of shared memory by `Tiles.shared_bytes` (jax refuses what is too much); `temporaries`
-are device memory beside operands and result: sums of split K, rows of x that were put in another form. Nothing here is a speed.
+`loop` is the instructions of its longest loop with products, which a stage of the pipeline executes, `total` all of them, `products`
+the tensor core instructions in that loop; `shared` is the bytes of shared memory by `Tiles.shared_bytes` (jax refuses what is too
+much); `temporaries` are device memory beside operands and result: sums of split K, rows of x that were put in another form. Nothing
+here is a speed.
 """
 
 import argparse
@@ -27,9 +28,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from qjax_kernels.gpu.direct_shape import shape_of  # noqa: E402
 from qjax_kernels.gpu.eight_bit import eight_bit_matmul  # noqa: E402
 from qjax_kernels.gpu.stock import grouped_matmul  # noqa: E402
-from qjax_kernels.gpu.tiles import Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
+from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER  # noqa: E402
 
@@ -38,7 +40,7 @@ DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
 SMALL, LARGE = HOPPER[0][::-1], HOPPER[-1][::-1]  # N, K
 
 
-def cases() -> list[tuple[str, int, tuple[int, int], Tiles | None]]:
+def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
     """(kernel, rows, (N, K), tiles; None for the default ones): each path once, and the tiles whose figures are asked for."""
     wide = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
     return [
@@ -49,7 +51,10 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | None]]:
         ("W4A16 g128", 512, SMALL, None),
         ("W4A16 g128", 16, LARGE, None),
         ("W4A16 g128", 1, LARGE, None),
-        ("W4A16 g128", 1, SMALL, Tiles(8, 64, 512, 2, split_k=4, few_rows=True, early=True)),
+        ("W4A16 g128", 8, LARGE, None),
+        ("W4A16 g128", 1, SMALL, Direct(16, 2, 1, early=True)),
+        ("W4A16 g128 bias", 8, (*SMALL[:1], 14336), None),
+        ("W4A16 g128", 21, LARGE, None),
         ("W4A16 g128", 32, LARGE, None),
         ("W4A16 g128", 64, LARGE, None),
         ("W4A16 g128", 512, LARGE, None),
@@ -73,7 +78,7 @@ def operands(kernel: str, m: int, n: int, k: int) -> list[tuple[tuple[int, ...],
     return [((m, k), jnp.bfloat16), ((n, k), kind), ((n, groups), jnp.float32), *bias]
 
 
-def function(kernel: str, tiles: Tiles | None):
+def function(kernel: str, tiles: Tiles | Direct | None):
     """The product, of x, codes, scales and, if there is one, the bias."""
     if kernel in ("W8A8", "FP8"):
         return functools.partial(eight_bit_matmul, tiles=tiles)
@@ -81,12 +86,20 @@ def function(kernel: str, tiles: Tiles | None):
     return lambda x, codes, scales, bias=None: weight_only_matmul(x, codes, scales, bias=bias, **how)
 
 
-def chosen(kernel: str, m: int, n: int, k: int) -> tuple[Tiles, tuple[int, int, int]]:
+def chosen(kernel: str, m: int, n: int, k: int) -> tuple[Tiles | Direct, tuple[int, int, int]]:
     """The default tiles, and bits of a code, bytes of a scale and of an element of x in a stage."""
     if kernel in ("W8A8", "FP8"):
         return eight_bit_tiles(m, n, k), (8, 0, 1)
     bits, grouped = int(kernel[1]), "g128" in kernel
-    return weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None), (bits, 2 if grouped else 0, 2)
+    tiles = weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None, scale_bytes=4)
+    return tiles, (bits, 2 if grouped else 0, 2)
+
+
+def shared(tiles: Tiles | Direct, sizes: tuple[int, int, int], m: int, n: int, k: int) -> int:
+    """Bytes of shared memory of a thread block."""
+    if isinstance(tiles, Tiles):
+        return tiles.shared_bytes(*sizes)
+    return shape_of(m, n, k, group=GROUP, columns=-(-k // GROUP // 4) * 4, dtype=jnp.float32, tiles=tiles, cores=132).places.end
 
 
 def compiled(function, arguments, chip: str):
@@ -130,8 +143,9 @@ def counts(text: str) -> dict[str, int]:
             back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
             if back and back[1] in labels:
                 loops.append((labels[back[1]], len(instructions)))
-    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
-    products = sum("GMMA" in text for text in instructions[start:end])
+    multiplies = [any("MMA" in text for text in instructions[start:end]) for start, end in loops]
+    start, end = max(zip(multiplies, loops, strict=True), key=lambda each: (each[0], each[1][1] - each[1][0]))[1]
+    products = sum("MMA" in text for text in instructions[start:end])
     total = next((i + 1 for i in range(len(instructions) - 1, -1, -1) if "NOP" not in instructions[i]), 0)
     return {"registers": registers[0], "spills": sum(spilled), "loop": end - start, "total": total, "products": products}
 
@@ -145,7 +159,7 @@ def rows() -> list[dict]:
         program, text = compiled(function(kernel, tiles), arguments, "h200")
         default, sizes = chosen(kernel, m, n, k)
         used = tiles or default
-        row = {"kernel": kernel, "m": m, "n": n, "k": k, "tiles": _short(used), **counts(text), "shared": used.shared_bytes(*sizes, rows=m)}
+        row = {"kernel": kernel, "m": m, "n": n, "k": k, "tiles": _short(used), **counts(text), "shared": shared(used, sizes, m, n, k)}
         row |= {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * n * k}
         found.append(row)
         print(json.dumps(row), f"{time.monotonic() - start:.1f}s", flush=True)
@@ -165,18 +179,22 @@ def fallbacks() -> list[dict]:
     return found
 
 
-def _short(tiles: Tiles) -> str:
+def _short(tiles: Tiles | Direct) -> str:
     """Blocks, stages, and what is switched on."""
+    if isinstance(tiles, Direct):
+        text = f"direct: {tiles.warps} warps, {tiles.turn} pieces, {tiles.blocks} blocks"
+        return text + (f" split_k {tiles.split_k}" if tiles.split_k > 1 else "") + (" early" if tiles.early else "")
     text = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} stages {tiles.stages}"
     for name, least in (("split_k", 1), ("warpgroups", 1), ("cluster", 1)):
         text += f" {name} {getattr(tiles, name)}" if getattr(tiles, name) > least else ""
-    switches = ("scale_first", "reorder", "x_left", "digits", "few_rows", "early")
+    switches = ("scale_first", "reorder", "x_left", "digits")
     return text + "".join(f" {name}" for name in switches if getattr(tiles, name))
 
 
 def table(found: list[dict]) -> str:
     """Markdown: a line a case."""
-    lines = ["| kernel | M x N x K | tiles | registers | spills | loop | total | wgmma a loop | shared | temporaries |", "|" + "---|" * 10]
+    names = ("kernel", "M x N x K", "tiles", "registers", "spills", "loop", "total", "products a loop", "shared", "temporaries")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in found:
         shape = f"{row['m']} x {row['n']} x {row['k']}"
         cells = [row["kernel"], shape, row["tiles"], row["registers"], row["spills"], row["loop"], row["total"], row["products"]]

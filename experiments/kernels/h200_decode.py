@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import dataclasses
-import pathlib
 import tempfile
 import time
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from decode import Shape, empty_caches, parameters, product, step
-from h200_timing import Clock, Record
-from qjax_kernels.gpu.tiles import Tiles, weight_only_tiles
+from h200_timing import Clock, Record, kernel_times
+from qjax_kernels.gpu.tiles import Direct, direct_tiles
 
 TOKENS = 64
 
 
-def early(n: int, k: int) -> Tiles:
-    """The default tiles, whose programs start before the one in front of them ends."""
-    return dataclasses.replace(weight_only_tiles(1, n, k, 4), early=True)
+def early(n: int, k: int) -> Direct:
+    """The default tiles, whose programs start before the one in front of them ends: no program writes weights."""
+    return dataclasses.replace(direct_tiles(1, k), early=True)
 
 
 def default(n: int, k: int) -> None:
@@ -106,12 +105,7 @@ def profiled(shape: Shape, kind: str, program) -> list[tuple[str, float]]:
             for i in range(steps):
                 token, caches = program(weights, caches, token, jnp.int32(i + 1))
             jax.block_until_ready(token)
-        for file in pathlib.Path(folder).rglob("*.xplane.pb"):
-            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-                if plane.name.startswith("/device:GPU"):
-                    for line in plane.lines:
-                        if line.name.startswith("Stream"):
-                            for event in line.events:
-                                found[event.name] += event.duration_ns
+        for name, nanoseconds in kernel_times(folder):
+            found[name] += nanoseconds
     rows = [(name, round(ns / steps / 1e3, 1)) for name, ns in found.most_common(24)]
     return [("all kernels", round(found.total() / steps / 1e3, 1)), *rows]

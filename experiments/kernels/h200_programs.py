@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from qjax_kernels.gpu.eight_bit import eight_bit_matmul, rounded_rows
-from qjax_kernels.gpu.tiles import Tiles, eight_bit_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_tiles
 from qjax_kernels.gpu.weight_only import weight_only_matmul
 
 GROUP = 128
@@ -71,7 +71,7 @@ def xla_eight(x, codes, scales):
     return (sums.astype(jnp.float32) * s[:, None] * scales.astype(jnp.float32).T).astype(x.dtype)
 
 
-def ours(kind: str, tiles: Tiles | None, interpret=None) -> Callable:
+def ours(kind: str, tiles: Tiles | Direct | None, interpret=None) -> Callable:
     """Our kernel for a kind of weight."""
     if kind in ("int8c", "fp8"):
         return jax.jit(lambda x, w, s: eight_bit_matmul(x, w, s, tiles=tiles, interpret=interpret))
@@ -99,7 +99,7 @@ class Job:
     m: int
     k: int
     n: int
-    tiles: Tiles | None = None
+    tiles: Tiles | Direct | None = None
 
     @property
     def kind(self) -> str:
@@ -115,7 +115,7 @@ class Job:
         """The program."""
         return PROGRAMS[self.name][1] or ours(self.kind, self.tiles)
 
-    def chosen(self) -> Tiles | None:
+    def chosen(self) -> Tiles | Direct | None:
         """The tiles that it runs with."""
         if PROGRAMS[self.name][1] is not None or self.tiles is not None:
             return self.tiles
@@ -166,7 +166,7 @@ def products(program) -> int:
     return kernels + len(re.findall(r"= \S+ dot\(", text))
 
 
-def short(tiles: Tiles) -> dict:
-    """What differs from the defaults of a `Tiles`."""
-    standard = {field.name: field.default for field in dataclasses.fields(Tiles)}
-    return {name: value for name, value in dataclasses.asdict(tiles).items() if value != standard[name]}
+def short(tiles: Tiles | Direct) -> dict:
+    """What differs from the defaults of `Tiles`; all of `Direct`."""
+    standard = {field.name: field.default for field in dataclasses.fields(tiles)} if isinstance(tiles, Tiles) else {}
+    return {name: value for name, value in dataclasses.asdict(tiles).items() if value != standard.get(name, dataclasses.MISSING)}

@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, direct_tiles
 
 
-def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]]:
+def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:
     """(kind, m, n, k, group, tiles) that cover every path: tails, padding, splits, both pipelines, clusters, orders of nibbles."""
     small = [
         ("int4", 8, 64, 1024, 128, Tiles(8, 64, 256, 2)),
@@ -15,13 +15,14 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]
     ]
     if dry:
         return small
-    few = Tiles(8, 64, 512, 2, few_rows=True)
     return [
         ("int4", 1, 4096, 4096, 128, None),
-        ("int4", 1, 4096, 4096, 128, dataclasses.replace(few, split_k=4, early=True)),
+        ("int4", 1, 4096, 4096, 128, Direct(early=True)),
         ("int4", 13, 1088, 2048, 128, None),
-        ("int4", 16, 4096, 4096, 128, dataclasses.replace(few, block_m=16, block_n=128, block_k=256, split_k=2)),
-        ("int4", 5, 1088, 1408, 128, few),
+        ("int4", 16, 4096, 8192, 128, Direct(16, 2, 1, split_k=2)),
+        ("int4", 5, 1088, 1408, 128, Direct(8, 4, 1)),
+        ("int4", 3, 1088, 2048, 256, Direct(4, 1, 4)),
+        ("int4", 1, 4096, 4096, 128, Direct(16, 8, 1)),
         ("int4", 1, 28672, 4096, 128, None),
         ("int4", 8, 4096, 14336, 128, None),
         *small,
@@ -51,17 +52,18 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | None]
     ]
 
 
-def candidates(name: str, m: int, n: int, k: int) -> list[Tiles]:
+def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
     """Tiles worth a try, the likeliest first."""
     bits = 4 if name == "W4A16" else 8
     eight = name in ("W8A8", "FP8")
     block_m = max(8, -(-m // 8) * 8)
     found: list[Tiles] = []
+    direct: list[Direct] = []
     if m <= 16 and name == "W4A16":
-        for split, block_n, block_k, stages in itertools.product((1, 2, 4, 8), (64, 128), (512, 256, 128), (2, 3, 4, 6)):
-            launched, steps = -(-n // block_n) * split, k // (block_k * split)
-            if 100 <= launched <= 132 * 8 and 2 <= stages <= steps:
-                found.append(Tiles(block_m, block_n, block_k, stages, split, few_rows=True))
+        split = direct_tiles(m, k).split_k
+        for (warps, blocks), turn in itertools.product(((8, 2), (16, 1), (8, 1), (12, 1), (4, 4)), (4, 2, 1) if m <= 8 else (2, 1)):
+            if m * k // split * 2 <= 220 * 1024 // blocks:
+                direct.append(Direct(warps, turn, blocks, split))
     if m <= 64:
         reorders = (False, True) if name == "W4A16" else (False,)
         for split, block_n, block_k, stages, reorder in itertools.product((1, 2, 4, 8), (64, 128), (256, 128, 512), (4, 3, 2, 6), reorders):
@@ -82,7 +84,7 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles]:
             if block_m_ * block_n <= (128 if first else 64) * 256 and (bits == 4 or not reorder) and block_m_ <= block_m:
                 found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, scale_first=first, reorder=reorder))
     scale_bytes, x_bytes = (0, 1) if eight else (2, 2)
-    return [tiles for tiles in found if tiles.shared_bytes(bits, scale_bytes, x_bytes) <= SHARED_BYTES]
+    return [*direct, *(tiles for tiles in found if tiles.shared_bytes(bits, scale_bytes, x_bytes) <= SHARED_BYTES)]
 
 
 def spread_out(found: list, limit: int) -> list:
@@ -90,87 +92,30 @@ def spread_out(found: list, limit: int) -> list:
     return found if len(found) <= limit else [found[i * len(found) // limit] for i in range(limit)]
 
 
-def chosen() -> dict[tuple[int, int], dict[int, list[Tiles]]]:
-    """Tiles that reasoning ahead of time puts first, by (K, N) and rows; the last of each is the best of the run before."""
+def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
+    """Tiles that reasoning ahead of time puts first, by (K, N) and rows."""
+    few = [Direct(8, 4, 2), Direct(8, 4, 1), Direct(16, 4, 1), Direct(16, 2, 1), Direct(8, 4, 2, early=True)]
+    more = [Direct(16, 2, 1), Direct(8, 4, 1), Direct(8, 2, 1)]
     fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True, reorder=True)
+    pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True, cluster=2)
     wide = dataclasses.replace(fast, block_n=256, stages=3)
-    deep = dataclasses.replace(fast, block_k=256, stages=2)
-    pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True)
-    few, some = Tiles(8, 64, 512, 2, few_rows=True), Tiles(16, 64, 256, 4, few_rows=True)
+    digits = Tiles(16, 128, 512, 2, digits=True)
     return {
-        (14336, 4096): {
-            1: [
-                dataclasses.replace(few, stages=4, split_k=4),
-                dataclasses.replace(few, split_k=4),
-                dataclasses.replace(few, stages=3, split_k=8),
-                Tiles(8, 128, 512, 2, split_k=7, digits=True),
-                Tiles(8, 128, 256, 3, split_k=8, reorder=True),
-            ],
-        },
-        (4096, 28672): {
-            1: [few, dataclasses.replace(few, stages=3), Tiles(8, 128, 512, 2, digits=True), Tiles(8, 128, 256, 4, digits=True)]
-        },
-        (4096, 6144): {
-            1: [
-                dataclasses.replace(few, split_k=2),
-                dataclasses.replace(few, split_k=4),
-                dataclasses.replace(few, block_k=256, stages=4, split_k=4),
-                Tiles(8, 64, 512, 2, split_k=2, digits=True),
-                Tiles(8, 128, 128, 3, split_k=8),
-            ],
+        (4096, 4096): {
+            1: few,
+            8: more,
+            16: [*more, Tiles(16, 64, 256, 4, split_k=8)],
+            64: [Tiles(64, 64, 128, 2, split_k=8), Tiles(64, 64, 128, 4, split_k=4, reorder=True)],
+            512: [dataclasses.replace(fast, reorder=False), Tiles(128, 256, 128, 3, split_k=2, warpgroups=2, scale_first=True)],
         },
         (8192, 28672): {
-            1: [
-                few,
-                dataclasses.replace(few, stages=3),
-                dataclasses.replace(few, early=True),
-                Tiles(8, 128, 512, 2, digits=True),
-                Tiles(8, 128, 256, 4, digits=True),
-                Tiles(8, 128, 256, 3, split_k=2, digits=True),
-            ],
-            16: [
-                dataclasses.replace(some, block_n=128, stages=3),
-                dataclasses.replace(some, block_k=512, stages=2),
-                Tiles(16, 128, 512, 2, digits=True),
-            ],
-            64: [
-                Tiles(64, 256, 128, 3, warpgroups=2, digits=True),
-                Tiles(64, 128, 256, 2, digits=True),
-                dataclasses.replace(pair, cluster=2),
-                dataclasses.replace(pair, scale_first=True, cluster=2),
-                pair,
-                Tiles(64, 64, 128, 4, reorder=True),
-            ],
-            512: [
-                dataclasses.replace(wide, cluster=2),
-                dataclasses.replace(fast, cluster=2),
-                deep,
-                wide,
-                dataclasses.replace(fast, stages=3),
-            ],
+            1: few,
+            8: more,
+            16: [*(dataclasses.replace(tiles, split_k=2) for tiles in more), digits],
+            64: [pair, dataclasses.replace(pair, scale_first=True)],
+            512: [dataclasses.replace(wide, cluster=2), dataclasses.replace(fast, cluster=2), wide],
         },
-        (4096, 4096): {
-            1: [
-                dataclasses.replace(few, split_k=4),
-                dataclasses.replace(few, block_k=256, split_k=8),
-                dataclasses.replace(few, split_k=4, early=True),
-                Tiles(8, 128, 128, 3, split_k=8),
-            ],
-            16: [
-                dataclasses.replace(some, split_k=4),
-                dataclasses.replace(some, block_n=128, stages=2, split_k=8),
-                Tiles(16, 64, 256, 4, split_k=8),
-            ],
-            64: [
-                Tiles(64, 128, 128, 3, split_k=8, digits=True),
-                Tiles(64, 64, 128, 4, split_k=4, reorder=True),
-                Tiles(64, 64, 128, 2, split_k=8),
-            ],
-            512: [
-                dataclasses.replace(fast, reorder=False),
-                dataclasses.replace(fast, cluster=2),
-                deep,
-                Tiles(128, 256, 128, 3, split_k=2, warpgroups=2, scale_first=True),
-            ],
-        },
+        (4096, 6144): {1: few, 8: more},
+        (14336, 4096): {1: few, 8: [dataclasses.replace(tiles, split_k=2) for tiles in more]},
+        (4096, 28672): {1: few, 8: more, 16: [*more, digits]},
     }

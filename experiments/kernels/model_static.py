@@ -53,7 +53,7 @@ CACHES = (("shipped", "KV8"), ("shipped", "KV4"), ("7B layer", "KV8"), ("7B laye
 CACHE_SPECS = {"KV8": qjax.kv_cache(qjax.int8()), "KV4": qjax.kv_cache(qjax.uint4())}
 KERNELS = (
     "weight_only", "rounded_product_int8", "experts", "rotate_and_quantize", "codes_product", "decode_attention", "hopper_weight_only",
-    "hopper_few_rows", "hopper_digits", "hopper_eight_bit",
+    "hopper_direct", "hopper_digits", "hopper_eight_bit",
 )  # fmt: skip
 
 

@@ -10,9 +10,12 @@ It knows nothing of conversions, waiting and launches. What was measured (experi
 import dataclasses
 import math
 
+import jax.numpy as jnp
+
 from ..request import Request
 from . import eight_bit, weight_only
-from .tiles import Tiles, blocks, eight_bit_tiles, padded_rows, weight_only_tiles
+from .direct_shape import TILE, shape_of
+from .tiles import Direct, Tiles, blocks, eight_bit_tiles, padded_rows, weight_only_tiles
 
 CLOCK = 1.755e9  # of the multiprocessors under load
 BANDWIDTH = 4.18e12  # bytes a second that a copy reached, read and written
@@ -79,12 +82,18 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     bits, group = request.weight.bits, request.weight.group_size
     tiles = eight_bit_tiles(m, n, k, cores) if eight else weight_only_tiles(m, n, k, bits, cores, group)
     scales = 4 * n * (k // group if group else 1)
-    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2, rows=m)
     moved = n * k * bits // 8 + scales + 2 * padded_rows(m) * k + 2 * m * n
-    if tiles.split_k > 1 and not tiles.few_rows:
+    if tiles.split_k > 1:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
+    name = f"W{bits}A{8 if eight else 16}"
+    if isinstance(tiles, Direct):
+        s = shape_of(m, n, k, group=group or k, columns=k // (group or k), dtype=jnp.bfloat16, tiles=tiles, cores=cores)
+        products = math.ceil(n // TILE / (s.blocks // s.parts)) * s.own * 4 * s.quads  # 16 x 32 by 32 x 8
+        compute = math.ceil(s.blocks / cores) * products * 16 * 32 * 8 / (2 * MACS) / CLOCK
+        return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.places.end)
     if eight or tiles.digits:
         moved += 2 * m * k * (2 if tiles.digits else 1)  # rows in another form
+    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2)
     depth = math.ceil(k / (tiles.block_k * tiles.split_k)) * tiles.block_k
     step = 32 if eight or tiles.digits else 16  # k of an instruction, which takes 64 rows of its left side
     products = (tiles.block_m if tiles.x_left else tiles.block_n) // 64 * (depth // step)
@@ -92,7 +101,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     count = blocks(m, n, tiles)
     rate = 2 * MACS if eight or tiles.digits else MACS
     compute = math.ceil(count / cores) * work / rate / CLOCK
-    return Estimate(f"W{bits}A{8 if eight else 16}", count, products, moved, compute, moved / BANDWIDTH, shared)
+    return Estimate(name, count, products, moved, compute, moved / BANDWIDTH, shared)
 
 
 def why_not(request: Request) -> str:

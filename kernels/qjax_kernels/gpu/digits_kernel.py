@@ -14,10 +14,7 @@ from jaxlib.mlir.dialects import arith
 from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .pipeline import Epilogue, column_values, over_columns, over_rows, row_values, staging, store, stream
-from .tiles import Tiles
-
-PIECE = 128  # k that share a scale of x, and that one run of tensor-core instructions takes
-FRACTION = 13  # bits below the leading one of the largest element of a piece
+from .tiles import FRACTION, PIECE, Tiles
 
 
 def evens_first(x: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+PIECE = 128  # k that share a scale of x as digits, and that one run of tensor-core instructions takes
+FRACTION = 13  # bits of digits below the leading one of the largest element of a piece
 COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
 
 
@@ -36,10 +38,6 @@ class Tiles:
         sides.
       digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
         in groups only.
-      few_rows: 1 to 8 or 16 rows of x, in one launch: a thread block orders its rows of x itself, nibbles are used as they lie, and the
-        `split_k` thread blocks of a tile are a cluster that adds its sums in shared memory. Four-bit codes in groups only.
-      early: the launch begins while the one before it ends (programmatic dependent launch), asks for its first blocks of w to be brought
-        into the second-level cache, and waits before it reads anything. Only with `few_rows`.
       cluster: thread blocks that receive each block of one operand together: of w those with neighbouring rows of x (eight bits on both
         sides), of x those with neighbouring rows of w (weight-only). Needs two warpgroups.
     """
@@ -55,8 +53,6 @@ class Tiles:
     x_left: bool = False
     cluster: int = 1
     digits: bool = False
-    few_rows: bool = False
-    early: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where no kernel has such tiles."""
@@ -76,32 +72,51 @@ class Tiles:
             raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
         if self.block_k % 128 or self.block_k < 128:
             raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
-        if self.few_rows and (self.block_m > 16 or self.block_k not in (128, 256, 512, 1024) or self.warpgroups > 1 or self.split_k > 8):
-            raise ValueError("`few_rows` takes `block_m` 8 or 16, `block_k` 128, 256, 512 or 1024, one warpgroup and a `split_k` up to 8")
-        if self.few_rows and (self.digits or self.reorder or self.scale_first or self.x_left):
-            raise ValueError("`few_rows` is a way of its own; leave `digits`, `reorder`, `scale_first` and `x_left` False")
-        if self.early and (not self.few_rows or self.block_k > 512):
-            raise ValueError("`early` is for `few_rows` with a `block_k` up to 512; leave it False")
         if self.stages < 1 or self.split_k < 1:
             raise ValueError(f"`stages` is {self.stages} and `split_k` {self.split_k}; both start at 1")
 
-    def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, rows: int | None = None) -> int:
-        """Bytes of shared memory that a stage takes: codes, `rows` of x (None: `block_m`) and sixteen bytes of scales a row of w."""
+    def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
+        """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w."""
         scales = self.block_n * 16 if scale_bytes else 0
         # One float32 for a row of x and 128 columns; the copy engine wants 32 of them at least.
         units = self.block_k // 128 * max(self.block_m, 32) * 4 if self.digits else 0
-        return self.block_n * self.block_k * bits // 8 + (rows or self.block_m) * self.block_k * x_bytes + scales + units
+        return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + units
 
-    def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, rows: int | None = None) -> int:
-        """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers.
-
-        With `few_rows`, too: rows of x in their order, twice, and the sums of a cluster; x takes only its own `rows` of a stage there.
-        """
+    def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
+        """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
-        out = left * min(right, 64) * (4 if self.split_k > 1 and not self.few_rows else 2)
-        if self.few_rows:
-            out += 4 * self.block_m * self.block_k + (4 * self.split_k * left * right if self.split_k > 1 else 0)
-        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes, rows if self.few_rows else None) + out + self.block_n * 4 + 1024
+        out = left * min(right, 64) * (4 if self.split_k > 1 else 2)
+        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + self.block_n * 4 + 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Direct:
+    """The cut of a product of few rows whose codes go straight from device memory into registers. Four-bit codes in groups only.
+
+    Sixteen rows of w are a tile; the warps of a thread block share its K, and a block takes one tile after the other.
+
+    Attributes:
+      warps: of a thread block: 4, 8, 12 or 16.
+      turn: pieces of 128 codes a row that a warp loads at once: 1, 2, 4 or 8.
+      blocks: that live on a multiprocessor; each makes the digits of x for itself.
+      split_k: parts of K, each with thread blocks of its own; their float32 sums are added by a second program.
+      early: the launch begins while the one before it ends (programmatic dependent launch) and loads its first codes meanwhile: for codes
+        that the program right before does not write.
+    """
+
+    warps: int = 8
+    turn: int = 4
+    blocks: int = 2
+    split_k: int = 1
+    early: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no kernel has such tiles."""
+        for name, allowed in (("warps", (4, 8, 12, 16)), ("turn", (1, 2, 4, 8))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be one of {allowed}")
+        if not 1 <= self.blocks <= 32 or self.split_k < 1:
+            raise ValueError(f"`blocks` is {self.blocks} and `split_k` {self.split_k}; they begin at 1, and at most 32 live together")
 
 
 def blocks(m: int, n: int, tiles: Tiles) -> int:
@@ -123,13 +138,64 @@ def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
     return tiles.shared_bytes(bits) <= room
 
 
-def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128) -> Tiles:
+def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
+    1 to 8 rows of a four-bit weight in groups go straight into registers (`direct_tiles`), others through a pipeline (`pipelined_tiles`).
+
+    Args:
+      m: rows of x.
+      n: rows of w.
+      k: the contracted length.
+      bits: of a code, 4 or 8.
+      cores: multiprocessors of the GPU.
+      group: consecutive k that share a scale; None per channel.
+      scale_bytes: of a scale.
+
+    Returns:
+      Tiles that fit into shared memory.
+
+    Example:
+      >>> weight_only_tiles(1, 28672, 8192, 4), weight_only_tiles(16, 4096, 4096, 4).split_k
+      (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False), 8)
+    """
+    if bits == 4 and group is not None and m <= DIRECT_ROWS:
+        return direct_tiles(m, k, scale_bytes)
+    return pipelined_tiles(m, n, k, bits, cores, group)
+
+
+DIRECT_ROWS = 8  # of x; 16 were slower than a pipeline at 4096 x 4096 (9.1 for 7.7 us): making digits takes longer than the weight
+
+
+def direct_tiles(m: int, k: int, scale_bytes: int = 2) -> Direct:
+    """The tiles of few rows.
+
+    Digits of x take 256 bytes of shared memory for a row and a piece, and time that nothing else fills: where they are many, one block of
+    sixteen warps makes them for a whole multiprocessor. With scales of four bytes a turn of four pieces takes a few registers more than two
+    blocks of eight warps have.
+
+    Args:
+      m: rows of x.
+      k: the contracted length.
+      scale_bytes: of a scale.
+
+    Returns:
+      Tiles that fit into shared memory.
+    """
+    tiles = Direct(turn=4 if scale_bytes == 2 else 2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=2, blocks=1)
+    # Digits, unit and sum of squares of a piece take 264 bytes a row; sums of warps lie in two places.
+    while m * math.ceil(k / (128 * tiles.split_k)) * 264 + 2 * tiles.warps * math.ceil(m / 4) * 256 > 220 * 1024 // tiles.blocks:
+        tiles = dataclasses.replace(tiles, split_k=2 * tiles.split_k)
+    return tiles
+
+
+def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128) -> Tiles:
+    """The tiles of products whose codes pass through shared memory.
+
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. 1 to 8 rows of a four-bit weight in groups are one launch (16 can be, and are slower that way: 12.7 for 10.0 us at
-    4096 x 4096); others up to 32 meet digits where the weight keeps the multiprocessors busy without a split. Many rows are bound by the
-    tensor cores: two warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor still has one.
+    have work. Up to 32 rows meet digits where a four-bit weight in groups keeps the multiprocessors busy without a split. Many rows are
+    bound by the tensor cores: two warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor
+    still has one.
 
     Args:
       m: rows of x.
@@ -142,16 +208,11 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
     Returns:
       Tiles that fit into shared memory.
 
-    Example:
-      >>> weight_only_tiles(1, 28672, 8192, 4).few_rows, weight_only_tiles(16, 4096, 4096, 4).split_k
-      (True, 8)
     """
     block_m = max(8, math.ceil(m / 8) * 8)
     packed = bits == 4
     if m > 64:
         return _many_rows(m, n, k, bits, cores)
-    if packed and group is not None and m <= 8:
-        return _few_rows(m, n, k, cores)
     if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 256, 128, 4, warpgroups=2, reorder=True)
         return dataclasses.replace(pair, cluster=2 if n % 512 == 0 else 1)
@@ -169,15 +230,6 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
 
 _DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
-
-
-def _few_rows(m: int, n: int, k: int, cores: int) -> Tiles:
-    # Two stages: more of them were slower at every shape (20.6 for 17.1 us at K 14336, N 4096, 47.7 for 41.9 at K 8192, N 28672).
-    tiles = Tiles(8, 64, next((b for b in (512, 256) if b <= k), 128), stages=2, few_rows=True)
-    split = 1
-    while 2 * blocks(m, n, tiles) * split < 3 * cores and k >= 2 * split * tiles.block_k and split < 8:
-        split *= 2
-    return dataclasses.replace(tiles, split_k=split)
 
 
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:

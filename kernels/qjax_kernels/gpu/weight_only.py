@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
-from .tiles import SHARED_BYTES, Tiles, padded_rows, weight_only_tiles
+from .tiles import SHARED_BYTES, Direct, Tiles, padded_rows, pipelined_tiles, weight_only_tiles
 
 
 def why_not(request: Request) -> str:
@@ -58,13 +58,14 @@ def weight_only_matmul(
     group_size: int | None = None,
     bias: jax.Array | None = None,
     activation: Activation | None = None,
-    tiles: Tiles | None = None,
+    norm: float | None = None,
+    tiles: Tiles | Direct | None = None,
     cores: int = 132,
     interpret=None,
 ) -> jax.Array:
     """x (M, K) times the transpose of codes (N, K) scaled by row, or by row and group.
 
-    y_mn = f(sum_k x_mk s_ng(k) c_nk + b_n)
+    y_mn = f(r_m sum_k x_mk s_ng(k) c_nk + b_n),  r_m = 1, or 1 / sqrt(mean_k x_mk^2 + norm)
 
     Args:
       x: (M, K) bfloat16.
@@ -74,6 +75,8 @@ def weight_only_matmul(
       group_size: consecutive k that share a scale; None per channel.
       bias: (N,) floating, added to the float32 sums; or None.
       activation: f, "relu", "silu" or "gelu" (by tanh), of the float32 sums; or None.
+      norm: the row is divided by the root of its mean square and this; None: it is not. A norm's gain belongs to the weight's columns, or
+        to x.
       tiles: the cut; None for the one that suits the shape.
       cores: multiprocessors of the GPU.
       interpret: an interpreter's parameters, for tests without a GPU.
@@ -85,54 +88,81 @@ def weight_only_matmul(
     Raises:
       ValueError: the tiles cannot be used for these codes; an unknown activation.
     """
-    run = functools.partial(_run, group_size=group_size, activation=activation, tiles=tiles, cores=cores, interpret=interpret)
-    return like(run, functools.partial(plain, group_size=group_size, activation=activation))(x, bias, codes, scales)
+    run = functools.partial(_run, group_size=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores, interpret=interpret)
+    same = functools.partial(plain, group_size=group_size, activation=activation, norm=norm)
+    return like(run, same)(x, bias, codes, scales)
 
 
-def plain(x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, group_size: int | None, activation) -> jax.Array:
+def plain(
+    x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, group_size: int | None, activation: Activation | None,
+    norm: float | None = None,
+) -> jax.Array:  # fmt: skip
     """The same in jax."""
     k = x.shape[1]
     each = jnp.repeat(scales[:, : 1 if group_size is None else k // group_size].astype(jnp.float32), group_size or k, axis=1)
     y = jnp.dot(x.astype(jnp.float32), (codes.astype(jnp.float32) * each).T)
+    y = y if norm is None else y * inverse_norms(x, norm)
     return activated(y if bias is None else y + bias.astype(jnp.float32), activation).astype(x.dtype)
 
 
+def inverse_norms(x: jax.Array, norm: float) -> jax.Array:
+    """r (M, 1) float32 of rows (M, K): 1 / sqrt(mean_k x_mk^2 + norm)."""
+    wide = x.astype(jnp.float32)
+    return jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + norm)
+
+
 # A program of its own: layers with the same shapes are traced and lowered once, which else takes Mosaic seconds for each of them.
-@functools.partial(jax.jit, static_argnames=("group_size", "activation", "tiles", "cores", "interpret"))
+@functools.partial(jax.jit, static_argnames=("group_size", "activation", "norm", "tiles", "cores", "interpret"))
 def _run(
-    x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, *, group_size, activation, tiles, cores, interpret
+    x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, *, group_size, activation, norm, tiles, cores, interpret
 ) -> jax.Array:
+    m, k = x.shape
+    bits, n = 4 if codes.dtype == jnp.int4 else 8, codes.shape[0]
+    if tiles is None and interpret is None:
+        tiles = weight_only_tiles(m, n, k, bits, cores, group_size, scales.dtype.itemsize)
+    elif tiles is None:  # an interpreter knows no single warps
+        tiles = pipelined_tiles(m, n, k, bits, cores, group_size)
+    if isinstance(tiles, Direct):
+        if bits != 4 or group_size is None or interpret is not None:
+            raise ValueError(f"`tiles` {tiles} are for codes of 4 bits in groups, on a GPU: take Tiles(...)")
+        return _direct(x, bias, codes, scales, group=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores)
+    end = {"bias": None, "activation": None} if norm is not None else {"bias": bias, "activation": activation}
+    y = _pipelined(x, codes, scales, bits=bits, group_size=group_size, tiles=tiles, interpret=interpret, **end)
+    return y if norm is None else added_up((y * inverse_norms(x, norm))[None], bias, activation, x.dtype)
+
+
+def _direct(x, bias, codes, scales, *, group, activation, norm, tiles, cores) -> jax.Array:
+    from .direct_kernel import direct
+
+    how: dict[str, Any] = {"group": group, "tiles": tiles, "cores": cores}
+    if activation is None and tiles.split_k == 1:
+        return direct(x, codes, whole_rows(scales), bias=bias, norm=norm, **how)
+    y = direct(x, codes, whole_rows(scales), whole=False, **how).reshape(-1, x.shape[0], codes.shape[0])
+    return added_up(y if norm is None else y * inverse_norms(x, norm), bias, activation, x.dtype)
+
+
+def _pipelined(x, codes, scales, *, bits, group_size, tiles, interpret, bias, activation) -> jax.Array:
     from .digits_kernel import digit_products
-    from .few_rows_kernel import few_rows
     from .weight_only_kernel import reordered, weight_only
 
     m, k = x.shape
-    bits = 4 if codes.dtype == jnp.int4 else 8
-    tiles = weight_only_tiles(m, codes.shape[0], k, bits, cores, group_size) if tiles is None else tiles
     if tiles.reorder and bits != 4:
         raise ValueError(f"`tiles.reorder` is for codes of 4 bits, these have {bits}; leave it False")
-    if (tiles.digits or tiles.few_rows) and (bits != 4 or group_size is None):
-        raise ValueError(f"`tiles.{'digits' if tiles.digits else 'few_rows'}` is for codes of 4 bits in groups; leave it False")
-    if tiles.few_rows and (m > tiles.block_m or 8 < m < 16):  # the copy engine takes fewer rows than a tile of 8, or whole tiles
-        raise ValueError(f"`tiles.few_rows` takes 1 to 8 rows or 16, up to `block_m` = {tiles.block_m}; `x` has {m}; leave it False")
+    if tiles.digits and (bits != 4 or group_size is None):
+        raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
     per_copy = 16 // scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
     if group_size is not None and (group_size * per_copy) % tiles.block_k:
         raise ValueError(
             f"`tiles.block_k` is {tiles.block_k}; it must divide {group_size * per_copy}, the k whose scales are copied at once"
         )
-    if (used := tiles.shared_bytes(bits, rows=m)) > SHARED_BYTES:
+    if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
+    x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
     if tiles.digits:
         y = digit_products(x, codes, scales, group=group_size or k, **end)
-        return added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y
-    if tiles.few_rows:
-        y = few_rows(x, codes, scales, group=group_size or k, **end)
-        return added_up(y, bias, activation, x.dtype) if y.ndim == 3 else y
-    x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))
-    if tiles.reorder:
-        x = reordered(x)
-    y = weight_only(x, codes, scales, bits=bits, group=group_size, **end)
+    else:
+        y = weight_only(reordered(x) if tiles.reorder else x, codes, scales, bits=bits, group=group_size, **end)
     y = added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y
     return y[:m]

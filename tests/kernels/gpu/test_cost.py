@@ -16,9 +16,9 @@ def test_bytes_and_instructions_are_those_of_the_tiles():
     assert cost.bytes == least + 2 * 2 * 16 * 4096 + 2 * 4 * 8 * 16 * 4096
     assert (cost.blocks, cost.products) == (64 * 8, 512 // 16)
     assert cost.memory == cost.bytes / BANDWIDTH == cost.seconds
-    one = estimate(dataclasses.replace(DECODE, m=1))  # in the four parts of a cluster, whose sums stay in shared memory
+    one = estimate(dataclasses.replace(DECODE, m=1))  # a block for each of 256 tiles of 16 rows, products of 16 x 32 by 32 x 8
     assert one.bytes == least + 2 * 2 * 1 * 4096
-    assert (one.blocks, one.products) == (64 * 4, 1024 // 16)
+    assert (one.blocks, one.products) == (4096 // 16, 4096 // 32)
 
 
 def test_many_rows_are_bound_by_arithmetic_and_eight_bits_take_half():

@@ -9,7 +9,7 @@ import pytest
 from qjax_kernels import shapes
 from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.epilogue import activated
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, pipelined_tiles
 from qjax_kernels.request import Device, Request, Weight
 
 from qjax.program import compat
@@ -38,7 +38,6 @@ def near(y, x, w, scale_first: bool = False) -> None:
     [
         (20, 192, 4, 128, Tiles(16, 128, 256, 2, split_k=2)),
         (16, 64, 4, 128, Tiles(16, 64, 256, 2, reorder=True)),
-        (3, 192, 4, 128, Tiles(8, 128, 256, 2, split_k=2, few_rows=True)),
         (3, 128, 8, None, Tiles(8, 64, 256, 2)),
         (24, 128, 4, 256, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True)),
     ],
@@ -115,7 +114,6 @@ def test_eight_bits_are_the_product_of_the_rounded_rows(m, n, dtype, tiles):
     ("kernel", "activation", "tiles"),
     [
         ("weight-only", "gelu", Tiles(8, 128, 128, 2, warpgroups=2)),
-        ("weight-only", "gelu", Tiles(8, 64, 256, 2, few_rows=True)),
         ("weight-only", "silu", Tiles(8, 64, 128, 2, digits=True)),
         ("weight-only", "relu", Tiles(8, 64, 128, 2, split_k=2)),
         ("eight bit", "silu", Tiles(64, 64, 128, 2, x_left=True)),
@@ -141,6 +139,24 @@ def test_bias_activation_and_short_rows_of_scales(kernel, activation, tiles):
             rows, wide = np.float64(q) * np.float64(s)[:, None], np.float64(scales)
     expected = activated(jnp.float32(rows @ (np.float64(codes) * wide).T + np.float64(bias)), activation)
     assert relative(y, np.asarray(expected)) < 4e-3  # y is bfloat16
+
+
+@interpreted
+def test_a_norm_divides_the_sums_before_the_bias_comes():
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw = np.random.default_rng(0)
+    x, bias = jnp.asarray(7 * draw.normal(size=(3, 256)), jnp.bfloat16), jnp.asarray(draw.normal(size=64), jnp.float32)
+    codes, scales = jnp.asarray(draw.integers(-8, 8, (64, 256)), jnp.int4), jnp.asarray(draw.uniform(0.01, 0.1, (64, 2)), jnp.float32)
+    how = {"group_size": 128, "bias": bias, "norm": 0.5, "activation": "relu"}
+    with register_operands():
+        y = weight_only.weight_only_matmul(x, codes, scales, **how, interpret=interpreter())
+    wide, rows = np.float64(codes) * np.repeat(np.float64(scales), 128, 1), np.float64(x)
+    expected = np.maximum(rows @ wide.T / np.sqrt((rows**2).mean(1, keepdims=True) + 0.5) + np.float64(bias), 0)
+    assert relative(y, expected) < 4e-3
+    plain = weight_only.plain(x, bias, codes, scales, 128, "relu", 0.5)
+    assert relative(plain, expected) < 4e-3
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -173,8 +189,8 @@ def test_gradients_reach_rows_and_bias(activation, monkeypatch):
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64, 65, 128, 512, 4096])
 def test_default_tiles_fit_into_shared_memory(m):
     for k, n in ((4096, 4096), (8192, 8192), (8192, 28672), (1024, 64)):
-        assert weight_only_tiles(m, n, k, 4).shared_bytes(4) <= SHARED_BYTES
-        assert weight_only_tiles(m, n, k, 8).shared_bytes(8) <= SHARED_BYTES
+        assert pipelined_tiles(m, n, k, 4).shared_bytes(4) <= SHARED_BYTES
+        assert pipelined_tiles(m, n, k, 8).shared_bytes(8) <= SHARED_BYTES
         assert eight_bit_tiles(m, n, k).shared_bytes(8, 0, 1) <= SHARED_BYTES
 
 
@@ -196,20 +212,12 @@ def test_why_not_names_the_obstacle(request_, named):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3}, {"early": True},
-        {"few_rows": True, "block_k": 384},
+        {"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3},
     ],
 )  # fmt: skip
 def test_tiles_refuse_what_no_kernel_has(fields):
     with pytest.raises(ValueError, match="`"):
         Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
-
-
-def test_rows_that_the_copy_engine_cannot_take_go_another_way():
-    assert [m for m in range(1, 33) if weight_only_tiles(m, 4096, 4096, 4, group=128).few_rows] == [*range(1, 9)]
-    x, w, s = jnp.zeros((13, 256), jnp.bfloat16), jnp.zeros((64, 256), jnp.int4), jnp.ones((64, 2), jnp.bfloat16)
-    with pytest.raises(ValueError, match="1 to 8 rows or 16, up to `block_m` = 16; `x` has 13"):
-        weight_only.weight_only_matmul(x, w, s, group_size=128, tiles=Tiles(16, 64, 256, 2, few_rows=True))
 
 
 @pytest.mark.parametrize("name", ["weight-only", "eight bits"])

@@ -1,0 +1,92 @@
+"""The first part of the kernel that loads weights directly: a block's rows of x as digits in shared memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .direct_shape import Shape
+from .tiles import FRACTION, PIECE
+from .warps import Int, Long, Real, Warps
+
+AHEAD = 8  # pieces of x whose elements are loaded at once
+
+
+def write_digits(w: Warps, s: Shape, first: Int, shared: Int, x: Long) -> None:
+    """Writes digits of x, in the order in which threads hold nibbles, units and sums of squares to shared memory.
+
+    A warp takes a piece of a row, a thread four elements of it: k = 4 lane to 4 lane + 3. What lies behind K has units of 0.
+
+    Args:
+      w: the instructions.
+      s: what is multiplied.
+      first: the first piece of this block.
+      shared: where its shared memory begins.
+      x: where x begins.
+    """
+    warp, lane = w.thread >> 5, w.thread & 31
+    total = s.held * s.m
+    each = min(AHEAD, math.ceil(total / s.warps))
+    # A thread's word of nibbles is step 0 to 3 of an eighth of a piece; steps lie in halves of two, even nibbles in front of odd ones.
+    step = (lane >> 1) & 3
+    own = (lane >> 3) * 16 + (step >> 1) * (2 * s.m * 64) + (step & 1) * 8 + (lane & 1) * 2
+
+    def some(i: Int, carry: list[Any]) -> list[Any]:
+        numbers = [w.minimum((i * each + j) * s.warps + warp, total - 1) for j in range(each)]
+        places = [(number // s.m, number % s.m) for number in numbers]
+        loaded = []
+        for piece, row in places:
+            inside = w.minimum(first + piece, s.pieces - 1)
+            loaded.append(w.load_shared_by_all(x.times(row, s.k * 2) + (inside * (PIECE * 2) + lane * 8), 2))
+        for (piece, row), (a, b) in zip(places, loaded, strict=True):
+            place = shared + s.places.units + (piece * s.m + row) * 4
+            _piece(w, s, shared + (piece * (4 * s.m) + row * 2) * 64 + own, place, first + piece < s.pieces, a, b)
+        return carry
+
+    w.loop(w.integer(math.ceil(total / (s.warps * each))), [], some)
+
+
+def _piece(w: Warps, s: Shape, at: Int, at_unit: Int, inside: Any, a: Int, b: Int) -> None:
+    """The digits of four elements, and the unit of their piece; see `digits_kernel.units` and `digits`."""
+    lane = w.thread & 31
+    top = w.larger_halves(a & 0x7FFF7FFF, b & 0x7FFF7FFF)
+    top = w.warp_maximum(w.maximum(top >> 16, top & 0xFFFF)) >> 7
+    field = w.maximum(top, FRACTION + 1) - FRACTION
+    unit = w.where(top == 255, w.integer(0x7FC00000), field << 23)
+    unit = w.where(inside, unit, w.integer(0))
+    inverse = w.as_real((w.integer(254) - field) << 23)
+    elements = [w.as_real(bits) for bits in (a << 16, a & 0xFFFF0000, b << 16, b & 0xFFFF0000)]
+    values = [w.nearest(element * inverse) for element in elements]
+    high = [value + 128 for value in values]
+    for odd in (0, 1):
+        w.store_shared_half(at + 4 * odd, w.permute(high[odd], high[2 + odd], 0x0051))
+        w.store_shared_half(at + 64 + 4 * odd, w.permute(values[odd], values[2 + odd], 0x0040))
+    w.when(lane == 0, lambda: w.store_shared(at_unit, unit))
+    if s.norm is not None:
+        squares = elements[0] * elements[0]
+        for element in elements[1:]:
+            squares = w.fma(element, element, squares)
+        squares = w.where(inside, w.warp_sum(squares), w.real(0.0))
+        w.when(lane == 0, lambda: w.store_shared(at_unit + (s.places.squares - s.places.units), squares))
+
+
+def write_norms(w: Warps, s: Shape, shared: Int) -> None:
+    """1 / sqrt(mean x^2 + norm) of every row, by the first warps, from the sums of squares of its pieces."""
+    warp, lane, least = w.thread >> 5, w.thread & 31, w.real(s.norm or 0.0)
+
+    def norm(row: int) -> None:
+        total = w.real(0.0)
+        for turn in range(math.ceil(s.held / 32)):
+            piece = w.minimum(lane + 32 * turn, s.held - 1)
+            part = w.as_real(w.load_shared(shared + s.places.squares + (piece * s.m + row) * 4, 1)[0])
+            total = total + w.where(lane + 32 * turn < s.held, part, w.real(0.0))
+        root = w.inverse_root(w.fma(w.warp_sum(total), w.real(1 / s.k), least))
+        w.when(lane == 0, lambda: w.store_shared(shared + s.places.norms + 4 * row, root))
+
+    for row in range(s.m):
+        w.when(warp == row % s.warps, lambda row=row: norm(row))
+
+
+def norm_of(w: Warps, s: Shape, shared: Int, row: Int) -> Real:
+    """What `write_norms` found for a row."""
+    return w.as_real(w.load_shared(shared + s.places.norms + w.minimum(row, s.m - 1) * 4, 1)[0])

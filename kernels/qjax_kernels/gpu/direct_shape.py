@@ -1,0 +1,100 @@
+"""What the kernel that loads weights directly is compiled for, and where things lie in a block's shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from .tiles import PIECE, Direct
+
+TILE = 16  # rows of w
+
+
+class Places(NamedTuple):
+    """Bytes of shared memory: digits begin at 0, then units, sums of squares, norms of rows, sums of warps; and where it ends."""
+
+    units: int
+    squares: int
+    norms: int
+    sums: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A launch.
+
+    Attributes:
+      m, n, k: of the product.
+      group: consecutive k that share a scale of w, a multiple of 128.
+      columns: scales of a row of w, as stored.
+      dtype: of the scales.
+      warps: of a block.
+      turn: pieces that a warp takes at once.
+      blocks: of the launch.
+      parts: of K, each with blocks of its own.
+      early: the launch begins while the one before it ends.
+      bias: its dtype; None without one.
+      norm: what is added to the mean of the squares of a row, by whose root its products are divided; None: they are not.
+      whole: y is bfloat16; else float32.
+    """
+
+    m: int
+    n: int
+    k: int
+    group: int
+    columns: int
+    dtype: Any
+    warps: int
+    turn: int
+    blocks: int
+    parts: int = 1
+    early: bool = False
+    bias: Any = None
+    norm: float | None = None
+    whole: bool = True
+
+    @property
+    def pieces(self) -> int:
+        """Of K."""
+        return self.k // PIECE
+
+    @property
+    def own(self) -> int:
+        """Pieces of a part, a multiple of `turn`."""
+        return math.ceil(self.pieces / (self.parts * self.turn)) * self.turn
+
+    @property
+    def rounds(self) -> int:
+        """Turns of a warp in a tile."""
+        return math.ceil(self.own / (self.turn * self.warps))
+
+    @property
+    def held(self) -> int:
+        """Pieces in shared memory: a part, and as many behind it as a warp takes, for those that have nothing left to do."""
+        return self.own + (0 if self.own == self.rounds * self.turn * self.warps else self.turn)
+
+    @property
+    def quads(self) -> int:
+        """Four rows of x fill the eight columns of the tensor cores' operand B with their two digits."""
+        return math.ceil(self.m / 4)
+
+    @property
+    def places(self) -> Places:
+        """Where things lie in shared memory."""
+        units = self.held * 2 * self.m * PIECE
+        squares = units + self.held * self.m * 4
+        norms = squares + (0 if self.norm is None else self.held * self.m * 4)
+        sums = norms + (0 if self.norm is None else self.m * 4)
+        sums = -(-sums // 16) * 16
+        return Places(units, squares, norms, sums, sums + 2 * self.warps * self.quads * 32 * 8)
+
+
+def shape_of(
+    m: int, n: int, k: int, *, group: int, columns: int, dtype: Any, tiles: Direct, cores: int, bias: Any = None, norm: float | None = None,
+    whole: bool = True,
+) -> Shape:  # fmt: skip
+    """The launch of a product: no more blocks than tiles, and as many for every part of K."""
+    blocks = min(n // TILE, cores * tiles.blocks // tiles.split_k) * tiles.split_k
+    return Shape(m, n, k, group, columns, dtype, tiles.warps, tiles.turn, blocks, tiles.split_k, tiles.early, bias, norm, whole)

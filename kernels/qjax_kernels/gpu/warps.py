@@ -1,0 +1,287 @@
+"""Instructions of single warps, as MLIR: what a kernel writes that loads weights straight into the registers of the tensor cores.
+
+A kernel is a function of a `Warps` and of addresses; numbers are `Int` (32 bits, unsigned, they wrap), `Long` (addresses) and `Real`
+(float32) with the usual operators. Tests hand it a machine of the same methods whose numbers are NumPy arrays, one entry a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+
+def _type(name: str) -> Any:
+    return ir.Type.parse(name)
+
+
+def _integer(value: int, kind: str) -> ir.Value:
+    bits = 32 if kind == "i32" else 64
+    return arith.constant(_type(kind), ir.IntegerAttr.get(_type(kind), value - 2**bits if value >= 2 ** (bits - 1) else value))
+
+
+class _Number:
+    """A value in a register."""
+
+    kind = ""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def _pair(self, other: Any) -> tuple[Any, Any]:
+        return self.value, other.value if isinstance(other, _Number) else self.constant(other)
+
+    @classmethod
+    def constant(cls, value: Any) -> Any:
+        return _integer(value, cls.kind)
+
+
+class Int(_Number):
+    """32 bits."""
+
+    kind = "i32"
+
+    def __add__(self, other: Any) -> Int:
+        return Int(arith.addi(*self._pair(other)))
+
+    def __sub__(self, other: Any) -> Int:
+        return Int(arith.subi(*self._pair(other)))
+
+    def __mul__(self, other: Any) -> Int:
+        return Int(arith.muli(*self._pair(other)))
+
+    def __floordiv__(self, other: Any) -> Int:
+        return Int(arith.divui(*self._pair(other)))
+
+    def __mod__(self, other: Any) -> Int:
+        return Int(arith.remui(*self._pair(other)))
+
+    def __and__(self, other: Any) -> Int:
+        return Int(arith.andi(*self._pair(other)))
+
+    def __or__(self, other: Any) -> Int:
+        return Int(arith.ori(*self._pair(other)))
+
+    def __lshift__(self, other: Any) -> Int:
+        return Int(arith.shli(*self._pair(other)))
+
+    def __rshift__(self, other: Any) -> Int:
+        return Int(arith.shrui(*self._pair(other)))
+
+    def __lt__(self, other: Any) -> Any:
+        return arith.cmpi(arith.CmpIPredicate.ult, *self._pair(other))
+
+    def __eq__(self, other: Any) -> Any:  # type: ignore[override]
+        return arith.cmpi(arith.CmpIPredicate.eq, *self._pair(other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Long(_Number):
+    """An address in device memory."""
+
+    kind = "i64"
+
+    def __add__(self, other: Any) -> Long:
+        value = arith.extui(_type("i64"), other.value) if isinstance(other, Int) else self._pair(other)[1]
+        return Long(arith.addi(self.value, value))
+
+    def times(self, index: Int, stride: int) -> Long:
+        """The address `index` times `stride` bytes further on."""
+        return Long(arith.addi(self.value, arith.muli(arith.extui(_type("i64"), index.value), _integer(stride, "i64"))))
+
+
+class Real(_Number):
+    """float32."""
+
+    kind = "f32"
+
+    @classmethod
+    def constant(cls, value: Any) -> Any:
+        return arith.constant(_type("f32"), ir.FloatAttr.get(_type("f32"), float(value)))
+
+    def __add__(self, other: Any) -> Real:
+        return Real(arith.addf(*self._pair(other)))
+
+    def __mul__(self, other: Any) -> Real:
+        return Real(arith.mulf(*self._pair(other)))
+
+
+class Warps:
+    """The instructions of one thread block, written where they are called."""
+
+    def __init__(self) -> None:
+        self.thread = Int(mgpu_utils.thread_idx())
+        self.block = Int(self._asm("mov.u32 $0, %ctaid.x;", "i32", "=r"))
+
+    def integer(self, value: int) -> Int:
+        """A constant."""
+        return Int(_integer(value, "i32"))
+
+    def real(self, value: float) -> Real:
+        """A constant."""
+        return Real(Real.constant(value))
+
+    def both(self, a: Any, b: Any) -> Any:
+        """Two conditions."""
+        return arith.andi(a, b)
+
+    def minimum(self, a: Int, b: Any) -> Int:
+        """The smaller, without a sign."""
+        return Int(arith.minui(*a._pair(b)))
+
+    def maximum(self, a: Int, b: Any) -> Int:
+        """The larger, without a sign."""
+        return Int(arith.maxui(*a._pair(b)))
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        """a or b."""
+        return type(a)(arith.select(condition, a.value, b.value))
+
+    def as_real(self, a: Int) -> Real:
+        """The float32 of these bits."""
+        return Real(arith.bitcast(_type("f32"), a.value))
+
+    def to_real(self, a: Int) -> Real:
+        """A signed whole number as float32."""
+        return Real(arith.sitofp(_type("f32"), a.value))
+
+    def nearest(self, a: Real) -> Int:
+        """The nearest whole number, ties to even; 0 for NaN."""
+        return Int(self._asm("cvt.rni.s32.f32 $0, $1;", "i32", "=r,f", a))
+
+    def fma(self, a: Real, b: Real, c: Real) -> Real:
+        """a b + c, rounded once."""
+        return Real(self._asm("fma.rn.f32 $0, $1, $2, $3;", "f32", "=f,f,f,f", a, b, c))
+
+    def permute(self, a: Int, b: Int, selector: int) -> Int:
+        """Four bytes of the eight of a and b, by the nibbles of the selector."""
+        return Int(self._asm(f"prmt.b32 $0, $1, $2, {selector};", "i32", "=r,r,r", a, b))
+
+    def larger_halves(self, a: Int, b: Int) -> Int:
+        """The larger of the upper and of the lower 16 bits."""
+        return Int(self._asm("max.u16x2 $0, $1, $2;", "i32", "=r,r,r", a, b))
+
+    def warp_maximum(self, a: Int) -> Int:
+        """The largest of a warp, in all of its threads."""
+        return Int(self._asm("redux.sync.max.u32 $0, $1, 0xffffffff;", "i32", "=r,r", a, effects=True))
+
+    def warp_sum(self, a: Real) -> Real:
+        """The sum over a warp, in all of its threads, always in the same order."""
+        for distance in (16, 8, 4, 2, 1):
+            text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
+            a = a + Real(self._asm(text, "f32", "=f,f", a, effects=True))
+        return a
+
+    def inverse_root(self, a: Real) -> Real:
+        """1 / sqrt(a), to the last bit but one."""
+        return Real(self._asm("rsqrt.approx.f32 $0, $1;", "f32", "=f,f", a))
+
+    def half_as_real(self, a: Int, dtype: Any) -> Real:
+        """The float32 of the lower 16 bits, which are a bfloat16 or float16."""
+        if dtype == jnp.bfloat16:
+            return self.as_real(a << 16)
+        return Real(self._asm("{.reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l;}", "f32", "=f,r", a))
+
+    def load(self, address: Long, words: int) -> list[Int]:
+        """1, 2 or 4 words that nobody writes during the launch, which are not read again: past the first-level cache."""
+        return self._load(f"ld.global.nc.L1::no_allocate.L2::128B{self._vector(words)}.b32", "l", address, words)
+
+    def load_shared_by_all(self, address: Long, words: int) -> list[Int]:
+        """As `load`, of words that other blocks read too."""
+        return self._load(f"ld.global{self._vector(words)}.b32", "l", address, words)
+
+    def load_half(self, address: Long) -> Int:
+        """16 bits."""
+        text = "{.reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h;}"
+        return Int(self._asm(text, "i32", "=r,l", address, effects=True))
+
+    def store_bfloat16(self, address: Long, value: Real) -> None:
+        """Rounds to nearest even."""
+        self._asm("{.reg .b16 h; cvt.rn.bf16.f32 h, $1; st.global.b16 [$0], h;}", None, "l,f,~{memory}", address, value, effects=True)
+
+    def store_real(self, address: Long, value: Real) -> None:
+        """A float32."""
+        self._asm("st.global.f32 [$0], $1;", None, "l,f,~{memory}", address, value, effects=True)
+
+    def load_shared(self, offset: Int, words: int) -> list[Int]:
+        """1, 2 or 4 words of shared memory."""
+        return self._load(f"ld.shared{self._vector(words)}.b32", "r", offset, words)
+
+    def store_shared(self, offset: Int, *values: Any) -> None:
+        """1, 2 or 4 words to shared memory."""
+        named = ", ".join(f"${i + 1}" for i in range(len(values)))
+        kinds = ",".join("f" if isinstance(value, Real) else "r" for value in values)
+        text = f"st.shared{self._vector(len(values))}.b32 [$0], {{{named}}};"
+        self._asm(text, None, f"r,{kinds},~{{memory}}", offset, *values, effects=True)
+
+    def store_shared_half(self, offset: Int, value: Int) -> None:
+        """The lower 16 bits to shared memory."""
+        self._asm("st.shared.u16 [$0], $1;", None, "r,r,~{memory}", offset, value, effects=True)
+
+    def product(self, a: Sequence[Int], b: Sequence[Int], c: Sequence[Int]) -> list[Int]:
+        """c + a b of 16 x 32 by 32 x 8 signed bytes (mma.m16n8k32)."""
+        result = _type("!llvm.struct<(i32, i32, i32, i32)>")
+        text = ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+                "{$10, $11, $12, $13};")  # fmt: skip
+        found = self._asm(text, result, "=r,=r,=r,=r" + ",r" * 10, *a, *b, *c)
+        return [Int(llvm.extractvalue(_type("i32"), found, [i])) for i in range(4)]
+
+    def barrier(self) -> None:
+        """Waits for all threads of the block, and for what they wrote to shared memory."""
+        self._asm("bar.sync 0;", None, "~{memory}", effects=True)
+
+    def await_before(self) -> None:
+        """Waits for the launch before this one."""
+        self._asm("griddepcontrol.wait;", None, "~{memory}", effects=True)
+
+    def let_next_begin(self) -> None:
+        """The launch behind this one may begin."""
+        self._asm("griddepcontrol.launch_dependents;", None, "", effects=True)
+
+    def loop(self, count: Int, carry: Any, body: Callable[[Int, Any], Any]) -> Any:
+        """carry = body(i, carry) for i below a count that all threads share; carries are lists of numbers."""
+        flat = [number.value for number in carry]
+        kinds = [type(number) for number in carry]
+        each = scf.ForOp(_integer(0, "i32"), count.value, _integer(1, "i32"), flat)
+        with ir.InsertionPoint(each.body):
+            inner = [kind(value) for kind, value in zip(kinds, each.inner_iter_args, strict=True)]
+            scf.YieldOp([number.value for number in body(Int(each.induction_variable), inner)])
+        return [kind(value) for kind, value in zip(kinds, each.results, strict=True)]
+
+    def when(self, condition: Any, body: Callable[[], None]) -> None:
+        """Runs where the condition holds."""
+        chosen = scf.IfOp(condition)
+        with ir.InsertionPoint(chosen.then_block):
+            body()
+            scf.YieldOp([])
+
+    def only_where(self, condition: Any, body: Callable[[], list[Int]], count: int) -> list[Int]:
+        """`count` words that the body gives where the condition holds; elsewhere 0."""
+        zero = _integer(0, "i32")
+        chosen = scf.IfOp(condition, [_type("i32")] * count, has_else=True)
+        with ir.InsertionPoint(chosen.then_block):
+            scf.YieldOp([word.value for word in body()])
+        with ir.InsertionPoint(chosen.else_block):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            scf.YieldOp([zero] * count)
+        return [Int(value) for value in chosen.results]
+
+    def _vector(self, words: int) -> str:
+        return "" if words == 1 else f".v{words}"
+
+    def _load(self, instruction: str, kind: str, address: Any, words: int) -> list[Int]:
+        if words == 1:
+            return [Int(self._asm(f"{instruction} $0, [$1];", "i32", f"=r,{kind}", address, effects=True))]
+        named, kinds = ", ".join(f"${i}" for i in range(words)), ",".join(["=r"] * words)
+        result = _type(f"!llvm.struct<({', '.join(['i32'] * words)})>")
+        found = self._asm(f"{instruction} {{{named}}}, [${words}];", result, f"{kinds},{kind}", address, effects=True)
+        return [Int(llvm.extractvalue(_type("i32"), found, [i])) for i in range(words)]
+
+    def _asm(self, text: str, result: Any, constraints: str, *operands: Any, effects: bool = False) -> Any:
+        kind = _type("!llvm.void") if result is None else _type(result) if isinstance(result, str) else result
+        given = [operand.value for operand in operands]
+        return llvm.inline_asm(kind, given, text, constraints, has_side_effects=effects)

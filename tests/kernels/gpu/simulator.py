@@ -1,0 +1,202 @@
+"""The machine of `qjax_kernels.gpu.warps` in NumPy: every number is an array with one entry a thread, all threads go in step.
+
+Memory is one array of bytes for each address space. Reading or writing outside of an array is an error, and so is reading shared
+memory that nobody wrote.
+"""
+
+import ml_dtypes
+import numpy as np
+
+REGION = 1 << 40  # of addresses: one for every array
+
+
+class Simulator:
+    """The instructions of one thread block."""
+
+    def __init__(self, block: int, threads: int, arrays: list[np.ndarray], shared: int):
+        self.threads, self.active = threads, np.ones(threads, bool)
+        self.thread, self.block = np.arange(threads, dtype=np.uint32), np.uint32(block)
+        self.arrays = [array.reshape(-1).view(np.uint8) for array in arrays]
+        self.shared, self.written = np.zeros(shared, np.uint8), np.zeros(shared, bool)
+        self.loads = 0  # bytes of device memory, past the first-level cache
+
+    def addresses(self) -> list:
+        return [Address(np.full(self.threads, (i + 1) * REGION, np.int64)) for i in range(len(self.arrays))]
+
+    def integer(self, value):
+        return np.full(self.threads, value, np.uint32)
+
+    def real(self, value):
+        return np.full(self.threads, value, np.float32)
+
+    def both(self, a, b):
+        return a & b
+
+    def minimum(self, a, b):
+        return np.minimum(a, np.uint32(b))
+
+    def maximum(self, a, b):
+        return np.maximum(a, np.uint32(b))
+
+    def where(self, condition, a, b):
+        return np.where(condition, a, b)
+
+    def as_real(self, a):
+        return a.view(np.float32)
+
+    def to_real(self, a):
+        return a.view(np.int32).astype(np.float32)
+
+    def nearest(self, a):
+        return np.nan_to_num(np.clip(np.rint(a), -(2**31), 2**31 - 128)).astype(np.int32).view(np.uint32)
+
+    def fma(self, a, b, c):
+        return (a.astype(np.float64) * b + c).astype(np.float32)
+
+    def permute(self, a, b, selector):
+        both = np.stack([a, b], -1).view(np.uint8)
+        return np.stack([both[:, selector >> 4 * i & 7] for i in range(4)], -1).view(np.uint32)[:, 0]
+
+    def larger_halves(self, a, b):
+        return np.maximum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32)
+
+    def warp_maximum(self, a):
+        return np.repeat(a.reshape(-1, 32).max(1), 32)
+
+    def warp_sum(self, a):
+        for distance in (16, 8, 4, 2, 1):
+            a = a + a[np.arange(self.threads) ^ distance]
+        return a
+
+    def inverse_root(self, a):
+        return (1 / np.sqrt(a, dtype=np.float32)).astype(np.float32)
+
+    def half_as_real(self, a, dtype):
+        return a.astype(np.uint16).view(dtype).astype(np.float32)
+
+    def load(self, address, words):
+        self.loads += 4 * words * int(self.active.sum())
+        return self._global(address, words)
+
+    def load_shared_by_all(self, address, words):
+        return self._global(address, words)
+
+    def load_half(self, address):
+        return self._bytes(address, 2).view(np.uint16)[:, 0].astype(np.uint32)
+
+    def store_bfloat16(self, address, value):
+        self._put(address, value.astype(ml_dtypes.bfloat16).reshape(-1, 1).view(np.uint8))
+
+    def store_real(self, address, value):
+        self._put(address, value.reshape(-1, 1).view(np.uint8))
+
+    def load_shared(self, offset, words):
+        at = self._at(offset, 4 * words)[self.active]
+        assert self.written[at].all(), "shared memory is read before it is written"
+        found = np.zeros((self.threads, 4 * words), np.uint8)
+        found[self.active] = self.shared[at]
+        return list(found.view(np.uint32).T.copy())
+
+    def store_shared(self, offset, *values):
+        self._share(offset, np.stack([value.view(np.uint32) for value in values], -1).view(np.uint8))
+
+    def store_shared_half(self, offset, value):
+        self._share(offset, value.astype(np.uint16).reshape(-1, 1).view(np.uint8))
+
+    def product(self, a, b, c):
+        """By the layouts of the PTX manual, mma.m16n8k32 of .s8: operand A by rows, operand B by columns."""
+        lane = np.arange(32)
+        row, t = lane >> 2, lane & 3
+        left, right = np.zeros((self.threads // 32, 16, 32), np.int64), np.zeros((self.threads // 32, 32, 8), np.int64)
+        parts = [each.reshape(-1, 32, 1).view(np.int8) for each in (*a, *b)]
+        for i in range(4):
+            for register, (down, along) in enumerate(((0, 0), (8, 0), (0, 16), (8, 16))):
+                left[:, row + down, along + 4 * t + i] = parts[register][:, :, i]
+            for register, along in enumerate((0, 16)):
+                right[:, along + 4 * t + i, row] = parts[4 + register][:, :, i]
+        total = left @ right
+        start = [each.view(np.int32) for each in c]
+        found = [total[:, row + 8 * (r // 2), 2 * t + r % 2].reshape(-1) + start[r] for r in range(4)]
+        return [each.astype(np.int32).view(np.uint32) for each in found]
+
+    def barrier(self):
+        assert self.active.all(), "a barrier inside of a branch"
+
+    def await_before(self):
+        self.barrier()
+
+    def let_next_begin(self):
+        self.barrier()
+
+    def loop(self, count, carry, body):
+        for i in range(int(np.unique(count).item())):
+            carry = body(self.integer(i), carry)
+        return carry
+
+    def when(self, condition, body):
+        outside = self.active
+        self.active = outside & condition
+        if self.active.any():
+            body()
+        self.active = outside
+
+    def only_where(self, condition, body, count):
+        outside = self.active
+        self.active = outside & condition
+        found = body() if self.active.any() else self.integer(0)[None].repeat(count, 0)
+        assert len(found) == count
+        self.active = outside
+        return [np.where(condition, word, np.uint32(0)) for word in found]
+
+    def _at(self, offset, size):
+        assert not (offset[self.active] % min(size, 16)).any(), "misaligned"
+        return offset.astype(np.int64)[:, None] + np.arange(size)
+
+    def _share(self, offset, values):
+        at = self._at(offset, values.shape[1])[self.active]
+        self.shared[at], self.written[at] = values[self.active], True
+
+    def _global(self, address, words):
+        return list(self._bytes(address, 4 * words).view(np.uint32).T.copy())
+
+    def _bytes(self, address, size):
+        array, at = self._place(address, size)
+        found = np.zeros((self.threads, size), np.uint8)
+        found[self.active] = array[at]
+        return found
+
+    def _put(self, address, values):
+        array, at = self._place(address, values.shape[1])
+        array[at] = values[self.active]
+
+    def _place(self, address, size):
+        places = address.value[self.active]
+        number = np.unique(places // REGION).item()
+        at = places % REGION
+        assert not (at % min(size, 16)).any(), "misaligned"
+        assert at.max() + size <= len(self.arrays[number - 1]), "behind the end of the array"
+        return self.arrays[number - 1], at[:, None] + np.arange(size)
+
+
+class Address:
+    """A number of 64 bits a thread."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __add__(self, other):
+        return Address(self.value + np.asarray(other, np.int64))
+
+    def times(self, index, stride):
+        return Address(self.value + np.asarray(index, np.int64) * stride)
+
+
+def launch(body, blocks: int, threads: int, arrays: list[np.ndarray], shared: int) -> list[Simulator]:
+    """Runs the blocks one after another, each on shared memory of its own."""
+    ran = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in range(blocks):
+            machine = Simulator(block, threads, arrays, shared)
+            body(machine, machine.integer(0), *machine.addresses())
+            ran.append(machine)
+    return ran

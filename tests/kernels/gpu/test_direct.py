@@ -1,0 +1,144 @@
+"""The Hopper kernel of few rows, thread by thread in NumPy, against float64: every address, digit and sum."""
+
+import math
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from qjax_kernels.gpu import weight_only
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, direct_tiles, weight_only_tiles
+
+pytest.importorskip("absl")
+
+from qjax_kernels.gpu.digits_kernel import digits, units
+from qjax_kernels.gpu.direct_kernel import multiply
+from qjax_kernels.gpu.direct_shape import shape_of
+
+from tests.kernels.gpu.simulator import launch
+
+BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
+
+
+def drawn(m, n, k, group, dtype, seed=0):
+    """Rows of very different magnitudes, codes with zeros and -8, scales with whole rows of 16 bytes."""
+    draw = np.random.default_rng(seed)
+    x = (draw.normal(size=(m, k)) * np.exp(3 * draw.normal(size=(m, 1)))).astype(BF16)
+    codes = draw.integers(-8, 8, (n, k))
+    codes[0], codes[1, :5] = 0, -8
+    wide = np.dtype(dtype).itemsize
+    scales = np.zeros((n, math.ceil(k // group * wide / 16) * 16 // wide), dtype)
+    scales[:, : k // group] = draw.uniform(0.5, 1.5, (n, k // group)).astype(dtype)
+    return x, codes, scales
+
+
+def ran(x, codes, scales, group, tiles, cores=2, bias=None, norm=None, whole=True):
+    """y (parts, M, N) of all blocks, and the machines that computed it; what nobody writes stays NaN."""
+    (m, k), n = x.shape, codes.shape[0]
+    s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores,
+                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole and tiles.split_k == 1)  # fmt: skip
+    packed = ((codes[:, 0::2] & 15) | ((codes[:, 1::2] & 15) << 4)).astype(np.uint8)
+    y = np.full((tiles.split_k, m, n), np.nan, BF16 if s.whole else F32)
+    arrays = [x, packed, scales, *([] if bias is None else [bias]), y]
+    machines = launch(lambda w, *given: multiply(w, s, *given), s.blocks, 32 * s.warps, arrays, s.places.end)
+    return y.astype(np.float64), machines
+
+
+def exact(x, codes, scales, group):
+    """The product in float64 of the rows as their digits hold them, so that only float32 sums of groups differ."""
+    rows = jnp.asarray(x)
+    unit = units(rows)
+    high, low = np.float64(digits(rows, unit))
+    fixed = (256 * high + low).reshape(*unit.shape, 128) * np.float64(unit)[..., None]
+    wide = np.repeat(np.float64(scales[:, : x.shape[1] // group]), group, 1)
+    return fixed.reshape(x.shape) @ (codes * wide).T, np.abs(fixed.reshape(x.shape)) @ np.abs(codes * wide).T
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "dtype", "tiles"),
+    [
+        (1, 128, 1024, 128, BF16, Direct()),
+        (1, 192, 512, 128, BF16, Direct(4, 2, 1)),
+        (3, 128, 1280, 128, BF16, Direct()),  # ten pieces for eight warps of four
+        (4, 64, 2048, 128, F32, Direct(4, 4, 1)),
+        (5, 64, 1024, 128, F16, Direct(8, 2, 1)),
+        (8, 64, 1408, 128, BF16, Direct(16, 2, 1)),  # eleven pieces: a turn of two ends behind K
+        (2, 64, 384, 128, F32, Direct(4, 1, 2)),
+        (1, 64, 2048, 256, BF16, Direct(12, 4, 1)),
+        (3, 64, 1408, 128, BF16, Direct(4, 4, 1, split_k=2)),
+        (16, 64, 1536, 384, F16, Direct(8, 1, 1, split_k=2)),
+    ],
+)
+def test_every_thread_computes_its_part_of_the_product(m, n, k, group, dtype, tiles):
+    x, codes, scales = drawn(m, n, k, group, dtype)
+    y, machines = ran(x, codes, scales, group, tiles, whole=False)
+    expected, magnitude = exact(x, codes, scales, group)
+    # Sums of a group are exact: a rounding of each, of its scale and of the sum with it.
+    assert np.all(np.abs(y.sum(0) - expected) <= 3 * (k // 128 + tiles.warps) * 2**-24 * magnitude)
+    assert not y.sum(0)[:, 0].any()
+    # Codes are loaded once, but for a turn that reads the last piece of a row again.
+    read = sum(machine.loads for machine in machines)
+    assert n * k // 2 <= read <= n * math.ceil(k // 128 / tiles.turn) * tiles.turn * 64
+
+
+def test_a_bfloat16_result_is_the_float_one_rounded():
+    x, codes, scales = drawn(2, 64, 1024, 128, BF16)
+    y, _ = ran(x, codes, scales, 128, Direct())
+    wide, _ = ran(x, codes, scales, 128, Direct(), whole=False)
+    np.testing.assert_array_equal(y, wide.astype(BF16).astype(np.float64))
+
+
+@pytest.mark.parametrize(("m", "tiles", "bias"), [(1, Direct(16, 4, 1), F32), (5, Direct(8, 2, 1), BF16), (3, Direct(4, 1, 1), F16)])
+def test_norm_and_bias(m, tiles, bias):
+    x, codes, scales = drawn(m, 64, 1792, 128, BF16)
+    added = np.random.default_rng(1).normal(size=64).astype(bias)
+    y, _ = ran(x, codes, scales, 128, tiles, bias=added, norm=0.1, whole=False)
+    expected, magnitude = exact(x, codes, scales, 128)
+    roots = np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 0.1)
+    assert np.all(np.abs(y[0] - (expected / roots + added)) <= 2**-18 * magnitude / roots + 2**-22)
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    x, codes, scales = drawn(3, 64, 512, 128, BF16)
+    x[1, 7], x[2, 300] = np.inf, np.nan
+    y, _ = ran(x, codes, scales, 128, Direct(4, 2, 1))
+    assert np.isfinite(y[0, 0]).all() and np.isnan(y[0, 1:]).all()
+
+
+@pytest.mark.parametrize("scale_bytes", [2, 4])
+def test_default_tiles_fit_into_shared_memory(scale_bytes):
+    dtype = jnp.bfloat16 if scale_bytes == 2 else jnp.float32
+    for m in range(1, 17):
+        for k in (128, 1408, 4096, 8192, 14336, 28672):
+            tiles = direct_tiles(m, k, scale_bytes)
+            s = shape_of(m, 4096, k, group=128, columns=k // 128, dtype=dtype, tiles=tiles, cores=132, norm=1e-5)
+            assert s.places.end * tiles.blocks <= SHARED_BYTES, (m, k, tiles)
+            assert s.blocks % tiles.split_k == 0 and s.own * tiles.split_k >= k // 128
+
+
+def test_few_rows_of_four_bits_in_groups_go_this_way_and_no_others():
+    direct = [m for m in range(1, 65) if isinstance(weight_only_tiles(m, 4096, 4096, 4, group=128), Direct)]
+    assert direct == [*range(1, 9)]
+    assert isinstance(weight_only_tiles(1, 4096, 4096, 8, group=128), Tiles)
+    assert isinstance(weight_only_tiles(1, 4096, 4096, 4, group=None), Tiles)
+
+
+@pytest.mark.parametrize("fields", [{"warps": 6}, {"turn": 3}, {"blocks": 0}, {"split_k": 0}])
+def test_tiles_refuse_what_no_kernel_has(fields):
+    with pytest.raises(ValueError, match="`"):
+        Direct(**fields)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "m", "k", "tiles", "named"),
+    [
+        (8, 128, 1, 256, Direct(), "codes of 4 bits in groups"),
+        (4, None, 1, 256, Direct(), "codes of 4 bits in groups"),
+        (4, 128, 16, 8192, Direct(), "split K"),
+    ],
+)
+def test_a_forced_way_that_cannot_be_gone_is_refused(bits, group, m, k, tiles, named):
+    x, w = jnp.zeros((m, k), jnp.bfloat16), jnp.zeros((64, k), jnp.int4 if bits == 4 else jnp.int8)
+    s = jnp.ones((64, k // group if group else 1), jnp.bfloat16)
+    with pytest.raises(ValueError, match=named):
+        weight_only.weight_only_matmul(x, w, s, group_size=group, tiles=tiles)
