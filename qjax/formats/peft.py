@@ -7,7 +7,9 @@ PEFT names a tensor by the module that it stands beside, `base_model.model.<modu
     embedding    lora_embedding_A (r, rows), lora_embedding_B (features, r)
     DoRA         lora_magnitude_vector (N,), of a convolution (1, N, 1, ...)
 
-A parameter that stacks layers or experts is one module each there.
+A parameter that stacks layers or experts is one module each there. PEFT's files say nothing of the numbers of the base, and older
+versions of it refuse a configuration with further entries: what is known of the base stands in the header of the tensors' file, which PEFT
+does not read.
 """
 
 from __future__ import annotations
@@ -18,18 +20,22 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.disk import flush_to_disk
-from qjax.formats.safetensors import read_json, read_tensors, write_tensors
+from qjax.core.specs import ScaleDtype, check_choice
+from qjax.disk import write_whole
+from qjax.formats.base_sketch import distance, from_text, sketches, to_text
+from qjax.formats.safetensors import read_json, read_metadata, read_tensors, write_tensors
 from qjax.training import Adapted, Lora
+from qjax.training.adapted import check_adapters, check_form
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
+_BASE = "qjax.base"  # the entry of the header
 # The module of each parameter, or of each layer (expert, ...) of a stacked one, in the order of its stacked axes.
 Names = Mapping[str, "str | Sequence[str]"]
 
@@ -40,6 +46,7 @@ def save_peft(
     adapters: Mapping[str, Mapping[str, Any]],
     names: Names | None = None,
     *,
+    base: Any = None,
     base_model: str = "",
     dtype: Any = None,
 ) -> None:
@@ -51,11 +58,16 @@ def save_peft(
       adapters: the trained ones.
       names: the torch module of each parameter's path, `model.layers.0.self_attn.q_proj`; of a stacked parameter one for each layer. What
         is left out is named by its path with dots, without a last `kernel`, `embedding`, `weight` or `w`, and layers by their number.
+      base: what they were trained beside: nine numbers of each of its weights that has an adapter go with them, by which `load_peft`
+        knows it again, prepacked or on another machine too. None: the files do not say.
       base_model: what PEFT is to load the base from.
-      dtype: float32, bfloat16 or float16; None keeps each.
+      dtype: float32, bfloat16 or float16, by name or as a dtype; None keeps each.
 
     Raises:
-      ValueError: names that do not fit; a mixture that one PEFT configuration cannot say (DoRA, rsLoRA or dropout of some only).
+      TypeError: an argument of the wrong kind: no plan, no adapters, names that are no mapping, a base without numbers.
+      ValueError: adapters of another plan; names that do not fit; a base that is not the plan's; another `dtype`, or one in which an
+        adapter overflows; a mixture that one PEFT configuration cannot say (DoRA, rsLoRA or dropout of some only). Nothing is written.
+      NotADirectoryError: `folder` is a file.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax, tempfile
@@ -63,56 +75,75 @@ def save_peft(
       >>> base, x = {"up": {"kernel": jnp.eye(8)}}, jnp.ones((1, 8))
       >>> plan, adapters = tuned.plan(base, x), tuned.init(jax.random.key(0), base, x)
       >>> folder = tempfile.mkdtemp()
-      >>> save_peft(folder, plan, adapters, {"up/kernel": "mlp.up_proj"})
+      >>> save_peft(folder, plan, adapters, {"up/kernel": "mlp.up_proj"}, base=base)
       >>> sorted(read_tensors(Path(folder) / WEIGHTS_FILE))
       ['base_model.model.mlp.up_proj.lora_A.weight', 'base_model.model.mlp.up_proj.lora_B.weight']
 
     Source: Hugging Face PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`.
     """
-    modules = _modules(plan, names or {})
-    config = _config(plan, modules, base_model)
+    root = _folder(folder)
+    _check_plan(plan)
+    if not isinstance(base_model, str):
+        raise TypeError(f"`base_model` must be a string, a name or a path for PEFT, got {base_model!r}")
+    name = None if dtype is None else _float_name(dtype)
+    modules = _modules(plan, names)
+    config = json.dumps(_config(plan, modules, base_model), indent=2, sort_keys=True) + "\n"
+    _check_arrays(adapters)
+    check_adapters(adapters, plan)
     tensors: dict[str, np.ndarray] = {}
     for one in plan.values():
-        parts = {name: np.asarray(a if dtype is None else jnp.asarray(a).astype(dtype)) for name, a in adapters[one.leaf.path].items()}
+        parts = {part: _stored(a, name, f"{one.leaf.path!r} {part!r}") for part, a in adapters[one.leaf.path].items()}
         for index, module in zip(_indices(one), modules[one.leaf.path], strict=True):
             tensors |= {_PREFIX + module + suffix: a for suffix, a in _to_torch(one, _take(one, parts, index)).items()}
-    root = Path(folder)
+    known = {} if base is None else {_BASE: to_text(sketches(plan, modules, base))}
     root.mkdir(parents=True, exist_ok=True)
-    write_tensors(root / WEIGHTS_FILE, tensors)
-    (root / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    flush_to_disk(root / CONFIG_FILE)
+    write_tensors(root / WEIGHTS_FILE, tensors, known)
+    write_whole(root / CONFIG_FILE, [config.encode()])
 
 
-def load_peft(folder: str | os.PathLike[str], plan: Mapping[int, Adapted], names: Names | None = None) -> dict[str, dict[str, Any]]:
+def load_peft(
+    folder: str | os.PathLike[str], plan: Mapping[int, Adapted], names: Names | None = None, *, base: Any = None
+) -> dict[str, dict[str, Any]]:
     """Reads adapters that PEFT or `save_peft` wrote.
 
     Args:
       folder: holds adapter_config.json and adapter_model.safetensors.
       plan: `tuned.plan(base, *args)`: the policy says rank, scaling and kind, and the file has to agree.
       names: as for `save_peft`.
+      base: what they are to stand beside. If it was given to `save_peft`, too, it has to be the same, but for its layout and for what
+        low-rank part its weights have; else, as in PEFT's own folders, there is nothing to compare it with. None: it is not looked at.
 
     Returns:
       Adapters for `tuned`, float32.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: a damaged file; tensors that no adapter of the plan stands for, or the reverse; another rank, scaling or kind.
+      NotADirectoryError: `folder` is a file.
+      TypeError: an argument of the wrong kind.
+      ValueError: a damaged file; tensors that no adapter of the plan stands for, or the reverse; another rank, scaling or kind; another
+        base.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax, tempfile
       >>> tuned = qjax.qlora(lambda p, x: x @ p["w"], qjax.Policy([qjax.Rule("*", train=qjax.lora(2))]))
-      >>> plan, folder = tuned.plan({"w": jnp.eye(8)}, jnp.ones((1, 8))), tempfile.mkdtemp()
-      >>> save_peft(folder, plan, tuned.init(jax.random.key(0), {"w": jnp.eye(8)}, jnp.ones((1, 8))), {"w": "head"})
-      >>> jax.tree.map(jnp.shape, load_peft(folder, plan, {"w": "head"}))
+      >>> base, folder = {"w": jnp.eye(8)}, tempfile.mkdtemp()
+      >>> plan = tuned.plan(base, jnp.ones((1, 8)))
+      >>> save_peft(folder, plan, tuned.init(jax.random.key(0), base, jnp.ones((1, 8))), {"w": "head"}, base=base)
+      >>> jax.tree.map(jnp.shape, load_peft(folder, plan, {"w": "head"}, base=base))
       {'w': {'a': (1, 2, 8), 'b': (8, 2)}}
+      >>> load_peft(folder, plan, {"w": "head"}, base={"w": 1.5 * jnp.eye(8)})  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ValueError: `base` is not the one that the adapters in ... were saved with: 1 of 1 leaves differ, 'w' by about ...
 
     Source: Hugging Face PEFT 0.21, `set_peft_model_state_dict`.
     """
-    root = Path(folder)
+    root = _folder(folder)
+    _check_plan(plan)
+    modules = _modules(plan, names)
     config, tensors = read_json(root / CONFIG_FILE), read_tensors(root / WEIGHTS_FILE)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"`{root / CONFIG_FILE}` has `peft_type` {config.get('peft_type')!r}, and only 'LORA' can be read")
-    modules = _modules(plan, names or {})
+        raise ValueError(f"`{root / CONFIG_FILE}` has `peft_type` {config.get('peft_type')!r}, and only 'LORA' can be read: train or "
+                         "convert to LoRA in PEFT")  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     for one in plan.values():
         whole = {name: np.zeros(shape, np.float32) for name, shape in one.shapes.items()}
@@ -125,7 +156,71 @@ def load_peft(folder: str | os.PathLike[str], plan: Mapping[int, Adapted], names
         known = ", ".join(itertools.islice(itertools.chain(*modules.values()), 3))
         raise ValueError(f"`{root / WEIGHTS_FILE}` holds {min(tensors)!r}, which is no adapter of the policy: widen its rules, or give "
                          f"the parameter's module in `names` (known: {known})")  # fmt: skip
+    if base is not None:
+        _check_base(root, plan, modules, base)
     return found
+
+
+def _folder(folder: Any) -> Path:
+    """The argument as a path that is a folder, or can become one."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"`folder` must be a path, got {type(folder).__name__}: it comes first, the plan second")
+    root = Path(folder)
+    there = next((path for path in (root, *root.parents) if path.exists()), root)
+    if there.exists() and not there.is_dir():
+        raise NotADirectoryError(f"`folder` {str(root)!r} cannot be one, for {str(there)!r} is a file: give another path, that of the "
+                                 f"folder which {CONFIG_FILE} lies in")  # fmt: skip
+    return root
+
+
+def _check_plan(plan: Any) -> None:
+    if not isinstance(plan, Mapping) or not all(isinstance(one, Adapted) for one in plan.values()):
+        raise TypeError(f"`plan` must be tuned.plan(base, *args) of tuned = qjax.qlora(fn, policy), got {type(plan).__name__}")
+    if not plan:
+        raise ValueError("`plan` is empty: give tuned.plan(base, *args) of tuned = qjax.qlora(fn, policy)")
+
+
+def _check_arrays(adapters: Any) -> None:
+    """Refuses what is no tree of adapters, so that `check_adapters` may compare shapes."""
+    check_form(adapters)
+    for path, parts in adapters.items():
+        for part, a in parts.items():
+            if not hasattr(a, "shape") or not hasattr(a, "dtype"):
+                raise TypeError(f"`adapters` {path!r} {part!r} must be an array, got {type(a).__name__}: give what .init(...) gave")
+
+
+def _float_name(dtype: Any) -> str:
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", dtype))
+    check_choice("dtype", name, get_args(ScaleDtype))
+    return name
+
+
+def _stored(a: Any, dtype: str | None, what: str) -> np.ndarray:
+    """An adapter's array as it is written."""
+    if dtype is None:
+        return np.asarray(a)
+    stored = jnp.asarray(a).astype(dtype)
+    if bool(jnp.any(jnp.isinf(stored) & ~jnp.isinf(a))):
+        raise ValueError(f"`dtype` {dtype!r} cannot hold `adapters` {what}, with magnitudes up to {float(jnp.max(jnp.abs(a))):g}: take "
+                         "'bfloat16' or 'float32'")  # fmt: skip
+    return np.asarray(stored)
+
+
+def _check_base(root: Path, plan: Mapping[int, Adapted], modules: Mapping[str, list[str]], base: Any) -> None:
+    """Refuses another base than that of the folder, if it says of which it is."""
+    here, text = sketches(plan, modules, base), read_metadata(root / WEIGHTS_FILE).get(_BASE)
+    if text is None:
+        return
+    there = from_text(text, str(root / WEIGHTS_FILE))
+    if here.keys() != there.keys():
+        raise ValueError(f"`{root / WEIGHTS_FILE}` has a note on other weights than its adapters stand beside: copy it again, or leave "
+                         "`base` out")  # fmt: skip
+    apart = {path: max(distance(here[module], there[module]) for module in listed) for path, listed in modules.items()}
+    path, others = max(apart, key=lambda path: apart[path]), sum(map(bool, apart.values()))
+    if others:
+        raise ValueError(f"`base` is not the one that the adapters in `{root}` were saved with: {others} of {len(apart)} leaves differ, "
+                         f"{path!r} by about {apart[path]:.2g} times its norm; give that base, which the same parameters, policy and "
+                         "data make again, or leave `base` out to have them beside another")  # fmt: skip
 
 
 def _stacked(one: Adapted) -> list[int]:
@@ -138,12 +233,16 @@ def _indices(one: Adapted) -> list[tuple[int, ...]]:
     return list(itertools.product(*(range(one.kept[i]) for i in _stacked(one))))
 
 
-def _modules(plan: Mapping[int, Adapted], names: Names) -> dict[str, list[str]]:
+def _modules(plan: Mapping[int, Adapted], names: Names | None) -> dict[str, list[str]]:
     """The modules of every parameter, one a layer."""
     paths = {one.leaf.path for one in plan.values()}
+    names = {} if names is None else names
+    if not isinstance(names, Mapping):
+        raise TypeError(f"`names` must be a mapping from paths to modules such as {{{min(paths)!r}: 'model.up'}}, or None, got {names!r}")
     for path in names:
         if path not in paths:
-            raise ValueError(f"`names` has {path!r}, which has no adapter: those that have are {', '.join(sorted(paths)[:3])}")
+            raise ValueError(f"`names` has {path!r}, which has no adapter: those that have are {', '.join(sorted(paths)[:3])}; leave it "
+                             "out, or give it one by a rule with qjax.lora(...)")  # fmt: skip
     modules = {}
     for one in plan.values():
         indices, given = _indices(one), names.get(one.leaf.path)
@@ -151,14 +250,16 @@ def _modules(plan: Mapping[int, Adapted], names: Names) -> dict[str, list[str]]:
             words = one.leaf.path.split("/")
             stem = ".".join(words[:-1] if len(words) > 1 and words[-1] in ("kernel", "embedding", "weight", "w") else words)
             given = [".".join([stem, *map(str, index)]) for index in indices]
-        listed = [given] if isinstance(given, str) else list(given)
+        listed = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
+        if not all(isinstance(name, str) and name for name in listed):
+            raise TypeError(f"`names[{one.leaf.path!r}]` must be a module such as 'model.up', or a list of them, got {given!r}")
         if len(listed) != len(indices):
             raise ValueError(f"`names[{one.leaf.path!r}]` has {len(listed)} modules, and the parameter stacks {len(indices)}: one each")
         modules[one.leaf.path] = listed
     every = list(itertools.chain(*modules.values()))
     if len(set(every)) < len(every):
         twice = next(name for name in every if every.count(name) > 1)
-        raise ValueError(f"`names` gives the module {twice!r} to two parameters")
+        raise ValueError(f"`names` gives the module {twice!r} to two parameters: each needs one of its own")
     return modules
 
 
@@ -196,11 +297,14 @@ def _check_settings(root: Path, config: Mapping[str, Any], lora: Lora, module: s
             raise ValueError(f"`{root / CONFIG_FILE}` says `{name}` {got[name]!r} for {module!r}, and the policy {value!r}: change the "
                              "qjax.lora(...) of the rule")  # fmt: skip
     if config.get("bias", "none") != "none":
-        raise ValueError(f"`{root / CONFIG_FILE}` trains biases (`bias` {config['bias']!r}), which have no adapter here")
+        raise ValueError(f"`{root / CONFIG_FILE}` trains biases (`bias` {config['bias']!r}), which have no adapter here: train with "
+                         "bias='none' in PEFT")  # fmt: skip
 
 
 def _of_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's patterns are ends of module names (or expressions, which are not read)."""
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"`{CONFIG_FILE}` has a pattern that is no object, {pattern!r}: copy or download it again")
     return next((value for name, value in pattern.items() if module == name or module.endswith("." + name)), default)
 
 
@@ -218,12 +322,16 @@ def _of_module(root: Path, tensors: dict[str, np.ndarray], one: Adapted, module:
         key = _PREFIX + module + suffix
         if key not in tensors:
             near = [other for other in tensors if other.endswith(suffix)][:2]
-            raise ValueError(f"`{root / WEIGHTS_FILE}` lacks {key!r}: give the module of {one.leaf.path!r} in `names`"
+            raise ValueError(f"`{root / WEIGHTS_FILE}` lacks {key!r}: give the module of {one.leaf.path!r} in `names`, or, if it was saved "
+                             "with fewer adapters, put a rule without `train` for that in front"
                              + (f" (it has {', '.join(map(repr, near))})" if near else ""))  # fmt: skip
-        found[name] = tensors.pop(key).astype(np.float32)
-        shape = _torch_shapes(one)[name]
-        if found[name].shape != shape:
-            raise ValueError(f"`{root / WEIGHTS_FILE}` has {key!r} of shape {found[name].shape}, and the parameter wants {shape}")
+        a, shape = tensors.pop(key), _torch_shapes(one)[name]
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            raise ValueError(f"`{root / WEIGHTS_FILE}` has {key!r} as {a.dtype}, and adapters are floats: save the trained ones again")
+        if a.shape != shape:
+            raise ValueError(f"`{root / WEIGHTS_FILE}` has {key!r} of shape {a.shape}, and the parameter wants {shape}: it is of a model "
+                             f"of another size, or `names` gives {one.leaf.path!r} the module of another")  # fmt: skip
+        found[name] = a.astype(np.float32)
     return found
 
 
@@ -301,12 +409,20 @@ def llama_modules(paths: Iterator[str] | Sequence[str]) -> dict[str, str]:
     Returns:
       A module by path.
 
+    Raises:
+      TypeError: one path instead of several.
+      ValueError: a path that is not of that model.
+
     >>> llama_modules(["layers_11/self_attn/q_proj/kernel", "lm_head/kernel"])
     {'layers_11/self_attn/q_proj/kernel': 'model.layers.11.self_attn.q_proj', 'lm_head/kernel': 'lm_head'}
     """
+    if isinstance(paths, str):
+        raise TypeError(f"`paths` must hold paths, such as the adapters or [{paths!r}], got the string {paths!r}")
     found = {}
     for path in paths:
         words = path.split("/")[:-1]
+        if not words:
+            raise ValueError(f"`paths` has {path!r}, which is no parameter of qjax.models.Llama: write {{{path!r}: module}} for `names`")
         head, _, number = words[0].partition("_")
         words = ["layers", number, *words[1:]] if head == "layers" and number.isdigit() else words
         found[path] = ".".join(words if words[0] == "lm_head" else ["model", *words])

@@ -131,6 +131,23 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         return {name: TensorInfo(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings that the header of one safetensors file keeps beside its tensors.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Them by name, as `write_tensors` was given them; "format" is among them.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is truncated or damaged.
+    """
+    with _open(Path(path)) as handle:
+        return dict(handle.metadata() or {})
+
+
 def iterate_tensors(index: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
     """Reads tensors one after the other, each shard opened once; only one tensor is in memory at a time.
 

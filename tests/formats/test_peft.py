@@ -14,6 +14,8 @@ import qjax
 from qjax import Policy, Rule
 from qjax.formats import llama_modules, load_peft, save_peft
 from qjax.formats.safetensors import read_header, read_tensors, write_tensors
+from qjax.runtime import Codes, Layout
+from qjax.runtime.layouts import laid_out
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODULES = {"embed": "embed", "up/kernel": "up", "conv/kernel": "conv"}
@@ -120,7 +122,180 @@ def test_what_does_not_fit_is_named(golden, tmp_path):
         load_peft(tmp_path / "bad", whole)
 
 
+def line(params, x):
+    return x @ params["up"]["kernel"]
+
+
+X = jnp.ones((2, 256))
+FLOATS = {"up": {"kernel": jnp.sin(jnp.arange(256.0 * 128)).reshape(256, 128)}}
+NF4 = qjax.nf4(double_quant=True)
+PLAIN = Policy([Rule("*", weight=NF4, train=qjax.lora(2))])
+LOFTQ = Policy([Rule("*", weight=NF4, method=qjax.loftq(2), train=qjax.lora(2))])
+TUNED = qjax.qlora(line, PLAIN)
+
+
+# A layout with a byte a code.
+WIDE = Layout(
+    "wide",
+    lambda weight, codes: {"w": codes.codes, "s": codes.scale, "t": codes.levels},
+    lambda weight, k, laid: Codes(laid["w"], laid["s"], None, laid["t"]),
+)
+
+
+def packed(policy, params=FLOATS):
+    return qjax.quantize(line, params, policy, calibration=[X]).params
+
+
+def trained(base):
+    return jax.tree.map(lambda a: a + 0.5, TUNED.init(jax.random.key(0), base, X))
+
+
+@pytest.mark.parametrize(("mine", "other"), [(PLAIN, LOFTQ), (LOFTQ, PLAIN)])
+def test_a_folder_knows_its_base(mine, other, tmp_path):
+    base, plan = packed(mine), TUNED.plan(FLOATS, X)
+    adapters = trained(base)
+    save_peft(tmp_path, plan, adapters, base=base)
+    # The same weights: attached; laid out for a kernel, which knows no scales of scales. And no base: not looked at.
+    laid = {"up": {"kernel": laid_out(base["up"]["kernel"], WIDE, 0, 0)}}
+    assert laid["up"]["kernel"].spec != NF4
+    for same in (base, TUNED.attach(adapters, base, X), laid, None):
+        chex.assert_trees_all_equal(load_peft(tmp_path, plan, base=same), adapters)
+    for another in (packed(other), packed(mine, {"up": {"kernel": FLOATS["up"]["kernel"].T.reshape(256, 128)}}), FLOATS):
+        with pytest.raises(ValueError, match=r"is not the one .* 1 of 1 leaves differ, 'up/kernel' by about [\d.]+ times .*give that base"):
+            load_peft(tmp_path, plan, base=another)
+    with pytest.raises(ValueError, match=r"`base` has no leaf 'up/kernel'.*give the parameters that it was made with"):
+        load_peft(tmp_path, plan, base=adapters)
+    with pytest.raises(TypeError, match="`base` leaf 'up/kernel' is a shape and holds no numbers"):
+        save_peft(tmp_path, plan, adapters, base=jax.eval_shape(lambda: FLOATS))
+    chex.assert_trees_all_equal(load_peft(tmp_path, plan, base=base), adapters)  # refused, it is not half-written
+    assert not {"base", "qjax.base"} & json.loads((tmp_path / "adapter_config.json").read_text()).keys()  # older PEFT refuses further keys
+
+
+def test_folders_that_say_nothing_of_their_base_load_beside_any(golden, tmp_path):
+    _, params, inputs = golden
+    plan = qjax.qlora(net, Policy(RULES["lora"])).plan(params, *inputs)
+    chex.assert_trees_all_equal(load_peft(GOLDEN / "peft_lora", plan, MODULES, base=params), load_peft(GOLDEN / "peft_lora", plan, MODULES))
+    base, plan = packed(PLAIN), TUNED.plan(FLOATS, X)
+    save_peft(tmp_path, plan, trained(base))
+    load_peft(tmp_path, plan, base=packed(LOFTQ))
+    tensors = read_tensors(tmp_path / "adapter_model.safetensors")
+    for text in ("{", "[1]", '{"up": [1]}', '{"up": 1}'):
+        write_tensors(tmp_path / "adapter_model.safetensors", tensors, {"qjax.base": text})
+        with pytest.raises(ValueError, match="damaged note on its base: copy it again, or leave `base` out"):
+            load_peft(tmp_path, plan, base=base)
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {"qjax.base": json.dumps({"down": [1.0] * 9})})
+    with pytest.raises(ValueError, match="a note on other weights"):
+        load_peft(tmp_path, plan, base=base)
+
+
+def test_one_layer_of_a_stack_of_another_base_is_seen(tmp_path):
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+
+    base, x = {"w": jnp.sin(jnp.arange(3 * 64.0).reshape(3, 8, 8))}, jnp.ones((2, 8))
+    tuned = qjax.qlora(fn, Policy([Rule("*", train=qjax.lora(2))]))
+    plan = tuned.plan(base, x)
+    save_peft(tmp_path, plan, tuned.init(jax.random.key(0), base, x), {"w": ["a", "b", "c"]}, base=base)
+    load_peft(tmp_path, plan, {"w": ["a", "b", "c"]}, base=base)
+    with pytest.raises(ValueError, match="`base` is not the one"):
+        load_peft(tmp_path, plan, {"w": ["a", "b", "c"]}, base={"w": base["w"].at[1, 3, 3].add(0.01)})
+    # A layer is known by its module: the same adapters beside the same layers, one parameter each.
+    unrolled = qjax.qlora(lambda p, x: x @ p["a"] @ p["b"] @ p["c"], tuned.policy)
+    apart = dict(zip("abc", base["w"], strict=True))
+    back = load_peft(tmp_path, unrolled.plan(apart, x), {name: name for name in "abc"}, base=apart)
+    assert back["b"]["a"].shape == (1, 2, 8)
+
+
+PLAN, ADAPTERS = TUNED.plan(FLOATS, X), TUNED.init(jax.random.key(0), packed(PLAIN), X)
+UP = ADAPTERS["up/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dtype": "int8"}, ValueError, "`dtype` must be one of 'float32', 'float16', 'bfloat16', got 'int8'"),
+        ({"dtype": jnp.int8}, ValueError, "`dtype` must be one of .* got 'int8'"),
+        ({"dtype": "float63"}, ValueError, "`dtype` must be one of .* got 'float63'"),
+        ({"dtype": 16}, ValueError, "`dtype` must be one of .* got 16"),
+        ({"dtype": "float16", "adapters": {"up/kernel": UP | {"a": UP["a"] + 1e5}}}, ValueError, "cannot hold .*'a', .*take 'bfloat16'"),
+        ({"plan": TUNED}, TypeError, r"`plan` must be tuned.plan\(base, \*args\) .* got QLoRA"),
+        ({"plan": PLAIN}, TypeError, "`plan` must be .* got Policy"),
+        ({"plan": None}, TypeError, "`plan` must be .* got NoneType"),
+        ({"plan": ADAPTERS}, TypeError, "`plan` must be .* got dict"),
+        ({"plan": {}}, ValueError, "`plan` is empty: give tuned.plan"),
+        ({"adapters": None}, TypeError, "`adapters` must be what .init.* got NoneType"),
+        ({"adapters": packed(PLAIN)}, TypeError, "`adapters` must be what .init.* packed leaves"),
+        ({"adapters": {}}, ValueError, "`adapters` lacks 'up/kernel'.*the policy or the program is not that of"),
+        ({"adapters": {"down/kernel": UP}}, ValueError, "`adapters` holds 'down/kernel'"),
+        ({"adapters": {"up/kernel": {"a": UP["a"]}}}, ValueError, "`adapters` of 'up/kernel' have shapes"),
+        ({"adapters": {"up/kernel": UP | {"b": UP["b"][:4]}}}, ValueError, r"'b': \(4, 2\).* the policy wants .*\(128, 2\)"),
+        ({"adapters": {"up/kernel": UP | {"b": [[1.0]]}}}, TypeError, "'up/kernel' 'b' must be an array, got list: give what"),
+        ({"names": "layers"}, TypeError, "`names` must be a mapping from paths to modules such as .'up/kernel': .* got 'layers'"),
+        ({"names": ["up"]}, TypeError, "`names` must be a mapping"),
+        ({"names": {"up/kernel": 3}}, TypeError, r"`names\['up/kernel'\]` must be a module .* got 3"),
+        ({"names": {"up/kernel": ""}}, TypeError, r"`names\['up/kernel'\]` must be a module"),
+        ({"names": {"up/kernel": ["a", "b"]}}, ValueError, "has 2 modules, and the parameter stacks 1"),
+        ({"names": {"l": "up"}}, ValueError, "`names` has 'l', which has no adapter: .*up/kernel; leave it out, or give it one"),
+        ({"base_model": pathlib.Path("llama")}, TypeError, "`base_model` must be a string"),
+        ({"base": {"up": {"kernel": X}}}, ValueError, r"`base` leaf 'up/kernel' has shape \(2, 256\), .*one of shape \(256, 128\)"),
+        ({"folder": None}, TypeError, "`folder` must be a path, got NoneType: it comes first"),
+        ({"folder": PLAN}, TypeError, "`folder` must be a path, got dict: it comes first"),
+    ],
+)
+def test_what_save_peft_refuses_it_names_and_writes_nothing(change, error, message, tmp_path):
+    save_peft(tmp_path / "it", PLAN, ADAPTERS)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "it").iterdir()}
+    for folder in (tmp_path / "it", tmp_path / "new"):
+        with pytest.raises(error, match=message):
+            save_peft(**({"folder": folder, "plan": PLAN, "adapters": ADAPTERS} | change))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "it").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", jnp.bfloat16, np.float16, np.dtype("float32")])
+def test_the_floats_that_adapters_may_be_written_in(dtype, tmp_path):
+    save_peft(tmp_path, PLAN, ADAPTERS, dtype=dtype)
+    (a, _) = read_tensors(tmp_path / "adapter_model.safetensors").values()
+    assert a.dtype == jnp.dtype(dtype)
+
+
+def test_what_load_peft_refuses_it_names_with_a_remedy(tmp_path):
+    both = qjax.qlora(lambda p, x: x @ p["up"]["kernel"] @ p["down"]["kernel"], Policy([Rule("*", train=qjax.lora(2))]))
+    plan = both.plan(FLOATS | {"down": {"kernel": jnp.ones((128, 8))}}, X)
+    folder, file = tmp_path / "it", tmp_path / "file"
+    save_peft(folder, PLAN, ADAPTERS)
+    file.write_text("here")
+    with pytest.raises(ValueError, match=r"lacks '.*down.lora_A.weight': .*`names`.*fewer adapters, put a rule without `train`"):
+        load_peft(folder, plan)
+    for bad in (TUNED, PLAIN, None, ADAPTERS):
+        with pytest.raises(TypeError, match=rf"`plan` must be tuned.plan.*got {type(bad).__name__}"):
+            load_peft(folder, bad)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"`names` must be a mapping .* got 'up'"):
+        load_peft(folder, PLAN, "up")  # pyright: ignore[reportArgumentType]
+    for use in (lambda at: load_peft(at, PLAN), lambda at: save_peft(at, PLAN, ADAPTERS)):
+        for at in (file, str(file), file / "inside"):
+            with pytest.raises(NotADirectoryError, match=r"`folder` .* cannot be one, for '.*file' is a file: give another path"):
+                use(at)
+    assert file.read_text() == "here"
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json` is missing: give the folder"):
+        load_peft(tmp_path / "none", PLAN)
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    write_tensors(folder / "adapter_model.safetensors", {name: a.astype(np.int8) for name, a in tensors.items()})
+    with pytest.raises(ValueError, match=r"lora_A.weight' as int8, and adapters are floats: save the trained ones again"):
+        load_peft(folder, PLAN)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in (({"rank_pattern": [1]}, "pattern that is no object"), ({"bias": "all"}, "trains biases .*bias='none'"),
+                            ({"peft_type": "IA3"}, "`peft_type` 'IA3', and only 'LORA' can be read: ")):  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            load_peft(folder, PLAN)
+
+
 def test_the_modules_of_a_llama():
+    with pytest.raises(TypeError, match=r"`paths` must hold paths, .*got the string 'lm_head/kernel'"):
+        llama_modules("lm_head/kernel")
+    with pytest.raises(ValueError, match=r"`paths` has 'w', which is no parameter of qjax.models.Llama: write"):
+        llama_modules(["w"])
     assert llama_modules(["layers_3/mlp/up_proj/kernel", "lm_head/kernel", "embed_tokens/embedding"]) == {
         "layers_3/mlp/up_proj/kernel": "model.layers.3.mlp.up_proj",
         "lm_head/kernel": "lm_head",
