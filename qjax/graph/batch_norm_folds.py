@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,13 @@ from qjax.core import divide
 from qjax.graph.batch_norm import Chain, Places, chain_after, computed, holds_constants, leaves_of, moved, places, weight_channels
 from qjax.graph.labels import Label, nonzero
 from qjax.graph.solve import System, build
-from qjax.program import split_arguments, trace
+from qjax.program import Program, split_arguments, trace
 
 # A channel with a smaller factor adds nothing to any sum of float32, and what is divided by it would leave float32.
 SMALLEST = 2.0**-80
+# Errors of flax.errors: a variable that is not there, and one that may not be written.
+_UNREAD = ("ScopeCollectionNotFound", "ScopeVariableNotFoundError", "ScopeParamNotFoundError")
+_UPDATES = ("ModifyScopeVariableError",)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,7 +194,8 @@ def batch_norm_folds(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
       which cannot move.
 
     Raises:
-      ValueError: no batch norm follows a weight.
+      TypeError: `fn` is no function, or a module of Flax in place of one.
+      ValueError: no batch norm follows a weight; `params` lacks collections that a Linen module reads, or the module is in training.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -215,7 +220,7 @@ def batch_norm_folds(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
     Source: Jacob et al. 2017, arXiv 1712.05877, section 3.2; Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2, whose statistics of a
     batch are those of the float layer, run a second time for them; here those of the rounded one. Where f is 0, W_hat is W.
     """
-    program = trace(fn, params, *args, **kwargs)
+    program = _traced(fn, params, args, kwargs)
     system, found, refused = build(program), {}, []
     for site in program.sites:
         chain = chain_after(system, site)
@@ -232,5 +237,39 @@ def batch_norm_folds(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
     if not found:
         reasons = f" and folds into ({'; '.join(f'{path!r}: {reason}' for path, reason in refused)})" if refused else ""
         raise ValueError(f"`fn` has no weight that a batch norm on stored statistics follows{reasons}: give the function in evaluation "
-                         "(train=False) and its statistics among `params`")  # fmt: skip
+                         "(train=False; of an NNX module after model.eval()) and its statistics among `params`")  # fmt: skip
     return BatchNormFolds(system, found, tuple(refused))
+
+
+def _traced(fn: Any, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """The program, or what Flax says against it in the words of the arguments here."""
+    if _is_module(fn):
+        name = fn.__name__ if isinstance(fn, type) else type(fn).__name__
+        raise TypeError(f"`fn` must be a function of (params, *args), got the module {name}: give model.apply of a Linen module with its "
+                        "variables, qjax.nnx.function(model) of an NNX one with nnx.state(model)")  # fmt: skip
+    if not jax.tree.leaves(params):
+        raise ValueError(f"`params` holds no arrays, got {params!r}: give the function's parameters with the batch norms' statistics")
+    # A function that applies a module may raise Flax's errors; where that was never imported there are none to catch.
+    flax = vars(sys.modules["flax.errors"]) if "flax.errors" in sys.modules else {}
+    unread = tuple(flax[name] for name in _UNREAD if name in flax)
+    updates = tuple(flax[name] for name in _UPDATES if name in flax)
+    try:
+        return trace(fn, params, *args, **kwargs)
+    except updates as error:
+        raise ValueError(f"`fn` updates its statistics, as in training ({_said(error)}): give the function in evaluation, train=False or "
+                         "use_running_average=True; what is trained may be another one") from error  # fmt: skip
+    except unread as error:
+        got = ", ".join(map(repr, list(params)[:3])) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"`params` lacks what the module reads ({_said(error)}), got {got}: give all of its variables as model.init "
+                         "returns them, {'params': ..., 'batch_stats': ...}") from error  # fmt: skip
+
+
+def _said(error: BaseException) -> str:
+    """Flax's message without the address of its page."""
+    return str(error).split(" (http")[0].rstrip(".")
+
+
+def _is_module(fn: Any) -> bool:
+    """Whether it is a module of Flax, Linen or NNX, or a class of them: such can be called, but not with parameters."""
+    kind = fn if isinstance(fn, type) else type(fn)
+    return any(base.__name__ == "Module" and base.__module__.partition(".")[0] == "flax" for base in kind.__mro__)
