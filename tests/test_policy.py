@@ -73,6 +73,35 @@ def test_bad_rules_are_refused_by_name(make, error, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train": qjax.schedule(activations=10)}, r"got Schedule\(.*: write train=qjax.qat\(schedule=qjax.schedule\(...\)\)"),
+        ({"train": qjax.lsq}, r"`train` must be .* got <function lsq .*; it is not called: write qjax.lsq\(...\)"),
+        ({"train": qjax.qat}, r"; it is not called: write qjax.qat\(...\)"),
+        ({"train": qjax.schedule}, r"; it is not called: write qjax.schedule\(...\)"),
+        ({"train": type(qjax.lsq())}, r"`train` must be .*; give what it returns, not itself"),
+        ({"train": lambda: qjax.lsq()}, r"`train` must be .*; give what it returns, not itself"),
+        ({"train": qjax.gptq()}, r"`train` must be .*; a method goes to `method`"),
+        ({"train": qjax.int4()}, r"`train` must be .*; a spec goes to `weight`"),
+        ({"train": "lsq"}, r"`train` must be .* got 'lsq'$"),
+        ({"weight": qjax.int4}, r"`weight` must be .*; it is not called: write qjax.int4\(...\)"),
+        ({"weight": qjax.gptq()}, r"`weight` must be .*; a method goes to `method`"),
+        ({"weight": qjax.dynamic(qjax.int8())}, r"`weight` must be .*; an activation spec goes to `activation`"),
+        ({"weight": qjax.kv_cache(qjax.int8())}, r"`weight` must be .*; a cache spec goes to `cache`"),
+        ({"method": qjax.gptq}, r"`method` must be .*; it is not called: write qjax.gptq\(...\)"),
+        ({"method": qjax.int4()}, r"`method` must be .*; a spec goes to `weight`"),
+        ({"method": qjax.lsq()}, r"`method` must be .*; how a rule trains goes to `train`"),
+        ({"activation": qjax.int8()}, r"`activation` must be .*; write qjax.dynamic\(...\) around it"),
+        ({"activation": qjax.dynamic}, r"`activation` must be .*; it is not called: write qjax.dynamic\(...\)"),
+        ({"weight": None, "cache": qjax.int8()}, r"`cache` must be .*; write qjax.kv_cache\(...\) around it"),
+    ],
+)
+def test_what_stands_in_the_wrong_place_is_told_where_it_goes(given, message):
+    with pytest.raises(TypeError, match=message):
+        Rule("*", **({"weight": qjax.int8()} | given))
+
+
 def test_sites_refuses_what_quantize_would_with_a_remedy_for_all_parameters():
     params = {"a": jnp.ones((48, 104)), "b": jnp.ones((104, 4))}
     policy = qjax.Policy([qjax.Rule("*", weight=qjax.int4(group_size=16))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import types
 from collections.abc import Collection
 from typing import Any, Protocol, runtime_checkable
 
@@ -79,6 +80,31 @@ def _is_plain_float8(spec: Any) -> bool:
     return spec.element in FLOAT8 and spec.scale_dtype not in ("e8m0", "e4m3") and not isinstance(spec.granularity, PerGroup)
 
 
+@runtime_checkable
+class SaysWhen(Protocol):
+    """What `qjax.schedule(...)` gives: a part of how a rule trains, and no estimator."""
+
+    @property
+    def ends(self) -> int: ...
+
+    def bits_at(self, step: Any, activation: bool = False) -> Any: ...
+
+
+def _meant(given: Any, argument: str = "") -> str:
+    """What may have been meant by a value that an argument does not take; "" where that cannot be told."""
+    if isinstance(given, Spec) and argument in ("activation", "cache"):
+        return f"; write qjax.{'dynamic' if argument == 'activation' else 'kv_cache'}(...) around it"
+    if isinstance(given, types.FunctionType) and given.__module__.startswith("qjax."):
+        return f"; it is not called: write qjax.{given.__name__}(...)"
+    if callable(given):
+        return "; give what it returns, not itself"
+    if isinstance(given, SaysWhen):
+        return "; a schedule is a part of how a rule trains: write train=qjax.qat(schedule=qjax.schedule(...))"
+    kinds = ((Spec, "a spec", "weight"), (ActSpec, "an activation spec", "activation"), (CacheSpec, "a cache spec", "cache"),
+             (Method, "a method", "method"), (Trains, "how a rule trains", "train"))  # fmt: skip
+    return next((f"; {what} goes to `{name}`" for kind, what, name in kinds if isinstance(given, kind)), "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How the parameters whose path matches a pattern are quantized; or products of activations (a colon in the pattern); or caches.
@@ -134,15 +160,15 @@ class Rule:
             self._check_train(self.operands or ())
             return
         if self.weight is not None and not isinstance(self.weight, Spec):
-            raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}")
+            raise TypeError(f"`weight` must be a spec such as qjax.int4(group_size=128) or None, got {self.weight!r}{_meant(self.weight)}")
         if self.method is not None and (not isinstance(self.method, Method) or isinstance(self.method, type)):
-            hint = "; a spec goes to `weight`" if isinstance(self.method, Spec) else ""
-            raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{hint}")
+            raise TypeError(f"`method` must be a method such as qjax.gptq(), got {self.method!r}{_meant(self.method)}")
         if self.weight is None and self.method is not None:
             raise TypeError(f"`method` {self.method.name} has nothing to do in rule {self.pattern!r}: give it a `weight` spec")
 
         if self.activation is not None and not isinstance(self.activation, ActSpec):
-            raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}")
+            raise TypeError(f"`activation` must be qjax.dynamic(...), qjax.static(...) or None, got {self.activation!r}"
+                            f"{_meant(self.activation, 'activation')}")  # fmt: skip
         activation = self.activation_of()[0]
         if activation is not None and not isinstance(self.weight, IntSpec) and not (activation.is_float and self.weight is not None):
             what = f"`activation` {activation} of rule {self.pattern!r}"
@@ -153,14 +179,14 @@ class Rule:
         if self.train is None:
             return
         if not isinstance(self.train, Trains) or isinstance(self.train, type):
-            raise TypeError(f"`train` must be an estimator such as qjax.lsq(), or qjax.qat(...), got {self.train!r}")
+            raise TypeError(f"`train` must be an estimator such as qjax.lsq(), or qjax.qat(...), got {self.train!r}{_meant(self.train)}")
         if self.weight is None and not activations and not isinstance(self.train, TrainsBeside):
             raise TypeError(f"`train` {self.train!r} has nothing to do in rule {self.pattern!r}: it leaves everything float")
         self.train.check(self.weight, activations)
 
     def _check_cache(self) -> None:
         if not isinstance(self.cache, CacheSpec):
-            raise TypeError(f"`cache` must be qjax.kv_cache(...) or None, got {self.cache!r}")
+            raise TypeError(f"`cache` must be qjax.kv_cache(...) or None, got {self.cache!r}{_meant(self.cache, 'cache')}")
         for name in ("weight", "method", "activation", "train"):
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` must be None in rule {self.pattern!r}, which names caches, got {getattr(self, name)!r}: "
