@@ -9,7 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_eps, check_rates, for_each
+from qjax.training.moments import (
+    Blocks,
+    Moment8,
+    chained,
+    check_blocks,
+    check_decay,
+    check_decays,
+    check_eps,
+    check_rates,
+    check_state,
+    for_each,
+)
 from qjax.training.trainable import check_trainable
 
 Number = float | jax.Array
@@ -45,8 +56,8 @@ def scale_by_adam8bit(
       A transformation whose updates have the dtypes of the gradients; what is between is float32.
 
     Raises:
-      TypeError: an argument of another type; by init: a parameter is not floating.
-      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded; `eps` is negative.
+      TypeError: an argument of another type; by init: a parameter is not floating; by update: the state of another optimizer.
+      ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded; `eps` is negative; by update: gradients of another tree than the state.
 
     Example:
       >>> state = scale_by_adam8bit().init({"w": jnp.ones((64, 64)), "b": jnp.ones(64)})
@@ -64,6 +75,7 @@ def scale_by_adam8bit(
 
     def update(updates: Any, state: Adam8State, params: Any = None) -> tuple[Any, Adam8State]:
         del params
+        check_state(state, Adam8State)
         count = jnp.asarray(optax.safe_increment(state.count))
         first, second = 1 - jnp.asarray(b1, jnp.float32) ** count, 1 - jnp.asarray(b2, jnp.float32) ** count
 
@@ -102,7 +114,8 @@ def adam8bit(
     The state lies where the parameters lie: codes have their shape and so their sharding, the largest magnitudes keep the axes that no
     block crosses (`qjax.training.Blocks`). `init` follows arrays with a sharding when it is called outside `jit`; inside, give `jit`
     `out_shardings`. It is a tree of arrays for `jit` with donation, `vmap`, `scan`, orbax, `optax.masked`, `multi_transform`, `MultiSteps`
-    and `inject_hyperparams` (`blocks` is no number, and stays as it is).
+    and `inject_hyperparams` (`blocks` is no number, and stays as it is), and for `nnx.Optimizer`, which from its first update on holds a
+    `Moment8` as an `nnx.State` of the two arrays: make one step before you make an `nnx.scan` of them.
 
     Args:
       learning_rate: a number or a schedule.
@@ -117,7 +130,7 @@ def adam8bit(
       An optax transformation.
 
     Raises:
-      TypeError: an argument of another type; by init: a parameter is not floating.
+      TypeError: an argument of another type; by init: a parameter is not floating; by update: the state of another optimizer.
       ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded; `eps` is negative; a `mask` without `weight_decay`.
 
     Example:
@@ -137,4 +150,4 @@ def adam8bit(
     parts = [scale_by_adam8bit(b1, b2, eps, blocks)]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return chained(*parts, optax.scale_by_learning_rate(learning_rate))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from qjax.training.adam8bit import Number, Rate
-from qjax.training.moments import Blocks, Moment8, check_blocks, check_decay, check_decays, check_rates, for_each
+from qjax.training.moments import Blocks, Moment8, chained, check_blocks, check_decay, check_decays, check_rates, check_state, for_each
 from qjax.training.trainable import check_trainable
 
 
@@ -37,7 +37,7 @@ def scale_by_lion8bit(
       A transformation whose updates are -1, 0 and 1 in the dtypes of the gradients.
 
     Raises:
-      TypeError: an argument of another type; by init: a parameter is not floating.
+      TypeError: an argument of another type; by init: a parameter is not floating; by update: the state of another optimizer.
       ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded.
 
     Example:
@@ -56,6 +56,7 @@ def scale_by_lion8bit(
 
     def update(updates: Any, state: Lion8State, params: Any = None) -> tuple[Any, Lion8State]:
         del params
+        check_state(state, Lion8State)
 
         def one(g: jax.Array, m: Moment8 | jax.Array) -> tuple[Any, Any]:
             slope, mu = g.astype(jnp.float32), blocks.read(m, True)
@@ -93,7 +94,7 @@ def lion8bit(
       An optax transformation.
 
     Raises:
-      TypeError: an argument of another type; by init: a parameter is not floating.
+      TypeError: an argument of another type; by init: a parameter is not floating; by update: the state of another optimizer.
       ValueError: `b1` or `b2` is not in 0 .. 1, 1 excluded; a `mask` without `weight_decay`.
 
     Example:
@@ -112,4 +113,4 @@ def lion8bit(
     parts = [scale_by_lion8bit(b1, b2, blocks)]
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return chained(*parts, optax.scale_by_learning_rate(learning_rate))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -107,6 +108,7 @@ class Blocks:
           ValueError: moments were made for an array of another shape.
         """
         if not all(isinstance(m, Moment8) for m in moments):
+            _check_shapes(g, moments)
             return run(g, *moments)
         lead, count, _ = self.layout(g.shape)
         for m in moments:
@@ -192,6 +194,13 @@ def _parts(rows: tuple[int, ...], size: int, at_once: int | None) -> tuple[int, 
     return best
 
 
+def _check_shapes(g: Any, moments: Sequence[Any]) -> None:
+    for shape in (m.codes.shape if isinstance(m, Moment8) else jnp.shape(m) for m in moments):
+        if shape != jnp.shape(g):
+            raise ValueError(f"`state` holds a moment of shape {shape} for a gradient of shape {jnp.shape(g)}: call init for the "
+                             "parameters that these are the gradients of")  # fmt: skip
+
+
 def _spec(signed: bool) -> Any:
     return DYNAMIC if signed else UNSIGNED_DYNAMIC
 
@@ -207,10 +216,69 @@ def for_each(run: Callable[..., tuple[Any, ...]], blocks: Blocks, updates: Any, 
 
     Returns:
       A tree for each result.
+
+    Raises:
+      ValueError: the moments are of another tree, or of arrays of other shapes.
     """
     leaves, tree = jax.tree.flatten(updates)
-    found = [blocks.update(run, g, each) for g, *each in zip(leaves, *map(tree.flatten_up_to, moments), strict=True)]
+    found = [blocks.update(run, g, each) for g, *each in zip(leaves, *(_moments_of(updates, tree, each) for each in moments), strict=True)]
     return tuple(tree.unflatten([one[i] for one in found]) for i in range(1 + len(moments)))
+
+
+def _moments_of(updates: Any, tree: Any, moments: Any) -> list[Any]:
+    """The moment of each array of a tree of updates."""
+    try:
+        found = tree.flatten_up_to(moments)
+    except ValueError:  # nothing else says whether a tree is the front of another one
+        raise ValueError(f"`updates` are of another tree than `state`: {_first_difference(updates, moments)}; call init for the "
+                         "parameters that these are the gradients of") from None  # fmt: skip
+    return [_whole(m) for m in found]
+
+
+def _whole(moment: Any) -> Any:
+    """A moment as it was stored: an `nnx.Optimizer` puts the two arrays of a `Moment8` back by name."""
+    stored = isinstance(moment, Mapping) and set(moment) == set(Moment8._fields)
+    return Moment8(**{name: moment[name] for name in Moment8._fields}) if stored else moment
+
+
+def _first_difference(updates: Any, moments: Any) -> str:
+    given, held = (
+        [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in
+         jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Moment8))]
+        for tree in (updates, moments)
+    )  # fmt: skip
+    for these, those, what in ((given, held, "there is no moment of"), (held, given, "there is no gradient of")):
+        missing = next((path for path in these if path not in those), None)
+        if missing is not None:
+            return f"{what} {missing!r}"
+    return f"{type(updates).__name__} and {type(moments).__name__}"
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Refuses the state of another optimizer, which may well have the same fields.
+
+    Raises:
+      TypeError: naming what it is.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(f"`state` must be the {kind.__name__} that init of this optimizer gave, got {type(state).__name__}: states of "
+                        "other optimizers have other moments; call init, and go on from there")  # fmt: skip
+
+
+def chained(*parts: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optax.chain`, which refuses what is no state of a chain before it looks into it."""
+    tx = optax.chain(*parts)
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> Any:
+        if not isinstance(state, tuple) or len(state) != len(parts):
+            raise TypeError(f"`state` must be what init of this optimizer gave, {len(parts)} states in a tuple, got {_named(state)}")
+        return tx.update(updates, state, params, **more)
+
+    return tx._replace(update=update)
+
+
+def _named(state: Any) -> str:
+    return f"{type(state).__name__} of {len(state)}" if isinstance(state, tuple) else type(state).__name__
 
 
 def check_decays(**decays: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qjax
@@ -237,3 +238,57 @@ def test_a_network_learns_digits_as_with_states_of_32_bits():
     for name, pair in both.items():
         float32, in8 = (float(loss(jax.jit(train, static_argnums=0)(tx), *held)) for tx in pair)
         assert float32 < 0.7 and abs(in8 / float32 - 1) < 0.05, (name, float32, in8)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_optimizer_of_nnx_keeps_eight_bits_and_steps_as_without_it(name):
+    tx, x = KINDS[name], jax.random.normal(jax.random.key(0), (4, 64))
+    model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+    optimizer, params = nnx.Optimizer(model, tx, wrt=nnx.Param), nnx.to_pure_dict(nnx.state(model))
+    state = tx.init(params)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model))
+
+    @jax.jit
+    def plain(params, state):
+        grads = jax.grad(lambda p: jnp.mean((x @ p["kernel"] + p["bias"] - 1) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(4):
+        step(model, optimizer)
+        params, state = plain(params, state)
+    moments = {field: getattr(optimizer.opt_state[0], field) for field in ("mu", "nu") if hasattr(optimizer.opt_state[0], field)}
+    assert len(moments) == (2 if name == "adam" else 1)
+    for field, held in moments.items():
+        codes, wanted = held["kernel"].get_value()["codes"], getattr(state[0], field)["kernel"].codes
+        assert codes.dtype == np.uint8 and codes.shape == (64, 128) and held["bias"].get_value().dtype == np.float32
+        assert (np.asarray(codes) != np.asarray(wanted)).mean() < 0.01  # another program, whose float sums may end elsewhere
+    stored = sum(a.nbytes for a in jax.tree.leaves(nnx.to_pure_dict(nnx.state(optimizer))))
+    assert stored < len(moments) * (64 * 128 * 1.02 + 4 * 128) + 16
+    for key, value in params.items():
+        np.testing.assert_allclose(getattr(model, key).get_value(), value, atol=1e-4)
+
+
+W = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+ADAM, LION = qjax.adam8bit(1e-3), qjax.lion8bit(1e-3)
+STATES = [
+    (ADAM, W, optax.adam(1e-3).init(W), "`state` must be the Adam8State that init .* got ScaleByAdamState"),
+    (ADAM, W, LION.init(W), "`state` must be the Adam8State that init .* got Lion8State"),
+    (LION, W, ADAM.init(W), "`state` must be the Lion8State that init .* got Adam8State"),
+    (ADAM, W, None, "`state` must be what init of this optimizer gave, 2 states in a tuple, got NoneType"),
+    (ADAM, W, (), "`state` must be what init of this optimizer gave, 2 states in a tuple, got tuple of 0"),
+    (scale_by_adam8bit(), W, None, "`state` must be the Adam8State that init .* got NoneType"),
+    (ADAM, {"w": W["w"]}, ADAM.init(W), "`updates` are of another tree than `state`: there is no gradient of 'b'; call init"),
+    (LION, {**W, "c": W["b"]}, LION.init(W), "`updates` are of another tree than `state`: there is no moment of 'c'; call init"),
+    (ADAM, [W["w"], W["b"]], ADAM.init(W), "`updates` are of another tree than `state`: there is no moment of '0'; call init"),
+    (ADAM, {**W, "b": jnp.ones(1)}, ADAM.init(W), r"`state` holds a moment of shape \(64,\) for a gradient of shape \(1,\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tx", "grads", "state", "says"), STATES)
+def test_a_state_of_another_optimizer_or_tree_is_refused(tx, grads, state, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        tx.update(grads, state, W)
