@@ -59,6 +59,8 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 64, LARGE, None),
         ("W4A16 g128", 512, LARGE, None),
         ("W4A16 g128", 3, (1088, 2048), None),
+        ("W8A16 g128", 1, LARGE, None),
+        ("W8A16 column", 8, SMALL, None),
         ("W8A16 g128", 16, LARGE, None),
         ("W8A16 g128", 512, LARGE, None),
         ("W4A16 column", 16, LARGE, None),
@@ -99,7 +101,8 @@ def shared(tiles: Tiles | Direct, sizes: tuple[int, int, int], m: int, n: int, k
     """Bytes of shared memory of a thread block."""
     if isinstance(tiles, Tiles):
         return tiles.shared_bytes(*sizes)
-    return shape_of(m, n, k, group=GROUP, columns=-(-k // GROUP // 4) * 4, dtype=jnp.float32, tiles=tiles, cores=132).places.end
+    group = GROUP if sizes[1] else k
+    return shape_of(m, n, k, group=group, columns=k // group, dtype=jnp.float32, tiles=tiles, cores=132, bits=sizes[0]).places.end
 
 
 def compiled(function, arguments, chip: str):

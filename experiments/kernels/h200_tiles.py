@@ -42,6 +42,9 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 3, warpgroups=2)),
         ("int4", 16, 1024, 2048, None, None),
         ("int8", 1, 1088, 4096, 128, None),
+        ("int8", 8, 4096, 14336, 128, None),
+        ("int8", 3, 1088, 1408, None, Direct(4, 2, 2)),
+        ("int8", 3, 1088, 4096, 128, Tiles(8, 64, 256, 3)),
         ("int8", 100, 1024, 2048, None, None),
         ("int8c", 1, 4096, 4096, None, None),
         ("int8c", 17, 1088, 2048, None, None),
@@ -59,9 +62,9 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
     block_m = max(8, -(-m // 8) * 8)
     found: list[Tiles] = []
     direct: list[Direct] = []
-    if m <= 16 and name == "W4A16":
-        split = direct_tiles(m, k).split_k
-        for (warps, blocks), turn in itertools.product(((8, 2), (16, 1), (8, 1), (12, 1), (4, 4)), (4, 2, 1) if m <= 8 else (2, 1)):
+    if m <= 16 and name in ("W4A16", "W8A16"):
+        split, turns = direct_tiles(m, k).split_k, (4, 2, 1) if m <= 8 and bits == 4 else (2, 1)
+        for (warps, blocks), turn in itertools.product(((8, 2), (16, 1), (8, 1), (12, 1), (4, 4)), turns):
             if m * k // split * 2 <= 220 * 1024 // blocks:
                 direct.append(Direct(warps, turn, blocks, split))
     if m <= 64:

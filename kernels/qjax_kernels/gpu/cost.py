@@ -87,7 +87,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
     name = f"W{bits}A{8 if eight else 16}"
     if isinstance(tiles, Direct):
-        s = shape_of(m, n, k, group=group or k, columns=k // (group or k), dtype=jnp.bfloat16, tiles=tiles, cores=cores)
+        s = shape_of(m, n, k, group=group or k, columns=k // (group or k), dtype=jnp.bfloat16, tiles=tiles, cores=cores, bits=bits)
         products = math.ceil(n // TILE / (s.blocks // s.parts)) * s.own * 4 * s.quads  # 16 x 32 by 32 x 8
         compute = math.ceil(s.blocks / cores) * products * 16 * 32 * 8 / (2 * MACS) / CLOCK
         return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.places.end)

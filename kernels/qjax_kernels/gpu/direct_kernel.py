@@ -1,4 +1,4 @@
-"""The Hopper kernel of four-bit products with few rows: warps load codes straight into operand A of the tensor cores.
+"""The Hopper kernel of products with few rows: warps load codes straight into operand A of the tensor cores.
 
 A block makes the digits of its rows of x once and keeps them in shared memory; codes never pass through it. Sixteen rows of w are a
 tile: the warps of a block share its K, a few pieces of 128 at a time, and the loads of the next pieces are on their way while the tensor
@@ -64,16 +64,16 @@ def multiply(w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long
 
 
 class _Source:
-    """The loads of codes and scales: a thread takes 16 bytes of a piece of rows g and g + 8, g the thread's quarter of the warp's lanes."""
+    """Loads of codes and scales: of a piece a thread takes 16 bytes (32 with eight bits) of rows g and g + 8; four lanes share a row."""
 
     def __init__(self, w: Warps, s: Shape, first: Int, codes: Long, scales: Long):
         self.w, self.s, self.first = w, s, first
         lane = w.thread & 31
-        self.codes = codes.times(lane >> 2, s.k // 2) + (lane & 3) * 16
+        self.codes = codes.times(lane >> 2, s.k * s.bits // 8) + (lane & 3) * 16
         self.scales = scales.times(lane >> 2, s.columns * self.width)
         # Scales of neighbouring groups in one load, where they fill words.
         self.words = s.turn * self.width // 4 if s.group == PIECE and s.turn * self.width in (4, 8, 16) else 0
-        self.count = 8 * s.turn + 2 * (self.words or s.turn)
+        self.count = s.words * s.turn + 2 * (self.words or s.turn)
 
     @property
     def width(self) -> int:
@@ -91,10 +91,13 @@ class _Source:
         w, s = self.w, self.s
         pieces = [first + u if s.pieces % s.turn == 0 else w.minimum(first + u, s.pieces - 1) for u in range(s.turn)]
         found: list[Int] = []
-        near = self.codes.times(tile, TILE * s.k // 2)
+        row = s.k * s.bits // 8  # bytes
+        near = self.codes.times(tile, TILE * row)
         for piece in pieces:
-            at = near + piece * (PIECE // 2)
-            found += w.load(at, 4) + w.load(at + 8 * s.k // 2, 4)
+            at = near + piece * (PIECE * s.bits // 8)
+            for place in (at, at + 8 * row):
+                for stretch in range(s.bits // 4):
+                    found += w.load(place + 64 * stretch, 4)
         near = self.scales.times(tile, TILE * s.columns * self.width)
         for half in (0, 1):
             at = near + half * 8 * s.columns * self.width
@@ -109,7 +112,7 @@ class _Source:
     def taken(self, found: list[Int], u: int) -> tuple[list[Int], list[Int], list[Real]]:
         """Codes of rows g and g + 8 of piece u, and their scales."""
         s, w = self.s, self.w
-        codes, rest = found[8 * u : 8 * u + 8], found[8 * s.turn :]
+        codes, rest = found[s.words * u : s.words * (u + 1)], found[s.words * s.turn :]
         scales = []
         for half in (0, 1):
             words = rest[half * (self.words or s.turn) :]
@@ -120,7 +123,7 @@ class _Source:
                 scales.append(w.half_as_real(word >> 16 if u % 2 else word & 0xFFFF, s.dtype))
             else:
                 scales.append(w.half_as_real(words[u], s.dtype))
-        return codes[:4], codes[4:], scales
+        return codes[: s.bits], codes[s.bits :], scales
 
 
 def _piece(
@@ -128,11 +131,15 @@ def _piece(
 ) -> list[Real]:
     """The sums with one piece of K in them.
 
-    A thread's word holds eight codes: the even nibbles, moved up, are bytes of operand A in columns 4t to 4t + 3, the odd ones in 16 + 4t
-    on, each sixteen times itself. Digits of x lie in the same order.
+    Operand A wants four bytes of row g and of g + 8 in columns 4t to 4t + 3, and four more in 16 + 4t on. A thread's word of eight codes
+    gives both: the even nibbles, moved up, and the odd ones, each sixteen times itself; of eight-bit codes it takes two words. Digits of
+    x lie in the same order.
     """
     lane = w.thread & 31
-    left = [[(a << 4) & 0xF0F0F0F0, (b << 4) & 0xF0F0F0F0, a & 0xF0F0F0F0, b & 0xF0F0F0F0] for a, b in zip(upper, lower, strict=True)]
+    if s.bits == 4:
+        left = [[(a << 4) & 0xF0F0F0F0, (b << 4) & 0xF0F0F0F0, a & 0xF0F0F0F0, b & 0xF0F0F0F0] for a, b in zip(upper, lower, strict=True)]
+    else:
+        left = [[upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]] for i in range(4)]
     new = list(sums)
     for quad in range(s.quads):
         # Columns behind the last row of x repeat it; their sums are not stored.
@@ -166,7 +173,8 @@ def _finish(w: Warps, s: Shape, shared: Int, number: Int, part: Int, tile: Int, 
             total = w.as_real(parts[0][half])
             for other in parts[1:]:
                 total = total + w.as_real(other[half])
-            total = total * 0.0625  # codes are sixteen times themselves
+            if s.bits == 4:
+                total = total * 0.0625  # codes are sixteen times themselves
             if s.norm is not None:
                 total = total * norm_of(w, s, shared, row)
             column = tile * TILE + (lane >> 2) + 8 * half
@@ -195,8 +203,8 @@ def direct(
 
     Args:
       x: (M, K) bfloat16.
-      codes: (N, K) int4.
-      scales: (N, G), rows of a multiple of 16 bytes.
+      codes: (N, K) int4 or int8.
+      scales: (N, G), rows of a multiple of 16 bytes; (N, 1) where a row shares one.
       group: consecutive k that share a scale, a multiple of 128.
       tiles: the cut.
       cores: multiprocessors.
@@ -214,7 +222,8 @@ def direct(
     if parts > 1 and not (bias is None and norm is None):
         raise ValueError(f"`tiles.split_k` is {parts}: bias and norm belong behind the sum of the parts")
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores,
-                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole and parts == 1)  # fmt: skip
+                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole and parts == 1,
+                 bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
     if s.places.end > SHARED_BYTES:
         raise ValueError(f"`tiles` need {s.places.end} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K")
     operands = [x, codes, scales, *([] if bias is None else [bias])]

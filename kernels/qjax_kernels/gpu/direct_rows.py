@@ -27,9 +27,13 @@ def write_digits(w: Warps, s: Shape, first: Int, shared: Int, x: Long) -> None:
     warp, lane = w.thread >> 5, w.thread & 31
     total = s.held * s.m
     each = min(AHEAD, math.ceil(total / s.warps))
-    # A thread's word of nibbles is step 0 to 3 of an eighth of a piece; steps lie in halves of two, even nibbles in front of odd ones.
-    step = (lane >> 1) & 3
-    own = (lane >> 3) * 16 + (step >> 1) * (2 * s.m * 64) + (step & 1) * 8 + (lane & 1) * 2
+    half = 2 * s.m * 64
+    if s.bits == 4:
+        # A thread's word of nibbles is step 0 to 3 of an eighth of a piece; steps lie in halves of two, even nibbles in front of odd ones.
+        step = (lane >> 1) & 3
+        own = (lane >> 3) * 16 + (step >> 1) * half + (step & 1) * 8 + (lane & 1) * 2
+    else:  # words as they are, sixteen bytes of four lanes, in halves of 64 columns
+        own = ((lane >> 2) & 3) * 16 + (lane >> 4) * half + (lane & 3) * 4
 
     def some(i: Int, carry: list[Any]) -> list[Any]:
         numbers = [w.minimum((i * each + j) * s.warps + warp, total - 1) for j in range(each)]
@@ -58,9 +62,14 @@ def _piece(w: Warps, s: Shape, at: Int, at_unit: Int, inside: Any, a: Int, b: In
     elements = [w.as_real(bits) for bits in (a << 16, a & 0xFFFF0000, b << 16, b & 0xFFFF0000)]
     values = [w.nearest(element * inverse) for element in elements]
     high = [value + 128 for value in values]
-    for odd in (0, 1):
-        w.store_shared_half(at + 4 * odd, w.permute(high[odd], high[2 + odd], 0x0051))
-        w.store_shared_half(at + 64 + 4 * odd, w.permute(values[odd], values[2 + odd], 0x0040))
+    if s.bits == 4:
+        for odd in (0, 1):
+            w.store_shared_half(at + 4 * odd, w.permute(high[odd], high[2 + odd], 0x0051))
+            w.store_shared_half(at + 64 + 4 * odd, w.permute(values[odd], values[2 + odd], 0x0040))
+    else:
+        for place, digit, byte in ((at, high, 0x0051), (at + 64, values, 0x0040)):
+            near, far = (w.permute(digit[i], digit[i + 1], byte) for i in (0, 2))
+            w.store_shared(place, w.permute(near, far, 0x5410))
     w.when(lane == 0, lambda: w.store_shared(at_unit, unit))
     if s.norm is not None:
         squares = elements[0] * elements[0]

@@ -38,6 +38,7 @@ class Shape:
       bias: its dtype; None without one.
       norm: what is added to the mean of the squares of a row, by whose root its products are divided; None: they are not.
       whole: y is bfloat16; else float32.
+      bits: of a code, 4 or 8.
     """
 
     m: int
@@ -54,6 +55,12 @@ class Shape:
     bias: Any = None
     norm: float | None = None
     whole: bool = True
+    bits: int = 4
+
+    @property
+    def words(self) -> int:
+        """Words of codes that a thread loads of a piece, half of them of row g and half of row g + 8."""
+        return 2 * self.bits
 
     @property
     def pieces(self) -> int:
@@ -93,8 +100,8 @@ class Shape:
 
 def shape_of(
     m: int, n: int, k: int, *, group: int, columns: int, dtype: Any, tiles: Direct, cores: int, bias: Any = None, norm: float | None = None,
-    whole: bool = True,
+    whole: bool = True, bits: int = 4,
 ) -> Shape:  # fmt: skip
     """The launch of a product: no more blocks than tiles, and as many for every part of K."""
     blocks = min(n // TILE, cores * tiles.blocks // tiles.split_k) * tiles.split_k
-    return Shape(m, n, k, group, columns, dtype, tiles.warps, tiles.turn, blocks, tiles.split_k, tiles.early, bias, norm, whole)
+    return Shape(m, n, k, group, columns, dtype, tiles.warps, tiles.turn, blocks, tiles.split_k, tiles.early, bias, norm, whole, bits)

@@ -91,7 +91,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Direct:
-    """The cut of a product of few rows whose codes go straight from device memory into registers. Four-bit codes in groups only.
+    """The cut of a product of few rows whose codes go straight from device memory into registers.
 
     Sixteen rows of w are a tile; the warps of a thread block share its K, and a block takes one tile after the other.
 
@@ -141,7 +141,7 @@ def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
-    1 to 8 rows of a four-bit weight in groups go straight into registers (`direct_tiles`), others through a pipeline (`pipelined_tiles`).
+    With 1 to 8 rows codes go straight into registers (`direct_tiles`), with more through a pipeline (`pipelined_tiles`).
 
     Args:
       m: rows of x.
@@ -159,15 +159,15 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
       >>> weight_only_tiles(1, 28672, 8192, 4), weight_only_tiles(16, 4096, 4096, 4).split_k
       (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False), 8)
     """
-    if bits == 4 and group is not None and m <= DIRECT_ROWS:
-        return direct_tiles(m, k, scale_bytes)
+    if m <= DIRECT_ROWS:
+        return direct_tiles(m, k, bits, scale_bytes)
     return pipelined_tiles(m, n, k, bits, cores, group)
 
 
 DIRECT_ROWS = 8  # of x; 16 were slower than a pipeline at 4096 x 4096 (9.1 for 7.7 us): making digits takes longer than the weight
 
 
-def direct_tiles(m: int, k: int, scale_bytes: int = 2) -> Direct:
+def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
     """The tiles of few rows.
 
     Digits of x take 256 bytes of shared memory for a row and a piece, and time that nothing else fills: where they are many, one block of
@@ -177,12 +177,14 @@ def direct_tiles(m: int, k: int, scale_bytes: int = 2) -> Direct:
     Args:
       m: rows of x.
       k: the contracted length.
+      bits: of a code, 4 or 8.
       scale_bytes: of a scale.
 
     Returns:
       Tiles that fit into shared memory.
     """
-    tiles = Direct(turn=4 if scale_bytes == 2 else 2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=2, blocks=1)
+    wide = bits == 8 or scale_bytes == 4
+    tiles = Direct(turn=2 if wide else 4) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1 if bits == 8 else 2, blocks=1)
     # Digits, unit and sum of squares of a piece take 264 bytes a row; sums of warps lie in two places.
     while m * math.ceil(k / (128 * tiles.split_k)) * 264 + 2 * tiles.warps * math.ceil(m / 4) * 256 > 220 * 1024 // tiles.blocks:
         tiles = dataclasses.replace(tiles, split_k=2 * tiles.split_k)

@@ -123,8 +123,8 @@ def _run(
     elif tiles is None:  # an interpreter knows no single warps
         tiles = pipelined_tiles(m, n, k, bits, cores, group_size)
     if isinstance(tiles, Direct):
-        if bits != 4 or group_size is None or interpret is not None:
-            raise ValueError(f"`tiles` {tiles} are for codes of 4 bits in groups, on a GPU: take Tiles(...)")
+        if interpret is not None:
+            raise ValueError(f"`tiles` {tiles} run on a GPU only, `interpret` is {interpret!r}: take Tiles(...), or leave `tiles` out")
         return _direct(x, bias, codes, scales, group=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores)
     end = {"bias": None, "activation": None} if norm is not None else {"bias": bias, "activation": activation}
     y = _pipelined(x, codes, scales, bits=bits, group_size=group_size, tiles=tiles, interpret=interpret, **end)
@@ -134,10 +134,11 @@ def _run(
 def _direct(x, bias, codes, scales, *, group, activation, norm, tiles, cores) -> jax.Array:
     from .direct_kernel import direct
 
-    how: dict[str, Any] = {"group": group, "tiles": tiles, "cores": cores}
+    how: dict[str, Any] = {"group": group or x.shape[1], "tiles": tiles, "cores": cores}
+    scales = scales if group is None else whole_rows(scales)
     if activation is None and tiles.split_k == 1:
-        return direct(x, codes, whole_rows(scales), bias=bias, norm=norm, **how)
-    y = direct(x, codes, whole_rows(scales), whole=False, **how).reshape(-1, x.shape[0], codes.shape[0])
+        return direct(x, codes, scales, bias=bias, norm=norm, **how)
+    y = direct(x, codes, scales, whole=False, **how).reshape(-1, x.shape[0], codes.shape[0])
     return added_up(y if norm is None else y * inverse_norms(x, norm), bias, activation, x.dtype)
 
 

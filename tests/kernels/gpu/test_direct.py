@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from qjax_kernels.gpu import weight_only
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, direct_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, direct_tiles, weight_only_tiles
 
 pytest.importorskip("absl")
 
 from qjax_kernels.gpu.digits_kernel import digits, units
-from qjax_kernels.gpu.direct_kernel import multiply
+from qjax_kernels.gpu.direct_kernel import direct, multiply
 from qjax_kernels.gpu.direct_shape import shape_of
 
 from tests.kernels.gpu.simulator import launch
@@ -20,24 +20,25 @@ from tests.kernels.gpu.simulator import launch
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 
-def drawn(m, n, k, group, dtype, seed=0):
-    """Rows of very different magnitudes, codes with zeros and -8, scales with whole rows of 16 bytes."""
-    draw = np.random.default_rng(seed)
+def drawn(m, n, k, group, dtype, bits=4):
+    """Rows of very different magnitudes, codes with zeros and the least one, scales with whole rows of 16 bytes."""
+    draw, top = np.random.default_rng(0), 2 ** (bits - 1)
     x = (draw.normal(size=(m, k)) * np.exp(3 * draw.normal(size=(m, 1)))).astype(BF16)
-    codes = draw.integers(-8, 8, (n, k))
-    codes[0], codes[1, :5] = 0, -8
+    codes = draw.integers(-top, top, (n, k))
+    codes[0], codes[1, :5] = 0, -top
     wide = np.dtype(dtype).itemsize
     scales = np.zeros((n, math.ceil(k // group * wide / 16) * 16 // wide), dtype)
     scales[:, : k // group] = draw.uniform(0.5, 1.5, (n, k // group)).astype(dtype)
     return x, codes, scales
 
 
-def ran(x, codes, scales, group, tiles, cores=2, bias=None, norm=None, whole=True):
+def ran(x, codes, scales, group, tiles, bits=4, cores=2, bias=None, norm=None, whole=True):
     """y (parts, M, N) of all blocks, and the machines that computed it; what nobody writes stays NaN."""
     (m, k), n = x.shape, codes.shape[0]
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores,
-                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole and tiles.split_k == 1)  # fmt: skip
-    packed = ((codes[:, 0::2] & 15) | ((codes[:, 1::2] & 15) << 4)).astype(np.uint8)
+                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole and tiles.split_k == 1,
+                 bits=bits)  # fmt: skip
+    packed = codes.astype(np.int8) if bits == 8 else ((codes[:, 0::2] & 15) | ((codes[:, 1::2] & 15) << 4)).astype(np.uint8)
     y = np.full((tiles.split_k, m, n), np.nan, BF16 if s.whole else F32)
     arrays = [x, packed, scales, *([] if bias is None else [bias]), y]
     machines = launch(lambda w, *given: multiply(w, s, *given), s.blocks, 32 * s.warps, arrays, s.places.end)
@@ -55,30 +56,33 @@ def exact(x, codes, scales, group):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group", "dtype", "tiles"),
+    ("m", "n", "k", "bits", "group", "dtype", "tiles"),
     [
-        (1, 128, 1024, 128, BF16, Direct()),
-        (1, 192, 512, 128, BF16, Direct(4, 2, 1)),
-        (3, 128, 1280, 128, BF16, Direct()),  # ten pieces for eight warps of four
-        (4, 64, 2048, 128, F32, Direct(4, 4, 1)),
-        (5, 64, 1024, 128, F16, Direct(8, 2, 1)),
-        (8, 64, 1408, 128, BF16, Direct(16, 2, 1)),  # eleven pieces: a turn of two ends behind K
-        (2, 64, 384, 128, F32, Direct(4, 1, 2)),
-        (1, 64, 2048, 256, BF16, Direct(12, 4, 1)),
-        (3, 64, 1408, 128, BF16, Direct(4, 4, 1, split_k=2)),
-        (16, 64, 1536, 384, F16, Direct(8, 1, 1, split_k=2)),
+        (1, 128, 1024, 4, 128, BF16, Direct()),
+        (1, 192, 512, 4, 128, BF16, Direct(4, 2, 1)),
+        (3, 128, 1280, 4, 128, BF16, Direct()),  # ten pieces for eight warps of four
+        (4, 64, 2048, 4, 128, F32, Direct(4, 4, 1)),
+        (5, 64, 1024, 4, 128, F16, Direct(8, 2, 1)),
+        (8, 64, 1408, 4, 128, BF16, Direct(16, 2, 1)),  # eleven pieces: a turn of two ends behind K
+        (2, 64, 384, 4, 128, F32, Direct(4, 1, 2)),
+        (1, 64, 2048, 4, 256, BF16, Direct(12, 4, 1)),
+        (3, 64, 1408, 4, 128, BF16, Direct(4, 4, 1, split_k=2)),
+        (16, 64, 1536, 4, 384, F16, Direct(8, 1, 1, split_k=2)),
+        (1, 128, 1024, 8, 128, BF16, Direct(8, 2, 2)),
+        (6, 64, 1408, 8, 1408, F32, Direct(4, 2, 1)),  # a scale a row
+        (3, 64, 1536, 8, 256, F16, Direct(8, 1, 1, split_k=2)),
     ],
 )
-def test_every_thread_computes_its_part_of_the_product(m, n, k, group, dtype, tiles):
-    x, codes, scales = drawn(m, n, k, group, dtype)
-    y, machines = ran(x, codes, scales, group, tiles, whole=False)
+def test_every_thread_computes_its_part_of_the_product(m, n, k, bits, group, dtype, tiles):
+    x, codes, scales = drawn(m, n, k, group, dtype, bits)
+    y, machines = ran(x, codes, scales, group, tiles, bits, whole=False)
     expected, magnitude = exact(x, codes, scales, group)
     # Sums of a group are exact: a rounding of each, of its scale and of the sum with it.
     assert np.all(np.abs(y.sum(0) - expected) <= 3 * (k // 128 + tiles.warps) * 2**-24 * magnitude)
     assert not y.sum(0)[:, 0].any()
     # Codes are loaded once, but for a turn that reads the last piece of a row again.
     read = sum(machine.loads for machine in machines)
-    assert n * k // 2 <= read <= n * math.ceil(k // 128 / tiles.turn) * tiles.turn * 64
+    assert n * k * bits // 8 <= read <= n * math.ceil(k // 128 / tiles.turn) * tiles.turn * 16 * bits
 
 
 def test_a_bfloat16_result_is_the_float_one_rounded():
@@ -105,22 +109,22 @@ def test_what_is_not_finite_stays_in_its_row():
     assert np.isfinite(y[0, 0]).all() and np.isnan(y[0, 1:]).all()
 
 
-@pytest.mark.parametrize("scale_bytes", [2, 4])
-def test_default_tiles_fit_into_shared_memory(scale_bytes):
-    dtype = jnp.bfloat16 if scale_bytes == 2 else jnp.float32
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_default_tiles_fit_into_shared_memory(dtype, bits):
     for m in range(1, 17):
         for k in (128, 1408, 4096, 8192, 14336, 28672):
-            tiles = direct_tiles(m, k, scale_bytes)
-            s = shape_of(m, 4096, k, group=128, columns=k // 128, dtype=dtype, tiles=tiles, cores=132, norm=1e-5)
+            tiles = direct_tiles(m, k, bits, np.dtype(dtype).itemsize)
+            s = shape_of(m, 4096, k, group=128, columns=k // 128, dtype=dtype, tiles=tiles, cores=132, norm=1e-5, bits=bits)
             assert s.places.end * tiles.blocks <= SHARED_BYTES, (m, k, tiles)
             assert s.blocks % tiles.split_k == 0 and s.own * tiles.split_k >= k // 128
 
 
-def test_few_rows_of_four_bits_in_groups_go_this_way_and_no_others():
-    direct = [m for m in range(1, 65) if isinstance(weight_only_tiles(m, 4096, 4096, 4, group=128), Direct)]
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [128, None])
+def test_few_rows_go_this_way_and_no_others(bits, group):
+    direct = [m for m in range(1, 65) if isinstance(weight_only_tiles(m, 4096, 4096, bits, group=group), Direct)]
     assert direct == [*range(1, 9)]
-    assert isinstance(weight_only_tiles(1, 4096, 4096, 8, group=128), Tiles)
-    assert isinstance(weight_only_tiles(1, 4096, 4096, 4, group=None), Tiles)
 
 
 @pytest.mark.parametrize("fields", [{"warps": 6}, {"turn": 3}, {"blocks": 0}, {"split_k": 0}])
@@ -130,15 +134,13 @@ def test_tiles_refuse_what_no_kernel_has(fields):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "m", "k", "tiles", "named"),
-    [
-        (8, 128, 1, 256, Direct(), "codes of 4 bits in groups"),
-        (4, None, 1, 256, Direct(), "codes of 4 bits in groups"),
-        (4, 128, 16, 8192, Direct(), "split K"),
-    ],
+    ("m", "tiles", "interpret", "named"),
+    [(16, Direct(), None, "split K"), (1, Direct(split_k=2), 1e-5, "behind the sum"), (1, Direct(), "interpreter", "on a GPU")],
 )
-def test_a_forced_way_that_cannot_be_gone_is_refused(bits, group, m, k, tiles, named):
-    x, w = jnp.zeros((m, k), jnp.bfloat16), jnp.zeros((64, k), jnp.int4 if bits == 4 else jnp.int8)
-    s = jnp.ones((64, k // group if group else 1), jnp.bfloat16)
+def test_a_forced_way_that_cannot_be_gone_is_refused(m, tiles, interpret, named):
+    x, w, s = jnp.zeros((m, 8192), jnp.bfloat16), jnp.zeros((64, 8192), jnp.int4), jnp.ones((64, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=named):
-        weight_only.weight_only_matmul(x, w, s, group_size=group, tiles=tiles)
+        if interpret == 1e-5:
+            direct(x, w, s, group=128, tiles=tiles, cores=132, norm=interpret)
+        else:
+            weight_only.weight_only_matmul(x, w, s, group_size=128, tiles=tiles, interpret=interpret)
