@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 from flax.core.scope import subtract_filters
+from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 
+from qjax.core import check_key
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds
 from qjax.policy import Policy, check_policy
@@ -22,6 +25,8 @@ from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
+from qjax.training.arguments import check_inputs
+from qjax.training.state import NEEDS
 from qjax.training.state import advance as next_state
 from qjax.training.state import labels as state_labels
 from qjax.training.trainable import check_trainable
@@ -68,19 +73,18 @@ def quantize(
       >>> result.params["params"]["kernel"]
       QTensor(int8(per="channel"), float32[8,4], 48 bytes, 12 bits/weight)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.quantize")
+    _check_model(model, "quantize")
     if not isinstance(variables, Mapping) or "params" not in variables:
         held = f"one with {', '.join(map(repr, variables))}" if isinstance(variables, Mapping) else type(variables).__name__
-        wanted = "a dictionary with 'params', as `model.init` gives"
-        raise ValueError(f"`variables` must be {wanted}, got {held}: wrap them, {{'params': ...}}")
+        raise ValueError(f"`variables` must be {_WANTED}, got {held}: wrap them, {{'params': ...}}")
     params, rest = {"params": variables["params"]}, {k: v for k, v in variables.items() if k != "params"}
 
     def fn(params: Any, rest: Any, *inputs: Any) -> Any:
         return model.apply({**params, **rest}, *inputs, **apply_kwargs)
 
     batches = [(rest, *batch) for batch in as_batches(calibration)]
-    result = quantize_function(fn, params, policy, batches, progress=progress, resume=resume, spill=spill)
+    with _explained("quantize"):
+        result = quantize_function(fn, params, policy, batches, progress=progress, resume=resume, spill=spill)
     return dataclasses.replace(result, params={**result.params, **rest})
 
 
@@ -110,8 +114,8 @@ def rewrite(
       >>> [change.path for change in result.changes if change.done]
       ['layers_0/kernel', 'layers_2/kernel']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.rewrite")
+    _check_model(model, "rewrite")
+
     def apply(variables: Any, *inputs: Any) -> Any:
         return model.apply(variables, *inputs, **apply_kwargs)
 
@@ -141,7 +145,7 @@ class FakeQuantModule(nn.Module):
         held = {name: tree for name, tree in self.variables.items() if name != QUANT}
         rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
         changes = subtract_filters(scope.mutable, ["params", QUANT])
-        fq = FakeQuant(_forward(self.module, changes), self.policy, folds=self.folds)
+        fq = FakeQuant(_forward(self.module, changes), self.policy, folds=self.folds, missing=_MISSING)
         state = self.variables.get(QUANT, {}).get("state")
         if state is not None and self.is_mutable_collection(QUANT):
             (out, changed), state = fq.stepped(held, rngs, *args, quant=state, **kwargs)
@@ -194,8 +198,7 @@ def fake_quant(model: nn.Module, policy: Policy, folds: BatchNormFolds | None = 
       >>> model.apply(variables, x).shape, str(qjax.linen.convert(model, variables, x).params["params"]["kernel"].spec)
       ((1, 4), 'int4(per="channel")')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; for NNX use qjax.nnx.fake_quant")
+    _check_model(model, "fake_quant")
     check_policy(policy)
     check_folds(folds)
     return FakeQuantModule(model.clone(parent=None), policy, folds)
@@ -215,11 +218,15 @@ def begin(model: FakeQuantModule, key: jax.Array, variables: Any, *args: Any, **
       Variables; without a collection "quant" where the policy has no state.
 
     Raises:
-      TypeError: `model` is not from `fake_quant`.
-      ValueError: as `qjax.FakeQuant.init`.
+      TypeError: `model` is not from `fake_quant`; `variables` are none; arguments of the module are missing.
+      ValueError: `variables` lack a collection; the module changes variables, in training mode; as `qjax.FakeQuant.init`.
     """
-    fq, held = _function(model, "begin"), _without_state(variables)
-    state = fq.init(key, held, {}, *args, **kwargs)
+    fq = _function(model, "begin", "key, variables, *args")
+    check_key("key", key)
+    held = _without_state(variables)
+    check_inputs(type(model.module).__call__, [model.module], args, kwargs)
+    with _explained("begin"):
+        state = fq.init(key, held, {}, *args, **kwargs)
     return {**held, QUANT: {"state": state}} if state else held
 
 
@@ -271,26 +278,68 @@ def convert(model: FakeQuantModule, variables: Any, *args: Any, **kwargs: Any) -
       `jax.jit(qjax.quantized(module.apply))(result.params, x)`.
 
     Raises:
-      TypeError: `model` is not from `fake_quant`.
-      ValueError: as `qjax.convert`.
+      TypeError: `model` is not from `fake_quant`; `variables` are none; arguments of the module are missing.
+      ValueError: `variables` lack a collection; the module changes variables, in training mode; as `qjax.convert`.
     """
-    _check_variables(variables)
-    state = variables.get(QUANT, {}).get("state")
-    return convert_function(_function(model, "convert"), _without_state(variables), {}, *args, quant=state, **kwargs)
+    fq, held = _function(model, "convert", "variables, *args"), _without_state(variables)
+    check_inputs(type(model.module).__call__, [model.module], args, kwargs)
+    with _explained("convert"):
+        return convert_function(fq, held, {}, *args, quant=variables.get(QUANT, {}).get("state"), **kwargs)
 
 
-def _function(model: Any, verb: str) -> FakeQuant:
+_WANTED = "a dictionary with 'params', as `model.init` gives"
+_MISSING = f"`variables` have no state of quantizers: {NEEDS}; write variables = qjax.linen.begin(model, key, variables, *args)"
+
+
+def _function(model: Any, verb: str, order: str) -> FakeQuant:
     if not isinstance(model, FakeQuantModule):
-        raise TypeError(f"`model` of qjax.linen.{verb} must be from qjax.linen.fake_quant, got {type(model).__name__}")
+        raise TypeError(f"`model` of qjax.linen.{verb} must be from qjax.linen.fake_quant, got {type(model).__name__}: the order is "
+                        f"(model, {order})")  # fmt: skip
     forward = _forward(model.module)
-    return FakeQuant(lambda variables, rngs, *args, **kwargs: forward(variables, rngs, *args, **kwargs)[0], model.policy, folds=model.folds)
+
+    def fn(variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(variables, rngs, *args, **kwargs)[0]
+
+    return FakeQuant(fn, model.policy, folds=model.folds, missing=_MISSING)
 
 
-def _check_variables(variables: Any) -> None:
+def _check_model(model: Any, verb: str) -> None:
+    if not isinstance(model, nn.Module):
+        hint = f"for NNX use qjax.nnx.{verb}"
+        if isinstance(getattr(model, "__self__", None), nn.Module):
+            hint = "give the module itself, not a method of it"
+        elif isinstance(model, Policy):
+            hint = "the module stands in front of the policy"
+        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; {hint}")
+
+
+@contextlib.contextmanager
+def _explained(verb: str) -> Iterator[None]:
+    """Says in our words what flax says of variables that are missing, or that a call would change."""
+    try:
+        yield
+    except ScopeCollectionNotFound as error:
+        raise ValueError(f"`variables` of qjax.linen.{verb} lack something that the module reads: {_said(error)} Give all collections that "
+                         "model.init gave, batch statistics too") from error  # fmt: skip
+    except ModifyScopeVariableError as error:
+        raise ValueError(f"qjax.linen.{verb} runs the module in evaluation, and it changes its variables: {_said(error)} Call it as for "
+                         "inference, such as with train=False") from error  # fmt: skip
+
+
+def _said(error: Exception) -> str:
+    return str(error).split(" (https://")[0]
+
+
+def _check_variables(variables: Any, needs: tuple[str, ...] = ("params", QUANT)) -> None:
+    """Refuses what are no variables: a module's parameters alone, and the state alone, are trees as well."""
+    whose = "`variables` must be those of the module, as model.init(key, *args) gives them"
     if not isinstance(variables, Mapping):
-        raise TypeError(f"`variables` must be those of the module, as model.init(key, *args) gives them, got {type(variables).__name__}")
+        raise TypeError(f"{whose}, got {type(variables).__name__}")
+    if not any(name in variables for name in needs):
+        found = f"one with {', '.join(map(repr, list(variables)[:3]))}" if variables else "an empty one"
+        raise TypeError(f"{whose}, got {found}: pass all of them, and bare parameters as {{'params': ...}}")
 
 
 def _without_state(variables: Any) -> dict[str, Any]:
-    _check_variables(variables)
+    _check_variables(variables, ("params",))
     return {name: tree for name, tree in variables.items() if name != QUANT}

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qjax.core import check_key
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds
 from qjax.policy import Policy, check_policy
@@ -21,8 +22,10 @@ from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
+from qjax.training.arguments import check_inputs
+from qjax.training.qat import training_of
+from qjax.training.state import NEEDS, labels
 from qjax.training.state import advance as next_state
-from qjax.training.state import labels
 
 
 def function(model: nnx.Module, mutable: bool = False) -> Callable[..., Any]:
@@ -212,11 +215,12 @@ def begin(model: Any, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
       A module.
 
     Raises:
-      TypeError: `model` is not from `fake_quant`.
+      TypeError: `model` is not from `fake_quant`; arguments of the method are missing.
       ValueError: it has several methods, or an attribute `quant` of its own; as `qjax.FakeQuant.init`.
     """
+    base, _, methods, _ = _how(model, "begin", "(model, key, *args)")
+    method = getattr(base, methods[0])
     copy = nnx.clone(model)
-    _, _, methods, _ = _how(copy, "begin")
     if len(methods) > 1:
         raise ValueError(f"`model` has {len(methods)} fake-quantized methods, {', '.join(methods)}, and one state: name one")
     held = copy.__dict__.get(_QUANT)
@@ -225,6 +229,8 @@ def begin(model: Any, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
     if held is not None:
         delattr(copy, _QUANT)
     fq, params, rest = _function(copy)
+    check_key("key", key)
+    check_inputs(method, [model], args, kwargs)
     state = fq.init(key, params, rest, *args, **kwargs)
     if state:
         setattr(copy, _QUANT, _variables(state, labels(state)))
@@ -239,9 +245,12 @@ def advance(model: Any) -> None:
 
     Raises:
       TypeError: `model` is not from `fake_quant`.
+      ValueError: it has no state, and its policy has what goes on with steps.
     """
-    _how(model, "advance")
+    _, policy, _, _ = _how(model, "advance", "(model)")
     quant = _state(model)
+    if quant is None and any(training_of(rule).steps for rule in policy.rules if not rule.is_cache):
+        raise ValueError(_MISSING)
     if quant is not None and "step" in quant:
         nnx.update(model.quant, nnx.state(_variables(next_state(quant), labels(quant))))
 
@@ -271,12 +280,12 @@ def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:
       >>> fq.quant.activations.kernel.hi[...].item()
       6.0
     """
-    base, policy, methods, folds = _how(model, "tracked")
+    base, policy, methods, folds = _how(model, "tracked", "(model, *args)")
     state = _state(model)
     if state is None:
         raise ValueError("`model` has no state of quantizers whose ranges could move: take the module that qjax.nnx.begin returns")
     graphdef, params, held, rest = nnx.split(model, _first(folds), Quantizer, ...)
-    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy, folds=folds)
+    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy, folds=folds, missing=_MISSING)
     (out, changed), state = fq.tracked(params, rest, held, *args, quant=state, **kwargs)
     nnx.update(model, changed)
     nnx.update(model.quant, nnx.state(_variables(state, labels(state))))
@@ -299,7 +308,8 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
       TypeError: `model` is not from `fake_quant`.
       ValueError: as `qjax.convert`.
     """
-    _how(model, "convert")
+    base, _, methods, _ = _how(model, "convert", "(model, *args)")
+    check_inputs(getattr(base, methods[0]), [model], args, kwargs)
     quant = _state(model)
     fq, params, rest = _function(_without_state(model))
     result = convert_function(fq, params, rest, *args, quant=quant, **kwargs)
@@ -307,6 +317,7 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
 
 
 _HOW, _QUANT = "_fake_quantized_as", "quant"
+_MISSING = f"`model` has no state of quantizers: {NEEDS}; write model = qjax.nnx.begin(model, key, *args)"
 
 
 def _first(folds: BatchNormFolds | None) -> Any:
@@ -316,10 +327,11 @@ def _first(folds: BatchNormFolds | None) -> Any:
     return nnx.Any(nnx.Param, lambda path, _: "/".join(map(str, path)) in folds.read)
 
 
-def _how(model: Any, verb: str) -> tuple[type, Policy, tuple[str, ...], BatchNormFolds | None]:
+def _how(model: Any, verb: str, order: str) -> tuple[type, Policy, tuple[str, ...], BatchNormFolds | None]:
     found = getattr(type(model), _HOW, None)
     if found is None:
-        raise TypeError(f"`model` of qjax.nnx.{verb} must be from qjax.nnx.fake_quant, got {type(model).__name__}")
+        raise TypeError(f"`model` of qjax.nnx.{verb} must be from qjax.nnx.fake_quant, got {type(model).__name__}: call it as "
+                        f"{verb}{order}")  # fmt: skip
     return found
 
 
@@ -332,13 +344,13 @@ def _without_state(model: Any) -> Any:
 
 def _function(model: Any) -> tuple[FakeQuant, Any, Any]:
     """The function fn(params, rest, *args) of a module without a state, and its arguments."""
-    base, policy, methods, folds = _how(model, "fake_quant")
+    base, policy, methods, folds = _how(model, "fake_quant", "(model, policy)")
     graphdef, params, rest = nnx.split(model, _first(folds), ...)
 
     def forward(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(base, methods[0])(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)
 
-    return FakeQuant(forward, policy, folds=folds), params, rest
+    return FakeQuant(forward, policy, folds=folds, missing=_MISSING), params, rest
 
 
 def _variables(state: Any, marks: Any) -> Any:
@@ -357,7 +369,7 @@ def _state(model: Any) -> Any:
 def _fake_quantized(method: Callable[..., Any], policy: Policy, folds: BatchNormFolds | None) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         graphdef, params, held, rest = nnx.split(self, _first(folds), Quantizer, ...)
-        fq = FakeQuant(_forward(graphdef, method), policy, folds=folds)
+        fq = FakeQuant(_forward(graphdef, method), policy, folds=folds, missing=_MISSING)
         out, changed = fq(params, rest, held, *args, quant=_state(self), **kwargs)
         nnx.update(self, changed)
         return out
@@ -378,4 +390,9 @@ def _forward(graphdef: Any, method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check(model: Any, verb: str) -> None:
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"`model` must be a flax.nnx.Module, got {type(model).__name__}; for Linen use qjax.linen.{verb}")
+        hint = f"for Linen use qjax.linen.{verb}"
+        if isinstance(getattr(model, "__self__", None), nnx.Module):
+            hint = "give the module itself, not a method of it"
+        elif isinstance(model, Policy):
+            hint = "the module stands in front of the policy"
+        raise TypeError(f"`model` must be a flax.nnx.Module, got {type(model).__name__}; {hint}")

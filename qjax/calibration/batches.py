@@ -13,32 +13,35 @@ import numpy as np
 from qjax.program import Program
 from qjax.program.trace import is_qtensor
 
+_WHY = " (the program is traced with it; shapes are enough for rtn)"
 
-def as_batches(calibration: Any) -> list[tuple[Any, ...]]:
+
+def as_batches(calibration: Any, argument: str = "calibration") -> list[tuple[Any, ...]]:
     """Returns calibration batches as tuples of arguments.
 
     Args:
       calibration: batches, at least one. A tuple is spread over the function's arguments after `params`; a dict or an array is one.
+      argument: what an error calls it.
 
     Raises:
       TypeError: `calibration` is no list of batches.
       ValueError: it is empty.
     """
-    check_batches(calibration)
+    check_batches(calibration, argument)
     batches = [as_arguments(batch) for batch in calibration]
     if not batches:
-        raise ValueError("`calibration` is empty: give at least one batch (the program is traced with it; shapes are enough for rtn)")
+        raise ValueError(f"`{argument}` is empty: give at least one batch{_WHY if argument == 'calibration' else ''}")
     return batches
 
 
-def check_batches(calibration: Any) -> None:
+def check_batches(calibration: Any, argument: str = "calibration") -> None:
     """Refuses what is one batch, or nothing to iterate over.
 
     Raises:
       TypeError: naming the argument and what to write.
     """
     if calibration is None or isinstance(calibration, (dict, str, jax.Array, np.ndarray)) or not isinstance(calibration, Iterable):
-        raise TypeError(f"`calibration` must be a list of batches, got {type(calibration).__name__}: write calibration=[batch]")
+        raise TypeError(f"`{argument}` must be a list of batches, got {type(calibration).__name__}: write {argument}=[batch]")
 
 
 def as_arguments(batch: Any) -> tuple[Any, ...]:

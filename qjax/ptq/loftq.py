@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qjax.core.specs import check_count
+from qjax.core.specs import as_count
 from qjax.ptq.low_rank import AdapterDtype, LowRank, low_rank
 from qjax.ptq.method import Method
 
@@ -38,6 +38,6 @@ def loftq(rank: int = 16, iterations: int = 5, then: Method | None = None, dtype
     Source: LoftQ, Li et al., arXiv 2310.08659, algorithm 1. It keeps the last turn; here each matrix keeps the nearest
     of its turns.
     """
-    check_count("iterations", iterations, 1)
-    found = low_rank(rank, then, "svd", dtype)
+    iterations = as_count("iterations", iterations, 1)
+    found = low_rank(as_count("rank", rank, 1), then, "svd", dtype)
     return LowRank(found.rank, found.then, found.measure, found.dtype, iterations)

@@ -16,6 +16,7 @@ from qjax.core.layout import canonicalize, uncanonicalize
 from qjax.policy import Choice, Policy
 from qjax.program import Leaf, Program
 from qjax.runtime.adapter import why_not
+from qjax.training.arguments import check_trained
 from qjax.training.lora import Lora
 
 # By the parameter's path: {"a": (kept-like..., r, K), "b": (kept..., r)}, and of DoRA "m": (kept...); float32.
@@ -145,8 +146,14 @@ def adapted(program: Program, policy: Policy) -> dict[int, Adapted]:
     if not found:
         some = next((choice.leaf.path for choice in choices if choice.leaf.sites), None)
         hint = "its parameters meet no data" if some is None else f"write a rule such as Rule({some!r}, train=qjax.lora(16))"
-        raise ValueError(f"`policy` has no rule whose adapters reach a site of the program: {hint}")
+        raise ValueError(f"`policy` has no rule whose adapters reach a site of the program{_through_rounding(policy)}: {hint}")
     return found
+
+
+def _through_rounding(policy: Policy) -> str:
+    """Of a policy that is for another kind of training: which."""
+    rule = next((rule for rule in policy.rules if rule.train is not None and not isinstance(rule.train, Lora)), None)
+    return "" if rule is None else f" (that for {rule.pattern!r} trains through rounding by {rule.train!r}, which is for qjax.fake_quant)"
 
 
 def _check(choice: Choice, train: Lora) -> None:
@@ -215,6 +222,17 @@ def check_adapters(adapters: Any, plan: Mapping[int, Adapted]) -> None:
         for name, x in parts.items():
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise TypeError(f"`adapters` {path!r} {name!r} is {x.dtype}, not floating: {_WHAT}")
+
+
+def check_finished(adapters: Adapters) -> None:
+    """Refuses NaN and infinity in adapters that end their training.
+
+    Raises:
+      ValueError: naming the parameter and the array.
+    """
+    for path, parts in adapters.items():
+        for name, x in parts.items():
+            check_trained(x, f"`adapters` {path!r} {name!r}")
 
 
 def check_base(flat: Sequence[Any], plan: Mapping[int, Adapted], policy: Policy, program: Program) -> None:

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from qjax.core import ActSpec, OnlineRotation, QProduct, QTensor, check_finite
+from qjax.core import ActSpec, OnlineRotation, QProduct, QTensor
 from qjax.graph.batch_norm_folds import scaled
 from qjax.policy import ProductChoice
 from qjax.program import split_arguments
 from qjax.ptq.products import product_row
 from qjax.ptq.quantize import Result, cache_notes, describe
 from qjax.runtime.rotation import rotate_axes
+from qjax.training.arguments import check_inputs, check_trained
 from qjax.training.fake_quant import FakeQuant
 from qjax.training.freezing import standing
 from qjax.training.planned import Planned, Trained
@@ -48,7 +49,7 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
       A `Result` as `qjax.quantize` gives it.
 
     Raises:
-      TypeError: `fq` is something else; numbers are traced.
+      TypeError: `fq` is something else; numbers are traced; arguments of the function are missing.
       ValueError: the state is missing, of another policy, without ranges, or at a step before its schedule rounds everything; a weight
         or the state holds NaN or infinity, or a learned scale is negative; a channel that a batch norm multiplies by nothing is packed
         by a spec that has no zero.
@@ -68,9 +69,10 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     if not isinstance(fq, FakeQuant):
         raise TypeError(f"`fq` must be what qjax.fake_quant gave, got {type(fq).__name__}")
     started = time.perf_counter()
+    check_inputs(fq.fn, [params], args, kwargs)
     arguments = split_arguments(params, args, kwargs)
     plan = fq.plan(params, *args, **kwargs)
-    check(quant, plan)
+    check(quant, plan, missing=fq.missing)
     state = standing(quant or {})  # what an update did to frozen numbers does not count, as in the function
     _check_numbers(plan, arguments.params, state)
     flat, notes = _folded(plan, arguments.params)
@@ -93,8 +95,8 @@ def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
     for index in dict.fromkeys((*plan.weights, *(plan.folding.where.values() if plan.folding is not None else ()))):
         w, path = params[index], plan.program.leaves[index].path
         if isinstance(w, (QTensor, jax.ShapeDtypeStruct)):
-            raise TypeError(f"`params` leaf {path!r} is a {type(w).__name__}: give the trained float parameters")
-        check_finite(w, path)
+            raise TypeError(f"`params` leaf {path!r} is packed or a shape, {w!r}: give the trained float parameters")
+        check_trained(w, f"`params` leaf {path!r}")
     for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in quant.items() if k not in ("step", "seed", "held")}):
         _check_learned(jax.tree_util.keystr(path), path[-1].key, np.asarray(leaf))
     trains = [t.train for t in plan.weights.values()] + [training_of(choice.rule) for choice in plan.products]

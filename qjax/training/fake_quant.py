@@ -19,6 +19,7 @@ from qjax.policy import Policy, check_policy
 from qjax.program import Key, ProgramCache, check_function, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.report import Report
+from qjax.training.arguments import check_form, check_inputs, check_rows
 from qjax.training.estimator import TracksRanges
 from qjax.training.freezing import recorded, standing
 from qjax.training.from_packed import adopted
@@ -26,7 +27,7 @@ from qjax.training.integer_forward import check_any, forward_report, integer_wei
 from qjax.training.planned import Planned, planned
 from qjax.training.qat import training_of
 from qjax.training.rounding import followed, rounded_weight, rounding
-from qjax.training.state import Quant, advance, begin, check, labels, ranges, shapes
+from qjax.training.state import MISSING, Quant, advance, begin, check, labels, ranges, shapes
 
 Forward = Literal["float", "integer"]
 
@@ -40,12 +41,14 @@ class FakeQuant:
       policy: which parameters are fake-quantized.
       forward: on what forward products are computed; None: on what is faster.
       folds: the batch norms that are folded in every step; None: none.
+      missing: what a call without a state that it needs is told.
     """
 
     fn: Callable[..., Any]
     policy: Policy
     forward: Forward | None = None
     folds: BatchNormFolds | None = None
+    missing: str = MISSING
 
     @functools.cached_property
     def programs(self) -> ProgramCache:
@@ -61,7 +64,7 @@ class FakeQuant:
 
     def __call__(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Any:
         plan = self.plan(params, *args, **kwargs)
-        check(quant, plan)
+        check(quant, plan, missing=self.missing)
         return self._computed(plan, quant or {}, False, params, args, kwargs)[0]
 
     def tracked(self, params: Any, *args: Any, quant: Quant, **kwargs: Any) -> tuple[Any, Quant]:
@@ -92,7 +95,7 @@ class FakeQuant:
         """As `tracked`, and as the function itself where no range follows the data: what modules call."""
         plan = self.plan(params, *args, **kwargs)
         follows = quant is not None and _follows(plan)
-        check(quant, plan, calibrated=not follows)
+        check(quant, plan, calibrated=not follows, missing=self.missing)
         return self._computed(plan, quant or {}, follows, params, args, kwargs)
 
     def report(self, params: Any, *args: Any, **kwargs: Any) -> Report:
@@ -174,13 +177,14 @@ class FakeQuant:
           A tree of arrays.
 
         Raises:
-          TypeError: `key` is no key.
+          TypeError: `key` is no key; arguments of the function are missing.
           ValueError: the policy does not fit the program.
         """
         return self._begun(key, params, {}, args, kwargs)
 
     def _begun(self, key: jax.Array, params: Any, learned: Quant, args: Any, kwargs: Any) -> Quant:
         check_key("key", key)
+        check_inputs(self.fn, [params], args, kwargs)
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
@@ -207,7 +211,7 @@ class FakeQuant:
           (parameters, state): pass them as what `init` was given and has given.
 
         Raises:
-          TypeError: `key` is no key.
+          TypeError: `key` is no key; arguments of the function are missing.
           ValueError: another tree; a leaf has another spec than the policy trains, belongs to an estimator that takes its range from the
             weights (`qjax.lsq` does not), has a schedule of weights or bits, is rotated, rescaled, or has groups of reordered columns; the
             function folds batch norms.
@@ -228,6 +232,7 @@ class FakeQuant:
         structures = [jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, QTensor)) for tree in (packed, params)]
         if structures[0] != structures[1]:
             raise ValueError("`packed` is another tree than `params`: give result.params of qjax.quantize for these parameters")
+        check_inputs(self.fn, [params], args, kwargs)
         plan = self.plan(params, *args, **kwargs)
         arguments, given = split_arguments(params, args, kwargs), split_arguments(packed, (), {})
         _check_float(plan, arguments.params)
@@ -249,9 +254,12 @@ class FakeQuant:
           A state; what weights have learned, step and seed are as they were. Ranges that a schedule has frozen are those of these data.
 
         Raises:
+          TypeError: `quant` is no state, or `batches` no list of batches.
           ValueError: no data, other sites, NaN or infinity.
         """
-        arguments = [split_arguments(params, batch, {}) for batch in as_batches(batches)]
+        check_form(quant)
+        arguments = [split_arguments(params, batch, {}) for batch in as_batches(batches, "batches")]
+        check_rows(arguments)
         streams = [(self.programs(a), a.inputs) for a in arguments]
         check_numbers(streams, "the range of static activations")
         check_same_sites(streams)
@@ -279,7 +287,7 @@ class FakeQuant:
     def leaves(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Callable[[Any], Any]:
         """Finds the sites, and returns the function that fake-quantizes a tree of parameters."""
         plan = self.plan(params, *args, **kwargs)
-        check(quant, plan)
+        check(quant, plan, missing=self.missing)
         return lambda params: _weights(plan, params, standing(quant or {}))
 
 

@@ -14,6 +14,7 @@ from qjax.core import ActSpec, OnlineRotation, Spec
 from qjax.graph import BatchNormFolds
 from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs
 from qjax.program import Key, Leaf, Program, Site
+from qjax.ptq.groups import check_groups
 from qjax.ptq.method import Problem, methods_of
 from qjax.training.folding import Folding, folding
 from qjax.training.qat import QAT, training_of
@@ -104,6 +105,7 @@ def planned(program: Program, policy: Policy, folds: BatchNormFolds | None = Non
     for leaf in program.leaves:
         _check_floating(leaf, policy)
     weights = {}
+    check_groups([choice for choice in choices if choice.spec is not None])
     for choice in choices:
         if choice.spec is not None:
             train = training_of(choice.rule)
@@ -152,7 +154,10 @@ def rotation_of(choice: Choice) -> OnlineRotation | None:
 
 
 def _notes(choice: Choice) -> tuple[str, ...]:
-    """What the rule's method would have done, and training does not."""
+    """What the rule would have done, and training does not."""
     others = [each.name for each in methods_of(choice.rule.method if choice.rule is not None else None)]
     others = [name for name in others if name != "rtn" and not name.startswith("online_rotation")]
-    return (f"trained by rounding, not {', '.join(others)}",) if others else ()
+    notes = (f"trained by rounding, not {', '.join(others)}",) if others else ()
+    if choice.rule is not None and choice.rule.activation is not None and not watched(choice.leaf):
+        notes += (f"the activation {choice.rule.activation} of its rule has nothing to round: it is only looked up",)
+    return notes

@@ -25,7 +25,8 @@ class QAT:
     def __post_init__(self) -> None:
         for name, kind in (("weight", WeightEstimator), ("activation", ActivationEstimator)):
             if not isinstance(getattr(self, name), kind) or isinstance(getattr(self, name), type):
-                raise TypeError(f"`{name}` must be an estimator of {name}s such as qjax.lsq(), got {getattr(self, name)!r}")
+                raise TypeError(f"`{name}` must be an estimator of {name}s such as qjax.lsq(), got {getattr(self, name)!r}"
+                                f"{_elsewhere(name, getattr(self, name))}")  # fmt: skip
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"`schedule` must be qjax.schedule(...), got {self.schedule!r}")
         if self.gradient is not None:
@@ -57,13 +58,32 @@ class QAT:
         reasons += [self.schedule.refusal(act.spec, activation=True) for act in activations]
         if weight is not None and isinstance(self.weight, Decides):
             reasons.insert(0, self.weight.refusal_of_schedule(self.schedule))
-        reasons.append(self._nothing_to_freeze(weight, activations))
+        reasons += [self._nothing_to_freeze(weight, activations), self._frozen_before(weight, activations)]
+        reasons += [] if activations else [self._nothing_sets_in()]
         for reason in filter(None, reasons):
             raise ValueError(f"`train`: {reason}")
         moves = self.schedule.activations or self.schedule.activation_bits
         if moves and any(not act.static and act.outliers is not None for act in activations):
             raise ValueError("`train`: activations with outlier columns cannot set in later or have other bits: leave "
                              "`activations` and `activation_bits` of the schedule out")
+
+    def _frozen_before(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> str:
+        """Why learned ranges would stand still before anything is rounded with them; "" if they do not."""
+        when = self.schedule
+        learned = {"weights": weight is not None and self.weight.learns,
+                   "activations": self.activation.learns and any(act.static for act in activations)}  # fmt: skip
+        for name in (name for name, learns in learned.items() if learns):
+            first = getattr(when, name)
+            if when.freeze is not None and when.freeze < first:
+                return (f"`freeze`={when.freeze} of the schedule comes before `{name}`={first}, so that their ranges stand still before "
+                        "anything is rounded with them, and never train: freeze at a later step, or leave `freeze` out")  # fmt: skip
+        return ""
+
+    def _nothing_sets_in(self) -> str:
+        """Why what a schedule says of activations would change nothing in a rule without them; "" if it says nothing."""
+        said = [f"`{name}`={getattr(self.schedule, name)}" for name in ("activations", "activation_bits") if getattr(self.schedule, name)]
+        return "" if not said else (f"{' and '.join(said)} of the schedule changes nothing, for the rule has no `activation`: give it one, "
+                                    "such as qjax.static(qjax.int8()), or leave that out of its schedule")  # fmt: skip
 
     def _nothing_to_freeze(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> str:
         """Why a freeze would change nothing; "" if it does, or there is none."""
@@ -74,6 +94,13 @@ class QAT:
         what = ", ".join([f"weights by {self.weight.name}"] * (weight is not None) + acts)
         return (f"`freeze`={self.schedule.freeze} of the schedule has nothing to hold, for no range moves from step to step ({what}): "
                 "leave `freeze` out, or train with qjax.lsq(), or static activations with qjax.moving_range()")  # fmt: skip
+
+
+def _elsewhere(name: str, value: Any) -> str:
+    """Where an estimator of the other kind belongs; "" for anything else."""
+    other, kind = ("activation", ActivationEstimator) if name == "weight" else ("weight", WeightEstimator)
+    fits = isinstance(value, kind) and not isinstance(value, type)
+    return f", which is one of {other}s: give it as `{other}`" if fits else ""
 
 
 def qat(

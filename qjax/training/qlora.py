@@ -22,8 +22,9 @@ from qjax.ptq.quantize import shapes_of
 from qjax.runtime.installed import runtime_of
 from qjax.runtime.products import product_rule
 from qjax.runtime.quantized import checked_products, named_products
-from qjax.training.adapted import Adapted, Adapters, adapted, check_adapters, check_base, check_form
+from qjax.training.adapted import Adapted, Adapters, adapted, check_adapters, check_base, check_finished, check_form
 from qjax.training.adapted_site import adapted_rule, with_parts
+from qjax.training.arguments import check_inputs
 from qjax.training.side_state import keys_for
 
 
@@ -47,6 +48,7 @@ class QLoRA:
 
     def plan(self, base: Any, *args: Any, **kwargs: Any) -> dict[int, Adapted]:
         """Which parameters have adapters in the program of these arguments (shapes are enough), by index."""
+        _check_tree(base)
         return adapted(self.programs(split_arguments(base, args, kwargs)), self.policy)
 
     def __call__(self, adapters: Adapters, base: Any, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
@@ -78,10 +80,11 @@ class QLoRA:
           full and the other kept ones 1; B as "b" (kept..., r); of DoRA "m" (kept...). K is the product of the contracted axes.
 
         Raises:
-          TypeError: `key` is no key.
+          TypeError: `key` is no key; `base` is a result; arguments of the function are missing.
           ValueError: the policy does not fit the program or the base; a parameter that cannot have an adapter.
         """
         check_key("key", key)
+        check_inputs(self.fn, [base], args, kwargs)
         arguments, _, plan = self._resolved(base, args, kwargs)
         keys = jax.random.split(key, len(plan))
         return {one.leaf.path: one.begin(k, arguments.params[i]) for k, (i, one) in zip(keys, plan.items(), strict=True)}
@@ -107,12 +110,14 @@ class QLoRA:
           A tree of parameters; nothing is rounded but, with a `dtype`, A and s B. A float parameter takes its adapter in, as in `merge`.
 
         Raises:
-          ValueError: the adapter of a packed weight has magnitudes (DoRA): merge it; another `dtype`.
+          ValueError: the adapter of a packed weight has magnitudes (DoRA): merge it; another `dtype`; NaN or infinity in an adapter.
         """
         check_form(adapters)
+        check_inputs(self.fn, [base], args, kwargs)
         name = None if dtype is None else _float_name(dtype)
         arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
+        check_finished(adapters)
         flat = list(arguments.params)
         for i, one in plan.items():
             if not isinstance(flat[i], QTensor):
@@ -136,10 +141,15 @@ class QLoRA:
 
         Returns:
           The tree of parameters that `fn` takes.
+
+        Raises:
+          ValueError: NaN or infinity in an adapter.
         """
         check_form(adapters)
+        check_inputs(self.fn, [base], args, kwargs)
         arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
+        check_finished(adapters)
         merged = [_merged(w, plan.get(i), adapters) for i, w in enumerate(arguments.params)]
         return arguments.rebuild(merged, arguments.inputs)[0]
 
@@ -174,11 +184,17 @@ class QLoRA:
         return dataclasses.replace(result, report=dataclasses.replace(result.report, rows=tuple(rows)))
 
     def _resolved(self, base: Any, args: Any, kwargs: Any) -> tuple[Arguments, Program, dict[int, Adapted]]:
+        _check_tree(base)
         arguments = split_arguments(base, args, kwargs)
         program = self.programs(arguments)
         plan = adapted(program, self.policy)
         check_base(arguments.params, plan, self.policy, program)
         return arguments, program, plan
+
+
+def _check_tree(base: Any) -> None:
+    if isinstance(base, Result):
+        raise TypeError("`base` is a Result, which is no tree of arrays: pass its parameters, result.params")
 
 
 def _float_name(dtype: Any) -> str:
@@ -226,8 +242,10 @@ def qlora(fn: Callable[..., Any], policy: Policy, sites: Mapping[str, QProduct] 
       sites: `result.sites` of the base, if a rule names products of two activations.
 
     Returns:
-      A function, differentiated with respect to its first argument. `.init(key, base, *args)` gives the adapters, an ordinary tree of float
-      arrays for optax; `dropout_key=` turns dropout on in a call; `.merge`, `.requantize` and `.attach` end the training.
+      A function, differentiated with respect to its first argument: jax refuses the second, whose codes are uint8 ("grad requires
+      real- or complex-valued inputs"), so pass the base beside, under `argnums=0`.
+      `.init(key, base, *args)` gives the adapters, an ordinary tree of float arrays for optax; `dropout_key=` turns dropout on in a call;
+      `.merge`, `.requantize` and `.attach` end the training.
 
     Raises:
       TypeError: `policy` is no policy. When called: adapters with integer or packed leaves; `dropout_key` is no key.

@@ -27,6 +27,7 @@ from qjax.calibration.observe import scan_lengths
 from qjax.core import ActSpec
 from qjax.policy import ProductChoice
 from qjax.program import Key, Program, Site
+from qjax.training.arguments import check_form
 from qjax.training.estimator import LEARNED, Learned, Moment
 from qjax.training.fingerprint import fingerprint
 from qjax.training.freezing import held, recorded, standing
@@ -38,6 +39,8 @@ from qjax.training.trainable import check_trainable
 Quant = dict[str, Any]
 LEAST = ("lo", "offset")  # of these the smallest covers all
 _SIDES = ("left", "right")
+NEEDS = "this policy has static or learned ranges, a schedule or random rounding"
+MISSING = f"`quant` is missing: {NEEDS}; pass quant=fq.init(key, params, *args)"
 
 
 def begin(plan: Planned, key: jax.Array, params: Sequence[Any], known: Mapping[str, Learned] | None = None) -> Quant:
@@ -86,18 +89,23 @@ def _like(train: QAT, act: ActSpec, shape: tuple[int, ...]) -> Any:
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in one}
 
 
-def check(quant: Any, plan: Planned, calibrated: bool = True) -> None:
+def check(quant: Any, plan: Planned, calibrated: bool = True, missing: str = MISSING) -> None:
     """Refuses a state of another policy or program, and, where they must be `calibrated`, ranges that no data has set.
+
+    Args:
+      quant: the state, or None.
+      plan: what is rounded.
+      calibrated: whether ranges must be known.
+      missing: what is said where there is none and one is needed.
 
     Raises:
       TypeError, ValueError: naming `quant`, what differs, and the remedy.
     """
     if quant is not None:
-        _check_form(quant)
+        check_form(quant)
     want, given = shapes(plan), quant or {}
     if want and quant is None:
-        raise ValueError("`quant` is missing: this policy has static or learned ranges, a schedule or random rounding; pass "
-                         "quant=fq.init(key, params, *args), or give a module its state by qjax.linen.begin or qjax.nnx.begin")  # fmt: skip
+        raise ValueError(missing)
     flat, wanted = _by_name(given), _by_name(want)
     other = sorted(name for name in flat.keys() | wanted.keys() if _shape(flat.get(name)) != _shape(wanted.get(name)))
     if other or jax.tree.structure(given) != jax.tree.structure(want):
@@ -148,7 +156,7 @@ def labels(quant: Quant) -> Any:
     Raises:
       TypeError: it holds what is packed or not floating, and is no state.
     """
-    _check_form(quant)
+    check_form(quant)
     check_trainable(quant, "quant")
 
     def label(path: Any, _: Any) -> str:
@@ -163,13 +171,8 @@ def advance(quant: Quant) -> Quant:
     Raises:
       TypeError: `quant` is no state.
     """
-    _check_form(quant)
+    check_form(quant)
     return {**recorded(standing(quant)), "step": quant["step"] + 1} if "step" in quant else dict(quant)
-
-
-def _check_form(quant: Any) -> None:
-    if not isinstance(quant, Mapping):
-        raise TypeError(f"`quant` must be a state as fq.init gives it, of a policy without one {{}}, got {type(quant).__name__}")
 
 
 def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:

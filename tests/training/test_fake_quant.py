@@ -144,7 +144,7 @@ def test_init_checks_the_policy_and_holds_nothing_for_rounding():
     quant = fq.init(jax.random.key(0), params, x)
     assert jax.tree.leaves(quant) == []
     np.testing.assert_array_equal(fq(params, x, quant=quant), fq(params, x))
-    with pytest.raises(ValueError, match="`quant` must be what `init` gave for this policy"):
+    with pytest.raises(TypeError, match=r"`quant` must be a state as fq\.init gives it, .* got a tree of 'scale'"):
         fq(params, x, quant={"scale": 1})
     with pytest.raises(TypeError, match=r"`policy` must be a qjax\.Policy"):
         qjax.fake_quant(lambda p, x: x, "int8")

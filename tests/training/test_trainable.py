@@ -23,9 +23,9 @@ FQ = qjax.fake_quant(fn, Policy([RULE]))
 QUANT = FQ.init(KEY, PARAMS, X)
 PACKED = qjax.quantize(fn, PARAMS, Policy([Rule("*", weight=qjax.int4())]), [X]).params
 GIVEN = {
-    "packed": (PACKED, r"'a' is packed|'a' is a QTensor"),
-    "one packed": ({**PARAMS, "a": PACKED["a"]}, r"'a' is packed|'a' is a QTensor"),
-    "one of integers": ({**PARAMS, "a": jnp.ones((8, 8), jnp.int8)}, "'a' is int8"),
+    "packed": (PACKED, r"'(weights/)?a' is packed|'a' is a QTensor"),
+    "one packed": ({**PARAMS, "a": PACKED["a"]}, r"'(weights/)?a' is packed|'a' is a QTensor"),
+    "one of integers": ({**PARAMS, "a": jnp.ones((8, 8), jnp.int8)}, "'(weights/)?a' is int8"),
 }
 LORA = qjax.qlora(fn, Policy([Rule("*", weight=qjax.int4(), train=qjax.lora(2))]))
 VERBS = {
@@ -38,7 +38,7 @@ VERBS = {
     "report": lambda p: FQ.report(p, X),
     "from_packed": lambda p: FQ.from_packed(KEY, PACKED, X, params=p),
     "convert": lambda p: qjax.convert(FQ, p, X, quant=QUANT),
-    "labels": FQ.labels,
+    "labels": lambda p: FQ.labels({**QUANT, "weights": p}),
     "labels of Linen": lambda p: qjax.linen.labels({"params": p}),
     "adam8bit": lambda p: qjax.adam8bit(1e-3).init(p),
     "lion8bit": lambda p: qjax.lion8bit(1e-3).init(p),
