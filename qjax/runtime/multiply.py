@@ -21,12 +21,15 @@ from qjax.runtime.request import check_result, operands_of, request_of, result_o
 # A function of (activation, weight, what else the equation takes): the product as XLA has it, also for the platforms that a kernel is not
 # for.
 Plain = Callable[..., jax.Array]
+# What the sites of a call that are the same product share, by what makes them so: the product, and the casts of its weight.
+Shared = dict[Any, tuple[Plain, tuple[Any, ...]]]
 _HARMLESS = PLACEMENTS | {"convert_element_type", "copy", "copy_p", "name", "stop_gradient", "pvary", "pbroadcast"}
 
 
 def kernel_product(
-    site: Site, eqn: Any, x: jax.Array, weight: Packed, runtime: Runtime, plain: Plain, others: tuple[jax.Array, ...] = ()
-) -> jax.Array | None:
+    site: Site, eqn: Any, x: jax.Array, weight: Packed, runtime: Runtime, plain: Plain, others: tuple[jax.Array, ...] = (),
+    shared: Shared | None = None,
+) -> jax.Array | None:  # fmt: skip
     """Runs a site on a kernel.
 
     The choice is made here, while the program is traced. A program that is lowered for another platform than that of `runtime.device`
@@ -42,6 +45,7 @@ def kernel_product(
       runtime: what to choose from.
       plain: the product as XLA has it.
       others: the sizes of a `ragged_dot`; nothing for a `dot_general`.
+      shared: what other sites of this call are: layers alike are traced and lowered once. None keeps each for itself.
 
     Returns:
       The result of the equation; None where no kernel takes it.
@@ -57,7 +61,30 @@ def kernel_product(
     choice = _choose(site, request, runtime, weight)
     if choice.kernel is None:
         return None
-    return _differentiable(site, eqn, request, runtime, weight, plain)(x, weight, *others)
+    key = None if shared is None or runtime.force is not None else _alike(site, eqn, weight)
+    if key is None or shared is None:
+        return _differentiable(site, eqn, request, runtime, weight, plain)(x, weight, *others)
+    if key not in shared:
+        shared[key] = jax.jit(_differentiable(site, eqn, request, runtime, weight, plain)), weight.pending
+    product, pending = shared[key]
+    return product(x, dataclasses.replace(weight, pending=pending), *others)
+
+
+def _alike(site: Site, eqn: Any, weight: Packed) -> Any:
+    """What two sites have in common that are the same product of other arrays; None where that cannot be compared."""
+    anywhere = dataclasses.replace(site, key=(), leaf=0, path="", scope="", view=dataclasses.replace(site.view, leaf=0))
+    key = anywhere, *(_said(each) for each in (eqn, *weight.pending))
+    try:
+        hash(key)
+    except TypeError:  # parameters of an equation need not have a hash
+        return None
+    return key
+
+
+def _said(eqn: Any) -> tuple[Any, ...]:
+    """An equation without its operands."""
+    avals = tuple(v.aval for v in (*eqn.invars, *eqn.outvars))
+    return eqn.primitive, tuple(sorted(eqn.params.items(), key=lambda item: item[0])), avals, eqn.ctx
 
 
 def _request(site: Site, eqn: Any, x: jax.Array, weight: Packed, device: Device) -> Request | str:

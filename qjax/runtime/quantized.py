@@ -78,7 +78,7 @@ def quantized(
         program = programs(arguments)
         named = named_products(program, sites)
         runtime = runtime_of(kernel, device, kernels, tuned)
-        rule = functools.partial(packed_rule, runtime=runtime, memo={})
+        rule = functools.partial(packed_rule, runtime=runtime, memo={}, shared={})
         reads: list[bool] = []
 
         def read(eqn: Any, operands: Any) -> Any:

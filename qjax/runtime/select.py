@@ -19,7 +19,7 @@ from qjax.runtime.integer import conv_axes, product, why_not, why_not_float8
 from qjax.runtime.kernels import Runtime, choose
 from qjax.runtime.layouts import laid_rows
 from qjax.runtime.lookup import gather_rows
-from qjax.runtime.multiply import Plain, kernel_product
+from qjax.runtime.multiply import Plain, Shared, kernel_product
 from qjax.runtime.request import request_of
 from qjax.runtime.rotation import input_axes, rotate_axes, rotated_operands
 
@@ -27,8 +27,9 @@ FLOAT, INTEGER, MIXED, FP8 = "xla", "xla int8", "xla int8 + 16 bit outliers", "x
 
 
 def packed_rule(
-    site: Site, eqn: Any, operands: list[Any], state: Any, runtime: Runtime | None = None, memo: Memo | None = None
-) -> tuple[list[Any], Any]:
+    site: Site, eqn: Any, operands: list[Any], state: Any, runtime: Runtime | None = None, memo: Memo | None = None,
+    shared: Shared | None = None,
+) -> tuple[list[Any], Any]:  # fmt: skip
     """Runs a site whose weight is packed: on a kernel of `runtime` that takes it, else as follows, which is all XLA.
 
     A lookup reads and dequantizes only the rows it needs. A weight with an activation spec multiplies integers or FP8 where the form of
@@ -42,7 +43,7 @@ def packed_rule(
         thin = adapter_product(site, eqn, operands)
         if thin is not None:
             plain = [Packed(weight.q.with_adapter(None), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
-            (out,), state = packed_rule(site, eqn, plain, state, runtime, memo)
+            (out,), state = packed_rule(site, eqn, plain, state, runtime, memo, shared)
             return [(out.astype(jnp.float32) + thin).astype(out.dtype)], state
     if isinstance(weight, Packed) and isinstance(weight.q.form, Together):
         if runtime is not None and memo is not None and weight.q.adapter_left is None:
@@ -50,7 +51,7 @@ def packed_rule(
             if out is not None:
                 return [out], state
         apart = [Packed(weight.q.plain(), weight.pending) if i == site.operand else v for i, v in enumerate(operands)]
-        return packed_rule(site, eqn, apart, state, runtime)
+        return packed_rule(site, eqn, apart, state, runtime, shared=shared)
     if runtime is not None and isinstance(weight, Packed) and site.op != "gather":
         others = tuple(jnp.asarray(materialize(v)) for v in operands[2:])
         x = materialize(operands[1 - site.operand])
@@ -58,7 +59,7 @@ def packed_rule(
             out = window_product(site, eqn, x, weight, runtime, _plain)
             if out is not None:
                 return [out], state
-        out = kernel_product(site, eqn, x, weight, runtime, _plain(site, eqn), others)
+        out = kernel_product(site, eqn, x, weight, runtime, _plain(site, eqn), others, shared)
         if out is not None:
             return [out], state
     if isinstance(weight, Packed) and weight.q.form is not None:
