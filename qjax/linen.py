@@ -25,7 +25,7 @@ from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
-from qjax.training.arguments import check_inputs
+from qjax.training.arguments import called_with
 from qjax.training.state import NEEDS
 from qjax.training.state import advance as next_state
 from qjax.training.state import labels as state_labels
@@ -224,8 +224,7 @@ def begin(model: FakeQuantModule, key: jax.Array, variables: Any, *args: Any, **
     fq = _function(model, "begin", "key, variables, *args")
     check_key("key", key)
     held = _without_state(variables)
-    check_inputs(type(model.module).__call__, [model.module], args, kwargs)
-    with _explained("begin"):
+    with _explained("begin"), called_with(type(model.module).__call__, [model.module], args, kwargs):
         state = fq.init(key, held, {}, *args, **kwargs)
     return {**held, QUANT: {"state": state}} if state else held
 
@@ -282,8 +281,7 @@ def convert(model: FakeQuantModule, variables: Any, *args: Any, **kwargs: Any) -
       ValueError: `variables` lack a collection; the module changes variables, in training mode; as `qjax.convert`.
     """
     fq, held = _function(model, "convert", "variables, *args"), _without_state(variables)
-    check_inputs(type(model.module).__call__, [model.module], args, kwargs)
-    with _explained("convert"):
+    with _explained("convert"), called_with(type(model.module).__call__, [model.module], args, kwargs):
         return convert_function(fq, held, {}, *args, quant=variables.get(QUANT, {}).get("state"), **kwargs)
 
 

@@ -22,7 +22,7 @@ from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
-from qjax.training.arguments import check_inputs
+from qjax.training.arguments import called_with
 from qjax.training.qat import training_of
 from qjax.training.state import NEEDS, labels
 from qjax.training.state import advance as next_state
@@ -230,8 +230,8 @@ def begin(model: Any, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
         delattr(copy, _QUANT)
     fq, params, rest = _function(copy)
     check_key("key", key)
-    check_inputs(method, [model], args, kwargs)
-    state = fq.init(key, params, rest, *args, **kwargs)
+    with called_with(method, [model], args, kwargs):
+        state = fq.init(key, params, rest, *args, **kwargs)
     if state:
         setattr(copy, _QUANT, _variables(state, labels(state)))
     return copy
@@ -309,10 +309,10 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
       ValueError: as `qjax.convert`.
     """
     base, _, methods, _ = _how(model, "convert", "(model, *args)")
-    check_inputs(getattr(base, methods[0]), [model], args, kwargs)
     quant = _state(model)
     fq, params, rest = _function(_without_state(model))
-    result = convert_function(fq, params, rest, *args, quant=quant, **kwargs)
+    with called_with(getattr(base, methods[0]), [model], args, kwargs):
+        result = convert_function(fq, params, rest, *args, quant=quant, **kwargs)
     return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
 
 

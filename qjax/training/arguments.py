@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,8 +50,11 @@ def _is_state(tree: Mapping[Any, Any]) -> bool:
     return bool(tree) and tree.keys() <= _ENTRIES
 
 
-def check_inputs(fn: Any, first: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuses arguments with which a function cannot be called; where its signature is not known, nothing.
+@contextlib.contextmanager
+def called_with(fn: Any, first: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Says what is missing or too much, where a call inside fails and a function cannot be called with its arguments.
+
+    Only then, for a function may take other arguments than those that its signature says it wraps.
 
     Args:
       fn: the function, or a method of a class.
@@ -62,19 +66,32 @@ def check_inputs(fn: Any, first: Sequence[Any], args: Sequence[Any], kwargs: Map
       TypeError: naming what is missing or too much.
 
     Example:
-      >>> check_inputs(lambda params, x: x, [{}], [], {})
+      >>> fn = lambda params, x: x
+      >>> with called_with(fn, [{}], [], {}):
+      ...     fn({})
       Traceback (most recent call last):
       TypeError: `args` are not those of the function: missing a required argument: 'x'; give them as in a call of it ...
     """
     try:
+        yield
+    except TypeError as error:
+        reason = _why_not_called(fn, (*first, *args), kwargs)
+        if not reason:
+            raise
+        raise TypeError(f"`args` are not those of the function: {reason}; give them as in a call of it (shapes are enough to trace "
+                        "it)") from error  # fmt: skip
+
+
+def _why_not_called(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # what is not written in Python may have none
-        return
+        return ""
     try:
-        signature.bind(*first, *args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"`args` are not those of the function: {error}; give them as in a call of it (shapes are enough to "
-                        "trace it)") from None  # fmt: skip
+        return str(error)
+    return ""
 
 
 def check_rows(arguments: Sequence[Arguments]) -> None:

@@ -19,7 +19,7 @@ from qjax.program import split_arguments
 from qjax.ptq.products import product_row
 from qjax.ptq.quantize import Result, cache_notes, describe
 from qjax.runtime.rotation import rotate_axes
-from qjax.training.arguments import check_inputs, check_trained
+from qjax.training.arguments import called_with, check_trained
 from qjax.training.fake_quant import FakeQuant
 from qjax.training.freezing import standing
 from qjax.training.planned import Planned, Trained
@@ -69,9 +69,9 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     if not isinstance(fq, FakeQuant):
         raise TypeError(f"`fq` must be what qjax.fake_quant gave, got {type(fq).__name__}")
     started = time.perf_counter()
-    check_inputs(fq.fn, [params], args, kwargs)
     arguments = split_arguments(params, args, kwargs)
-    plan = fq.plan(params, *args, **kwargs)
+    with called_with(fq.fn, [params], args, kwargs):
+        plan = fq.plan(params, *args, **kwargs)
     check(quant, plan, missing=fq.missing)
     state = standing(quant or {})  # what an update did to frozen numbers does not count, as in the function
     _check_numbers(plan, arguments.params, state)

@@ -19,7 +19,7 @@ from qjax.policy import Policy, check_policy
 from qjax.program import Key, ProgramCache, check_function, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.report import Report
-from qjax.training.arguments import check_form, check_inputs, check_rows
+from qjax.training.arguments import called_with, check_form, check_rows
 from qjax.training.estimator import TracksRanges
 from qjax.training.freezing import recorded, standing
 from qjax.training.from_packed import adopted
@@ -184,8 +184,8 @@ class FakeQuant:
 
     def _begun(self, key: jax.Array, params: Any, learned: Quant, args: Any, kwargs: Any) -> Quant:
         check_key("key", key)
-        check_inputs(self.fn, [params], args, kwargs)
-        plan = self.plan(params, *args, **kwargs)
+        with called_with(self.fn, [params], args, kwargs):
+            plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
         state = begin(plan, key, _folded(plan, arguments.params), learned)
@@ -232,8 +232,8 @@ class FakeQuant:
         structures = [jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, QTensor)) for tree in (packed, params)]
         if structures[0] != structures[1]:
             raise ValueError("`packed` is another tree than `params`: give result.params of qjax.quantize for these parameters")
-        check_inputs(self.fn, [params], args, kwargs)
-        plan = self.plan(params, *args, **kwargs)
+        with called_with(self.fn, [params], args, kwargs):
+            plan = self.plan(params, *args, **kwargs)
         arguments, given = split_arguments(params, args, kwargs), split_arguments(packed, (), {})
         _check_float(plan, arguments.params)
         if not any(isinstance(leaf, QTensor) for leaf in given.params):

@@ -24,7 +24,7 @@ from qjax.runtime.products import product_rule
 from qjax.runtime.quantized import checked_products, named_products
 from qjax.training.adapted import Adapted, Adapters, adapted, check_adapters, check_base, check_finished, check_form
 from qjax.training.adapted_site import adapted_rule, with_parts
-from qjax.training.arguments import check_inputs
+from qjax.training.arguments import called_with
 from qjax.training.side_state import keys_for
 
 
@@ -84,8 +84,8 @@ class QLoRA:
           ValueError: the policy does not fit the program or the base; a parameter that cannot have an adapter.
         """
         check_key("key", key)
-        check_inputs(self.fn, [base], args, kwargs)
-        arguments, _, plan = self._resolved(base, args, kwargs)
+        with called_with(self.fn, [base], args, kwargs):
+            arguments, _, plan = self._resolved(base, args, kwargs)
         keys = jax.random.split(key, len(plan))
         return {one.leaf.path: one.begin(k, arguments.params[i]) for k, (i, one) in zip(keys, plan.items(), strict=True)}
 
@@ -113,9 +113,9 @@ class QLoRA:
           ValueError: the adapter of a packed weight has magnitudes (DoRA): merge it; another `dtype`; NaN or infinity in an adapter.
         """
         check_form(adapters)
-        check_inputs(self.fn, [base], args, kwargs)
         name = None if dtype is None else _float_name(dtype)
-        arguments, _, plan = self._resolved(base, args, kwargs)
+        with called_with(self.fn, [base], args, kwargs):
+            arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         check_finished(adapters)
         flat = list(arguments.params)
@@ -146,8 +146,8 @@ class QLoRA:
           ValueError: NaN or infinity in an adapter.
         """
         check_form(adapters)
-        check_inputs(self.fn, [base], args, kwargs)
-        arguments, _, plan = self._resolved(base, args, kwargs)
+        with called_with(self.fn, [base], args, kwargs):
+            arguments, _, plan = self._resolved(base, args, kwargs)
         check_adapters(adapters, plan)
         check_finished(adapters)
         merged = [_merged(w, plan.get(i), adapters) for i, w in enumerate(arguments.params)]

@@ -1,5 +1,7 @@
 """What is handed to training in the place of something else is refused by its name, with what to give; what has no effect, too."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -155,6 +157,16 @@ def test_what_is_near_it_passes():
     with_schedule(qjax.lsq(), act=qjax.dynamic(qjax.int8()), activations=10)
     assert TUNED.attach(jax.jit(lambda a: a)(ADAPTERS), RESULT.params, X)["a"].adapter is not None
     jax.jit(lambda a: TUNED.merge(a, RESULT.params, X))(LOST)  # what is traced is not looked into
+
+
+def test_a_function_may_take_less_than_what_it_wraps():
+    @functools.wraps(fn)
+    def wrapped(p):
+        return fn(p, X)
+
+    fq = qjax.fake_quant(wrapped, POLICY)
+    quant = fq.init(KEY, PARAMS)
+    assert qjax.convert(fq, PARAMS, quant=quant).params["a"].shape == (8, 8)
 
 
 def test_whole_numbers_of_numpy_make_the_same_loftq():
