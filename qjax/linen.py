@@ -29,7 +29,7 @@ from qjax.training.arguments import called_with
 from qjax.training.state import NEEDS
 from qjax.training.state import advance as next_state
 from qjax.training.state import labels as state_labels
-from qjax.training.trainable import check_trainable
+from qjax.training.trainable import trainable_labels
 
 QUANT = "quant"  # the collection of the quantizers' state
 
@@ -255,11 +255,13 @@ def labels(variables: Any) -> dict[str, Any]:
       A tree like `variables`.
 
     Raises:
-      TypeError: a parameter is packed or of integers, which have no gradient; `variables` are none.
+      TypeError: a parameter is packed, or all are of integers, which have no gradient (a table of them is "fixed"); `variables` are none.
     """
     _check_variables(variables)
-    check_trainable(variables.get("params", {}), "variables")
-    marks = {name: jax.tree.map(lambda _, n=name: "weights" if n == "params" else "fixed", tree) for name, tree in variables.items()}
+    params = variables.get("params", {})
+    marks = {name: jax.tree.map(lambda _: "fixed", tree) for name, tree in variables.items()}
+    if "params" in variables:
+        marks["params"] = trainable_labels(params, "variables")
     return {**marks, QUANT: {"state": state_labels(variables[QUANT]["state"])}} if QUANT in variables else marks
 
 

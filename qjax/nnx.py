@@ -252,7 +252,7 @@ def advance(model: Any) -> None:
     if quant is None and any(training_of(rule).steps for rule in policy.rules if not rule.is_cache):
         raise ValueError(_MISSING)
     if quant is not None and "step" in quant:
-        nnx.update(model.quant, nnx.state(_variables(next_state(quant), labels(quant))))
+        _put(model.quant, next_state(quant))
 
 
 def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +288,7 @@ def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:
     fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy, folds=folds, missing=_MISSING)
     (out, changed), state = fq.tracked(params, rest, held, *args, quant=state, **kwargs)
     nnx.update(model, changed)
-    nnx.update(model.quant, nnx.state(_variables(state, labels(state))))
+    _put(model.quant, state)
     return out
 
 
@@ -358,6 +358,15 @@ def _variables(state: Any, marks: Any) -> Any:
     if isinstance(state, dict):
         return nnx.Dict({name: _variables(value, marks[name]) for name, value in state.items()})
     return (Learned if marks == "learned" else Quantizer)(state)
+
+
+def _put(variables: Any, state: Any) -> None:
+    """Sets the variables of `_variables` to the arrays of a state; what else they hold, such as a sharding, stays."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            _put(variables[name], value)
+        else:
+            variables[name][...] = value
 
 
 def _state(model: Any) -> Any:

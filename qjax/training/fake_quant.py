@@ -27,7 +27,7 @@ from qjax.training.integer_forward import check_any, forward_report, integer_wei
 from qjax.training.planned import Planned, planned
 from qjax.training.qat import training_of
 from qjax.training.rounding import followed, rounded_weight, rounding
-from qjax.training.state import MISSING, Quant, advance, begin, check, labels, ranges, shapes
+from qjax.training.state import MISSING, Quant, advance, begin, carried, check, labels, ranges, shapes
 
 Forward = Literal["float", "integer"]
 
@@ -279,6 +279,36 @@ class FakeQuant:
         computes with the copies in the state, and `qjax.convert` packs them.
         """
         return advance(quant)
+
+    def carried(self, quant: Quant, begun: Quant) -> Quant:
+        """Returns the state of this policy with what was learned under another: a schedule is extended, a rule for a new head comes in.
+
+        Scales are taken as they are: for other bits begin anew, or with `from_packed`.
+
+        Args:
+          quant: the state of another policy of the same parameters.
+          begun: what `init` gives for this one.
+
+        Returns:
+          `begun` with the learned numbers, ranges, step and seed of `quant`, where both have them in the same shape. What a schedule
+          freezes is held as it is now.
+
+        Raises:
+          TypeError: one of them is no state.
+          ValueError: they have nothing in common.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, qjax
+          >>> def of(freeze):
+          ...     train = qjax.qat(qjax.lsq(), schedule=qjax.schedule(freeze=freeze))
+          ...     return qjax.fake_quant(lambda p, x: x @ p["w"], qjax.Policy([qjax.Rule("*", weight=qjax.int4(), train=train)]))
+          >>> params, x, key = {"w": jnp.eye(4)}, jnp.eye(4), jax.random.key(0)
+          >>> quant = of(10).advance(of(10).init(key, params, x))
+          >>> longer = of(20).carried(quant, of(20).init(key, params, x))
+          >>> longer["step"].item(), of(20)(params, x, quant=longer).shape
+          (1.0, (4, 4))
+        """
+        return carried(quant, begun)
 
     def labels(self, quant: Quant) -> Any:
         """Returns "learned" or "fixed" for every array of the state, for `optax.multi_transform`."""

@@ -12,23 +12,27 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from qjax.core import ActSpec
 from qjax.core.specs import is_number
-from qjax.policy import RotatesInputs, Rule
-from qjax.training.planned import Planned
+from qjax.policy import Rule
+from qjax.program import Leaf
+from qjax.training.planned import Planned, rotation_by
 from qjax.training.qat import training_of
 
 
 def fingerprint(plan: Planned) -> str:
     """Eight hexadecimal digits, behind an x, of all that a state depends on.
 
-    Of each weight that is rounded: its path, its spec and that of its activations, how both train, its rotation, and whether a batch norm
-    is folded into it. Of rules for products and caches what they say, as written: which of those a program has depends on its
-    arguments (training takes no cache), and its policy is the same.
+    Of each parameter that a rule rounds: its path, its spec and that of its activations, how those train that it has, its rotation, and
+    whether a batch norm is folded into it. Of rules for products and caches what they say, as written. Nothing depends on which of
+    them a program reads: that changes with its arguments (a head that only training has, a cache that it has not), and the policy
+    is the same.
 
     The digits are those of SHA-256, of every field of every value: equal in every process, on every version of jax and Python but for
-    functions among the fields, whose bytecode counts.
+    functions among the fields, whose bytecode counts (what they call does not).
 
     Args:
       plan: what is rounded.
@@ -40,17 +44,25 @@ def fingerprint(plan: Planned) -> str:
       TypeError: a field holds something whose content cannot be told.
     """
     folded = {} if plan.folding is None else plan.folding.weights
-    weights = [(t.leaf.path, t.spec, t.act, t.train, t.rotation, i in folded) for i, t in plan.weights.items()]
     others = [_of_rule(rule) for rule in plan.policy.rules if rule.is_product or rule.is_cache]
+    rules = [rule for rule in plan.policy.rules if not (rule.is_product or rule.is_cache)]
+    named = ((leaf, next((rule for rule in rules if rule.matches(leaf.path)), None)) for leaf in plan.program.leaves)
+    weights = [_of_weight(leaf, rule, leaf.index in folded) for leaf, rule in named
+               if rule is not None and rule.weight is not None and jnp.issubdtype(leaf.dtype, jnp.floating)]  # fmt: skip
     document = json.dumps(described((sorted(weights, key=lambda each: each[0]), others)), separators=(",", ":"))
     return f"x{hashlib.sha256(document.encode()).hexdigest()[:8]}"
+
+
+def _of_weight(leaf: Leaf, rule: Rule, folded: bool) -> tuple[Any, ...]:
+    act, train = rule.activation if isinstance(rule.activation, ActSpec) else None, training_of(rule)
+    ranges = train.activation if act is not None and act.static else None
+    return leaf.path, rule.weight, act, (train.weight, ranges, train.gradient, train.schedule), rotation_by(rule), folded
 
 
 def _of_rule(rule: Rule) -> Any:
     if rule.is_cache:
         return rule.pattern, rule.cache
-    rotation = rule.method.rotation if isinstance(rule.method, RotatesInputs) else None
-    return rule.pattern, rule.operands, training_of(rule), rotation
+    return rule.pattern, rule.operands, training_of(rule), rotation_by(rule)
 
 
 def described(value: Any) -> Any:
@@ -74,6 +86,8 @@ def described(value: Any) -> Any:
         return ["none" if value is None else "flag", str(value)]
     if isinstance(value, str):
         return ["text", value]
+    if isinstance(value, bytes | complex | range | slice | types.EllipsisType):
+        return [type(value).__name__, repr(value)]
     if isinstance(value, enum.Enum):
         return [type(value).__qualname__, value.name]
     if is_number(value):
@@ -81,6 +95,8 @@ def described(value: Any) -> Any:
         return str(int(value)) if number.is_integer() else number.hex()
     if isinstance(value, np.dtype):
         return ["dtype", value.name]
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return ["key", described(jax.random.key_data(value))]
     if isinstance(value, np.ndarray | jax.Array):
         held = np.ascontiguousarray(value)
         return ["array", held.dtype.name, list(held.shape), hashlib.sha256(held.tobytes()).hexdigest()]
@@ -101,7 +117,8 @@ def _described_object(value: Any) -> Any:
     if isinstance(value, types.MethodType):
         return ["method", value.__name__, described(value.__self__)]
     if isinstance(value, types.FunctionType):
-        inside = [cell.cell_contents for cell in value.__closure__ or ()]
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        inside = ["itself" if each is value else each for each in held]
         return ["function", value.__module__, value.__qualname__, _code(value.__code__),
                 described((value.__defaults__, value.__kwdefaults__, inside))]  # fmt: skip
     if dataclasses.is_dataclass(value):
@@ -117,5 +134,5 @@ def _described_object(value: Any) -> Any:
 
 def _code(code: types.CodeType) -> list[Any]:
     """What a function does: without its file and line."""
-    constants = [_code(each) if isinstance(each, types.CodeType) else repr(each) for each in code.co_consts]
+    constants = [_code(each) if isinstance(each, types.CodeType) else described(each) for each in code.co_consts]
     return [code.co_code.hex(), constants, list(code.co_names)]

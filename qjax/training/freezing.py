@@ -46,7 +46,7 @@ def held(plan: Planned, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy(learned: Mapping[str, Any], freeze: int | None) -> dict[str, Any]:
-    found = {} if freeze is None else {name: value for name, value in learned.items() if name in LEARNED}
+    found = {} if freeze is None else {name: _own(value) for name, value in learned.items() if name in LEARNED}
     return found | {FROM: jnp.float32(freeze)} if found else {}
 
 
@@ -80,8 +80,13 @@ def recorded(quant: dict[str, Any], kinds: Collection[str] = _KINDS) -> dict[str
 
 def _recorded(current: Mapping[str, Any], copies: Mapping[str, Any]) -> dict[str, Any]:
     if _is_entry(copies):
-        return {name: current.get(name, value) for name, value in copies.items()}
+        return {name: _own(current[name]) if name in current else value for name, value in copies.items()}
     return {key: _recorded(current[key], each) for key, each in copies.items()}
+
+
+def _own(value: Any) -> Any:
+    """An array of its own: a state is donated, and jax takes no buffer twice."""
+    return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.copy(value)
 
 
 def _is_entry(copies: Mapping[str, Any]) -> bool:

@@ -35,7 +35,8 @@ def rounded_gradient(y: jax.Array, key: jax.Array, act: ActSpec, axes: tuple[int
 
     Integers: floor(g / s + u) s with u uniform in 0 .. 1, s = max |g| / q_max.
     Floats: the number below g / s or the one above it, times s, as `random_float` has it; s = max |g| / the largest number.
-    s is a float32 number whatever `scale_rule` and `scale_dtype` of the spec say: nothing is clipped.
+    s is a float32 number whatever `scale_rule` and `scale_dtype` of the spec say: nothing is clipped. Where `y` has 16 bits it is the
+    power of two above, so that codes times s are numbers of that dtype and no further rounding moves the mean.
 
     Args:
       y: the result of a product, floating, any shape.
@@ -103,14 +104,25 @@ def _backward(act: ActSpec, axes: tuple[int, ...], key: jax.Array, g: jax.Array)
     wide, draw = g.astype(jnp.float32), jax.random.uniform(key, g.shape)
     if isinstance(act.spec, FloatSpec):
         exact = dataclasses.replace(act.spec, scale_dtype="float32", exponent_rule="floor")
-        scale = float_scale(jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0.0), exact)
+        scale = _held(float_scale(jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0.0), exact), g.dtype)
         return (random_float(divide(wide, scale), draw, exact) * scale).astype(g.dtype), None
     spec: Any = dataclasses.replace(act.spec, scale_rule="full", scale_dtype="float32")
     moved = jnp.moveaxis(wide, axes, range(-len(axes), 0))
     scale, _ = affine_params(moved.reshape(*moved.shape[: g.ndim - len(axes)], -1), spec)
-    scale = scale.reshape([1 if i in axes else n for i, n in enumerate(g.shape)])
+    scale = _held(scale.reshape([1 if i in axes else n for i, n in enumerate(g.shape)]), g.dtype)
     codes = jnp.floor(divide(wide, scale) + draw)
     return affine_decode(jnp.clip(codes, spec.qmin, spec.qmax), scale, None).astype(g.dtype), None
+
+
+def _held(scale: jax.Array, dtype: Any) -> jax.Array:
+    """The scale, or where gradients have 16 bits the power of two above it: what codes times it are then is a number of their dtype.
+
+    Else the last rounding, to nearest, would move the mean.
+    """
+    if dtype == jnp.float32:
+        return scale
+    exponent = floor_log2(scale)
+    return power_of_two(exponent + (scale > power_of_two(exponent)))
 
 
 rounded_gradient.defvjp(_forward, _backward)

@@ -258,8 +258,9 @@ def _at(x: jax.Array, learned: Learned, spec: Any, moment: Moment, count: int, p
     """`learned_round` with the grid of this step: with more bits than the spec's, the range stays and steps are finer."""
     now = at_bits(spec, moment)
     scale, offset = learned["scale"], learned.get("offset")
-    if moment.bits is not None:
-        scale = scale * (spec.qmax - spec.qmin) / (now.qmax - now.qmin)
+    if moment.bits is not None:  # at the bits of the spec it is the scale itself: s 15 / 15 need not be s
+        finer = scale * (spec.qmax - spec.qmin) / (now.qmax - now.qmin)
+        scale = jnp.where(moment.bits == spec.bits, scale, finer)
     factor = 1 / math.sqrt(count * spec.qmax)
     return learned_round(x, place(scale), None if offset is None else place(offset), factor, now)
 

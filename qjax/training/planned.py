@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qjax.calibration import why_no_rows, why_not_observed
 from qjax.core import ActSpec, OnlineRotation, Spec
 from qjax.graph import BatchNormFolds
-from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs
+from qjax.policy import CacheChoice, Choice, Policy, ProductChoice, RotatesInputs, Rule
 from qjax.program import Key, Leaf, Program, Site
 from qjax.ptq.groups import check_groups
 from qjax.ptq.method import Problem, methods_of
@@ -149,8 +149,12 @@ def _check_site(site: Site, trained: Trained) -> None:
 
 def rotation_of(choice: Choice) -> OnlineRotation | None:
     """By what the packed weight's products will rotate their input."""
-    method = None if choice.rule is None or choice.spec is None else choice.rule.method
-    return next((each.rotation for each in methods_of(method) if isinstance(each, RotatesInputs)), None)
+    return None if choice.rule is None or choice.spec is None else rotation_by(choice.rule)
+
+
+def rotation_by(rule: Rule) -> OnlineRotation | None:
+    """The on-line rotation of a rule's method."""
+    return next((each.rotation for each in methods_of(rule.method) if isinstance(each, RotatesInputs)), None)
 
 
 def _notes(choice: Choice) -> tuple[str, ...]:

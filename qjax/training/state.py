@@ -132,9 +132,11 @@ def _difference(given: Quant, want: Quant, other: Sequence[str]) -> str:
     theirs = given.get("policy")
     if isinstance(theirs, Mapping) and theirs.keys() != want.get("policy", {}).keys():
         how = named if entries else "what it rounds, to what, or how that trains is not what `init` was given"
-        return (f"`quant` is of another policy: {how}. A policy cannot change between steps: call init again; what was learned is in "
-                "quant['weights'] and quant['activations'] by path, to be put into the state that init gives for the new policy (or begin "
-                "with fq.from_packed)")  # fmt: skip
+        return (f"`quant` is of another policy: {how}. A policy cannot change between steps: call init again; to go on with what was "
+                "learned, quant = fq.carried(quant, fq.init(...)), or begin with fq.from_packed")  # fmt: skip
+    if isinstance(theirs, Mapping) and entries:
+        return (f"`quant` is of this policy and of another program: {named}. Call the function with arguments under which it reads the "
+                "same parameters as in `init`, or make a state for these: fq.carried(quant, fq.init(...))")  # fmt: skip
     return (f"`quant` must be what `init` gave for this policy and these parameters, {named}: a policy "
             "cannot change between steps; call init again")  # fmt: skip
 
@@ -173,6 +175,21 @@ def advance(quant: Quant) -> Quant:
     """
     check_form(quant)
     return {**recorded(standing(quant)), "step": quant["step"] + 1} if "step" in quant else dict(quant)
+
+
+def carried(quant: Quant, begun: Quant) -> Quant:
+    """`begun` with the numbers of `quant` where both have them in the same shape; see `FakeQuant.carried`."""
+    check_form(quant)
+    check_form(begun)
+    flat = {name: value for name, value in _by_name(standing(dict(quant))).items() if not name.startswith(("['policy']", "['held']"))}
+    paths, structure = jax.tree_util.tree_flatten_with_path(begun)
+    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    same = [name for name, (_, own) in zip(names, paths, strict=True) if name in flat and _shape(flat[name]) == _shape(own)]
+    if begun and not same:
+        raise ValueError("`quant` and `begun` have no number of the same name and shape in common: they are states of other parameters; "
+                         "begin with what init gives")  # fmt: skip
+    values = [flat[name] if name in set(same) else own for name, (_, own) in zip(names, paths, strict=True)]
+    return recorded(jax.tree.unflatten(structure, values))
 
 
 def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:

@@ -38,5 +38,34 @@ def check_trainable(tree: Any, argument: str = "params") -> None:
                             "optax.masked, or by optax.set_to_zero() in optax.multi_transform")  # fmt: skip
 
 
+def trainable_labels(tree: Any, argument: str = "params") -> Any:
+    """"weights" for every floating array, "fixed" for tables of integers, which stand beside them.
+
+    Args:
+      tree: of parameters.
+      argument: what an error calls it.
+
+    Returns:
+      A tree of the same structure.
+
+    Raises:
+      TypeError: a leaf is packed, or there are leaves and none of them is floating: nothing would train.
+
+    Example:
+      >>> trainable_labels({"w": jnp.zeros(4), "table": jnp.zeros(4, jnp.int32)})
+      {'table': 'fixed', 'w': 'weights'}
+    """
+
+    def label(leaf: Any) -> str:
+        return "weights" if jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), jnp.floating) else "fixed"
+
+    if any(map(_is_q, jax.tree.leaves(tree, is_leaf=_is_q))):
+        check_trainable(tree, argument)
+    labels = jax.tree.map(label, tree)
+    if "weights" not in jax.tree.leaves(labels):
+        check_trainable(tree, argument)
+    return labels
+
+
 def _is_q(x: Any) -> bool:
     return isinstance(x, QTensor)

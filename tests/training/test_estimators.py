@@ -153,6 +153,29 @@ def test_rounded_gradients_have_the_mean(rule):
     np.testing.assert_allclose(many.mean(0), G, atol=4 * 0.5 * step.max() / np.sqrt(4000))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
+@pytest.mark.parametrize("spec", [qjax.int8(), qjax.int4(), qjax.fp8_e4m3(), qjax.fp8_e5m2()], ids=str)
+def test_rounded_gradients_of_16_bits_have_the_mean(dtype, spec):
+    """A last rounding, to nearest, of codes times a scale would move it, by up to 60 standard errors."""
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), dtype)
+    back = lambda key: jax.vjp(lambda y: rounded_gradient(y, key, qjax.dynamic(spec), (1,)), g)[1](g)[0]  # noqa: E731
+    many = np.asarray(jax.jit(jax.vmap(back))(jax.random.split(jax.random.key(1), 10_000)), np.float64)
+    off, error = many.mean(0) - np.asarray(g, np.float64), many.std(0) / 100
+    assert (np.abs(off) <= 5 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("spec", [qjax.int2(), qjax.int4(), qjax.uint4(), qjax.int8()], ids=str)
+def test_learned_steps_under_a_schedule_of_bits_pack_what_they_compute(spec):
+    w, x = np.random.default_rng(0).normal(size=(33, 40)).astype(np.float32), jnp.ones((2, 33))
+    train = qjax.qat(qjax.lsq(), schedule=qjax.schedule(bits=((0, 8), (1, spec.bits)) if spec.bits < 8 else ((0, 4), (1, 8))))
+    fq = qjax.fake_quant(lambda p, x: x @ p["w"], qjax.Policy([qjax.Rule("*", weight=spec, train=train)]))
+    params = {"w": jnp.asarray(w)}
+    quant = fq.advance(fq.init(jax.random.key(0), params, x))
+    packed = qjax.convert(fq, params, x, quant=quant).params["w"].dequantize()
+    for leaves in (fq.leaves(params, x, quant=quant), jax.jit(lambda p: fq.leaves(p, x, quant=quant)(p))):
+        np.testing.assert_array_equal(leaves(params)["w"], packed)
+
+
 FLOATS = {
     "e5m2": (qjax.fp8_e5m2(), jnp.float8_e5m2),
     "e4m3": (qjax.fp8_e4m3(), jnp.float8_e4m3fn),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from tests.runtime.test_cache import CAPACITY, WIDTH, attend, rows
 STATIC, DYNAMIC = qjax.static(qjax.int8()), qjax.dynamic(qjax.int8())
 PARAMS = {"a": normal(8, 8) / 3, "b": normal(8, 4, seed=1) / 3}
 X = normal(5, 8, seed=2)
-OTHER = r"`quant` is of another policy: .* cannot change between steps: call init again; .*by path.*fq\.from_packed"
+OTHER = r"`quant` is of another policy: .* cannot change between steps: call init again; .*fq\.carried\(.*fq\.from_packed"
 
 
 def fn(p, x):
@@ -196,5 +197,50 @@ def test_the_digits_are_the_same_in_every_process():
         "print(*fq.init(jax.random.key(0), {'w': jnp.ones((8, 2))}, jnp.ones((3, 8)))['policy'])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "xd196e47d"
+    assert printed.strip() == "xefa72642"
 
+
+
+@pytest.mark.parametrize("how", [qjax.ste(rounding="stochastic"), qjax.qat(schedule=qjax.schedule(weights=5))], ids=["random", "schedule"])
+@pytest.mark.parametrize("act", [None, DYNAMIC], ids=["weights", "activations"])
+def test_programs_of_other_arguments_are_of_the_same_policy(how, act):
+    """A head that only training has; an embedding whose tied head evaluation leaves out."""
+
+    def model(p, ids, train):
+        x = p["embed"][ids]
+        y = x @ p["a"]
+        return (y @ p["embed"].T, y @ p["b"]) if train else y
+
+    params = PARAMS | {"embed": normal(8, 8, seed=3)}
+    fq = qjax.fake_quant(model, Policy([Rule("*", weight=qjax.int4(), activation=act, train=how)]), "float")
+    quant = fq.init(jax.random.key(0), params, jnp.arange(8), True)
+    assert fq(params, jnp.arange(8), False, quant=quant).shape == (8, 8)
+    learned = qjax.fake_quant(model, Policy([Rule("*", weight=qjax.int4(), train=qjax.lsq())]))
+    with pytest.raises(ValueError, match=r"of this policy and of another program: it differs in \['weights'\]\['b'\]"):
+        learned(params, jnp.arange(8), False, quant=learned.init(jax.random.key(0), params, jnp.arange(8), True))
+
+
+def test_what_a_rule_has_no_use_for_is_no_other_policy():
+    weight_only = [fake(Rule("*", weight=qjax.int4(), train=how)) for how in (qjax.lsq(), qjax.qat(qjax.lsq()))]
+    names = [fq.init(jax.random.key(0), PARAMS, X)["policy"].keys() for fq in weight_only]
+    assert names[0] == names[1]
+
+
+def test_constants_of_functions_are_the_same_in_every_process():
+    program = (
+        "import sys; from qjax.training.fingerprint import described\n"
+        "def f(x): return x in {'alpha', 'beta', 'gamma', 'delta'} or (1j, b'x', ...)\n"
+        "def g(x): return g(x - 1) if x else f(x)\n"
+        "print(described(f) if sys.version_info else 0, described(g))"
+    )
+    run = functools.partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = {run(env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("0", "1", "2")}
+    assert len(found) == 1 and "alpha" in found.pop()
+
+
+def test_keys_and_functions_that_call_themselves_have_a_content():
+    def again(x):
+        return again(x - 1) if x else 0
+
+    assert described(again) == described(again)
+    assert described(jax.random.key(3)) == described(jax.random.key(3)) != described(jax.random.key(4))

@@ -187,3 +187,61 @@ def test_a_freeze_of_nothing_is_refused(settings):
         Rule("*", **{"train": qjax.qat(schedule=PLAN), **settings})
     with pytest.raises(ValueError, match="has nothing to hold"):
         Rule("*scores:*", activation=qjax.dynamic(qjax.int8()), train=qjax.qat(qjax.lsq(), qjax.lsq(), schedule=PLAN))
+
+
+@pytest.mark.parametrize("how", ["function", "linen", "nnx"])
+def test_a_state_that_freezes_can_be_donated_step_after_step(how):
+    train = qjax.qat(qjax.lsq(), schedule=qjax.schedule(freeze=2))
+    policy = qjax.Policy([qjax.Rule("*kernel", weight=qjax.int4(), train=train)])
+    key, x = jax.random.key(0), jnp.ones((2, 6))
+    if how == "nnx":
+        model = qjax.nnx.begin(qjax.nnx.fake_quant(nnx.Linear(6, 3, rngs=nnx.Rngs(0)), policy), key, x)
+        graphdef, state = nnx.split(model)
+
+        def step(state):
+            model = nnx.merge(graphdef, state)
+            qjax.nnx.advance(model)
+            return nnx.split(model)[1]
+
+    elif how == "linen":
+        module = nn.Dense(3)
+        model, variables = qjax.linen.fake_quant(module, policy), module.init(key, x)
+        state, step = qjax.linen.begin(model, key, variables, x), qjax.linen.advance
+    else:
+        fq = qjax.fake_quant(lambda p, x: x @ p["kernel"], policy)
+        state, step = fq.init(key, {"kernel": jnp.ones((6, 3))}, x), fq.advance
+    for _ in range(3):
+        state = step(state)  # outside of jit, too, copies are arrays of their own
+        state = jax.jit(step, donate_argnums=0)(state)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+
+
+def test_nnx_variables_keep_what_else_they_hold():
+    train = qjax.qat(qjax.lsq(), schedule=qjax.schedule(freeze=2))
+    fq = qjax.nnx.fake_quant(nnx.Linear(6, 3, rngs=nnx.Rngs(0)), qjax.Policy([qjax.Rule("*kernel", weight=qjax.int4(), train=train)]))
+    fq = qjax.nnx.begin(fq, jax.random.key(0), jnp.ones((2, 6)))
+    fq.quant.weights.kernel.scale.set_metadata(out_sharding=("a",))
+    qjax.nnx.advance(fq)
+    assert fq.quant.step[...] == 1 and fq.quant.weights.kernel.scale.out_sharding == ("a",)
+
+
+def test_what_was_learned_goes_on_under_a_longer_schedule():
+    def of(freeze):
+        train = qjax.qat(qjax.lsq(), schedule=qjax.schedule(freeze=freeze))
+        return qjax.fake_quant(lambda p, x: x @ p["kernel"], qjax.Policy([qjax.Rule("*", weight=qjax.int4(), train=train)]))
+
+    params, x, key = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)}, jnp.eye(6), jax.random.key(0)
+    quant = of(10).init(key, params, x)
+    for _ in range(12):
+        moved = quant["weights"]["kernel"]["scale"] * 1.1
+        quant = of(10).advance({**quant, "weights": {"kernel": {"scale": moved}}})
+    with pytest.raises(ValueError, match=r"of another policy.*fq\.carried\(quant, fq\.init"):
+        of(20)(params, x, quant=quant)
+    longer = of(20).carried(quant, of(20).init(jax.random.key(1), params, x))
+    np.testing.assert_array_equal(longer["weights"]["kernel"]["scale"], quant["weights"]["kernel"]["scale"])
+    np.testing.assert_array_equal(of(20)(params, x, quant=longer), of(10)(params, x, quant=quant))
+    late = {**longer, "step": jnp.float32(30)}  # what is held is what was carried
+    packed = qjax.convert(of(20), params, x, quant=late).params["kernel"]
+    np.testing.assert_array_equal(packed.dequantize(), of(20)(params, x, quant=late))
+    with pytest.raises(ValueError, match="no number of the same name and shape"):
+        of(20).carried({"policy": {"x0": jnp.float32(0)}, "weights": {"other": {"scale": jnp.ones((3, 1))}}}, longer)

@@ -47,8 +47,14 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("name", GIVEN)
-@pytest.mark.parametrize("verb", VERBS)
+def test_labels_of_variables_leave_tables_of_integers_alone():
+    table = {"params": {**PARAMS, "a": jnp.ones(8, jnp.int32)}, "other": {"n": jnp.ones(())}}
+    assert qjax.linen.labels(table) == {"params": {**dict.fromkeys(PARAMS, "weights"), "a": "fixed"}, "other": {"n": "fixed"}}
+    with pytest.raises(TypeError, match="leaf 'a' is int8"):
+        qjax.linen.labels({"params": {"a": jnp.ones(8, jnp.int8)}})
+
+
+@pytest.mark.parametrize(("verb", "name"), [(v, n) for v in VERBS for n in GIVEN if (v, n) != ("labels of Linen", "one of integers")])
 def test_what_has_no_gradient_is_refused_by_its_path(verb, name):
     params, says = GIVEN[name]
     with pytest.raises(TypeError, match=f"leaf ({says})") as caught:
