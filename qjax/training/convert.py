@@ -51,8 +51,8 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     Raises:
       TypeError: `fq` is something else; numbers are traced; arguments of the function are missing.
       ValueError: the state is missing, of another policy, without ranges, or at a step before its schedule rounds everything; a weight
-        or the state holds NaN or infinity, or a learned scale is negative; a channel that a batch norm multiplies by nothing is packed
-        by a spec that has no zero.
+        or the state holds NaN or infinity, or a learned clipping level is negative; a channel that a batch norm multiplies by nothing
+        is packed by a spec that has no zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -108,10 +108,10 @@ def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:
 
 def _check_learned(name: str, kind: str, value: np.ndarray) -> None:
     """Training that ran away leaves numbers that no grid has."""
-    positive = kind in ("scale", "alpha")
-    wrong = ~np.isfinite(value) | (positive & (value < 0))
+    wrong = ~np.isfinite(value) | ((kind == "alpha") & (value < 0))
     if wrong.any():
-        raise ValueError(f"`quant`{name} holds {value[wrong].flat[0]:g}; a {kind} is a {'positive' if positive else 'finite'} number: "
+        raise ValueError(f"`quant`{name} holds {value[wrong].flat[0]:g} ({wrong.sum()} of {value.size}); a {kind} is a "
+                         f"{'positive' if kind == 'alpha' else 'finite'} number: "
                          'train with a lower rate for what `fq.labels` calls "learned", or begin again with `init`')  # fmt: skip
 
 

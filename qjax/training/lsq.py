@@ -37,8 +37,8 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 def grid_of(scale: jax.Array, offset: jax.Array | None, spec: Any) -> tuple[jax.Array, jax.Array | None]:
     """The scale and zero point that learned numbers stand for.
 
-    A scale is rounded to `spec.scale_dtype`, and at least float32's smallest normal number; `zero_point = round(-offset / scale)`, within
-    the codes, not rounded where it is floating.
+    A scale counts by its magnitude (an optimizer may step across 0 where scales are small: 8 bits), is rounded to `spec.scale_dtype`, and
+    is at least float32's smallest normal number; `zero_point = round(-offset / scale)`, within the codes, not rounded where it is floating.
 
     Args:
       scale: float32.
@@ -53,7 +53,7 @@ def grid_of(scale: jax.Array, offset: jax.Array | None, spec: Any) -> tuple[jax.
       >>> [v.tolist() for v in grid_of(jnp.float32([0.5]), jnp.float32([-1.2]), qjax.uint4())]
       [[0.5], [2]]
     """
-    scale = jnp.maximum(round_scale(scale, spec.scale_dtype), _SMALLEST)
+    scale = jnp.maximum(round_scale(jnp.abs(scale), spec.scale_dtype), _SMALLEST)
     if offset is None:
         return scale, None
     zero = divide(-offset, scale)
@@ -69,7 +69,7 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
     dx_q/dx = 1 where q_min < v < q_max, else 0
     dx_q/ds = factor * (round(x / s) - x / s where q_min < v < q_max, else q_min or q_max)
     dx_q/db = factor * (0 where q_min < v < q_max, else 1)
-    Without an offset z is 0.
+    Without an offset z is 0. A negative s counts as -s, and so does its gradient.
 
     Args:
       x: float32, any shape.
@@ -101,14 +101,14 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
 
     @run.defjvp
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        x, _, _, used, zero, (least, most) = primals
+        x, given, _, used, zero, (least, most) = primals
         t_x, t_scale, t_offset = tangents[:3]
         steps = divide(x, used)
         moved = steps if zero is None else steps + zero.astype(jnp.float32)
         inside, above = (moved > least) & (moved < most), moved >= most
         whole = jnp.round(moved) - moved if spec.float_zero and zero is not None else jnp.round(steps) - steps
         by_scale = jnp.where(inside, whole, jnp.where(above, most, least))
-        t = jnp.where(inside, t_x, 0.0) + factor * by_scale * t_scale
+        t = jnp.where(inside, t_x, 0.0) + factor * by_scale * jnp.where(given < 0, -t_scale, t_scale)
         if t_offset is not None:
             t = t + jnp.where(inside, 0.0, factor * t_offset)
         return run(*primals), t

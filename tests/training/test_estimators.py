@@ -215,3 +215,23 @@ def test_learned_steps_begin_where_they_are_told_and_zeros_stay(start, dtype):
     if start != "mean":
         packed = qjax.core.quantize(w, qjax.int4(), (-2,))
         assert start == "mse" or np.array_equal(fake, packed.dequantize())
+
+
+@pytest.mark.parametrize("spec", [qjax.int4(), qjax.int8(), qjax.uint4()], ids=str)
+def test_a_learned_scale_that_steps_across_zero_counts_by_its_magnitude(spec):
+    """An update of Adam is a fixed step, and scales of 8 bits are a few of them: the sign turns, and training goes on."""
+    w, x = np.random.default_rng(0).normal(size=(33, 6)).astype(np.float32), jnp.ones((2, 33))
+    rule = qjax.Rule("*", weight=spec, activation=qjax.static(qjax.int8()), train=qjax.lsq("extremes"))
+    fq = qjax.fake_quant(lambda p, x: x @ p["w"], qjax.Policy([rule]))
+    params = {"w": jnp.asarray(w)}
+    quant = fq.init(jax.random.key(0), params, x)
+    turned = jax.tree_util.tree_map_with_path(lambda path, a: -a if path[-1].key == "scale" else a, quant)
+    np.testing.assert_array_equal(fq(params, x, quant=turned), fq(params, x, quant=quant))
+    loss = lambda q: jnp.sum(fq(params, x, quant=q) ** 2)  # noqa: E731
+    one, other = jax.grad(loss)(quant), jax.grad(loss)(turned)
+    for kind in ("weights", "activations"):
+        np.testing.assert_array_equal(one[kind]["w"]["scale"], -other[kind]["w"]["scale"])
+        assert np.abs(one[kind]["w"]["scale"]).max() > 0
+    packed = [qjax.convert(fq, params, x, quant=q).params["w"] for q in (quant, turned)]
+    for a, b in zip(*map(jax.tree.leaves, packed), strict=True):
+        np.testing.assert_array_equal(a, b)
