@@ -394,3 +394,17 @@ def test_variables_and_keys_of_begin_are_named_where_they_are_none():
         qjax.linen.begin(model, jax.random.key(0), jax.random.key(1), jnp.ones((1, 2)))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random"):
         qjax.linen.begin(model, 0, {"params": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, jnp.ones((1, 2)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("module", [nn.Dense(3), nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nn.Dense], ids=["linen", "nnx", "class"])
+def test_a_module_in_place_of_a_function_is_told_where_to_go(module):
+    policy = qjax.Policy([qjax.Rule("*", weight=qjax.int8())])
+    x = jnp.ones((2, 4))
+    verbs = (
+        lambda: qjax.quantize(module, {"w": x}, policy, [x]), lambda: qjax.fake_quant(module, policy), lambda: qjax.quantized(module),
+        lambda: qjax.prepack(module)({"w": x}, x), lambda: qjax.qlora(module, qjax.Policy([qjax.Rule("*", train=qjax.lora(2))])),
+        lambda: qjax.trace(module, {"w": x}, x),
+    )  # fmt: skip
+    for verb in verbs:
+        with pytest.raises(TypeError, match=r"`fn` must be a function .* got the module (Dense|Linear): .* qjax\.linen or qjax\.nnx"):
+            verb()
