@@ -16,7 +16,7 @@ from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 from qjax.core import check_key
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds
-from qjax.policy import Policy, check_policy
+from qjax.policy import Policy, check_module, check_policy
 from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq import rewrite as rewrite_function
@@ -304,13 +304,7 @@ def _function(model: Any, verb: str, order: str) -> FakeQuant:
 
 
 def _check_model(model: Any, verb: str) -> None:
-    if not isinstance(model, nn.Module):
-        hint = f"for NNX use qjax.nnx.{verb}"
-        if isinstance(getattr(model, "__self__", None), nn.Module):
-            hint = "give the module itself, not a method of it"
-        elif isinstance(model, Policy):
-            hint = "the module stands in front of the policy"
-        raise TypeError(f"`model` must be a flax.linen.Module, got {type(model).__name__}; {hint}")
+    check_module(model, nn.Module, "flax.linen.Module", f"NNX use qjax.nnx.{verb}")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from flax import nnx
 from qjax.core import check_key
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds
-from qjax.policy import Policy, check_policy
+from qjax.policy import Policy, check_module, check_policy
 from qjax.ptq import Result, Rewritten, as_batches
 from qjax.ptq import quantize as quantize_function
 from qjax.ptq import rewrite as rewrite_function
@@ -398,10 +398,4 @@ def _forward(graphdef: Any, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check(model: Any, verb: str) -> None:
-    if not isinstance(model, nnx.Module):
-        hint = f"for Linen use qjax.linen.{verb}"
-        if isinstance(getattr(model, "__self__", None), nnx.Module):
-            hint = "give the module itself, not a method of it"
-        elif isinstance(model, Policy):
-            hint = "the module stands in front of the policy"
-        raise TypeError(f"`model` must be a flax.nnx.Module, got {type(model).__name__}; {hint}")
+    check_module(model, nnx.Module, "flax.nnx.Module", f"Linen use qjax.linen.{verb}")

@@ -14,7 +14,7 @@ from qjax.core import divide
 from qjax.graph.batch_norm import Chain, Places, chain_after, computed, holds_constants, leaves_of, moved, places, weight_channels
 from qjax.graph.labels import Label, nonzero
 from qjax.graph.solve import System, build
-from qjax.program import Program, is_module, split_arguments, trace
+from qjax.program import Program, check_function, split_arguments, trace
 
 # A channel with a smaller factor adds nothing to any sum of float32, and what is divided by it would leave float32.
 SMALLEST = 2.0**-80
@@ -243,10 +243,8 @@ def batch_norm_folds(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
 
 def _traced(fn: Any, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
     """The program, or what Flax says against it in the words of the arguments here."""
-    if is_module(fn):
-        name = fn.__name__ if isinstance(fn, type) else type(fn).__name__
-        raise TypeError(f"`fn` must be a function of (params, *args), got the module {name}: give model.apply of a Linen module with its "
-                        "variables, qjax.nnx.function(model) of an NNX one with nnx.state(model)")  # fmt: skip
+    check_function(fn, "give model.apply of a Linen module with its variables, qjax.nnx.function(model) of an NNX one with "
+                       "nnx.state(model)")  # fmt: skip
     if not jax.tree.leaves(params):
         raise ValueError(f"`params` holds no arrays, got {params!r}: give the function's parameters with the batch norms' statistics")
     # A function that applies a module may raise Flax's errors; where that was never imported there are none to catch.

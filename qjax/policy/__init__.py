@@ -4,6 +4,7 @@ from qjax.policy.resolve import CacheChoice as CacheChoice
 from qjax.policy.resolve import Choice as Choice
 from qjax.policy.resolve import Policy as Policy
 from qjax.policy.resolve import ProductChoice as ProductChoice
+from qjax.policy.resolve import check_module as check_module
 from qjax.policy.resolve import check_not_learned as check_not_learned
 from qjax.policy.resolve import check_policy as check_policy
 from qjax.policy.resolve import is_candidate as is_candidate

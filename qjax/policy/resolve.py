@@ -180,6 +180,28 @@ def check_policy(policy: Any) -> None:
         raise TypeError(f"`policy` must be a qjax.Policy, got {type(policy).__name__}: write qjax.Policy([qjax.Rule(...)])")
 
 
+def check_module(model: Any, kind: type, named: str, other: str) -> None:
+    """Refuses what stands in a module's place, in front of a policy: a module of the other kind, a method, the policy.
+
+    Args:
+      model: what was given.
+      kind: the class of modules that is meant.
+      named: what an error calls it.
+      other: what an error says of the other kind of modules.
+
+    Raises:
+      TypeError: naming the argument and what to write.
+    """
+    if isinstance(model, kind):
+        return
+    hint = f"for {other}"
+    if isinstance(getattr(model, "__self__", None), kind):
+        hint = "give the module itself, not a method of it"
+    elif isinstance(model, Policy):
+        hint = "the module stands in front of the policy"
+    raise TypeError(f"`model` must be a {named}, got {type(model).__name__}; {hint}")
+
+
 def check_not_learned(policy: Policy) -> None:
     """Refuses a policy with ranges that only training finds, where weights are rounded after training.
 

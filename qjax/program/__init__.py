@@ -19,6 +19,5 @@ from qjax.program.trace import Arguments as Arguments
 from qjax.program.trace import Program as Program
 from qjax.program.trace import ProgramCache as ProgramCache
 from qjax.program.trace import check_function as check_function
-from qjax.program.trace import is_module as is_module
 from qjax.program.trace import split_arguments as split_arguments
 from qjax.program.trace import trace as trace

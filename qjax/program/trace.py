@@ -179,19 +179,22 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     return compat.abstract(jax.typeof(x))
 
 
-def is_module(fn: Any) -> bool:
+def _is_module(fn: Any) -> bool:
     """Whether it is a module of Flax, Linen or NNX, or a class of them: such can be called, but not with parameters."""
     kind = fn if isinstance(fn, type) else type(fn)
     return any(base.__name__ == "Module" and base.__module__.partition(".")[0] == "flax" for base in kind.__mro__)
 
 
 
-def check_function(fn: Any) -> None:
-    """Refuses what cannot be called with parameters."""
-    if is_module(fn):
+_OF_MODULES = ("use the verb of the same name in qjax.linen or qjax.nnx, or give model.apply of a Linen module, qjax.nnx.function(model) "
+               "of an NNX one")  # fmt: skip
+
+
+def check_function(fn: Any, of_modules: str = _OF_MODULES) -> None:
+    """Refuses what cannot be called with parameters; `of_modules` is what to do with a module instead."""
+    if _is_module(fn):
         name = fn.__name__ if isinstance(fn, type) else type(fn).__name__
-        raise TypeError(f"`fn` must be a function of (params, *args), got the module {name}: use the verb of the same name in qjax.linen "
-                        "or qjax.nnx, or give model.apply of a Linen module, qjax.nnx.function(model) of an NNX one")  # fmt: skip
+        raise TypeError(f"`fn` must be a function of (params, *args), got the module {name}: {of_modules}")
     if not callable(fn):
         raise TypeError(f"`fn` must be a function of (params, *args), got {type(fn).__name__}: for a module see qjax.linen and qjax.nnx")
 

@@ -61,8 +61,8 @@ def kernel_product(
     choice = _choose(site, request, runtime, weight)
     if choice.kernel is None:
         return None
-    key = None if shared is None or runtime.force is not None else _alike(site, eqn, weight)
-    if key is None or shared is None:
+    key = _alike(site, eqn, weight)
+    if shared is None or key is None or runtime.force is not None:  # errors of a forced kernel name the site
         return _differentiable(site, eqn, request, runtime, weight, plain)(x, weight, *others)
     if key not in shared:
         shared[key] = jax.jit(_differentiable(site, eqn, request, runtime, weight, plain)), weight.pending

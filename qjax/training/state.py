@@ -181,15 +181,13 @@ def carried(quant: Quant, begun: Quant) -> Quant:
     """`begun` with the numbers of `quant` where both have them in the same shape; see `FakeQuant.carried`."""
     check_form(quant)
     check_form(begun)
-    flat = {name: value for name, value in _by_name(standing(dict(quant))).items() if not name.startswith(("['policy']", "['held']"))}
-    paths, structure = jax.tree_util.tree_flatten_with_path(begun)
-    names = [jax.tree_util.keystr(path) for path, _ in paths]
-    same = [name for name, (_, own) in zip(names, paths, strict=True) if name in flat and _shape(flat[name]) == _shape(own)]
+    theirs = _by_name({name: value for name, value in standing(dict(quant)).items() if name not in ("policy", "held")})
+    own = _by_name(begun)
+    same = {name: theirs[name] for name, value in own.items() if name in theirs and _shape(theirs[name]) == _shape(value)}
     if begun and not same:
         raise ValueError("`quant` and `begun` have no number of the same name and shape in common: they are states of other parameters; "
                          "begin with what init gives")  # fmt: skip
-    values = [flat[name] if name in set(same) else own for name, (_, own) in zip(names, paths, strict=True)]
-    return recorded(jax.tree.unflatten(structure, values))
+    return recorded(jax.tree.unflatten(jax.tree.structure(begun), [*(own | same).values()]))
 
 
 def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:

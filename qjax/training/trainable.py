@@ -30,8 +30,8 @@ def check_trainable(tree: Any, argument: str = "params") -> None:
       TypeError: `params` leaf 'codes' is uint8, which has no gradient and no learning rate: train ...
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_q)[0]:
-        what = "packed" if _is_q(leaf) else str(getattr(leaf, "dtype", None) or jnp.result_type(leaf))
-        if _is_q(leaf) or not jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), jnp.floating):
+        if _is_q(leaf) or not _is_floating(leaf):
+            what = "packed" if _is_q(leaf) else str(_dtype(leaf))
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(f"`{argument}` leaf {name!r} is {what}, which has no gradient and no learning rate: train float parameters, or "
                             "the adapters of qjax.qlora(fn, policy) and not their base; what must stay in the tree is left out by "
@@ -55,16 +55,18 @@ def trainable_labels(tree: Any, argument: str = "params") -> Any:
       >>> trainable_labels({"w": jnp.zeros(4), "table": jnp.zeros(4, jnp.int32)})
       {'table': 'fixed', 'w': 'weights'}
     """
-
-    def label(leaf: Any) -> str:
-        return "weights" if jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), jnp.floating) else "fixed"
-
-    if any(map(_is_q, jax.tree.leaves(tree, is_leaf=_is_q))):
-        check_trainable(tree, argument)
-    labels = jax.tree.map(label, tree)
-    if "weights" not in jax.tree.leaves(labels):
+    labels = jax.tree.map(lambda leaf: "weights" if _is_floating(leaf) else "fixed", tree)
+    if "weights" not in jax.tree.leaves(labels) or any(map(_is_q, jax.tree.leaves(tree, is_leaf=_is_q))):
         check_trainable(tree, argument)
     return labels
+
+
+def _dtype(leaf: Any) -> Any:
+    return getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return jnp.issubdtype(_dtype(leaf), jnp.floating)
 
 
 def _is_q(x: Any) -> bool:

@@ -209,7 +209,6 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
 
     Returns:
       Tiles that fit into shared memory.
-
     """
     block_m = max(8, math.ceil(m / 8) * 8)
     packed = bits == 4
