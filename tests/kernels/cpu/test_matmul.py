@@ -211,6 +211,23 @@ def test_experts():
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", SETS or ["none"])
+def test_many_columns_are_cut_into_pieces_of_several_lengths(name):
+    """Pieces get shorter towards the end, and each column is in one of them: the bits are those of columns by themselves."""
+    n, k = 16 * 197 + 5, 64
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(-8, 8, (2, n, k)), rng.random((2, n, 2), np.float32)
+    packed = cpu.prepack(codes, scales, bits=4, group_size=32)
+    small = [cpu.prepack(codes[:, i : i + 512], scales[:, i : i + 512], bits=4, group_size=32) for i in range(0, n, 512)]
+    for m in (1, 6, 40):
+        x = rows(m, 2 * m, k).reshape(2, m, k)
+        for rounding in (None, cpu.Rounding()):
+            y = cpu.matmul(x, packed, rounding=rounding, instruction_set=name)
+            apart = [cpu.matmul(x, w, rounding=rounding, instruction_set=name) for w in small]
+            np.testing.assert_array_equal(y, jnp.concatenate(apart, -1))
+
+
+@needs_kernels
 def test_jit_vmap_scan():
     packed, _ = make(5, 4, 37, 100, 32, None)
     x = rows(5, 12, 100).reshape(3, 4, 100)

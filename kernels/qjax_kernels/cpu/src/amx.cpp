@@ -282,7 +282,10 @@ void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i tab
   const uint8_t* codes = w.codes + block * block_bytes;
   alignas(64) float sums[2][kAbreast * 256];
   const auto add = [&](int64_t g, bool whole, const float* from) {
-    for (int b = 0; b < NB; ++b) add_group<INTEGER>(w, r, block + b, g, whole, 0, rows, parts, from + 256 * b, acc + b * rows * kLanes);
+    for (int b = 0; b < NB; ++b) {
+      if (whole) ask_scales(w, ((block + NB + b) * w.groups + g) * kLanes);
+      add_group<INTEGER>(w, r, block + b, g, whole, 0, rows, parts, from + 256 * b, acc + b * rows * kLanes);
+    }
   };
   if constexpr (!kDirect)
     for (int64_t t = 0; t < kAhead && t < count; ++t)

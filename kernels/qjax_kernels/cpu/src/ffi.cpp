@@ -194,7 +194,8 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer given,
     int64_t b0, b1, r0, r1;
   };
   std::vector<Task> preparations, tasks;
-  const int64_t tile = isa->row_tile;
+  const int64_t tile = isa->row_tile, all_blocks = w.blocks * int64_t(list.size());
+  int64_t left = all_blocks;
   for (size_t p = 0; p < list.size(); ++p) {
     Rows& r = list[p].r;
     r.data = at, at += aligned(isa->bytes(w, r));
@@ -203,12 +204,15 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer given,
     r.scales = reinterpret_cast<float*>(at), at += aligned(4 * r.count);
     const int64_t rows_each = r.count <= 4 ? r.count : tile > 4 ? tile : 4;
     for (int64_t m = 0; m < r.count; m += rows_each) preparations.push_back({int32_t(p), 0, 0, m, std::min(r.count, m + rows_each)});
-    // Enough tasks that a thread which comes late leaves no one waiting, and enough work in each.
+    // Where rows are few, pieces are long at first and get shorter: long ones stream, short ones at the end leave no thread waiting for
+    // another, nor for one that woke late. Where they are many, each piece has enough work to decode codes for, and there are enough of them.
     const int64_t chunk = r.count <= 16 ? r.count : std::min<int64_t>(r.count, 128);
-    int64_t blocks = std::min<int64_t>(16, w.blocks * int64_t(list.size()) / (8 * threads));
-    blocks = std::max<int64_t>(4, blocks / 4 * 4);
-    for (int64_t b = 0; b < w.blocks; b += blocks)
-      for (int64_t m = 0; m < r.count; m += chunk) tasks.push_back({int32_t(p), b, std::min(w.blocks, b + blocks), m, std::min(r.count, m + chunk)});
+    const int64_t even = std::min<int64_t>(16, all_blocks / (8 * threads));
+    for (int64_t b = 0, blocks; b < w.blocks; b += blocks, left -= blocks) {
+      blocks = r.count <= 16 ? std::min<int64_t>(64, left / (4 * threads)) : even;
+      blocks = std::min(std::max<int64_t>(4, blocks / 4 * 4), w.blocks - b);
+      for (int64_t m = 0; m < r.count; m += chunk) tasks.push_back({int32_t(p), b, b + blocks, m, std::min(r.count, m + chunk)});
+    }
   }
   parallel_for(pool, threads, int64_t(preparations.size()), [&](int64_t i) {
     const Task& t = preparations[i];
