@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import FrozenDict
 from flax.core.scope import subtract_filters
 from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 
@@ -145,7 +146,7 @@ class FakeQuantModule(nn.Module):
         held = {name: tree for name, tree in self.variables.items() if name != QUANT}
         rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
         changes = subtract_filters(scope.mutable, ["params", QUANT])
-        fq = FakeQuant(_forward(self.module, changes), self.policy, folds=self.folds, missing=_MISSING)
+        fq = FakeQuant(_forward(self.module, changes), self.policy, folds=self.folds, missing=_MISSING, unknown=_UNKNOWN)
         state = self.variables.get(QUANT, {}).get("state")
         if state is not None and self.is_mutable_collection(QUANT):
             (out, changed), state = fq.stepped(held, rngs, *args, quant=state, **kwargs)
@@ -229,23 +230,27 @@ def begin(model: FakeQuantModule, key: jax.Array, variables: Any, *args: Any, **
     return {**held, QUANT: {"state": state}} if state else held
 
 
-def advance(variables: Any) -> dict[str, Any]:
+def advance(variables: Any) -> Any:
     """Returns the variables of the next step: schedules go on, random rounding draws anew. Call it once after each update.
 
     Args:
-      variables: with a collection "quant", or without.
+      variables: all of them, or the collection "quant" alone, {"quant": ...}.
 
     Returns:
-      Variables.
+      Variables, in the same kind of mapping.
 
     Raises:
       TypeError: `variables` are none.
+      ValueError: they have no collection "quant", and so no step: it would stand still without a word.
     """
     _check_variables(variables)
-    return {**variables, QUANT: {"state": next_state(variables[QUANT]["state"])}} if QUANT in variables else dict(variables)
+    if QUANT not in variables:
+        raise ValueError(f"`variables` have no collection {QUANT!r} whose step goes on, got {', '.join(map(repr, variables))}: give all "
+                         "that qjax.linen.begin gave; a policy without a state needs no advance")  # fmt: skip
+    return _in_kind(variables, {**variables, QUANT: {"state": next_state(variables[QUANT]["state"])}})
 
 
-def labels(variables: Any) -> dict[str, Any]:
+def labels(variables: Any) -> Any:
     """Returns "weights", "learned" or "fixed" for every variable, for `optax.multi_transform`: parameters, learned ranges, the rest.
 
     Args:
@@ -262,7 +267,8 @@ def labels(variables: Any) -> dict[str, Any]:
     marks = {name: jax.tree.map(lambda _: "fixed", tree) for name, tree in variables.items()}
     if "params" in variables:
         marks["params"] = trainable_labels(params, "variables")
-    return {**marks, QUANT: {"state": state_labels(variables[QUANT]["state"])}} if QUANT in variables else marks
+    state = {QUANT: {"state": state_labels(variables[QUANT]["state"])}} if QUANT in variables else {}
+    return _in_kind(variables, {**marks, **state})
 
 
 def convert(model: FakeQuantModule, variables: Any, *args: Any, **kwargs: Any) -> Result:
@@ -290,6 +296,13 @@ def convert(model: FakeQuantModule, variables: Any, *args: Any, **kwargs: Any) -
 _WANTED = "a dictionary with 'params', as `model.init` gives"
 _MISSING = f"`variables` have no state of quantizers: {NEEDS}; write variables = qjax.linen.begin(model, key, variables, *args)"
 
+_UNKNOWN = "give qjax.linen.begin arrays and not shapes"
+
+
+def _in_kind(variables: Any, new: dict[str, Any]) -> Any:
+    """New variables in the kind of mapping that the old ones are in, so that a loop keeps its structure."""
+    return FrozenDict(new) if isinstance(variables, FrozenDict) else new
+
 
 def _function(model: Any, verb: str, order: str) -> FakeQuant:
     if not isinstance(model, FakeQuantModule):
@@ -300,7 +313,7 @@ def _function(model: Any, verb: str, order: str) -> FakeQuant:
     def fn(variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(variables, rngs, *args, **kwargs)[0]
 
-    return FakeQuant(fn, model.policy, folds=model.folds, missing=_MISSING)
+    return FakeQuant(fn, model.policy, folds=model.folds, missing=_MISSING, unknown=_UNKNOWN)
 
 
 def _check_model(model: Any, verb: str) -> None:

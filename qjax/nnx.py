@@ -285,7 +285,7 @@ def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:
     if state is None:
         raise ValueError("`model` has no state of quantizers whose ranges could move: take the module that qjax.nnx.begin returns")
     graphdef, params, held, rest = nnx.split(model, _first(folds), Quantizer, ...)
-    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy, folds=folds, missing=_MISSING)
+    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy, folds=folds, missing=_MISSING, unknown=_UNKNOWN)
     (out, changed), state = fq.tracked(params, rest, held, *args, quant=state, **kwargs)
     nnx.update(model, changed)
     _put(model.quant, state)
@@ -318,6 +318,7 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
 
 _HOW, _QUANT = "_fake_quantized_as", "quant"
 _MISSING = f"`model` has no state of quantizers: {NEEDS}; write model = qjax.nnx.begin(model, key, *args)"
+_UNKNOWN = "give qjax.nnx.begin arrays and not shapes"
 
 
 def _first(folds: BatchNormFolds | None) -> Any:
@@ -350,7 +351,7 @@ def _function(model: Any) -> tuple[FakeQuant, Any, Any]:
     def forward(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(base, methods[0])(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)
 
-    return FakeQuant(forward, policy, folds=folds, missing=_MISSING), params, rest
+    return FakeQuant(forward, policy, folds=folds, missing=_MISSING, unknown=_UNKNOWN), params, rest
 
 
 def _variables(state: Any, marks: Any) -> Any:
@@ -378,7 +379,7 @@ def _state(model: Any) -> Any:
 def _fake_quantized(method: Callable[..., Any], policy: Policy, folds: BatchNormFolds | None) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         graphdef, params, held, rest = nnx.split(self, _first(folds), Quantizer, ...)
-        fq = FakeQuant(_forward(graphdef, method), policy, folds=folds, missing=_MISSING)
+        fq = FakeQuant(_forward(graphdef, method), policy, folds=folds, missing=_MISSING, unknown=_UNKNOWN)
         out, changed = fq(params, rest, held, *args, quant=_state(self), **kwargs)
         nnx.update(self, changed)
         return out

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core import Adapter, QTensor, Spec, adapter_matrix
+from qjax.core import ActSpec, Adapter, QTensor, Spec, adapter_matrix
 from qjax.core.layout import canonicalize, uncanonicalize
 from qjax.policy import Choice, Policy
 from qjax.program import Leaf, Program
@@ -235,29 +235,39 @@ def check_finished(adapters: Adapters) -> None:
             check_trained(x, f"`adapters` {path!r} {name!r}")
 
 
-def check_base(flat: Sequence[Any], plan: Mapping[int, Adapted], policy: Policy, program: Program) -> None:
-    """Refuses a base that is not packed as the policy says.
+def check_base(flat: Sequence[Any], policy: Policy, program: Program) -> None:
+    """Refuses a base that is not packed as the policy says, where it has adapters and where it has none. Looks at no number.
 
     Raises:
       ValueError: naming the parameter.
     """
-    specs = {choice.leaf.index: choice.spec for choice in policy.resolve(program)}
-    for index, one in plan.items():
-        spec, w = specs[index], flat[index]
-        if spec is None:
-            continue
-        if not isinstance(w, QTensor):
-            raise ValueError(f"`base` leaf {one.leaf.path!r} is float, and its rule says {spec}: give the parameters of "
+    for choice in policy.resolve(program):
+        w, spec, path = flat[choice.leaf.index], choice.spec, choice.leaf.path
+        if spec is not None and not isinstance(w, QTensor):
+            raise ValueError(f"`base` leaf {path!r} is float, and its rule says {spec}: give the parameters of "
                              "qjax.quantize(fn, params, policy, ...), or leave `weight` out of the rule")  # fmt: skip
+        if not isinstance(w, QTensor):
+            continue
+        if spec is None:
+            raise ValueError(f"`base` leaf {path!r} is packed to {w.spec}, and the policy leaves it float: {_SAME}")
         if _grid(w.spec) != _grid(spec):
-            raise ValueError(f"`base` leaf {one.leaf.path!r} is packed to {w.spec}, and its rule says {spec}: give the policy that the "
-                             "base was quantized by, or the parameters of qjax.quantize(fn, params, policy, ...)")  # fmt: skip
+            raise ValueError(f"`base` leaf {path!r} is packed to {w.spec}, and its rule says {spec}: {_SAME}")
+        if _kind(w.act) != _kind(choice.activation):
+            raise ValueError(f"`base` leaf {path!r} is packed for activations {w.act}, and its rule says {choice.activation}: {_SAME}")
+
+
+_SAME = "give the policy that the base was quantized by, or the parameters of qjax.quantize(fn, params, policy, ...)"
 
 
 def _grid(spec: Spec) -> tuple[type, dict[str, Any]]:
     """A spec without what `qjax.prepack` may change of it: how scales are stored."""
     stored = ("scale_dtype", "double_quant", "exponent_rule")
     return type(spec), {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name not in stored}
+
+
+def _kind(act: ActSpec | None) -> Any:
+    """What of activations a packed weight keeps in any case: how their range is found is over."""
+    return None if act is None else (act.spec, act.static, act.per_token)
 
 
 def _is_q(x: Any) -> bool:

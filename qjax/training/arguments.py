@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from qjax.program import Arguments
+from qjax.program.trace import is_array
 
-_ENTRIES = frozenset({"weights", "activations", "products", "step", "seed", "held", "policy"})
+_ENTRIES = frozenset({"weights", "activations", "products", "step", "seed", "held", "policy", "uncalibrated"})
 _STATE = "`quant` must be a state as fq.init gives it, of a policy without one {}, got"
 RAN_AWAY = "training ran away: go back to a step before that, and go on with a lower rate or optax.clip_by_global_norm"
 
@@ -50,11 +52,57 @@ def _is_state(tree: Mapping[Any, Any]) -> bool:
     return bool(tree) and tree.keys() <= _ENTRIES
 
 
+def as_dicts(tree: Any) -> Any:
+    """A state, or variables, as plain dictionaries, in whatever mappings they came, such as `flax.core.FrozenDict`.
+
+    Example:
+      >>> import types
+      >>> as_dicts({"a": types.MappingProxyType({"b": 1})})
+      {'a': {'b': 1}}
+    """
+    return {name: as_dicts(value) for name, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def in_form_of(given: Any, tree: Any) -> Any:
+    """A tree of plain dictionaries in the mappings of `given`, which has the same entries: what goes round a loop keeps its structure."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(given)
+    return jax.tree.unflatten(structure, [functools.reduce(lambda inside, key: inside[key.key], path, tree) for path, _ in paths])
+
+
+def check_places(fn: Any, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses a state that stands among the arguments of the function, and one that is given where none is read.
+
+    Args:
+      fn: the function.
+      params: what stands in the place of the parameters.
+      args: the arguments behind them.
+      kwargs: those by name.
+
+    Raises:
+      TypeError: saying where the state stands, and how to give it.
+    """
+    if "quant" in kwargs:
+        raise TypeError("`quant` is not read here: what is rounded, and how, the policy says, whatever the state holds; leave `quant` out")
+    where = next((i for i, each in enumerate((params, *args)) if _is_whole_state(each)), None)
+    if where is not None:
+        place = "in the place of `params`" if where == 0 else f"as argument {where} behind `params`"
+        raise TypeError(f"`quant` stands {place}, where the arguments of {_name(fn)} are: give the state by its name, behind them: "
+                        "(params, *args, quant=quant)")  # fmt: skip
+
+
+def _is_whole_state(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and _is_state(tree) and isinstance(tree.get("policy"), Mapping)
+
+
+def _name(fn: Any) -> str:
+    return f"`{getattr(fn, '__name__', type(fn).__name__)}`"
+
+
 @contextlib.contextmanager
 def called_with(fn: Any, first: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Says what is missing or too much, where a call inside fails and a function cannot be called with its arguments.
+    """Says what is missing or too much, where a call inside fails and a function cannot be called with its arguments; or what is swapped.
 
-    Only then, for a function may take other arguments than those that its signature says it wraps.
+    Only then, for a function may take other arguments than those that its signature says it wraps, and its parameters be an array.
 
     Args:
       fn: the function, or a method of a class.
@@ -63,7 +111,7 @@ def called_with(fn: Any, first: Sequence[Any], args: Sequence[Any], kwargs: Mapp
       kwargs: those by name.
 
     Raises:
-      TypeError: naming what is missing or too much.
+      TypeError: naming what is missing, too much or swapped.
 
     Example:
       >>> fn = lambda params, x: x
@@ -74,12 +122,24 @@ def called_with(fn: Any, first: Sequence[Any], args: Sequence[Any], kwargs: Mapp
     """
     try:
         yield
-    except TypeError as error:
-        reason = _why_not_called(fn, (*first, *args), kwargs)
-        if not reason:
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = _why_not_called(fn, (*first, *args), kwargs) if isinstance(error, TypeError) else ""
+        if reason:
+            raise TypeError(f"`args` are not those of the function: {reason}; give them as in a call of it (shapes are enough to trace "
+                            "it)") from error  # fmt: skip
+        swapped = _swapped(first[0], args) if first else ""
+        if not swapped:
             raise
-        raise TypeError(f"`args` are not those of the function: {reason}; give them as in a call of it (shapes are enough to trace "
-                        "it)") from error  # fmt: skip
+        raise TypeError(swapped) from error
+
+
+def _swapped(params: Any, args: Sequence[Any]) -> str:
+    """Says that an array stands in the place of the parameters, and a tree of arrays behind it; "" if it is not so."""
+    tree = next((each for each in args if isinstance(each, Mapping) and any(map(is_array, jax.tree.leaves(each)))), None)
+    if tree is None or not is_array(params):
+        return ""
+    return (f"`params` is an array of shape {tuple(params.shape)}, with which the function fails, and behind it stands a tree of "
+            f"{', '.join(map(repr, list(tree)[:3]))}: the parameters come first, then the arguments, (params, *args)")  # fmt: skip
 
 
 def _why_not_called(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

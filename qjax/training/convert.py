@@ -19,11 +19,12 @@ from qjax.program import split_arguments
 from qjax.ptq.products import product_row
 from qjax.ptq.quantize import Result, cache_notes, describe
 from qjax.runtime.rotation import rotate_axes
-from qjax.training.arguments import called_with, check_trained
+from qjax.training.arguments import check_trained
 from qjax.training.fake_quant import FakeQuant
 from qjax.training.freezing import standing
 from qjax.training.planned import Planned, Trained
 from qjax.training.qat import training_of
+from qjax.training.qlora import QLoRA
 from qjax.training.side_state import whole_ranges
 from qjax.training.state import Quant, check
 
@@ -67,13 +68,12 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
       (4, 2)
     """
     if not isinstance(fq, FakeQuant):
-        raise TypeError(f"`fq` must be what qjax.fake_quant gave, got {type(fq).__name__}")
+        raise TypeError(f"`fq` must be what qjax.fake_quant gave, got {type(fq).__name__}{_elsewhere(fq)}")
     started = time.perf_counter()
     arguments = split_arguments(params, args, kwargs)
-    with called_with(fq.fn, [params], args, kwargs):
-        plan = fq.plan(params, *args, **kwargs)
-    check(quant, plan, missing=fq.missing)
-    state = standing(quant or {})  # what an update did to frozen numbers does not count, as in the function
+    plan = fq.plan(params, *args, **kwargs)
+    # What an update did to frozen numbers does not count, as in the function.
+    state = standing(check(quant, plan, missing=fq.missing, unknown=fq.unknown))
     _check_numbers(plan, arguments.params, state)
     flat, notes = _folded(plan, arguments.params)
     done = {i: (_packed(flat[i], trained, state), (*trained.notes, *notes.get(i, ()))) for i, trained in plan.weights.items()}
@@ -87,6 +87,16 @@ def convert(fq: FakeQuant, params: Any, *args: Any, quant: Quant | None = None, 
     report = dataclasses.replace(report, rows=(*rows, *more), notes=(*report.notes, *cache_notes(fq.policy)))
     packed = [done[i][0] if i in done else w for i, w in enumerate(flat)]
     return Result(arguments.rebuild(packed, arguments.inputs)[0], report, fq.policy, sites=products)
+
+
+def _elsewhere(model: Any) -> str:
+    """What packs that which trains in another way; "" for anything else."""
+    if isinstance(model, QLoRA):
+        return ": adapters are ended by its .attach, .merge or .requantize"
+    origins = {base.__module__.rpartition(".")[0] for base in type(model).__mro__ if base.__name__ == "Module"}
+    verbs = {"flax.linen": "a Linen module is packed by qjax.linen.convert(model, variables, *args)",
+             "flax.nnx": "an NNX module is packed by qjax.nnx.convert(model, *args)"}  # fmt: skip
+    return next((f": {what}" for origin, what in verbs.items() if origin in origins), "")
 
 
 def _check_numbers(plan: Planned, params: Any, quant: Quant) -> None:

@@ -19,7 +19,7 @@ from qjax.policy import Policy, check_policy
 from qjax.program import Key, ProgramCache, check_function, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.report import Report
-from qjax.training.arguments import called_with, check_form, check_rows
+from qjax.training.arguments import called_with, check_form, check_places, check_rows, in_form_of
 from qjax.training.estimator import TracksRanges
 from qjax.training.freezing import recorded, standing
 from qjax.training.from_packed import adopted
@@ -27,7 +27,7 @@ from qjax.training.integer_forward import check_any, forward_report, integer_wei
 from qjax.training.planned import Planned, planned
 from qjax.training.qat import training_of
 from qjax.training.rounding import followed, rounded_weight, rounding
-from qjax.training.state import MISSING, Quant, advance, begin, carried, check, labels, ranges, shapes
+from qjax.training.state import MISSING, UNKNOWN, Quant, advance, begin, carried, check, labels, ranges, shapes, uncalibrated
 
 Forward = Literal["float", "integer"]
 
@@ -42,6 +42,7 @@ class FakeQuant:
       forward: on what forward products are computed; None: on what is faster.
       folds: the batch norms that are folded in every step; None: none.
       missing: what a call without a state that it needs is told.
+      unknown: what a call with a state without ranges is told.
     """
 
     fn: Callable[..., Any]
@@ -49,6 +50,7 @@ class FakeQuant:
     forward: Forward | None = None
     folds: BatchNormFolds | None = None
     missing: str = MISSING
+    unknown: str = UNKNOWN
 
     @functools.cached_property
     def programs(self) -> ProgramCache:
@@ -60,20 +62,23 @@ class FakeQuant:
 
     def plan(self, params: Any, *args: Any, **kwargs: Any) -> Planned:
         """What is rounded in the program of these arguments."""
-        return planned(self.programs(split_arguments(params, args, kwargs)), self.policy, self.folds)
+        check_places(self.fn, params, args, kwargs)
+        with called_with(self.fn, [params], args, kwargs):
+            program = self.programs(split_arguments(params, args, kwargs))
+        return planned(program, self.policy, self.folds)
 
     def __call__(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Any:
         plan = self.plan(params, *args, **kwargs)
-        check(quant, plan, missing=self.missing)
-        return self._computed(plan, quant or {}, False, params, args, kwargs)[0]
+        state = check(quant, plan, missing=self.missing, unknown=self.unknown)
+        return self._computed(plan, state, False, params, args, kwargs)[0]
 
-    def tracked(self, params: Any, *args: Any, quant: Quant, **kwargs: Any) -> tuple[Any, Quant]:
+    def tracked(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> tuple[Any, Quant]:
         """Computes as the function does, with ranges that follow the data (`qjax.moving_range`).
 
         Args:
           params: the float parameters.
           *args: arguments of the function.
-          quant: the state; its ranges may be unknown yet, as `init` gives them for shapes.
+          quant: the state; ranges that follow may be unknown yet, as `init` gives them for shapes.
           **kwargs: keyword arguments of the function.
 
         Returns:
@@ -81,22 +86,24 @@ class FakeQuant:
           (`jax.value_and_grad(..., has_aux=True)`), and apply the updates of what is learned to it.
 
         Raises:
-          ValueError: no rule has ranges that follow; the state is of another policy; `forward` is "integer", whose codes are rounded with
-            the range that a site has before it is run.
+          ValueError: no rule has ranges that follow; the state is missing or of another policy; `forward` is "integer", whose codes are
+            rounded with the range that a site has before it is run.
         """
         plan = self.plan(params, *args, **kwargs)
         if not _follows(plan):
             raise ValueError("`policy` has no ranges that follow the data: give a rule train=qjax.moving_range(), or call the function "
                              "itself")  # fmt: skip
-        check(quant, plan, calibrated=False)
-        return self._computed(plan, quant, True, params, args, kwargs)
+        state = check(quant, plan, known="still", missing=self.missing, unknown=self.unknown)
+        out, state = self._computed(plan, state, True, params, args, kwargs)
+        return out, in_form_of(quant, state)
 
     def stepped(self, params: Any, *args: Any, quant: Quant | None, **kwargs: Any) -> tuple[Any, Quant]:
         """As `tracked`, and as the function itself where no range follows the data: what modules call."""
         plan = self.plan(params, *args, **kwargs)
         follows = quant is not None and _follows(plan)
-        check(quant, plan, calibrated=not follows, missing=self.missing)
-        return self._computed(plan, quant or {}, follows, params, args, kwargs)
+        state = check(quant, plan, known="still" if follows else "all", missing=self.missing, unknown=self.unknown)
+        out, state = self._computed(plan, state, follows, params, args, kwargs)
+        return out, in_form_of(quant, state) if quant is not None else state
 
     def report(self, params: Any, *args: Any, **kwargs: Any) -> Report:
         """Says on what the forward product of each weight runs in training, integers or floats, and why; computes nothing.
@@ -170,7 +177,8 @@ class FakeQuant:
           key: a random key, for the seed.
           params: the float parameters.
           *args: arguments of the function. The ranges of static activations begin with these data; of shapes
-            (`jax.ShapeDtypeStruct`) they stay unknown until `calibrate`.
+            (`jax.ShapeDtypeStruct`) they stay unknown until `calibrate`, and the state says so by an entry "uncalibrated": nothing is
+            computed with it before.
           **kwargs: keyword arguments of the function.
 
         Returns:
@@ -184,13 +192,15 @@ class FakeQuant:
 
     def _begun(self, key: jax.Array, params: Any, learned: Quant, args: Any, kwargs: Any) -> Quant:
         check_key("key", key)
-        with called_with(self.fn, [params], args, kwargs):
-            plan = self.plan(params, *args, **kwargs)
+        plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
+        if shapes(plan) and any(isinstance(w, jax.ShapeDtypeStruct) for w in arguments.params):
+            raise TypeError("`params` holds shapes, and a state begins with numbers: give the parameters; for the shapes of a state write "
+                            "jax.eval_shape(fq.init, key, params, *args)")  # fmt: skip
         state = begin(plan, key, _folded(plan, arguments.params), learned)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in arguments.inputs):
-            return state
+            return uncalibrated(plan, state)
         return self._calibrated(state, plan, params, [(plan.program, arguments.inputs)])
 
     def from_packed(self, key: jax.Array, packed: Any, *args: Any, params: Any, **kwargs: Any) -> tuple[Any, Quant]:
@@ -232,8 +242,7 @@ class FakeQuant:
         structures = [jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, QTensor)) for tree in (packed, params)]
         if structures[0] != structures[1]:
             raise ValueError("`packed` is another tree than `params`: give result.params of qjax.quantize for these parameters")
-        with called_with(self.fn, [params], args, kwargs):
-            plan = self.plan(params, *args, **kwargs)
+        plan = self.plan(params, *args, **kwargs)
         arguments, given = split_arguments(params, args, kwargs), split_arguments(packed, (), {})
         _check_float(plan, arguments.params)
         if not any(isinstance(leaf, QTensor) for leaf in given.params):
@@ -258,14 +267,15 @@ class FakeQuant:
           ValueError: no data, other sites, NaN or infinity.
         """
         check_form(quant)
+        check_places(self.fn, params, (), {})
         arguments = [split_arguments(params, batch, {}) for batch in as_batches(batches, "batches")]
         check_rows(arguments)
         streams = [(self.programs(a), a.inputs) for a in arguments]
         check_numbers(streams, "the range of static activations")
         check_same_sites(streams)
         plan = planned(streams[0][0], self.policy, self.folds)
-        check(quant, plan, calibrated=False)
-        return self._calibrated(quant, plan, params, streams)
+        state = self._calibrated(check(quant, plan, known="none"), plan, params, streams)  # without the mark that data were missing
+        return in_form_of(quant, state) if quant.keys() == state.keys() else state
 
     def _calibrated(self, quant: Quant, plan: Planned, params: Any, streams: Any) -> Quant:
         weights = split_arguments(_weights(plan, params, standing(quant)), (), {}).params
@@ -317,8 +327,8 @@ class FakeQuant:
     def leaves(self, params: Any, *args: Any, quant: Quant | None = None, **kwargs: Any) -> Callable[[Any], Any]:
         """Finds the sites, and returns the function that fake-quantizes a tree of parameters."""
         plan = self.plan(params, *args, **kwargs)
-        check(quant, plan, missing=self.missing)
-        return lambda params: _weights(plan, params, standing(quant or {}))
+        state = check(quant, plan, missing=self.missing, unknown=self.unknown)
+        return lambda params: _weights(plan, params, standing(state))
 
 
 def _follows(plan: Planned) -> bool:

@@ -60,6 +60,7 @@ class QAT:
             reasons.insert(0, self.weight.refusal_of_schedule(self.schedule))
         reasons += [self._nothing_to_freeze(weight, activations), self._frozen_before(weight, activations)]
         reasons += [] if activations else [self._nothing_sets_in()]
+        reasons += [self._nothing_static(activations)]
         for reason in filter(None, reasons):
             raise ValueError(f"`train`: {reason}")
         moves = self.schedule.activations or self.schedule.activation_bits
@@ -84,6 +85,14 @@ class QAT:
         said = [f"`{name}`={getattr(self.schedule, name)}" for name in ("activations", "activation_bits") if getattr(self.schedule, name)]
         return "" if not said else (f"{' and '.join(said)} of the schedule changes nothing, for the rule has no `activation`: give it one, "
                                     "such as qjax.static(qjax.int8()), or leave that out of its schedule")  # fmt: skip
+
+    def _nothing_static(self, activations: tuple[ActSpec, ...]) -> str:
+        """Why an estimator of activations would do nothing; "" if it does, or is what stands there where none is given."""
+        if self.activation == StraightThrough() or any(act.static for act in activations):
+            return ""
+        which = ", ".join(map(str, activations)) or "None"
+        return (f"`activation` {self.activation!r} is for static activations, and the `activation` of the rule is {which}: give the rule "
+                "one, such as qjax.static(qjax.int8()), or leave the estimator out of its qjax.qat(...)")  # fmt: skip
 
     def _nothing_to_freeze(self, weight: Spec | None, activations: tuple[ActSpec, ...]) -> str:
         """Why a freeze would change nothing; "" if it does, or there is none."""

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from qjax.calibration.batches import as_batches
 from qjax.calibration.observe import scan_lengths
 from qjax.core import QProduct, QTensor, check_key
+from qjax.core.rounding import range_params
 from qjax.core.specs import check_choice
-from qjax.policy import Policy, check_policy
+from qjax.policy import Choice, Policy, check_policy
 from qjax.program import Arguments, Interpreter, Program, ProgramCache, check_function, split_arguments
 from qjax.ptq import Result, quantize
 from qjax.ptq.low_rank import AdapterDtype
@@ -25,7 +26,7 @@ from qjax.runtime.quantized import checked_products, named_products
 from qjax.training.adapted import Adapted, Adapters, adapted, check_adapters, check_base, check_finished, check_form
 from qjax.training.adapted_site import adapted_rule, with_parts
 from qjax.training.arguments import called_with
-from qjax.training.side_state import keys_for
+from qjax.training.side_state import keys_for, whole_ranges
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ class QLoRA:
         """Returns what `qjax.quantize` makes of parameters of these shapes, as shapes: for `jax.eval_shape` and `jit(...).lower`."""
         arguments = split_arguments(params, args, kwargs)
         choices = self.policy.resolve(self.programs(arguments))
-        packed = [w if c.spec is None else shapes_of(c) for c, w in zip(choices, arguments.params, strict=True)]
+        packed = [w if c.spec is None else _shapes(c) for c, w in zip(choices, arguments.params, strict=True)]
         return arguments.rebuild(packed, arguments.inputs)[0]
 
     def attach(self, adapters: Adapters, base: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
@@ -188,13 +189,26 @@ class QLoRA:
         arguments = split_arguments(base, args, kwargs)
         program = self.programs(arguments)
         plan = adapted(program, self.policy)
-        check_base(arguments.params, plan, self.policy, program)
+        check_base(arguments.params, self.policy, program)
         return arguments, program, plan
 
 
 def _check_tree(base: Any) -> None:
     if isinstance(base, Result):
         raise TypeError("`base` is a Result, which is no tree of arrays: pass its parameters, result.params")
+
+
+def _shapes(choice: Choice) -> QTensor:
+    """What a parameter is packed to, with what its activations become, as shapes."""
+    q, act, leaf = shapes_of(choice), choice.activation, choice.leaf
+    if act is None:
+        return q
+    q = dataclasses.replace(q, act=dataclasses.replace(act, observer=None))
+    if not act.static:
+        return q
+    of_site: Any = jax.ShapeDtypeStruct((1,) * (q.scale.ndim), jnp.float32)
+    scale, zero_point = jax.eval_shape(lambda end: [whole_ranges(a, leaf) for a in range_params(end, end, act.spec)], of_site)
+    return dataclasses.replace(q, act_scale=scale, act_zero_point=zero_point)
 
 
 def _float_name(dtype: Any) -> str:

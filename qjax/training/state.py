@@ -1,7 +1,8 @@
 """The state of quantizers: learned numbers, ranges, the step and a seed, as one tree of float32 arrays.
 
     {"weights": {path: {name: array}}, "activations": {path: {name: array}}, "products": {name: {"left": .., "right": ..}},
-     "step": float32, "seed": float32 (2,), "held": {kind: {path: {name: array, "from": float32}}}, "policy": {fingerprint: float32}}
+     "step": float32, "seed": float32 (2,), "held": {kind: {path: {name: array, "from": float32}}}, "policy": {fingerprint: float32},
+     "uncalibrated": float32}
 
 Entries without anything in them are left out. All is float32, so that `jax.grad` takes the whole tree: what does not train has the
 gradient 0. The seed is two whole numbers below 2^24, which float32 holds, as it holds steps. "held" has the copies of what a schedule
@@ -9,13 +10,16 @@ freezes, see `freezing`.
 
 The name of the one entry of "policy" is the `fingerprint` of what is rounded and how it trains; its number is 0. So the structure of a
 state says whose it is: it is known while tracing, and goes where the numbers go. A state without numbers has none: {}.
+
+So does "uncalibrated", which only a state has whose ranges no data has set yet: nothing computes with it, under `jit` neither, where NaN
+cannot be seen. Ranges that follow the data begin with those of the first batch, and need none.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +31,8 @@ from qjax.calibration.observe import scan_lengths
 from qjax.core import ActSpec
 from qjax.policy import ProductChoice
 from qjax.program import Key, Program, Site
-from qjax.training.arguments import check_form
-from qjax.training.estimator import LEARNED, Learned, Moment
+from qjax.training.arguments import as_dicts, check_form, in_form_of
+from qjax.training.estimator import LEARNED, Learned, Moment, TracksRanges
 from qjax.training.fingerprint import fingerprint
 from qjax.training.freezing import held, recorded, standing
 from qjax.training.planned import Planned, Trained
@@ -37,10 +41,14 @@ from qjax.training.side_state import of_leaf, range_shape
 from qjax.training.trainable import check_trainable
 
 Quant = dict[str, Any]
+Known = Literal["all", "still", "none"]
 LEAST = ("lo", "offset")  # of these the smallest covers all
+UNCALIBRATED = "uncalibrated"
 _SIDES = ("left", "right")
+_RANGES = ("activations", "products")
 NEEDS = "this policy has static or learned ranges, a schedule or random rounding"
 MISSING = f"`quant` is missing: {NEEDS}; pass quant=fq.init(key, params, *args)"
+UNKNOWN = "give `init` arrays and not shapes, or call quant = fq.calibrate(quant, params, batches)"
 
 
 def begin(plan: Planned, key: jax.Array, params: Sequence[Any], known: Mapping[str, Learned] | None = None) -> Quant:
@@ -60,6 +68,23 @@ def begin(plan: Planned, key: jax.Array, params: Sequence[Any], known: Mapping[s
         state["held"] = held(plan, state)
     state = {name: value for name, value in state.items() if not isinstance(value, dict) or value}
     return state | ({"policy": {fingerprint(plan): jnp.float32(0)}} if state else {})
+
+
+def uncalibrated(plan: Planned, state: Quant) -> Quant:
+    """A state of `begin` with the mark that it has ranges to be set by data, if it has.
+
+    What is traced gets none: of it only the structure may be wanted, `jax.eval_shape` of a state to restore one that has its ranges.
+    """
+    wait = [state[kind][name] for kind, name in _waiting(plan, state)]
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(wait))
+    return state | {UNCALIBRATED: jnp.float32(0)} if wait and not traced else state
+
+
+def _waiting(plan: Planned, state: Quant) -> list[tuple[str, str]]:
+    """The kinds and names of the ranges that data must set before training; those that follow the data begin in it."""
+    trains = {t.leaf.path: t.train for t in plan.weights.values()} | {c.product.name: training_of(c.rule) for c in plan.products}
+    named = [(kind, name) for kind in _RANGES for name in state.get(kind, {})]
+    return [(kind, name) for kind, name in named if not isinstance(trains[name].activation, TracksRanges)]
 
 
 def shapes(plan: Planned) -> Quant:
@@ -89,23 +114,28 @@ def _like(train: QAT, act: ActSpec, shape: tuple[int, ...]) -> Any:
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in one}
 
 
-def check(quant: Any, plan: Planned, calibrated: bool = True, missing: str = MISSING) -> None:
-    """Refuses a state of another policy or program, and, where they must be `calibrated`, ranges that no data has set.
+def check(quant: Any, plan: Planned, known: Known = "all", missing: str = MISSING, unknown: str = UNKNOWN) -> Quant:
+    """Refuses a state of another policy or program, and ranges that no data has set where they must be `known`.
 
     Args:
       quant: the state, or None.
       plan: what is rounded.
-      calibrated: whether ranges must be known.
+      known: which ranges must be: "all", "still" all but those that follow the data, or "none".
       missing: what is said where there is none and one is needed.
+      unknown: what is to be done where there are no ranges.
+
+    Returns:
+      The state as plain dictionaries, without a mark of missing ranges; {} of None.
 
     Raises:
       TypeError, ValueError: naming `quant`, what differs, and the remedy.
     """
     if quant is not None:
         check_form(quant)
-    want, given = shapes(plan), quant or {}
+    want, given = shapes(plan), as_dicts(quant or {})
     if want and quant is None:
         raise ValueError(missing)
+    marked = given.pop(UNCALIBRATED, None) is not None
     flat, wanted = _by_name(given), _by_name(want)
     other = sorted(name for name in flat.keys() | wanted.keys() if _shape(flat.get(name)) != _shape(wanted.get(name)))
     if other or jax.tree.structure(given) != jax.tree.structure(want):
@@ -113,8 +143,11 @@ def check(quant: Any, plan: Planned, calibrated: bool = True, missing: str = MIS
     for name, leaf in flat.items():
         if leaf.dtype != jnp.float32:
             raise TypeError(f"`quant`{name} must be float32, got {leaf.dtype}: keep the state in the dtype that `init` gives")
-    if calibrated:
-        check_calibrated(given)
+    if known != "none" and marked:
+        raise ValueError(_without_range(*_waiting(plan, given)[0], unknown))
+    if known == "all":
+        _check_ranges(given, unknown)
+    return given
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -141,15 +174,16 @@ def _difference(given: Quant, want: Quant, other: Sequence[str]) -> str:
             "cannot change between steps; call init again")  # fmt: skip
 
 
-def check_calibrated(quant: Quant) -> None:
+def _check_ranges(quant: Quant, unknown: str) -> None:
     """Refuses ranges that no data has set. Looks at concrete arrays only."""
-    for kind in ("activations", "products"):
+    for kind in _RANGES:
         for path, leaf in jax.tree_util.tree_leaves_with_path(quant.get(kind, {})):
             if not isinstance(leaf, Tracer) and bool(np.isnan(np.asarray(leaf)).any()):
-                raise ValueError(
-                    f"`quant` has no range of the {kind} {path[0].key!r} yet: give `init` arrays and not shapes, or call "  # pyright: ignore[reportAttributeAccessIssue]
-                    "quant = fq.calibrate(quant, params, batches)"
-                )
+                raise ValueError(_without_range(kind, path[0].key, unknown))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _without_range(kind: str, name: str, unknown: str) -> str:
+    return f"`quant` has no range of the {kind} {name!r} yet: {unknown}"
 
 
 def labels(quant: Quant) -> Any:
@@ -174,20 +208,26 @@ def advance(quant: Quant) -> Quant:
       TypeError: `quant` is no state.
     """
     check_form(quant)
-    return {**recorded(standing(quant)), "step": quant["step"] + 1} if "step" in quant else dict(quant)
+    state = as_dicts(quant)
+    return in_form_of(quant, {**recorded(standing(state)), "step": state["step"] + 1} if "step" in state else state)
 
 
 def carried(quant: Quant, begun: Quant) -> Quant:
     """`begun` with the numbers of `quant` where both have them in the same shape; see `FakeQuant.carried`."""
     check_form(quant)
     check_form(begun)
-    theirs = _by_name({name: value for name, value in standing(dict(quant)).items() if name not in ("policy", "held")})
+    quant, begun = as_dicts(quant), as_dicts(begun)
+    left = ("policy", "held", *((UNCALIBRATED, *_RANGES) if UNCALIBRATED in quant else ()))
+    theirs = _by_name({name: value for name, value in standing(quant).items() if name not in left})
     own = _by_name(begun)
     same = {name: theirs[name] for name, value in own.items() if name in theirs and _shape(theirs[name]) == _shape(value)}
     if begun and not same:
         raise ValueError("`quant` and `begun` have no number of the same name and shape in common: they are states of other parameters; "
                          "begin with what init gives")  # fmt: skip
-    return recorded(jax.tree.unflatten(jax.tree.structure(begun), [*(own | same).values()]))
+    new = recorded(jax.tree.unflatten(jax.tree.structure(begun), [*(own | same).values()]))
+    ranges = _by_name({kind: new[kind] for kind in _RANGES if kind in new})
+    known = ranges.keys() <= same.keys()
+    return {name: value for name, value in new.items() if name != UNCALIBRATED or not known}
 
 
 def moment_of(train: QAT, quant: Quant, number: int, activation: bool = False) -> Moment:

@@ -250,6 +250,50 @@ def test_a_base_laid_out_for_kernels_is_still_that_of_its_policy():
     np.testing.assert_allclose(tuned(adapters, other, X), tuned(adapters, base, X), rtol=1e-6)
 
 
+A8 = qjax.dynamic(qjax.int8())
+BASES = {  # the rules of the base, those of the function, what is said
+    "float, and packed": ([Rule("w", weight=NF4)], [Rule("w", weight=NF4, train=qjax.lora(2)), Rule("*", weight=NF4)],
+                          "leaf 'v' is float, and its rule says nf4"),
+    "packed, and float": ([LORA], [Rule("w", weight=NF4, train=qjax.lora(2))], "leaf 'v' is packed to nf4.*, and the policy leaves it"),
+    "packed below adapters": ([LORA], [Rule("*", train=qjax.lora(2))], "leaf 'v' is packed to nf4.*, and the policy leaves it float"),
+    "bits without adapters": ([LORA], [Rule("w", weight=NF4, train=qjax.lora(2)), Rule("*", weight=qjax.int8())],
+                              "leaf 'v' is packed to nf4.*, and its rule says int8"),
+    "activations": ([Rule("*", weight=qjax.int8())], [Rule("*", weight=qjax.int8(), activation=A8, train=qjax.lora(2))],
+                    "leaf 'v' is packed for activations None, and its rule says dynamic"),
+    "static ones": ([Rule("*", weight=qjax.int8(), activation=A8)],
+                    [Rule("*", weight=qjax.int8(), activation=qjax.static(qjax.int8()), train=qjax.lora(2))],
+                    "leaf 'v' is packed for activations dynamic.*, and its rule says static"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_of_another_policy_is_refused_while_it_is_traced(name):
+    theirs, ours, says = BASES[name]
+    base = qjax.quantize(linear, WEIGHTS, Policy(theirs), calibration=[X]).params
+    tuned, own, adapters = begun(linear, WEIGHTS, (X,), ours)
+    for call in (lambda: jax.jit(tuned)(adapters, base, X), lambda: tuned.init(jax.random.key(0), base, X),
+                 lambda: tuned.merge(adapters, base, X), lambda: tuned.attach(adapters, base, X)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`base` {says}"):
+            call()
+    assert jax.jit(tuned)(adapters, own, X).shape == (5, 6)
+
+
+@pytest.mark.parametrize("rule", [
+    Rule("*", weight=qjax.int8(), activation=A8, method=qjax.llm_int8(), train=qjax.lora(2)),
+    Rule("*", weight=qjax.int4(group_size=8), activation=qjax.static(qjax.uint8(), observer=qjax.percentile(99.0)), train=qjax.lora(2)),
+    Rule("*", weight=qjax.int8(), activation=qjax.static(qjax.int8()), train=qjax.lora(2)),
+], ids=["outliers", "an observer", "static"])  # fmt: skip
+def test_a_base_of_the_policy_passes_packed_and_as_shapes(rule):
+    case = BY_NAME["scan_remat"]
+    for fn, params, x in ((linear, WEIGHTS, X), (case.fn, case.params, *case.inputs)):
+        tuned, base, adapters = begun(fn, params, (x,), [rule])
+        got, want = jax.eval_shape(lambda: params), jax.eval_shape(lambda base=base: base)  # noqa: B023  # called at once
+        got = tuned.base_shapes(got, x)
+        if rule.method is None:
+            assert jax.tree.structure(got) == jax.tree.structure(want) and jax.tree.leaves(got) == jax.tree.leaves(want)
+        assert jax.eval_shape(tuned, adapters, got, x) == jax.eval_shape(tuned, adapters, base, x)
+
+
 def layers(p, x):
     """Four layers in a scan, bf16."""
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w["up"]) @ w["down"], None), x, p)[0]

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import qjax
 from qjax import Policy, Rule
 from qjax.ptq.low_rank import low_rank
 from tests.program.cases import normal
 
-KEY, STATIC = jax.random.key(0), qjax.static(qjax.int8())
+KEY, STATIC, DYNAMIC = jax.random.key(0), qjax.static(qjax.int8()), qjax.dynamic(qjax.int8())
 PARAMS, X = {"a": normal(8, 8), "b": normal(8, 4)}, normal(5, 8)
 NAN = {**PARAMS, "a": PARAMS["a"].at[0, 0].set(jnp.nan)}
 
@@ -60,7 +61,29 @@ def each(verbs, says):
     return [(verb, says) for verb in verbs]
 
 
+PLACED = qjax.fake_quant(lambda p, x, mask=None: fn(p, x), POLICY)
+FOLLOWS = qjax.fake_quant(fn, Policy([Rule("*", weight=qjax.int4(), activation=STATIC, train=qjax.moving_range())]))
+
 ROOMS = {
+    "places": [
+        *each((lambda: FQ(PARAMS, QUANT, X), lambda: FQ(PARAMS, QUANT, X, quant=QUANT), lambda: FQ.report(PARAMS, QUANT, X),
+               lambda: FQ.leaves(PARAMS, QUANT, X), lambda: FQ.tracked(PARAMS, QUANT, X), lambda: qjax.convert(FQ, PARAMS, QUANT, X),
+               lambda: FQ(PARAMS, freeze(QUANT), X)),
+              r"`quant` stands as argument 1 behind `params`, where the arguments of `fn` are: .* \(params, \*args, quant=quant\)"),
+        *each((lambda: FQ(PARAMS, X, QUANT), lambda: PLACED(PARAMS, X, QUANT), lambda: FQ.init(KEY, PARAMS, X, QUANT)),
+              "`quant` stands as argument 2 behind `params`"),
+        *each((lambda: FQ(QUANT, PARAMS, X), lambda: FQ.calibrate(QUANT, QUANT, [X])), "`quant` stands in the place of `params`"),
+        *each((lambda: FQ.report(PARAMS, X, quant=QUANT), lambda: FQ.init(KEY, PARAMS, X, quant=QUANT)),
+              "`quant` is not read here: .* the policy says, .*; leave `quant` out"),
+        *each((lambda: FQ(X, PARAMS, quant=QUANT), lambda: FQ.init(KEY, X, PARAMS), lambda: FQ.report(X, PARAMS),
+               lambda: qjax.convert(FQ, X, PARAMS, quant=QUANT)),
+              r"`params` is an array of shape \(5, 8\), .* a tree of 'a', 'b': the parameters come first, .* \(params, \*args\)"),
+        (lambda: FQ(PARAMS, quant=QUANT), "`args` are not those of the function: missing a required argument: 'x'"),
+        (lambda: FOLLOWS.tracked(PARAMS, X), r"`quant` is missing: .* pass quant=fq.init\(key, params"),
+        (lambda: qjax.convert(LINEN, VARIABLES, X), r"got FakeQuantModule: a Linen module is packed by qjax.linen.convert\("),
+        (lambda: qjax.convert(NNX, X), r"got FakeQuantLinear: an NNX module is packed by qjax.nnx.convert\(model, \*args\)"),
+        (lambda: qjax.convert(TUNED, RESULT.params, X), "got QLoRA: adapters are ended by its .attach, .merge or .requantize"),
+    ],
     "states": [
         *each((lambda: FQ.advance(BOTH), lambda: FQ.labels(BOTH), lambda: FQ(PARAMS, X, quant=BOTH),
                lambda: qjax.convert(FQ, PARAMS, X, quant=BOTH)), "got a tree of 'params', 'quant': give what is under 'quant'"),
@@ -74,6 +97,8 @@ ROOMS = {
         *each((lambda: qjax.linen.labels(BARE), lambda: qjax.linen.advance(BARE)), "`variables` .* bare parameters as {'params': ...}"),
         *each((lambda: qjax.linen.labels({}), lambda: qjax.linen.advance({})), "`variables` .* got an empty one"),
         *each((lambda: qjax.linen.labels(NORMED), lambda: qjax.linen.advance(NORMED)), "`variables` must be .* got Normed"),
+        *each((lambda: qjax.linen.advance(PLAIN), lambda: qjax.linen.advance(freeze(PLAIN))),
+              "`variables` have no collection 'quant' whose step goes on, got .*: give all that qjax.linen.begin gave; a policy without"),
         (lambda: qjax.nnx.advance(LINEAR), r"`model` of qjax.nnx.advance must be from qjax.nnx.fake_quant, got Linear"),
         (lambda: qjax.nnx.advance(NNX), r"`model` has no state of quantizers: .* write model = qjax.nnx.begin\(model, key"),
     ],
@@ -82,6 +107,11 @@ ROOMS = {
         (lambda: with_schedule(qjax.ste(), qjax.lsq(), STATIC, activations=20, freeze=10), "`freeze`=10 .* before `activations`=20"),
         (lambda: with_schedule(qjax.lsq(), activations=10), "`activations`=10 .* changes nothing, .* no `activation`: give it"),
         (lambda: with_schedule(activation_bits=((0, 8), (5, 4))), r"`activation_bits`=\(\(0, 8\), \(5, 4\)\) .* changes nothing"),
+        *each((lambda: Rule("*", weight=qjax.int4(), train=qjax.qat(qjax.lsq(), qjax.lsq())),
+               lambda: Rule("*", weight=qjax.int4(), train=qjax.qat(activation=qjax.ste(rounding="stochastic")))),
+              "`activation` .* is for static activations, and the `activation` of the rule is None: give the rule one, .*, or leave"),
+        *each((lambda: with_schedule(qjax.lsq(), qjax.lsq(), DYNAMIC), lambda: with_schedule(activation=qjax.moving_range(), act=DYNAMIC)),
+              r"`activation` .* the `activation` of the rule is dynamic\(int8"),
         (lambda: qjax.qat(qjax.pact()), "`weight` must be .* got Clipped.* one of activations: give it as `activation`"),
         (lambda: qjax.qat(activation=qjax.adaround()), "`activation` must be .* got AdaRound.* one of weights: give it as `weight`"),
     ],
@@ -154,7 +184,9 @@ def test_what_is_near_it_passes():
     with_schedule(qjax.lsq(), weights=20, freeze=20)
     with_schedule(qjax.lsq(), weights=0, freeze=0)
     with_schedule(qjax.ste(), qjax.moving_range(), STATIC, weights=20, activations=20, freeze=10)
-    with_schedule(qjax.lsq(), act=qjax.dynamic(qjax.int8()), activations=10)
+    with_schedule(qjax.lsq(), act=DYNAMIC, activations=10)
+    Rule("*", weight=qjax.int4(), train=qjax.lsq())  # for what it can train
+    assert qjax.fake_quant(lambda w, x: x["x"] @ w, INT4)(PARAMS["a"], {"x": X}).shape == X.shape  # parameters may be an array
     assert TUNED.attach(jax.jit(lambda a: a)(ADAPTERS), RESULT.params, X)["a"].adapter is not None
     jax.jit(lambda a: TUNED.merge(a, RESULT.params, X))(LOST)  # what is traced is not looked into
 
