@@ -11,6 +11,8 @@ from jax import lax
 
 import qjax
 from qjax.core import quantize, round_activation
+from qjax.program import Packed
+from qjax.runtime.integer import product, why_no_product
 from tests.program.cases import CASES, normal
 
 WEIGHTS = [qjax.int8(), qjax.uint8(), qjax.int4(), qjax.uint3(group_size=4, pad=True), qjax.int8(per="tensor")]
@@ -186,3 +188,15 @@ BAD = [
 def test_refusals(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_weight_without_an_activation_has_no_product_of_codes_and_says_so():
+    """`product` and its reason are asked of any weight that arrives; without a spec for its rows there is nothing to multiply."""
+    params, x = {"w": normal(8, 5)}, normal(3, 8)
+    program = qjax.trace(lambda p, x: x @ p["w"], params, x)
+    (site,), (eqn,) = program.sites, program.jaxpr.eqns
+    q = quantize(params["w"], qjax.int8(), axes=(0,))
+    assert why_no_product(site, eqn, q, 2) == "its activations stay float" and product(site, eqn, [x, Packed(q)]) is None
+    rounded = dataclasses.replace(q, act=qjax.dynamic(qjax.int8()))
+    assert why_no_product(site, eqn, rounded, 2) == ""
+    np.testing.assert_allclose(product(site, eqn, [x, Packed(rounded)]), x @ params["w"], atol=0.1)

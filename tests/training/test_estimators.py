@@ -176,21 +176,27 @@ def test_learned_steps_under_a_schedule_of_bits_pack_what_they_compute(spec):
         np.testing.assert_array_equal(leaves(params)["w"], packed)
 
 
-FLOATS = {
-    "e5m2": (qjax.fp8_e5m2(), jnp.float8_e5m2),
-    "e4m3": (qjax.fp8_e4m3(), jnp.float8_e4m3fn),
-    "a scale in 16 bit": (qjax.fp8_e5m2(scale_dtype="bfloat16"), jnp.float8_e5m2),
+def numbers_of(dtype):
+    """All finite numbers of a format in 8 bits, in order."""
+    grid = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
+    return np.unique(grid[np.isfinite(grid)])
+
+
+FLOATS = {  # the spec, its numbers, the smallest that is normal
+    "e5m2": (qjax.fp8_e5m2(), numbers_of(jnp.float8_e5m2), 2.0**-14),
+    "e4m3": (qjax.fp8_e4m3(), numbers_of(jnp.float8_e4m3fn), 2.0**-6),
+    "a scale in 16 bit": (qjax.fp8_e5m2(scale_dtype="bfloat16"), numbers_of(jnp.float8_e5m2), 2.0**-14),
+    "int8 over 64": (qjax.core.FloatSpec("int8"), np.arange(-127, 128) / 64.0, 2.0**-6),  # as MXINT8 has it: one distance all over
 }
 
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_rounded_gradients_in_fp8_have_the_mean_and_are_neighbours_on_the_grid(name):
     """Magnitudes over all binades, in steps of a row's scale: normal ones, subnormal ones, below the smallest, the largest, zero."""
-    spec, dtype = FLOATS[name]
-    grid = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
-    grid = np.unique(grid[np.isfinite(grid)])
-    largest, least, normal_from = grid[-1], np.min(grid[grid > 0]), float(jnp.finfo(dtype).smallest_normal)
-    steps = [largest, largest * 0.93, 17.3, 1.1, 1.0, 0.3, 1.7 * normal_from, 0.7 * normal_from, 2.6 * least, 0.4 * least, 0.01 * least, 0]
+    spec, grid, normal_from = FLOATS[name]
+    largest, least = grid[-1], np.min(grid[grid > 0])
+    low = [1.7 * normal_from, 0.7 * normal_from, 2.6 * least, 0.4 * least, 0.01 * least, 0]
+    steps = [largest, largest * 0.93, min(17.3, largest * 0.77), 1.1, 1.0, 0.3, *low]
     steps = np.float32([*steps, *(-v for v in steps)])
     g = steps * np.float32([[1.0], [2.0**-15]])  # two rows with a scale each, both powers of two: all below is exact
     draws = 20_000

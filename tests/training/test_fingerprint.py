@@ -85,6 +85,21 @@ def test_what_changes_of_a_policy_is_found_though_no_shape_does(name):
             call()
 
 
+def test_rules_that_change_places_between_weights_of_one_shape_are_another_policy():
+    """The same specs, the same shapes, each for the other weight."""
+    params, one, two = {"a": normal(8, 8), "b": normal(8, 8)}, qjax.int4(), qjax.int4(scale_rule="full")
+    states, fqs = [], []
+    for a, b in ((one, two), (two, one)):
+        rules = [Rule(path, weight=spec, train=qjax.lsq()) for path, spec in (("a", a), ("b", b))]
+        fqs.append(qjax.fake_quant(lambda p, x: x @ p["a"] @ p["b"], Policy(rules)))
+        states.append(fqs[-1].init(jax.random.key(0), params, X))
+    for fq, quant in zip(fqs, states[::-1], strict=True):
+        with pytest.raises(ValueError, match=OTHER):
+            fq(params, X, quant=quant)
+    turned = qjax.fake_quant(fqs[0].fn, Policy(fqs[0].policy.rules[::-1]))  # the order of rules that name different weights is none
+    assert turned(params, X, quant=states[0]).shape == (5, 8)
+
+
 def test_what_means_the_same_is_the_same_policy():
     fq, quant = begun(*rules())
     product, weight = rules()

@@ -150,6 +150,26 @@ def test_new_data_set_frozen_ranges_anew():
     chex.assert_trees_all_equal(after["held"]["weights"], quant["held"]["weights"])
 
 
+def test_new_data_leave_what_is_frozen_of_weights_and_are_seen_through_it():
+    """Weights that an update moved after the freeze are neither held so by `calibrate`, nor do activations pass through them."""
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    train = qjax.qat(qjax.lsq("extremes"), qjax.lsq("extremes"), schedule=PLAN)
+    fq = qjax.fake_quant(fn, Policy([Rule("*", weight=qjax.int2(), activation=STATIC, train=train)]))
+    params = {"a": normal(8, 6) / 3, "b": normal(6, 4, seed=1) / 3}
+    quant = {**fq.init(jax.random.key(0), params, X), "step": jnp.float32(FREEZE + 2)}
+    moved = {**quant, "weights": jax.tree.map(lambda a: 3 * a, quant["weights"])}
+    still, after = fq.calibrate(quant, params, [2 * X]), fq.calibrate(moved, params, [2 * X])
+    chex.assert_trees_all_equal(after["held"]["weights"], quant["held"]["weights"])
+    chex.assert_trees_all_equal([after[k] for k in ("activations", "held")], [still[k] for k in ("activations", "held")])
+    chex.assert_trees_all_equal(after["held"]["activations"]["b"]["scale"], after["activations"]["b"]["scale"])
+    chex.assert_trees_all_equal(after["weights"], moved["weights"])  # as they were: the next advance undoes the update
+    early = fq.calibrate({**moved, "step": jnp.float32(0)}, params, [2 * X])  # before, what is learned counts
+    assert not np.array_equal(early["activations"]["b"]["scale"], still["activations"]["b"]["scale"])
+
+
 def test_modules_hold_what_is_frozen():
     rule = Rule("kernel", weight=qjax.int4(), train=qjax.qat(qjax.lsq(), schedule=qjax.schedule(freeze=1)))
     model, tx = qjax.linen.fake_quant(nn.Dense(4), Policy([rule])), OPTIMIZERS["decay"]

@@ -129,6 +129,20 @@ def test_what_a_site_cannot_run_is_found_where_it_stands():
         qjax.fake_quant(fn, Policy([rule]))({"w": w}, x)
 
 
+def test_a_weight_of_which_some_products_are_of_floats_says_both_and_why():
+    def fn(p, x):
+        return x @ p["w"] + doubled_backward(p["w"], x), x @ p["v"] + x @ p["v"]
+
+    params, x = {"v": normal(8, 5), "w": normal(8, 5)}, normal(3, 8)
+    fq = qjax.fake_quant(fn, Policy([Rule("*", weight=qjax.int8(), activation=DYNAMIC)]), "integer")
+    same, mixed = fq.report(params, x).rows
+    assert (same.path, same.kernel, same.kernel_reasons, same.notes) == ("v", "xla int8", (), ())
+    assert mixed.kernel == "xla int8, xla" and len(mixed.kernel_reasons) == 1
+    assert mixed.notes == (f"its forward product is of floats: {mixed.kernel_reasons[0]}",)
+    assert mixed.kernel_reasons[0].startswith("its equation is left as it is, inside a custom derivative rule")
+    assert fq(params, x)[0].shape == (3, 5)  # some run on integers, which is what was asked for
+
+
 def test_the_report_says_what_runs_on_what():
     policy = Policy([Rule("*scores*:*", activation=DYNAMIC), Rule("*", weight=qjax.int8(), activation=DYNAMIC)])
     report = qjax.fake_quant(scanned, policy, "integer").report({"w": STACK}, X)
