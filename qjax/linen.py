@@ -15,6 +15,7 @@ from flax.core.scope import subtract_filters
 from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 
 from qjax.core import check_key
+from qjax.core.specs import check_choice
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds
 from qjax.policy import Policy, check_module, check_policy
@@ -24,9 +25,11 @@ from qjax.ptq import rewrite as rewrite_function
 from qjax.ptq.progress import Listener
 from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
+from qjax.report import Report
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
 from qjax.training.arguments import called_with
+from qjax.training.fake_quant import Forward
 from qjax.training.state import NEEDS
 from qjax.training.state import advance as next_state
 from qjax.training.state import labels as state_labels
@@ -130,11 +133,13 @@ class FakeQuantModule(nn.Module):
       module: the module it stands for; parameters keep their paths.
       policy: which parameters are fake-quantized.
       folds: the batch norms that are folded in every step, see `qjax.batch_norm_folds`.
+      forward: on what forward products are computed, see `qjax.fake_quant`.
     """
 
     module: nn.Module
     policy: Policy
     folds: BatchNormFolds | None = None
+    forward: Forward | None = None
 
     def setup(self) -> None:
         nn.share_scope(self, self.module)
@@ -146,7 +151,7 @@ class FakeQuantModule(nn.Module):
         held = {name: tree for name, tree in self.variables.items() if name != QUANT}
         rngs = {name: rng.as_jax_rng() for name, rng in scope.rngs.items()}
         changes = subtract_filters(scope.mutable, ["params", QUANT])
-        fq = FakeQuant(_forward(self.module, changes), self.policy, folds=self.folds, missing=_MISSING, unknown=_UNKNOWN)
+        fq = FakeQuant(_forward(self.module, changes), self.policy, self.forward, self.folds, _MISSING, _UNKNOWN)
         state = self.variables.get(QUANT, {}).get("state")
         if state is not None and self.is_mutable_collection(QUANT):
             (out, changed), state = fq.stepped(held, rngs, *args, quant=state, **kwargs)
@@ -172,13 +177,17 @@ def _forward(module: nn.Module, mutable: Any = False) -> Any:
     return fixed if mutable is False else forward
 
 
-def fake_quant(model: nn.Module, policy: Policy, folds: BatchNormFolds | None = None) -> FakeQuantModule:
+def fake_quant(
+    model: nn.Module, policy: Policy, folds: BatchNormFolds | None = None, forward: Forward | None = None
+) -> FakeQuantModule:
     """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
 
     Args:
       model: any Linen module; not changed.
       policy: which parameters, activations and products are fake-quantized.
       folds: batch norms that are folded in every step: `qjax.batch_norm_folds(model.apply, variables, x, train=False)`.
+      forward: "float" or "integer", on what forward products are computed; None: on what is faster. See `qjax.fake_quant`; `report` says
+        what runs on what.
 
     Returns:
       A module with the same parameter tree: `init` gives the variables that `model.init` gives, and each may use the other's. A policy
@@ -188,6 +197,7 @@ def fake_quant(model: nn.Module, policy: Policy, folds: BatchNormFolds | None = 
 
     Raises:
       TypeError: `model` is no module of this kind, or `policy` no policy.
+      ValueError: another `forward`.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax, flax.linen as nn
@@ -202,7 +212,8 @@ def fake_quant(model: nn.Module, policy: Policy, folds: BatchNormFolds | None = 
     _check_model(model, "fake_quant")
     check_policy(policy)
     check_folds(folds)
-    return FakeQuantModule(model.clone(parent=None), policy, folds)
+    check_choice("forward", forward, ("float", "integer", None))
+    return FakeQuantModule(model.clone(parent=None), policy, folds, forward)
 
 
 def begin(model: FakeQuantModule, key: jax.Array, variables: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -228,6 +239,34 @@ def begin(model: FakeQuantModule, key: jax.Array, variables: Any, *args: Any, **
     with _explained("begin"), called_with(type(model.module).__call__, [model.module], args, kwargs):
         state = fq.init(key, held, {}, *args, **kwargs)
     return {**held, QUANT: {"state": state}} if state else held
+
+
+def report(model: FakeQuantModule, variables: Any, *args: Any, **kwargs: Any) -> Report:
+    """Says on what the forward product of each weight runs in training, and why; see `qjax.FakeQuant.report`.
+
+    Args:
+      model: from `fake_quant`.
+      variables: those of the module, or their shapes; the state of quantizers counts for nothing.
+      *args: arguments of `__call__`, in evaluation mode; shapes are enough.
+      **kwargs: keyword arguments of `__call__`.
+
+    Returns:
+      A `Report`; nothing is computed.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`; `variables` are none; arguments of the module are missing.
+      ValueError: `variables` lack a collection; the module changes variables, in training mode; the policy does not fit the module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax, flax.linen as nn
+      >>> rule = qjax.Rule("kernel", weight=qjax.int8(), activation=qjax.dynamic(qjax.int8()))
+      >>> model, x = qjax.linen.fake_quant(nn.Dense(4), qjax.Policy([rule]), forward="integer"), jnp.ones((1, 8))
+      >>> [(row.path, row.kernel) for row in report(model, model.init(jax.random.key(0), x), x).rows if row.spec]
+      [('kernel', 'xla int8')]
+    """
+    fq, held = _function(model, "report", "variables, *args"), _without_state(variables)
+    with _explained("report"), called_with(type(model.module).__call__, [model.module], args, kwargs):
+        return fq.report(held, {}, *args, **kwargs)
 
 
 def advance(variables: Any) -> Any:
@@ -313,7 +352,7 @@ def _function(model: Any, verb: str, order: str) -> FakeQuant:
     def fn(variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(variables, rngs, *args, **kwargs)[0]
 
-    return FakeQuant(fn, model.policy, folds=model.folds, missing=_MISSING, unknown=_UNKNOWN)
+    return FakeQuant(fn, model.policy, model.forward, model.folds, _MISSING, _UNKNOWN)
 
 
 def _check_model(model: Any, verb: str) -> None:

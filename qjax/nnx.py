@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from qjax.core import check_key
+from qjax.core.specs import check_choice
 from qjax.graph import BatchNormFolds
 from qjax.graph.batch_norm_folds import check_folds
 from qjax.policy import Policy, check_module, check_policy
@@ -20,9 +21,11 @@ from qjax.ptq import rewrite as rewrite_function
 from qjax.ptq.progress import Listener
 from qjax.ptq.rewrite import Step
 from qjax.ptq.spill import Spill
+from qjax.report import Report
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
 from qjax.training.arguments import called_with
+from qjax.training.fake_quant import Forward
 from qjax.training.qat import training_of
 from qjax.training.state import NEEDS, labels
 from qjax.training.state import advance as next_state
@@ -149,7 +152,11 @@ class Learned(Quantizer):
 
 
 def fake_quant(
-    model: nnx.Module, policy: Policy, methods: tuple[str, ...] = ("__call__",), folds: BatchNormFolds | None = None
+    model: nnx.Module,
+    policy: Policy,
+    methods: tuple[str, ...] = ("__call__",),
+    folds: BatchNormFolds | None = None,
+    forward: Forward | None = None,
 ) -> Any:
     """Returns a module that trains through fake quantization; see `qjax.fake_quant`.
 
@@ -160,6 +167,8 @@ def fake_quant(
         a state.
       folds: batch norms that are folded in every step: `qjax.batch_norm_folds(qjax.nnx.function(model), nnx.state(model), x)` of the
         module in evaluation mode.
+      forward: "float" or "integer", on what forward products are computed; None: on what is faster. See `qjax.fake_quant`; `report` says
+        what runs on what.
 
     Returns:
       A copy of the module whose `methods` compute with fake-quantized parameters. Its state has the same paths, its
@@ -170,7 +179,7 @@ def fake_quant(
 
     Raises:
       TypeError: `model` is no module of this kind, `policy` no policy, or `methods` no tuple of names.
-      ValueError: `methods` names one that there is not, or none.
+      ValueError: `methods` names one that there is not, or none; another `forward`.
 
     Example:
       >>> import jax, jax.numpy as jnp, qjax
@@ -187,6 +196,7 @@ def fake_quant(
     _check(model, "fake_quant")
     check_policy(policy)
     check_folds(folds)
+    check_choice("forward", forward, ("float", "integer", None))
     base = type(model)
     if not isinstance(methods, tuple) or not all(isinstance(name, str) for name in methods):
         raise TypeError(f"`methods` must be a tuple of names such as ('__call__',), got {methods!r}")
@@ -197,8 +207,9 @@ def fake_quant(
             raise ValueError(f"`methods` names {name!r}, which {base.__name__} does not have")
     copy = nnx.clone(model)
     # A subclass, so that the copy is what the original is, with the attributes and paths it has.
-    wrapped = {name: _fake_quantized(getattr(base, name), policy, folds) for name in methods}
-    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), {**wrapped, _HOW: (base, policy, methods, folds)})
+    how = _How(base, policy, methods, folds, forward)
+    wrapped = {name: _fake_quantized(getattr(base, name), how) for name in methods}
+    copy.__class__ = type(f"FakeQuant{base.__name__}", (base,), {**wrapped, _HOW: how})
     return copy
 
 
@@ -218,11 +229,10 @@ def begin(model: Any, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
       TypeError: `model` is not from `fake_quant`; arguments of the method are missing.
       ValueError: it has several methods, or an attribute `quant` of its own; as `qjax.FakeQuant.init`.
     """
-    base, _, methods, _ = _how(model, "begin", "(model, key, *args)")
-    method = getattr(base, methods[0])
+    how = _how(model, "begin", "(model, key, *args)")
     copy = nnx.clone(model)
-    if len(methods) > 1:
-        raise ValueError(f"`model` has {len(methods)} fake-quantized methods, {', '.join(methods)}, and one state: name one")
+    if len(how.methods) > 1:
+        raise ValueError(f"`model` has {len(how.methods)} fake-quantized methods, {', '.join(how.methods)}, and one state: name one")
     held = copy.__dict__.get(_QUANT)
     if held is not None and not isinstance(held, nnx.Dict):
         raise ValueError(f"`model` has an attribute {_QUANT!r} of its own, where the state of the quantizers would be: rename it")
@@ -230,7 +240,7 @@ def begin(model: Any, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
         delattr(copy, _QUANT)
     fq, params, rest = _function(copy)
     check_key("key", key)
-    with called_with(method, [model], args, kwargs):
+    with called_with(how.method, [model], args, kwargs):
         state = fq.init(key, params, rest, *args, **kwargs)
     if state:
         setattr(copy, _QUANT, _variables(state, labels(state)))
@@ -247,9 +257,8 @@ def advance(model: Any) -> None:
       TypeError: `model` is not from `fake_quant`.
       ValueError: it has no state, and its policy has what goes on with steps.
     """
-    _, policy, _, _ = _how(model, "advance", "(model)")
-    quant = _state(model)
-    if quant is None and any(training_of(rule).steps for rule in policy.rules if not rule.is_cache):
+    rules, quant = _how(model, "advance", "(model)").policy.rules, _state(model)
+    if quant is None and any(training_of(rule).steps for rule in rules if not rule.is_cache):
         raise ValueError(_MISSING)
     if quant is not None and "step" in quant:
         _put(model.quant, next_state(quant))
@@ -280,12 +289,12 @@ def tracked(model: Any, *args: Any, **kwargs: Any) -> Any:
       >>> fq.quant.activations.kernel.hi[...].item()
       6.0
     """
-    base, policy, methods, folds = _how(model, "tracked", "(model, *args)")
+    how = _how(model, "tracked", "(model, *args)")
     state = _state(model)
     if state is None:
         raise ValueError("`model` has no state of quantizers whose ranges could move: take the module that qjax.nnx.begin returns")
-    graphdef, params, held, rest = nnx.split(model, _first(folds), Quantizer, ...)
-    fq = FakeQuant(_forward(graphdef, getattr(base, methods[0])), policy, folds=folds, missing=_MISSING, unknown=_UNKNOWN)
+    graphdef, params, held, rest = nnx.split(model, _first(how.folds), Quantizer, ...)
+    fq = how.function(_forward(graphdef, how.method))
     (out, changed), state = fq.tracked(params, rest, held, *args, quant=state, **kwargs)
     nnx.update(model, changed)
     _put(model.quant, state)
@@ -308,17 +317,64 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
       TypeError: `model` is not from `fake_quant`.
       ValueError: as `qjax.convert`.
     """
-    base, _, methods, _ = _how(model, "convert", "(model, *args)")
-    quant = _state(model)
+    how, quant = _how(model, "convert", "(model, *args)"), _state(model)
     fq, params, rest = _function(_without_state(model))
-    with called_with(getattr(base, methods[0]), [model], args, kwargs):
+    with called_with(how.method, [model], args, kwargs):
         result = convert_function(fq, params, rest, *args, quant=quant, **kwargs)
     return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
+
+
+def report(model: Any, *args: Any, **kwargs: Any) -> Report:
+    """Says on what the forward product of each weight runs in training, and why; see `qjax.FakeQuant.report`.
+
+    Args:
+      model: from `fake_quant`, or `begin`; in evaluation mode, of numbers or shapes (`nnx.eval_shape`).
+      *args: arguments of the (first) method that computes with fake-quantized parameters; shapes are enough.
+      **kwargs: keyword arguments of it.
+
+    Returns:
+      A `Report`; nothing is computed.
+
+    Raises:
+      TypeError: `model` is not from `fake_quant`; arguments of the method are missing.
+      ValueError: the policy does not fit the module.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> from flax import nnx
+      >>> rule = qjax.Rule("kernel", weight=qjax.int8(), activation=qjax.dynamic(qjax.int8()))
+      >>> fq = qjax.nnx.fake_quant(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), qjax.Policy([rule]), forward="integer")
+      >>> [(row.path, row.kernel) for row in report(fq, jnp.ones((2, 8))).rows if row.spec]
+      [('kernel', 'xla int8')]
+    """
+    how = _how(model, "report", "(model, *args)")
+    fq, params, rest = _function(_without_state(model))
+    with called_with(how.method, [model], args, kwargs):
+        return fq.report(params, rest, *args, **kwargs)
 
 
 _HOW, _QUANT = "_fake_quantized_as", "quant"
 _MISSING = f"`model` has no state of quantizers: {NEEDS}; write model = qjax.nnx.begin(model, key, *args)"
 _UNKNOWN = "give qjax.nnx.begin arrays and not shapes"
+
+
+class _How(NamedTuple):
+    """How a module computes: what `fake_quant` was given, and the class of the module."""
+
+    base: type
+    policy: Policy
+    methods: tuple[str, ...]
+    folds: BatchNormFolds | None
+    forward: Forward | None
+
+    @property
+    def method(self) -> Callable[..., Any]:
+        """The float method; that of the state, where there is one."""
+        return getattr(self.base, self.methods[0])
+
+    def function(self, fn: Callable[..., Any]) -> FakeQuant:
+        """A function of the module's arrays that computes with fake-quantized ones."""
+        return FakeQuant(fn, self.policy, self.forward, self.folds, _MISSING, _UNKNOWN)
 
 
 def _first(folds: BatchNormFolds | None) -> Any:
@@ -328,7 +384,7 @@ def _first(folds: BatchNormFolds | None) -> Any:
     return nnx.Any(nnx.Param, lambda path, _: "/".join(map(str, path)) in folds.read)
 
 
-def _how(model: Any, verb: str, order: str) -> tuple[type, Policy, tuple[str, ...], BatchNormFolds | None]:
+def _how(model: Any, verb: str, order: str) -> _How:
     found = getattr(type(model), _HOW, None)
     if found is None:
         raise TypeError(f"`model` of qjax.nnx.{verb} must be from qjax.nnx.fake_quant, got {type(model).__name__}: call it as "
@@ -345,13 +401,13 @@ def _without_state(model: Any) -> Any:
 
 def _function(model: Any) -> tuple[FakeQuant, Any, Any]:
     """The function fn(params, rest, *args) of a module without a state, and its arguments."""
-    base, policy, methods, folds = _how(model, "fake_quant", "(model, policy)")
-    graphdef, params, rest = nnx.split(model, _first(folds), ...)
+    how = _how(model, "fake_quant", "(model, policy)")
+    graphdef, params, rest = nnx.split(model, _first(how.folds), ...)
 
     def forward(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(base, methods[0])(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)
+        return how.method(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)
 
-    return FakeQuant(forward, policy, folds=folds, missing=_MISSING, unknown=_UNKNOWN), params, rest
+    return how.function(forward), params, rest
 
 
 def _variables(state: Any, marks: Any) -> Any:
@@ -376,10 +432,10 @@ def _state(model: Any) -> Any:
     return nnx.to_pure_dict(nnx.state(held)) if isinstance(held, nnx.Dict) else None
 
 
-def _fake_quantized(method: Callable[..., Any], policy: Policy, folds: BatchNormFolds | None) -> Callable[..., Any]:
+def _fake_quantized(method: Callable[..., Any], how: _How) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        graphdef, params, held, rest = nnx.split(self, _first(folds), Quantizer, ...)
-        fq = FakeQuant(_forward(graphdef, method), policy, folds=folds, missing=_MISSING, unknown=_UNKNOWN)
+        graphdef, params, held, rest = nnx.split(self, _first(how.folds), Quantizer, ...)
+        fq = how.function(_forward(graphdef, method))
         out, changed = fq(params, rest, held, *args, quant=_state(self), **kwargs)
         nnx.update(self, changed)
         return out
