@@ -1,7 +1,8 @@
 """Products with packed weights against XLA's float products on a CPU. See README.md.
 
-Both sides take turns in one process. Cold: every call has another copy of its weight, as many copies as the caches cannot hold. Warm: one,
-read once before. With `--json` each row of a table is kept as it comes, and a run that was cut off goes on from there.
+Both sides take turns in one process. Cold: every call has another copy of its weight, as many copies as the caches cannot hold. Following:
+a program in which each product has a copy of its own and waits for the product before, as in a step of decoding. Warm: one copy, read once
+before. With `--json` each row of a table is kept as it comes, and a run that was cut off goes on from there.
 """
 
 import argparse
@@ -11,13 +12,13 @@ import pathlib
 import platform
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from qjax_kernels import cpu
+from streaming import reading
 
 SHAPES = ((4096, 4096), (4096, 11008), (14336, 4096), (4097, 11009))  # (N, K)
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
@@ -30,6 +31,11 @@ TARGETS = {
 WARM_TARGET = 7.0
 STREAMED = {"W8A8": 0.80, "W4 g128": 0.65}  # of the measured bandwidth at M = 1, cold
 COPIES = 200
+STATES = {
+    "cold": "cold weights",
+    "following": "products that follow one another in one program, each with a cold weight",
+    "warm": "warm weights",
+}
 
 
 class Contender(NamedTuple):
@@ -40,6 +46,7 @@ class Contender(NamedTuple):
     weights: list[Any]
     nbytes: int
     take: Callable[[jax.Array], Any] = lambda x: x
+    products: int = 1  # of a call
 
 
 def contenders(n: int, k: int, cold: int, seed: int, bf16: bool) -> list[Contender]:
@@ -117,8 +124,21 @@ def torch_contenders(n: int, k: int, cold: int, seed: int) -> list[Contender]:
     return [*out, Contender("torch int8 dynamic", run, dynamic, eight.nbytes, lambda x: torch.from_numpy(np.array(x)))]
 
 
+def following(one: Contender) -> Contender:
+    """All copies of the weight in one program: rows wait for the product before, and all of every y counts in what comes out."""
+
+    def program(x: jax.Array, weights: list[Any]) -> jax.Array:
+        total = jnp.zeros(())
+        for weight in weights:
+            y = one.call(x, weight)
+            x, total = x + 1e-9 * y[:, :1], total + y
+        return total
+
+    return Contender(one.name, jax.jit(program), [one.weights], one.nbytes, one.take, len(one.weights))
+
+
 def race(all_of: list[Contender], x: jax.Array, seconds: float, warm: bool) -> dict[str, dict[str, float]]:
-    """Median and least seconds of each, in turns."""
+    """Median and least seconds of a product of each, in turns."""
     times: dict[str, list[float]] = {c.name: [] for c in all_of}
     given = [c.take(x) for c in all_of]
     for c, rows in zip(all_of, given, strict=True):
@@ -131,27 +151,15 @@ def race(all_of: list[Contender], x: jax.Array, seconds: float, warm: bool) -> d
                 jax.block_until_ready(c.call(rows, weight))  # whatever ran before has left the caches
             start = time.perf_counter()
             jax.block_until_ready(c.call(rows, weight))
-            times[c.name].append(time.perf_counter() - start)
+            times[c.name].append((time.perf_counter() - start) / c.products)
         turn += 1
     return {name: {"median": float(np.median(t)), "least": min(t)} for name, t in times.items()}
 
 
-def bandwidth(threads: int) -> float:
-    """Bytes a second that threads read of an array that no cache holds: the best of several, for other work only takes from it."""
-    parts = np.ones((threads, 2**27 // threads), np.float32)
-    times = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(7):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            times.append(time.perf_counter() - start)
-    return parts.nbytes / min(times)
-
-
-def table(n: int, k: int, results: dict[str, dict[str, float]], sizes: dict[str, int], speed: float, warm: bool) -> str:
+def table(n: int, k: int, results: dict[str, dict[str, float]], sizes: dict[str, int], speeds: dict[str, float], state: str) -> str:
     """Times of XLA float32, the better layout, and how many times faster the others are; what is streamed at M = 1."""
     names = [name for name in sizes if not name.startswith("XLA f32")]
-    lines = [f"#### N = {n}, K = {k}, {'warm' if warm else 'cold'} weights\n", f"| M | XLA f32, ms | {' | '.join(names)} |"]
+    lines = [f"#### N = {n}, K = {k}, {STATES[state]}\n", f"| M | XLA f32, ms | {' | '.join(names)} |"]
     lines.append("|---" * (len(names) + 2) + "|")
     for m, times in sorted(results.items(), key=lambda row: int(row[0])):
         base = min(t for name, t in times.items() if name.startswith("XLA f32"))
@@ -160,29 +168,35 @@ def table(n: int, k: int, results: dict[str, dict[str, float]], sizes: dict[str,
             if name not in times:
                 cells.append("")
                 continue
-            target = WARM_TARGET if warm and m == "1" and name == "W4 g128" else TARGETS.get(name, {}).get(int(m))
+            target = WARM_TARGET if state == "warm" and m == "1" and name == "W4 g128" else TARGETS.get(name, {}).get(int(m))
             mark = "" if target is None else " ✓" if base / times[name] >= target else f" (< {target:g})"
             cells.append(f"{times[name] * 1e3:.2f} ms {base / times[name]:.2f}x{mark}")
         lines.append(f"| {m} | {base * 1e3:.2f} | {' | '.join(cells)} |")
-    if "1" in results and not warm:
-        rates = {name: size / results["1"][name] / speed for name, size in sizes.items() if name in results["1"]}
+    if "1" in results and state != "warm":
+        rates = {name: size / results["1"][name] for name, size in sizes.items() if name in results["1"]}
         goal = {name: f" (of {least:.0%})" for name, least in STREAMED.items()}
-        lines.append("\nof the bandwidth at M = 1: " + ", ".join(f"{name} {rate:.0%}{goal.get(name, '')}" for name, rate in rates.items()))
+        shares = ", ".join(f"{name} {rate / speeds['all']:.0%}{goal.get(name, '')}" for name, rate in rates.items())
+        lines.append(f"\nof the bandwidth at M = 1: {shares}")
+        lines.append("\nof that in jax's memory: " + ", ".join(f"{name} {rate / speeds['jax']:.0%}" for name, rate in rates.items()))
     return "\n".join(lines)
 
 
-def measured(shape: str, warm: bool, args: argparse.Namespace, kept: dict[str, Any], keep: Callable[[], None]) -> None:
+def measured(shape: str, state: str, args: argparse.Namespace, kept: dict[str, Any], keep: Callable[[], None]) -> None:
     """Adds to `kept` what it does not hold of a shape: rows by M, bytes by contender."""
     n, k = (int(size) for size in shape.split("x"))
     left = [m for m in args.rows if str(m) not in kept["seconds"]]
     if not left:
         return
-    cold = 0 if warm else int(args.cold_bytes)
-    sides = contenders(n, k, cold, 0, args.bf16) + (torch_contenders(n, k, cold, 0) if args.torch else [])
+    cold = {"cold": int(args.cold_bytes), "following": int(args.following or 0), "warm": 0}[state]
+    sides = contenders(n, k, cold, 0, args.bf16)
+    if state == "following":
+        sides = [following(side) for side in sides]
+    elif args.torch:
+        sides += torch_contenders(n, k, cold, 0)
     kept["bytes"] = {c.name: c.nbytes for c in sides}
     for m in left:
         x = jnp.asarray(np.random.default_rng(m).standard_normal((m, k), np.float32))
-        kept["seconds"][str(m)] = race(sides, x, args.seconds, warm)
+        kept["seconds"][str(m)] = race(sides, x, args.seconds, state == "warm")
         keep()
 
 
@@ -191,6 +205,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[f"{n}x{k}" for n, k in SHAPES], help="N x K")
     parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=3.0, help="of each table row")
+    parser.add_argument("--following", nargs="?", type=float, const=1e9, metavar="BYTES", help="products in programs of so many bytes, too")
     parser.add_argument("--warm", action="store_true", help="one copy of each weight, too, in tables of its own")
     parser.add_argument("--least", action="store_true", help="show the least times, not the medians: for machines that are not idle")
     parser.add_argument("--cold-bytes", type=float, default=300e6, help="of all copies of a weight")
@@ -202,26 +217,28 @@ def main() -> None:
         raise SystemExit(cpu.why_not_loaded())
     threads = os.cpu_count() or 1
     whole: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"bandwidth": [], "tables": {}}
-    whole["bandwidth"].append(bandwidth(threads))
+    whole["bandwidth"].append(reading(threads))
 
     def keep() -> None:
         if args.json:
             args.json.write_text(json.dumps(whole, indent=1))
 
-    for warm in (False, True) if args.warm else (False,):
+    for state in ("cold", *["following"] * (args.following is not None), *["warm"] * args.warm):
         for shape in args.shapes:
-            kept = whole["tables"].setdefault(f"{shape} {'warm' if warm else 'cold'}", {"seconds": {}, "bytes": {}})
-            measured(shape, warm, args, kept, keep)
-    whole["bandwidth"].append(bandwidth(threads))
+            kept = whole["tables"].setdefault(f"{shape} {state}", {"seconds": {}, "bytes": {}})
+            measured(shape, state, args, kept, keep)
+    whole["bandwidth"].append(reading(threads))
     keep()
-    speed = max(whole["bandwidth"])  # whatever else ran only takes from it
-    print(f"jax {jax.__version__}, {platform.machine()}, {threads} threads, {cpu.best_instruction_set()}; reads {speed / 1e9:.1f} GB/s")
+    loops = {name: max(turn[name] for turn in whole["bandwidth"]) for name in whole["bandwidth"][-1]}  # other work only takes from it
+    speeds = {"all": max(loops.values()), "jax": max(rate for name, rate in loops.items() if "jax" in name)}
+    print(f"jax {jax.__version__}, {platform.machine()}, {threads} threads, {cpu.best_instruction_set()}")
+    print("reads, GB/s: " + ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in loops.items()))
     of = "least" if args.least else "median"
     for name, kept in whole["tables"].items():
         shape, state = name.split()
         n, k = (int(size) for size in shape.split("x"))
         rows = {m: {name: t[of] for name, t in times.items()} for m, times in kept["seconds"].items()}
-        print("\n" + table(n, k, rows, kept["bytes"], speed, state == "warm"), flush=True)
+        print("\n" + table(n, k, rows, kept["bytes"], speeds, state), flush=True)
 
 
 if __name__ == "__main__":

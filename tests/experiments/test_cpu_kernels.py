@@ -28,6 +28,17 @@ def test_products_go_on_where_they_were_cut_off(tmp_path):
     out = run("cpu.py", *arguments, "--rows", "1", "2")
     assert json.loads(kept.read_text())["tables"]["64x129 cold"]["seconds"]["1"] == first
     assert re.search(r"\| 2 \| [\d.]+ \| [\d.]+ ms [\d.]+x", out) and "of the bandwidth at M = 1: " in out
+    assert re.search(r"reads, GB/s: NumPy [\d.]+", out) and "of that in jax's memory: " in out
+
+
+def test_products_follow_one_another_in_one_program(tmp_path):
+    kept = tmp_path / "cpu.json"
+    arguments = ["--shapes", "64x129", "--rows", "1", "--seconds", "0.01", "--cold-bytes", "1e5", "--json", str(kept)]
+    out = run("cpu.py", *arguments, "--following", "2e5")
+    tables = json.loads(kept.read_text())["tables"]
+    assert tables["64x129 following"]["seconds"]["1"].keys() == tables["64x129 cold"]["seconds"]["1"].keys()
+    assert "#### N = 64, K = 129, products that follow one another in one program, each with a cold weight" in out
+    assert out.count("of the bandwidth at M = 1: ") == 2
 
 
 def test_a_narrow_model_decodes_from_weights_that_were_never_float():
