@@ -209,7 +209,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer given,
     const int64_t chunk = r.count <= 16 ? r.count : std::min<int64_t>(r.count, 128);
     const int64_t even = std::min<int64_t>(16, all_blocks / (8 * threads));
     for (int64_t b = 0, blocks; b < w.blocks; b += blocks, left -= blocks) {
-      blocks = r.count <= 16 ? std::min<int64_t>(64, left / (4 * threads)) : even;
+      blocks = r.count <= 16 ? std::min<int64_t>(64, left / (2 * threads)) : even;
       blocks = std::min(std::max<int64_t>(4, blocks / 4 * 4), w.blocks - b);
       for (int64_t m = 0; m < r.count; m += chunk) tasks.push_back({int32_t(p), b, b + blocks, m, std::min(r.count, m + chunk)});
     }
