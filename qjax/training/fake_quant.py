@@ -195,7 +195,7 @@ class FakeQuant:
         plan = self.plan(params, *args, **kwargs)
         arguments = split_arguments(params, args, kwargs)
         _check_float(plan, arguments.params)
-        if shapes(plan) and any(isinstance(w, jax.ShapeDtypeStruct) for w in arguments.params):
+        if any(isinstance(w, jax.ShapeDtypeStruct) for w in arguments.params) and shapes(plan):
             raise TypeError("`params` holds shapes, and a state begins with numbers: give the parameters; for the shapes of a state write "
                             "jax.eval_shape(fq.init, key, params, *args)")  # fmt: skip
         state = begin(plan, key, _folded(plan, arguments.params), learned)

@@ -32,7 +32,7 @@ from qjax.core import ActSpec
 from qjax.policy import ProductChoice
 from qjax.program import Key, Program, Site
 from qjax.training.arguments import as_dicts, check_form, in_form_of
-from qjax.training.estimator import LEARNED, Learned, Moment, TracksRanges
+from qjax.training.estimator import LEARNED, ActivationEstimator, Learned, Moment, TracksRanges
 from qjax.training.fingerprint import fingerprint
 from qjax.training.freezing import held, recorded, standing
 from qjax.training.planned import Planned, Trained
@@ -88,30 +88,43 @@ def _waiting(plan: Planned, state: Quant) -> list[tuple[str, str]]:
 
 
 def shapes(plan: Planned) -> Quant:
-    """The state as shapes."""
-    params = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in plan.program.leaves]
-    return jax.eval_shape(lambda params: begin(plan, jax.random.key(0), params), params)
+    """The state as shapes. What is alike, as the weights of a model's layers are, is looked at once: every trace asks for this."""
+    alike: dict[Any, Any] = {}
+    learned: dict[str, Any] = {}
+    for trained in plan.weights.values():
+        leaf, estimator = trained.leaf, trained.train.weight
+        problem = trained.problem(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))._replace(name="")  # which names it in errors only
+        if (problem, estimator) not in alike:
+            begun = jax.eval_shape(lambda w, to=estimator, problem=problem: to.init(problem._replace(w=w)), problem.w)
+            alike[problem, estimator] = begun
+        learned[leaf.path] = alike[problem, estimator]
+    return jax.eval_shape(lambda learned: begin(plan, jax.random.key(0), (), learned), learned)
 
 
 def _unknown(plan: Planned) -> Quant:
     """The ranges of static activations and products, as shapes."""
+    named = functools.cache(_names)
     activations = {
-        t.leaf.path: _like(t.train, t.act, range_shape(t.leaf))
+        t.leaf.path: _like(named(t.train.activation, t.act), range_shape(t.leaf))
         for t in plan.weights.values() if t.act is not None and t.act.static and t.sites
     }  # fmt: skip
     products = {}
     for choice in plan.products:
         sides = zip(_SIDES, choice.operands or (), strict=True)
-        found = {side: _like(training_of(choice.rule), act, choice.product.turns) for side, act in sides if act.static}
+        estimator = training_of(choice.rule).activation
+        found = {side: _like(named(estimator, act), choice.product.turns) for side, act in sides if act.static}
         if found:
             products[choice.product.name] = found
     return {"activations": activations, "products": products}
 
 
-def _like(train: QAT, act: ActSpec, shape: tuple[int, ...]) -> Any:
-    estimator = train.activation
-    one = jax.eval_shape(lambda: estimator.from_data(estimator.observer(act).init(1, 1), act))
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in one}
+def _names(estimator: ActivationEstimator, act: ActSpec) -> tuple[str, ...]:
+    """What an estimator knows of a range."""
+    return tuple(jax.eval_shape(lambda: estimator.from_data(estimator.observer(act).init(1, 1), act)))
+
+
+def _like(names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Any]:
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
 
 
 def check(quant: Any, plan: Planned, known: Known = "all", missing: str = MISSING, unknown: str = UNKNOWN) -> Quant:

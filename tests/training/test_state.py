@@ -1,6 +1,8 @@
 """The state of fake quantization: through scans, remat, vmap and jit; schedules; packing what was trained; refusals."""
 
+import dataclasses
 import functools
+from typing import ClassVar
 
 import chex
 import flax.linen as nn
@@ -13,6 +15,7 @@ import pytest
 import qjax
 from qjax import Policy, Rule
 from qjax.core import QTensor
+from qjax.training import LearnedStep
 from tests.program.cases import normal
 
 INT8, STATIC = qjax.int8(), qjax.static(qjax.int8())
@@ -287,6 +290,38 @@ def test_random_rounding_draws_anew_in_each_step_and_layer():
     first, again, second = run(quant), run(quant), run(fq.advance(quant))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, second)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(LearnedStep):
+    """Notes where it begins."""
+
+    seen: ClassVar[list[str]] = []
+
+    def init(self, problem):
+        self.seen.append(str(problem.spec))
+        return super().init(problem)
+
+
+def test_a_trace_looks_once_at_weights_that_are_alike():
+    """A state is checked in every trace, and a model has hundreds of layers of a few kinds."""
+    counted, act = Counted("mse"), qjax.static(qjax.uint8())
+    params = {f"w{i}": normal(8, 8, seed=i) for i in range(6)}
+    rules = [Rule("w0", weight=qjax.int3(group_size=2), train=counted), Rule("*", weight=qjax.int4(), activation=act, train=counted)]
+    fq = qjax.fake_quant(lambda p, x: functools.reduce(lambda x, name: x @ p[name], sorted(p), x), Policy(rules))
+    quant = fq.init(jax.random.key(0), params, X)
+    counted.seen.clear()
+    jax.eval_shape(lambda q: fq(params, X, quant=q), quant)
+    assert counted.seen == ["int3(group_size=2)", 'int4(per="channel")']
+
+
+@pytest.mark.parametrize("schedule", [qjax.schedule(), qjax.schedule(weights=1, freeze=4)], ids=["always", "a schedule"])
+def test_the_shapes_of_a_state_are_those_of_a_begun_one(schedule):
+    how = qjax.qat(qjax.lsq(), qjax.lsq(), schedule=schedule)
+    rules = [dataclasses.replace(rule, train=how) for rule in POLICY]
+    fq = qjax.fake_quant(scanned, Policy(rules))
+    want = fq.init(jax.random.key(0), {"w": STACK}, X)
+    assert qjax.training.state.shapes(fq.plan({"w": STACK}, X)) == jax.eval_shape(lambda: want)
 
 
 def test_refusals():
