@@ -62,7 +62,7 @@ def grid_of(scale: jax.Array, offset: jax.Array | None, spec: Any) -> tuple[jax.
     return scale, jnp.clip(jnp.round(zero), spec.qmin, spec.qmax).astype(jnp.int32)
 
 
-def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, factor: float, spec: Any) -> jax.Array:
+def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, factor: float | np.ndarray, spec: Any) -> jax.Array:
     """Rounds to a grid whose scale s and offset b are learned.
 
     x_q = (clip(round(x / s) + z, q_min, q_max) - z) s,  z = round(-b / s), and with v = x / s + z
@@ -75,7 +75,7 @@ def learned_round(x: jax.Array, scale: jax.Array, offset: jax.Array | None, fact
       x: float32, any shape.
       scale: float32, broadcasts against `x`.
       offset: of the shape of `scale`, or None.
-      factor: the scale of the gradients of both, 1 / sqrt(n q_max).
+      factor: the scale of the gradients of both, 1 / sqrt(n q_max); a number, or an array that broadcasts against `x`.
       spec: an `IntSpec`, or one `at_bits`.
 
     Returns:
@@ -216,7 +216,8 @@ class LearnedStep:
         spec: Any = problem.spec
         w, axes, stacked = checked(problem.w, spec, problem.axes, problem.stacked, problem.name)
         blocked, _, to_logical = logical_blocks(w, spec, axes, stacked)
-        count = blocked.shape[-1]
+        real = real_values(math.prod(w.shape[a] for a in axes), spec)  # what pads a group is no weight that shares its scale
+        count: Any = blocked.shape[-1] if real is None else real.sum(-1).reshape(*(1,) * (blocked.ndim - 2), -1, 1)
         value = _at(blocked.astype(jnp.float32), learned, spec, moment, count, lambda a: a[..., None])
         return to_logical(value).astype(w.dtype)
 
@@ -254,14 +255,17 @@ class LearnedStep:
         return grid_of(learned["scale"], learned.get("offset"), act.spec)
 
 
-def _at(x: jax.Array, learned: Learned, spec: Any, moment: Moment, count: int, place: Any) -> jax.Array:
-    """`learned_round` with the grid of this step: with more bits than the spec's, the range stays and steps are finer."""
+def _at(x: jax.Array, learned: Learned, spec: Any, moment: Moment, count: int | np.ndarray, place: Any) -> jax.Array:
+    """`learned_round` with the grid of this step: with more bits than the spec's, the range stays and steps are finer.
+
+    `count` is the n of the gradient scale, or one for each block that broadcasts against `x`.
+    """
     now = at_bits(spec, moment)
     scale, offset = learned["scale"], learned.get("offset")
     if moment.bits is not None:  # at the bits of the spec it is the scale itself: s 15 / 15 need not be s
         finer = scale * (spec.qmax - spec.qmin) / (now.qmax - now.qmin)
         scale = jnp.where(moment.bits == spec.bits, scale, finer)
-    factor = 1 / math.sqrt(count * spec.qmax)
+    factor = 1 / math.sqrt(count * spec.qmax) if isinstance(count, int) else (1 / np.sqrt(count * spec.qmax)).astype(np.float32)
     return learned_round(x, place(scale), None if offset is None else place(offset), factor, now)
 
 

@@ -1,13 +1,16 @@
 """Estimators against the papers' formulas in float64, and finite differences of what is smooth."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qjax
-from qjax.core import IntSpec
+from qjax.core import IntSpec, PerChannel
 from qjax.ptq.method import Problem
+from qjax.training.adaround import AdaRound
 from qjax.training.dorefa import DoReFa
 from qjax.training.estimator import Moment
 from qjax.training.gradients import rounded_gradient
@@ -52,6 +55,31 @@ def test_lsq_has_the_gradients_of_the_paper(spec):
     np.testing.assert_allclose(fake.T.reshape(blocks.shape), value, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(got_w.T.reshape(blocks.shape), by_w, rtol=1e-6)
     np.testing.assert_allclose(got_s, by_s.sum(-1) / np.sqrt(blocks.shape[-1] * spec.qmax), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [LearnedStep("mean"), LearnedStep("mse"), AdaRound(), AdaRound(mse=False)], ids=repr)
+@pytest.mark.parametrize("spec", [qjax.int3(group_size=8, pad=True), qjax.uint3(group_size=8, pad=True)], ids=str)
+def test_a_group_that_is_padded_learns_as_the_weights_in_it_alone_do(estimator, spec):
+    """8 and 4 of 12 weights: the zeros behind the last four are none of theirs, in number, gradient or what they begin with."""
+    w = np.where(np.arange(12)[:, None] < 8, W, np.abs(W) + 0.5)  # without a zero point of its own in the middle of the last group
+    whole, last = problem(spec, w), problem(dataclasses.replace(spec, granularity=PerChannel(), pad=False), w[8:])
+    begun, alone = estimator.init(whole), estimator.init(last)
+    last_of = lambda name, a: a[8:] if name == "rounding" else a[:, 1:]  # noqa: E731
+    for name in begun:
+        np.testing.assert_allclose(last_of(name, begun[name]), alone[name], rtol=1e-5)
+    begun = {name: 0.7 * a if name == "scale" else a for name, a in begun.items()}  # so that some are clipped
+    alone = {name: last_of(name, a) for name, a in begun.items()}
+
+    def by(p, learned, g):
+        now = Moment(frozen=jnp.bool_(False))
+        loss = lambda w, learned: jnp.sum(estimator.fake(p._replace(w=w), learned, now) * jnp.float32(g))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1))(p.w, learned)
+
+    (by_w, by_learned), (want_w, want) = by(whole, begun, G), by(last, alone, G[8:])
+    np.testing.assert_allclose(by_w[8:], want_w, rtol=1e-6)
+    for name in begun:
+        np.testing.assert_allclose(last_of(name, by_learned[name]), want[name], rtol=1e-5, atol=1e-7)
+    assert any(np.any(a) for a in want.values())
 
 
 def test_lsq_plus_learns_an_offset():
