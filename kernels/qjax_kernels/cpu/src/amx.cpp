@@ -223,9 +223,9 @@ constexpr int64_t kAhead = 3, kRing = 4;
 
 // Tile t of NB blocks, `step` units, into the ring.
 template <int BITS, bool INTEGER, int NB>
-inline void few_decode(const uint8_t* codes, int64_t block_bytes, int64_t step, const __m512i table, uint8_t* tiles) {
+inline void few_decode(const uint8_t* codes, int64_t block_bytes, int64_t far, int64_t step, const __m512i table, uint8_t* tiles) {
   for (int b = 0; b < NB; ++b, codes += block_bytes, tiles += kRing * kTileBytes) {
-    for (int64_t i = 0; i < step * BITS; ++i) __builtin_prefetch(codes + 1024 + 64 * i);
+    for (int64_t i = 0; i < step * BITS; ++i) __builtin_prefetch(codes + far + 64 * i);
     if constexpr (INTEGER)
       decode_bytes<BITS>(codes, step, tiles);
     else
@@ -287,9 +287,13 @@ void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i tab
       add_group<INTEGER>(w, r, block + b, g, whole, 0, rows, parts, from + 256 * b, acc + b * rows * kLanes);
     }
   };
+  const auto far = [&](int64_t t) {  // beyond the end are the next NB blocks
+    constexpr int64_t kFar = 1024;
+    return t * code_bytes + kFar < block_bytes ? kFar : kFar + (NB - 1) * block_bytes;
+  };
   if constexpr (!kDirect)
     for (int64_t t = 0; t < kAhead && t < count; ++t)
-      few_decode<BITS, INTEGER, NB>(codes + t * code_bytes, block_bytes, step, table, tiles + t % kRing * kTileBytes);
+      few_decode<BITS, INTEGER, NB>(codes + t * code_bytes, block_bytes, far(t), step, table, tiles + t % kRing * kTileBytes);
   zero_sums<NB>();
   int64_t g = 0, here = 0, summed = 0, last_g = -1;  // `here`: of the tiles of this group, `summed`: since the sums began
   bool last_whole = false;
@@ -298,12 +302,12 @@ void few_blocks(const Weight& w, const Rows& r, int64_t block, const __m512i tab
     if constexpr (kDirect) {
       const uint8_t* at = codes + t * code_bytes;
       for (int b = 0; b < NB; ++b)
-        for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(at + b * block_bytes + 2048 + i);
+        for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(at + b * block_bytes + far(t) + i);
       few_multiply<INTEGER, NB>(x + t * x_tile, x_tile, x_row, at, block_bytes, 1);
     } else {
       few_multiply<INTEGER, NB>(x + t * planes * x_tile, x_tile, x_row, tiles + t % kRing * kTileBytes, kRing * kTileBytes, planes);
       const int64_t next = t + kAhead;
-      if (next < count) few_decode<BITS, INTEGER, NB>(codes + next * code_bytes, block_bytes, step, table, tiles + next % kRing * kTileBytes);
+      if (next < count) few_decode<BITS, INTEGER, NB>(codes + next * code_bytes, block_bytes, far(next), step, table, tiles + next % kRing * kTileBytes);
     }
     ++here, ++summed;
     if (here == in_group || summed == span) {
