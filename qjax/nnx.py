@@ -318,7 +318,7 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Result:
       ValueError: as `qjax.convert`.
     """
     how, quant = _how(model, "convert", "(model, *args)"), _state(model)
-    fq, params, rest = _function(_without_state(model))
+    fq, params, rest = _function(model)
     with called_with(how.method, [model], args, kwargs):
         result = convert_function(fq, params, rest, *args, quant=quant, **kwargs)
     return dataclasses.replace(result, params=nnx.merge_state(result.params, rest))
@@ -329,8 +329,7 @@ def report(model: Any, *args: Any, **kwargs: Any) -> Report:
 
     Args:
       model: from `fake_quant`, or `begin`; in evaluation mode, of numbers or shapes (`nnx.eval_shape`).
-      *args: arguments of the (first) method that computes with fake-quantized parameters; shapes are enough.
-      **kwargs: keyword arguments of it.
+      *args, **kwargs: as for `convert`.
 
     Returns:
       A `Report`; nothing is computed.
@@ -347,8 +346,7 @@ def report(model: Any, *args: Any, **kwargs: Any) -> Report:
       >>> [(row.path, row.kernel) for row in report(fq, jnp.ones((2, 8))).rows if row.spec]
       [('kernel', 'xla int8')]
     """
-    how = _how(model, "report", "(model, *args)")
-    fq, params, rest = _function(_without_state(model))
+    how, (fq, params, rest) = _how(model, "report", "(model, *args)"), _function(model)
     with called_with(how.method, [model], args, kwargs):
         return fq.report(params, rest, *args, **kwargs)
 
@@ -392,17 +390,12 @@ def _how(model: Any, verb: str, order: str) -> _How:
     return found
 
 
-def _without_state(model: Any) -> Any:
-    copy = nnx.clone(model)
-    if hasattr(copy, _QUANT):
-        delattr(copy, _QUANT)
-    return copy
-
-
 def _function(model: Any) -> tuple[FakeQuant, Any, Any]:
-    """The function fn(params, rest, *args) of a module without a state, and its arguments."""
-    how = _how(model, "fake_quant", "(model, policy)")
-    graphdef, params, rest = nnx.split(model, _first(how.folds), ...)
+    """The function fn(params, rest, *args) of a module without its state, and its arguments."""
+    how, copy = _how(model, "fake_quant", "(model, policy)"), nnx.clone(model)
+    if _state(model) is not None:
+        delattr(copy, _QUANT)
+    graphdef, params, rest = nnx.split(copy, _first(how.folds), ...)
 
     def forward(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
         return how.method(nnx.merge(graphdef, params, rest, copy=True), *args, **kwargs)

@@ -90,6 +90,23 @@ def test_reports_need_no_state_no_numbers_and_no_training_mode():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, nnx.state(fq)))
 
 
+def test_a_part_that_is_named_as_the_state_is_stays():
+    """Where the policy has no state there is nothing to take out of the module."""
+
+    class Named(nnx.Module):
+        def __init__(self, rngs):
+            self.quant = nnx.Linear(8, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.quant(x)
+
+    model = Named(nnx.Rngs(0))
+    fq = qjax.nnx.fake_quant(model, INT8, forward="integer")
+    assert kernels(qjax.nnx.report(fq, X)) == {"quant/kernel": "xla int8"}
+    packed = qjax.nnx.convert(fq, X).params
+    assert jnp.allclose(qjax.quantized(qjax.nnx.function(model))(packed, X), fq(X), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_no_trainable_module_has_no_report():
     model, module = qjax.linen.fake_quant(Linen(), BOTH), qjax.nnx.fake_quant(NNX(nnx.Rngs(0)), BOTH)
     variables = Linen().init(jax.random.key(0), X)
