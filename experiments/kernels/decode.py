@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from qjax_kernels.gpu.chain import chain, counters, interleaved
+from qjax_kernels.gpu.chain_shape import Link
 from qjax_kernels.gpu.tiles import Direct, Tiles
 from qjax_kernels.gpu.weight_only import weight_only_matmul
 
@@ -88,24 +90,28 @@ def inverse(x):
     return jax.lax.rsqrt(jnp.mean(wide * wide) + EPSILON)
 
 
+def attended(shape: Shape, qkv, scale, cache, place):
+    """A row of attention, and keys and values with this token's: the same for products of every kind.
+
+    Products are sums of elementwise products, so that what goes before them is computed in them.
+    """
+    split, per = shape.heads * shape.head, shape.heads // shape.shared
+    row = (qkv[split:].astype(jnp.float32) * scale).astype(qkv.dtype)
+    cache = jax.lax.dynamic_update_slice(cache, row.reshape(2, 1, shape.shared, shape.head), (0, place, 0, 0))
+    keys, values = (part.swapaxes(0, 1)[:, None].astype(jnp.float32) for part in cache)
+    q = qkv[:split].reshape(shape.shared, per, 1, shape.head).astype(jnp.float32)
+    scores = jnp.sum(q * keys, axis=-1) * (scale * shape.head**-0.5)
+    scores = jnp.where(jnp.arange(shape.context) <= place, scores, -jnp.inf)
+    mixed = jnp.sum(jax.nn.softmax(scores)[..., None] * values, axis=2)
+    return mixed.reshape(1, -1).astype(qkv.dtype), cache
+
+
 def step(shape: Shape, times: Callable) -> Callable:
     """The program of a step: of weights, keys and values, a token and its place: the next token, keys and values.
 
     Written for few launches, with the same functions around products of every kind: norms scale the small side, keys and values are written
-    together, products of attention are sums of elementwise products, so that what goes before them is computed in them.
+    together.
     """
-    per = shape.heads // shape.shared
-
-    def attended(qkv, scale, cache, place):
-        split = shape.heads * shape.head
-        row = (qkv[split:].astype(jnp.float32) * scale).astype(qkv.dtype)
-        cache = jax.lax.dynamic_update_slice(cache, row.reshape(2, 1, shape.shared, shape.head), (0, place, 0, 0))
-        keys, values = (part.swapaxes(0, 1)[:, None].astype(jnp.float32) for part in cache)
-        q = qkv[:split].reshape(shape.shared, per, 1, shape.head).astype(jnp.float32)
-        scores = jnp.sum(q * keys, axis=-1) * (scale * shape.head**-0.5)
-        scores = jnp.where(jnp.arange(shape.context) <= place, scores, -jnp.inf)
-        mixed = jnp.sum(jax.nn.softmax(scores)[..., None] * values, axis=2)
-        return mixed.reshape(1, -1).astype(qkv.dtype), cache
 
     def normed(x, w):
         """A product of the row, and what is still to be multiplied for its norm: the kernel of few rows divides by it itself."""
@@ -118,14 +124,49 @@ def step(shape: Shape, times: Callable) -> Callable:
         kept = []
         for layer, cache in zip(weights["layers"], caches, strict=True):
             qkv, scale = normed(x, layer["qkv"])
-            mixed, cache = attended(qkv[0], scale, cache, place)
+            mixed, cache = attended(shape, qkv[0], scale, cache, place)
             kept.append(cache)
             x = times(mixed, layer["out"], x)
             both, scale = normed(x, layer["up"])
             gate, up = jnp.split(both.astype(jnp.float32) * scale, 2, axis=1)
             x = times((jax.nn.silu(gate) * up).astype(x.dtype), layer["down"], x)
-        scores = jnp.einsum("mk,nk->mn", x, weights["head"])  # the largest is the largest whatever the norm
-        return jnp.argmax(scores[0]).astype(jnp.int32), kept
+        return greedy(x, weights["head"]), kept
+
+    return run
+
+
+def greedy(x, head):
+    """The next token: the largest is the largest whatever the norm."""
+    return jnp.argmax(jnp.einsum("mk,nk->mn", x, head)[0]).astype(jnp.int32)
+
+
+TAIL = (Link(0, added=1), Link(2, norm=EPSILON, gated=True), Link(3, added=2), Link(4, norm=EPSILON))
+
+
+def chained(weights: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as `chained_step` takes them: rows of gate and up in turn, and what the blocks of a launch meet by."""
+
+    def turned(parts):
+        return tuple(interleaved(*jnp.split(part, 2)) for part in parts)
+
+    layers = [layer | {"up": jax.jit(turned, donate_argnums=0)(layer["up"])} for layer in weights["layers"]]
+    return weights | {"layers": layers, "counters": counters(len(TAIL))}
+
+
+def chained_step(shape: Shape) -> Callable:
+    """As `step`, with what lies between one attention and the next in one launch: out, gate and up, down, and q, k, v of the next layer."""
+
+    def run(weights, caches, token, place):
+        layers, kept = weights["layers"], []
+        x = weights["embedding"][token][None]
+        qkv = weight_only_matmul(x, *layers[0]["qkv"], group_size=GROUP, norm=EPSILON)
+        for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+            mixed, cache = attended(shape, qkv[0], 1.0, cache, place)
+            kept.append(cache)
+            behind = [layer["out"], layer["up"], layer["down"], *(after["qkv"] for after in layers[i + 1 : i + 2])]
+            _, _, x, *rest = chain((mixed, x), behind, weights["counters"], links=TAIL[: len(behind)], group_size=GROUP)
+            qkv = rest[0] if rest else qkv
+        return greedy(x, weights["head"]), kept
 
     return run
 

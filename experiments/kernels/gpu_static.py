@@ -26,8 +26,12 @@ os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUM
 import jax  # noqa: E402  (the variables above are read when jax starts)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from decode import GROUP, TAIL, Shape  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from qjax_kernels.gpu.chain import TILES as CHAIN_TILES  # noqa: E402
+from qjax_kernels.gpu.chain import chain  # noqa: E402
+from qjax_kernels.gpu.chain_shape import shapes_of, shared_bytes  # noqa: E402
 from qjax_kernels.gpu.direct_shape import shape_of  # noqa: E402
 from qjax_kernels.gpu.eight_bit import eight_bit_matmul  # noqa: E402
 from qjax_kernels.gpu.stock import grouped_matmul  # noqa: E402
@@ -35,7 +39,6 @@ from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_t
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER  # noqa: E402
 
-GROUP = 128
 DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
 SMALL, LARGE = HOPPER[0][::-1], HOPPER[-1][::-1]  # N, K
 
@@ -169,6 +172,28 @@ def rows() -> list[dict]:
     return found
 
 
+def chains() -> list[dict]:
+    """What lies between two attentions of a model of seven billion weights, in one launch; N and K are those of its widest product."""
+    found, weights = [], [Shape().products()[name] for name in ("out", "up", "down", "qkv")]
+    n, k = weights[1]
+    for bits, m in ((4, 1), (4, 4), (8, 1)):
+        kind = jnp.int4 if bits == 4 else jnp.int8
+        arguments = [((m, k), jnp.bfloat16)] * 2 + [((len(TAIL),), jnp.int32)]
+        arguments += [part for n, k in weights for part in (((n, k), kind), ((n, k // GROUP), jnp.bfloat16))]
+
+        def function(x, residual, met, *parts):
+            return chain((x, residual), list(zip(parts[::2], parts[1::2], strict=True)), met, links=TAIL, group_size=GROUP)
+
+        program, text = compiled(function, arguments, "h200")
+        shapes = shapes_of([(m, k)] * 2, weights, TAIL, [k // GROUP for _, k in weights], [jnp.dtype(jnp.bfloat16)] * 4, [bits] * 4,
+                           group=GROUP, tiles=CHAIN_TILES, cores=132)  # fmt: skip
+        row = {"kernel": f"W{bits}A16 g128 chain", "m": m, "n": n, "k": k, "tiles": _short(CHAIN_TILES), **counts(text)}
+        row |= {"shared": shared_bytes(shapes), "temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * n * k}
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    return found
+
+
 def fallbacks() -> list[dict]:
     """What an A100 runs, for which we have no kernel: temporaries of the XLA formulation. Its instructions are XLA's own."""
     found = []
@@ -210,7 +235,7 @@ def main() -> None:
     default = pathlib.Path(__file__).parent / "gpu_static" / f"{jax.__version__}.json"
     parser.add_argument("--write", type=pathlib.Path, nargs="?", const=default, help="the JSON of the rows, a table beside it")
     given = parser.parse_args()
-    found = rows() + fallbacks()
+    found = rows() + chains() + fallbacks()
     print(table(found))
     if given.write:
         given.write.parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from decode import Shape, empty_caches, parameters, product, step
+from decode import Shape, chained, chained_step, empty_caches, parameters, product, step
 from h200_timing import Clock, Record, kernel_times
 from qjax_kernels.gpu.tiles import Direct, direct_tiles
 
@@ -25,7 +25,14 @@ def default(n: int, k: int) -> None:
     """The default tiles."""
 
 
-STYLES = (("int4", "default tiles", default), ("bf16", "", default), ("int4", "early", early), ("int8", "default tiles", default))
+CHAINED = "products between two attentions in one launch"
+STYLES = (("int4", "default tiles", default), ("bf16", "", default), ("int4", CHAINED, None), ("int8", "default tiles", default),
+          ("int8", CHAINED, None), ("int4", "early", early))  # fmt: skip
+
+
+def made(shape: Shape, kind: str, how: str) -> dict[str, Any]:
+    """The parameters of a style."""
+    return chained(parameters(shape, kind)) if how == CHAINED else parameters(shape, kind)
 
 
 def looped(one):
@@ -47,8 +54,9 @@ def decode(record: Record, clock: Clock, dry: bool, profile: bool) -> None:
     parts = ("decode", "profile") if profile else ("decode",)
     wanted = [style for style in styles if any(record.known(part, {"kind": style[0], "how": style[1]}) is None for part in parts)]
     with concurrent.futures.ThreadPoolExecutor(2 * len(STYLES)) as pool:
-        waiting = [[pool.submit(compiled, shape, kind, make(step(shape, product(tiles)))) for make in (lambda f: f, looped)]
-                   for kind, _, tiles in wanted]  # fmt: skip
+        steps = [chained_step(shape) if tiles is None else step(shape, product(tiles)) for _, _, tiles in wanted]
+        waiting = [[pool.submit(compiled, shape, kind, how, make(one)) for make in (lambda f: f, looped)]
+                   for (kind, how, _), one in zip(wanted, steps, strict=True)]  # fmt: skip
         concurrent.futures.wait([future for both in waiting for future in both])
     for (kind, how, _), both in zip(wanted, waiting, strict=True):
         row: dict[str, Any] = {"kind": kind, "how": how}
@@ -60,22 +68,22 @@ def decode(record: Record, clock: Clock, dry: bool, profile: bool) -> None:
             continue
         if record.known("decode", row) is None:
             record.begin("decode", row)
-            record.add("decode", row | timed(shape, kind, *(future.result() for future in both)))
+            record.add("decode", row | timed(shape, kind, how, *(future.result() for future in both)))
         if profile:
-            for name, us in profiled(shape, kind, both[0].result()):
+            for name, us in profiled(shape, kind, how, both[0].result()):
                 record.add("profile", {"kind": kind, "how": how, "kernel": name, "us": us})
 
 
-def compiled(shape: Shape, kind: str, function):
+def compiled(shape: Shape, kind: str, how: str, function):
     """The program for the shapes of a model, keys and values donated."""
-    weights, caches = jax.eval_shape(lambda: (parameters(shape, kind), empty_caches(shape)))
+    weights, caches = jax.eval_shape(lambda: (made(shape, kind, how), empty_caches(shape)))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     return jax.jit(function, donate_argnums=1).lower(weights, caches, number, number).compile()
 
 
-def timed(shape: Shape, kind: str, single, many) -> dict[str, Any]:
+def timed(shape: Shape, kind: str, how: str, single, many) -> dict[str, Any]:
     """Microseconds a token of both programs, the faster one's tokens a second, and megabytes."""
-    weights, caches, token = parameters(shape, kind), empty_caches(shape), jnp.int32(1)
+    weights, caches, token = made(shape, kind, how), empty_caches(shape), jnp.int32(1)
     places = [jnp.int32(i) for i in range(TOKENS)]
     took = {}
     for name in ("us", "us, all tokens in one program"):
@@ -94,9 +102,9 @@ def timed(shape: Shape, kind: str, single, many) -> dict[str, Any]:
     return took | {"tokens/s": round(1e6 / min(took["us"], took["us, all tokens in one program"]), 1)}
 
 
-def profiled(shape: Shape, kind: str, program) -> list[tuple[str, float]]:
+def profiled(shape: Shape, kind: str, how: str, program) -> list[tuple[str, float]]:
     """Microseconds a step by kernel, the longest first, as the device's own clock has them; their sum in front."""
-    weights, caches, token = parameters(shape, kind), empty_caches(shape), jnp.int32(1)
+    weights, caches, token = made(shape, kind, how), empty_caches(shape), jnp.int32(1)
     token, caches = program(weights, caches, token, jnp.int32(0))
     jax.block_until_ready(token)
     steps, found = 4, collections.Counter()

@@ -7,6 +7,7 @@ cores work. Blocks stay on their multiprocessor and take tiles in turn.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,9 @@ from .tiles import PIECE, SHARED_BYTES, Direct
 from .warps import Int, Long, Real, Warps
 
 
-def multiply(w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long, *rest: Long) -> None:
+def multiply(
+    w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long, *rest: Long, wait: Callable[[], None] | None = None
+) -> None:
     """The work of one block.
 
     Args:
@@ -34,6 +37,7 @@ def multiply(w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long
       codes: where those of w begin.
       scales: where its scales begin.
       *rest: where the bias begins, if there is one, and y.
+      wait: what is done before x is read, while the first codes are on their way.
     """
     bias, y = rest[0], rest[-1]
     part, begin, each = w.block % s.parts, w.block // s.parts, s.blocks // s.parts
@@ -41,9 +45,8 @@ def multiply(w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long
     flat = (w.integer(tiles + each - 1) - begin) // each * s.rounds
     source = _Source(w, s, first, codes, scales)
     ahead = source.load(begin, w.integer(0), w.integer(0) < flat)
-    if s.early:
-        w.await_before()
-        w.let_next_begin()
+    if wait is not None:
+        wait()
     write_digits(w, s, first, shared, x)
     w.barrier()
     if s.norm is not None:
@@ -51,13 +54,13 @@ def multiply(w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long
 
     def step(i: Int, carry: list[Any]) -> list[Any]:
         now, sums = carry[: source.count], carry[source.count :]
-        turn = i % s.rounds
+        turn, tile = i % s.rounds, i // s.rounds
         ahead = source.load(begin + ((i + 1) // s.rounds) * each, (i + 1) % s.rounds, i + 1 < flat)
         sums = [w.where(turn == 0, w.real(0.0), total) for total in sums]
         piece = w.minimum((turn * s.warps + (w.thread >> 5)) * s.turn, s.held - s.turn)
         for u in range(s.turn):
             sums = _piece(w, s, shared, piece + u, *source.taken(now, u), sums)
-        w.when(turn == s.rounds - 1, lambda: _finish(w, s, shared, i // s.rounds, part, begin + (i // s.rounds) * each, sums, bias, y))
+        w.when(turn == s.rounds - 1, lambda: _finish(w, s, shared, tile, part, begin + tile * each, sums, bias, y))
         return [*ahead, *sums]
 
     w.loop(flat, [*ahead, *[w.real(0.0)] * (2 * s.quads)], step)
@@ -164,28 +167,35 @@ def _finish(w: Warps, s: Shape, shared: Int, number: Int, part: Int, tile: Int, 
     for quad in range(s.quads):
         w.store_shared(place + (warp * s.quads + quad) * 256, sums[2 * quad], sums[2 * quad + 1])
     w.barrier()
-    size = 2 if s.whole else 4
 
     def write(quad: int) -> None:
         parts = [w.load_shared(place + (other * s.quads + quad) * 256, 2) for other in range(s.warps)]
-        row = (lane & 3) + 4 * quad
+        row, totals = (lane & 3) + 4 * quad, []
         for half in (0, 1):
             total = w.as_real(parts[0][half])
             for other in parts[1:]:
                 total = total + w.as_real(other[half])
             if s.bits == 4:
                 total = total * 0.0625  # codes are sixteen times themselves
-            if s.norm is not None:
-                total = total * norm_of(w, s, shared, row)
-            column = tile * TILE + (lane >> 2) + 8 * half
-            if s.bias is not None:
-                total = total + _element(w, bias, column, s.bias)
-            at = y.times(part * s.m + row, s.n * size) + column * size
-            store = w.store_bfloat16 if s.whole else w.store_real
-            w.when(row < s.m, lambda at=at, total=total, store=store: store(at, total))
+            totals.append(total if s.norm is None else total * norm_of(w, s, shared, row))
+        _store(w, s, part, row, tile, totals, bias, y)
 
     for quad in range(s.quads):
         w.when(warp == (number + quad) % s.warps, lambda quad=quad: write(quad))
+
+
+def _store(w: Warps, s: Shape, part: Int, row: Int, tile: Int, totals: list[Real], added: Long, y: Long) -> None:
+    """What a product does with the sums of rows g and g + 8 of a tile, and their place in y."""
+    if s.gated:
+        totals = [totals[0] * w.logistic(totals[0]) * totals[1]]
+    store, size = (w.store_bfloat16, 2) if s.whole else (w.store_real, 4)
+    for half, total in enumerate(totals):
+        column = tile * (TILE // 2 * len(totals)) + ((w.thread & 31) >> 2) + 8 * half
+        if s.bias is not None:
+            width = s.out * jnp.dtype(s.bias).itemsize if s.by_row else 0
+            total = total + _element(w, added.times(w.minimum(row, s.m - 1), width), column, s.bias)
+        at = y.times(part * s.m + row, s.out * size) + column * size
+        w.when(row < s.m, lambda at=at, total=total: store(at, total))
 
 
 def _element(w: Warps, base: Long, index: Int, dtype: Any) -> Real:
@@ -193,6 +203,12 @@ def _element(w: Warps, base: Long, index: Int, dtype: Any) -> Real:
     width = jnp.dtype(dtype).itemsize
     at = base + index * width
     return w.half_as_real(w.load_half(at), dtype) if width == 2 else w.as_real(w.load_shared_by_all(at, 1)[0])
+
+
+def _early(w: Warps) -> None:
+    """The end of the launch before this one, and the beginning of the next."""
+    w.await_before()
+    w.let_next_begin()
 
 
 def direct(
@@ -233,7 +249,8 @@ def direct(
         def work(_, *own):
             addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
             start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
-            multiply(Warps(), s, start, *addresses)
+            w = Warps()
+            multiply(w, s, start, *addresses, wait=(lambda: _early(w)) if s.early else None)
 
         work(*references)  # pyright: ignore[reportCallIssue]
 

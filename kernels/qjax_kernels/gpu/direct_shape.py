@@ -35,10 +35,12 @@ class Shape:
       blocks: of the launch.
       parts: of K, each with blocks of its own.
       early: the launch begins while the one before it ends.
-      bias: its dtype; None without one.
+      bias: the dtype of what is added; None where nothing is.
+      by_row: what is added differs from row to row of x.
       norm: what is added to the mean of the squares of a row, by whose root its products are divided; None: they are not.
       whole: y is bfloat16; else float32.
       bits: of a code, 4 or 8.
+      gated: tiles hold eight rows of a gate and the eight of what it multiplies: y = silu(gate) other, half as wide.
     """
 
     m: int
@@ -56,6 +58,13 @@ class Shape:
     norm: float | None = None
     whole: bool = True
     bits: int = 4
+    by_row: bool = False
+    gated: bool = False
+
+    @property
+    def out(self) -> int:
+        """Columns of y."""
+        return self.n // 2 if self.gated else self.n
 
     @property
     def words(self) -> int:

@@ -112,11 +112,20 @@ class Real(_Number):
 
 
 class Warps:
-    """The instructions of one thread block, written where they are called."""
+    """The instructions of one thread block, written where they are called.
 
-    def __init__(self) -> None:
+    A block may be cut into parts that know nothing of each other: `thread`, `block` and `barrier` are then those of the part, and `part`
+    says which of its block it is.
+    """
+
+    def __init__(self, parts: int = 1, warps: int = 0) -> None:
+        """All of a block; or one of its `parts`, of so many `warps` each."""
         self.thread = Int(mgpu_utils.thread_idx())
         self.block = Int(self._asm("mov.u32 $0, %ctaid.x;", "i32", "=r"))
+        self.part, self._parts, self._threads = self.integer(0), parts, 32 * warps
+        if parts > 1:
+            self.part = self.thread // self._threads
+            self.thread, self.block = self.thread % self._threads, self.block * parts + self.part
 
     def integer(self, value: int) -> Int:
         """A constant."""
@@ -181,6 +190,11 @@ class Warps:
         """1 / sqrt(a), to the last bit but one."""
         return Real(self._asm("rsqrt.approx.f32 $0, $1;", "f32", "=f,f", a))
 
+    def logistic(self, a: Real) -> Real:
+        """1 / (1 + exp(-a)), to some units in the last place; 0 where exp overflows."""
+        grown = Real(self._asm("ex2.approx.f32 $0, $1;", "f32", "=f,f", a * -1.4426950408889634))
+        return Real(self._asm("rcp.approx.f32 $0, $1;", "f32", "=f,f", grown + 1.0))
+
     def half_as_real(self, a: Int, dtype: Any) -> Real:
         """The float32 of the lower 16 bits, which are a bfloat16 or float16."""
         if dtype == jnp.bfloat16:
@@ -197,7 +211,7 @@ class Warps:
 
     def load_half(self, address: Long) -> Int:
         """16 bits."""
-        text = "{.reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h;}"
+        text = "{.reg .b16 h; ld.global.b16 h, [$1]; cvt.u32.u16 $0, h;}"
         return Int(self._asm(text, "i32", "=r,l", address, effects=True))
 
     def store_bfloat16(self, address: Long, value: Real) -> None:
@@ -233,7 +247,25 @@ class Warps:
 
     def barrier(self) -> None:
         """Waits for all threads of the block, and for what they wrote to shared memory."""
-        self._asm("bar.sync 0;", None, "~{memory}", effects=True)
+        if self._parts == 1:
+            self._asm("bar.sync 0;", None, "~{memory}", effects=True)
+        else:
+            self._asm(f"bar.sync $0, {self._threads};", None, "r,~{memory}", self.part + 1, effects=True)
+
+    def arrive(self, counter: Long) -> Int:
+        """Adds 1 to a word of device memory, and gives what it was; who sees it sees all that this block wrote before its last barrier."""
+        text = "{fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;}"
+        return Int(self._asm(text, "i32", "=r,l,~{memory}", counter, effects=True))
+
+    def await_count(self, counter: Long, count: Int) -> None:
+        """Waits until a word of device memory has reached a count. After seconds the launch ends with an error: it never hangs."""
+        text = ("{.reg .pred p; .reg .u32 v, n; mov.u32 n, 0; WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.ge.u32 p, v, $1; @p bra MET; "
+                "add.u32 n, n, 1; setp.lt.u32 p, n, 0x1000000; @p bra WAIT; trap; MET: mov.u32 n, 0;}")  # fmt: skip
+        self._asm(text, None, "l,r,~{memory}", counter, count, effects=True)
+
+    def store_word(self, address: Long, value: Int) -> None:
+        """32 bits."""
+        self._asm("st.global.b32 [$0], $1;", None, "l,r,~{memory}", address, value, effects=True)
 
     def await_before(self) -> None:
         """Waits for the launch before this one."""

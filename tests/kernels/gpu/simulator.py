@@ -4,10 +4,15 @@ Memory is one array of bytes for each address space. Reading or writing outside 
 memory that nobody wrote.
 """
 
+import concurrent.futures
+import threading
+import time
+
 import ml_dtypes
 import numpy as np
 
 REGION = 1 << 40  # of addresses: one for every array
+LOCK = threading.Lock()  # of what is atomic
 
 
 class Simulator:
@@ -71,6 +76,9 @@ class Simulator:
     def inverse_root(self, a):
         return (1 / np.sqrt(a, dtype=np.float32)).astype(np.float32)
 
+    def logistic(self, a):
+        return (1 / (1 + np.exp(-a.astype(np.float64)))).astype(np.float32)
+
     def half_as_real(self, a, dtype):
         return a.astype(np.uint16).view(dtype).astype(np.float32)
 
@@ -121,6 +129,22 @@ class Simulator:
 
     def barrier(self):
         assert self.active.all(), "a barrier inside of a branch"
+
+    def arrive(self, counter):
+        assert self.active.sum() == 1, "one thread arrives for its block"
+        with LOCK:
+            before = self._global(counter, 1)[0]
+            self._put(counter, (before + np.uint32(1)).view(np.uint8).reshape(-1, 4))
+        return np.where(self.active, before, np.uint32(0))
+
+    def await_count(self, counter, count):
+        end = time.monotonic() + 60
+        while (self._global(counter, 1)[0] < count)[self.active].any():
+            assert time.monotonic() < end, "blocks wait for one that does not come"
+            time.sleep(1e-3)
+
+    def store_word(self, address, value):
+        self._put(address, value.view(np.uint8).reshape(-1, 4))
 
     def await_before(self):
         self.barrier()
@@ -192,11 +216,13 @@ class Address:
 
 
 def launch(body, blocks: int, threads: int, arrays: list[np.ndarray], shared: int) -> list[Simulator]:
-    """Runs the blocks one after another, each on shared memory of its own."""
-    ran = []
-    with np.errstate(over="ignore", invalid="ignore"):
-        for block in range(blocks):
-            machine = Simulator(block, threads, arrays, shared)
+    """Runs the blocks side by side, each on shared memory of its own: they may wait for each other."""
+
+    def run(block):
+        machine = Simulator(block, threads, arrays, shared)
+        with np.errstate(over="ignore", invalid="ignore"):
             body(machine, machine.integer(0), *machine.addresses())
-            ran.append(machine)
-    return ran
+        return machine
+
+    with concurrent.futures.ThreadPoolExecutor(blocks) as pool:
+        return list(pool.map(run, range(blocks)))

@@ -1,0 +1,106 @@
+"""Products of few rows that follow one another, as one launch: what comes behind attention in a layer, for Hopper GPUs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from .chain_shape import Link, shapes_of
+from .tiles import Direct
+from .weight_only import plain, whole_rows
+
+TILES = Direct(16, 2, 1)  # the fastest on an H200; two blocks of eight warps take 1260 us in place of 1205 in a step of a 7B shape
+GATED_ROWS = 8  # of a gate, then as many of what it multiplies: half a tile
+
+
+def interleaved(gate: jax.Array, other: jax.Array) -> jax.Array:
+    """Codes or scales (N, ...) of a gate and of what it multiplies as (2 N, ...), eight rows of each in turn.
+
+    Args:
+      gate: (N, ...), N a multiple of 8.
+      other: the same shape and dtype.
+
+    Returns:
+      What `Link(gated=True)` takes.
+
+    Raises:
+      ValueError: two shapes, or rows that eight does not divide.
+
+    Example:
+      >>> interleaved(jnp.zeros((16, 1)), jnp.ones((16, 1)))[:, 0].astype(int).tolist()[6:18]
+      [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]
+    """
+    if gate.shape != other.shape or gate.shape[0] % GATED_ROWS:
+        raise ValueError(f"`gate` is {gate.shape} and `other` {other.shape}: they must be alike, of a multiple of {GATED_ROWS} rows")
+    cut = (each.reshape(-1, 1, GATED_ROWS, *each.shape[1:]) for each in (gate, other))
+    return jnp.concatenate([*cut], axis=1).reshape(-1, *gate.shape[1:])
+
+
+def counters(links: int) -> jax.Array:
+    """What the blocks of a launch meet by: zeros, and zeros again behind every launch, so that one array serves all of a program."""
+    return jnp.zeros((links,), jnp.int32)
+
+
+def chain(
+    inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], counters: jax.Array, *, links: Sequence[Link],
+    group_size: int, tiles: Direct | None = None, cores: int = 132,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Products of 1 to 8 rows, each of a value that came in or of a result before it, in one launch.
+
+    y_i = f(r x w_i^T) + a, with x and a among the inputs and y_0 ... y_(i-1); see `Link`.
+
+    Args:
+      inputs: (M, K) bfloat16 each, M the same.
+      weights: for every product codes (N, K) int4 or int8 and scales (N, K / group_size).
+      counters: int32 zeros, one for every product or more (`counters`), an argument of the program: the launch uses and clears them.
+        Programs that run at the same time need their own.
+      links: what the products multiply and add.
+      group_size: consecutive k that share a scale, a multiple of 128.
+      tiles: the cut, of at most 16 warps a multiprocessor; None for the default.
+      cores: multiprocessors of the GPU; with fewer than this the launch fails.
+
+    Returns:
+      All results, (M, N) bfloat16 each (N / 2 of gated ones). Derivatives: none; it is a kernel of decoding.
+
+    Raises:
+      ValueError: values, weights and links that do not fit together, with their number; more than 8 rows.
+    """
+    _check(inputs, weights, counters, links)
+    return _chain(tuple(inputs), tuple(weights), counters, links=tuple(links), group=group_size, tiles=tiles or TILES, cores=cores)
+
+
+@functools.partial(jax.jit, static_argnames=("links", "group", "tiles", "cores"))
+def _chain(inputs, weights, counters, *, links, group, tiles, cores) -> tuple[jax.Array, ...]:
+    from .chain_kernel import linked
+
+    weights = [(codes, whole_rows(scales)) for codes, scales in weights]
+    shapes = shapes_of([x.shape for x in inputs], [codes.shape for codes, _ in weights], links, [s.shape[1] for _, s in weights],
+                       [s.dtype for _, s in weights], [4 if codes.dtype == jnp.int4 else 8 for codes, _ in weights],
+                       group=group, tiles=tiles, cores=cores)  # fmt: skip
+    return linked(inputs, weights, counters, links=links, shapes=shapes, parts=tiles.blocks)
+
+
+def _check(inputs, weights, counters, links) -> None:
+    if not inputs or any(x.ndim != 2 or x.dtype != jnp.bfloat16 or not 1 <= x.shape[0] <= 8 for x in inputs):
+        raise ValueError(f"`inputs` are {[(x.shape, str(x.dtype)) for x in inputs]}; they must be of 1 to 8 rows of bfloat16")
+    if any(codes.dtype not in (jnp.int4, jnp.int8) for codes, _ in weights):
+        raise ValueError(f"codes are {[str(codes.dtype) for codes, _ in weights]}; they must be int4 or int8")
+    if counters.ndim != 1 or counters.size < len(links) or counters.dtype != jnp.int32:
+        raise ValueError(f"`counters` are {counters.shape} {counters.dtype}; make them by counters({len(links)})")
+
+
+def one_by_one(
+    inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], *, links: Sequence[Link], group_size: int
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The same in jax, a product after the other, for any number of rows and any device: results are rounded to bfloat16 as there."""
+    values = list(inputs)
+    for link, (codes, scales) in zip(links, weights, strict=True):
+        y = plain(values[link.x].astype(jnp.float32), None, codes, scales, group_size, None, link.norm)
+        if link.gated:
+            gate, other = jnp.moveaxis(y.reshape(y.shape[0], -1, 2, GATED_ROWS), 2, 0).reshape(2, y.shape[0], -1)
+            y = jax.nn.silu(gate) * other
+        values.append((y if link.added is None else y + values[link.added].astype(jnp.float32)).astype(jnp.bfloat16))
+    return tuple(values[len(inputs) :])

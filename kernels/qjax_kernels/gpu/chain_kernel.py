@@ -1,0 +1,122 @@
+"""The Hopper kernel of products that follow one another in one launch: between two of them all blocks wait for each other.
+
+The first codes of the next product are on their way while blocks wait. More of them are no gain (experiments/kernels): what blocks wait
+for comes through the same queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from .chain_shape import Link, shared_bytes
+from .direct_kernel import multiply
+from .direct_shape import Shape
+from .mosaic import LANE
+from .warps import Int, Long, Warps
+
+
+def follow(w: Warps, shapes: Sequence[Shape], links: Sequence[Link], shared: Int, inputs: Sequence[Long], rest: Sequence[Long]) -> None:
+    """The work of one block, or of a part of one.
+
+    Args:
+      w: the instructions.
+      shapes: of the products, of as many blocks each.
+      links: what they multiply and add.
+      shared: where its shared memory begins.
+      inputs: where the values that come in begin.
+      rest: where codes and scales of each product begin, then the counters, then the results.
+    """
+    count = len(links)
+    weights, counters, results = rest[: 2 * count], rest[2 * count], rest[2 * count + 1 :]
+    values = [*inputs, *results]
+    for i, (s, link) in enumerate(zip(shapes, links, strict=True)):
+        added = [] if link.added is None else [values[link.added]]
+        wait = (lambda i=i, s=s: _await(w, s.blocks, counters, i - 1)) if i else None
+        if i:
+            _arrive(w, counters, i - 1)  # before the first codes are asked for, behind which it would have to wait
+        multiply(w, s, shared, values[link.x], *weights[2 * i : 2 * i + 2], *added, results[i], wait=wait)
+    if count > 1:
+        w.when(w.thread == 0, lambda: _leave(w, shapes[0].blocks, counters, count - 1))
+
+
+def _arrive(w: Warps, counters: Long, number: int) -> None:
+    """What the block wrote may be read by others."""
+
+    def first_thread() -> None:
+        w.arrive(counters + w.integer(4 * number))
+
+    w.barrier()
+    w.when(w.thread == 0, first_thread)
+
+
+def _await(w: Warps, blocks: int, counters: Long, number: int) -> None:
+    """Waits for all blocks, and for what they wrote. Who has met for the second time has left the first: its counter goes back to 0."""
+
+    def first_thread() -> None:
+        w.await_count(counters + w.integer(4 * number), w.integer(blocks))
+        if number:
+            w.when(w.block == 0, lambda: w.store_word(counters + w.integer(4 * (number - 1)), w.integer(0)))
+
+    w.when(w.thread == 0, first_thread)
+    w.barrier()
+
+
+def _leave(w: Warps, blocks: int, counters: Long, last: int) -> None:
+    """The block that leaves last puts the last two counters back to 0."""
+    before = w.arrive(counters + w.integer(4 * last))
+
+    def clear() -> None:
+        for number in (last - 1, last):
+            w.store_word(counters + w.integer(4 * number), w.integer(0))
+
+    w.when(before == blocks - 1, clear)
+
+
+def linked(
+    inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], counters: jax.Array, *, links: Sequence[Link],
+    shapes: Sequence[Shape], parts: int,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """The kernel; see `chain.chain`.
+
+    Args:
+      inputs: (M, K) bfloat16 each.
+      weights: codes (N, K) and scales (N, G), rows of a multiple of 16 bytes.
+      counters: (links,) int32 zeros, which are zeros again when the launch ends.
+      links: the products.
+      shapes: theirs, of as many blocks each.
+      parts: of a thread block, each of which counts as a block.
+
+    Returns:
+      The result of every product, bfloat16.
+    """
+    operands = [*inputs, *(part for weight in weights for part in weight), counters]
+    each = shared_bytes(shapes)
+
+    def hopper_chain(*references):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(references))
+        def work(_, *own):
+            addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
+            start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
+            w = Warps(parts, shapes[0].warps)
+            follow(w, shapes, links, start + w.part * each, addresses[: len(inputs)], addresses[len(inputs) :])
+
+        work(*references)  # pyright: ignore[reportCallIssue]
+
+    warpgroups = parts * shapes[0].warps // 4
+    kernel = plgpu.kernel(
+        hopper_chain,
+        out_type=tuple(jax.ShapeDtypeStruct((s.m, s.out), jnp.bfloat16) for s in shapes),
+        scratch_types=[plgpu.SMEM((parts * each,), jnp.int8)],
+        grid=(shapes[0].blocks // parts,),
+        grid_names=("n",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
+        **({} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "wg"}),
+    )
+    return kernel(*operands)

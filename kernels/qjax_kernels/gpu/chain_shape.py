@@ -1,0 +1,92 @@
+"""What the products of a chain multiply, and how they are cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from .direct_shape import TILE, Shape
+from .tiles import PIECE, SHARED_BYTES, Direct
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A product of a chain: y = f(r x w^T) + a. Values are numbered: those that come in first, then the results in their order.
+
+    Attributes:
+      x: which value is multiplied.
+      added: which value a is added; None: nothing is.
+      norm: r = 1 / sqrt(mean_k x_k^2 + norm) of every row; None: 1.
+      gated: w holds a gate and what it multiplies, eight rows of each in turn (`interleaved`): y = silu(gate) other, half as wide.
+    """
+
+    x: int
+    added: int | None = None
+    norm: float | None = None
+    gated: bool = False
+
+
+def shared_bytes(shapes: Sequence[Shape]) -> int:
+    """Bytes of shared memory that a block, or a part of one, takes: the products use the same ones in turn."""
+    return -(-max(s.places.end for s in shapes) // 128) * 128
+
+
+def shapes_of(
+    inputs: Sequence[tuple[int, int]], weights: Sequence[tuple[int, int]], links: Sequence[Link], columns: Sequence[int], dtypes: Sequence,
+    bits: Sequence[int], *, group: int, tiles: Direct, cores: int,
+) -> list[Shape]:  # fmt: skip
+    """The products of a chain, checked.
+
+    Args:
+      inputs: M and K of the values that come in.
+      weights: N and K.
+      links: the products.
+      columns: scales of a row of w, as stored.
+      dtypes: of scales.
+      bits: of a code.
+      group: consecutive k that share a scale.
+      tiles: the cut of all of them.
+      cores: multiprocessors.
+
+    Returns:
+      A shape for every product, of as many blocks each.
+
+    Raises:
+      ValueError: values and weights that do not fit together, tiles of a split or early launch, too much shared memory.
+    """
+    if tiles.split_k > 1 or tiles.early:
+        raise ValueError(f"`tiles` are {tiles}: the products of a chain neither split K nor begin early")
+    if tiles.blocks * tiles.warps > 16:  # as parts of one thread block they live together, whatever registers they take
+        raise ValueError(f"`tiles` are {tiles}: the blocks of a chain wait for each other, those of a multiprocessor share 16 warps")
+    if not links or len(links) != len(weights):
+        raise ValueError(f"`links` are {len(links)} and `weights` {len(weights)}; every product has one of each")
+    m = inputs[0][0]
+    if any(rows != m for rows, _ in inputs):
+        raise ValueError(f"`inputs` have {[rows for rows, _ in inputs]} rows; all must have the same number")
+    blocks = min(max(n for n, _ in weights) // TILE // tiles.blocks, cores) * tiles.blocks
+    widths, shapes = [k for _, k in inputs], []
+    for i, (link, (n, k)) in enumerate(zip(links, weights, strict=True)):
+        _check(i, link, widths, n, k, group)
+        s = Shape(m, n, k, group, columns[i], dtypes[i], tiles.warps, tiles.turn, blocks, bits=bits[i], norm=link.norm, gated=link.gated,
+                  bias=None if link.added is None else jnp.dtype(jnp.bfloat16), by_row=True)  # fmt: skip
+        widths.append(s.out)
+        shapes.append(s)
+    if (used := tiles.blocks * shared_bytes(shapes)) > SHARED_BYTES:
+        raise ValueError(f"the products need {used} bytes of shared memory for {m} rows and {tiles}, the GPU has {SHARED_BYTES}: take "
+                         "fewer rows, or one block a multiprocessor")  # fmt: skip
+    return shapes
+
+
+def _check(i: int, link: Link, widths: list[int], n: int, k: int, group: int) -> None:
+    if n % (4 * TILE) or k % PIECE or group % PIECE or k % group:
+        raise ValueError(f"product {i} is of N = {n}, K = {k} and groups of {group}: N must be a multiple of 64, K of the group, it of 128")
+    wanted = {"x": (link.x, k), "added": (link.added, n // 2 if link.gated else n)}
+    for name, (value, width) in wanted.items():
+        if value is None:
+            continue
+        if not 0 <= value < len(widths):
+            raise ValueError(f"`{name}` of product {i} is value {value}; {len(widths)} come before it, inputs first, numbered from 0")
+        if widths[value] != width:
+            raise ValueError(f"`{name}` of product {i} is value {value}, {widths[value]} wide; the product takes {width}")
