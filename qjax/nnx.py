@@ -329,7 +329,8 @@ def report(model: Any, *args: Any, **kwargs: Any) -> Report:
 
     Args:
       model: from `fake_quant`, or `begin`; in evaluation mode, of numbers or shapes (`nnx.eval_shape`).
-      *args, **kwargs: as for `convert`.
+      *args: of the method, as for `convert`.
+      **kwargs: its keyword arguments.
 
     Returns:
       A `Report`; nothing is computed.

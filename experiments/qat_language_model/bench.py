@@ -88,10 +88,10 @@ def measure(options):
     since = time.perf_counter()
     tuned, _ = trained(apply, start, {}, None, data, options.float_rate)
     mark("float", apply, tuned, since)
-    further = None
-    if "float" in options.begin and options.mix:  # the control of rows that begin there: the same training without rounding
+    further, first = None, start if options.taught else tuned
+    if options.mix:  # the control of distilled rows: the same training, from the same beginning, without rounding
         since = time.perf_counter()
-        further, _ = trained(apply, tuned, {}, None, data, options.rate, tuned, options.mix)
+        further, _ = trained(apply, first, {}, None, data, options.rate, tuned, options.mix)
         mark(FURTHER, apply, further, since)
     calibration = [data[i, :8] for i in range(min(16, len(data)))]
     for name in options.rows or SPECS:
@@ -106,28 +106,36 @@ def measure(options):
                 mark(f"{name}, {method} {CONTROL}", qjax.quantized(apply), packed, since)
         for kind in options.trains or TRAINS:
             fq = qjax.fake_quant(apply, policy(name, train=TRAINS[kind]))
-            for source, first, packed in beginnings(options, start, tuned, found if kind == "learned steps" else {}):
+            for source, params, method in beginnings(options, start, tuned):
                 since, key = time.perf_counter(), jax.random.key(0)
-                quant = fq.init(key, first, data[0]) if packed is None else None
-                if packed is not None:
-                    first, quant = fq.from_packed(key, packed, data[0], params=first)
-                params, quant = trained(apply, first, quant, fq, data, options.rate, tuned if source else None, options.mix)
+                if method is None:
+                    quant = fq.init(key, params, data[0])
+                elif kind == "learned steps":
+                    packed = found.get(method)
+                    if options.taught or packed is None:
+                        packed = qjax.quantize(apply, params, policy(name, METHODS[method]), calibration).params
+                    params, quant = fq.from_packed(key, packed, data[0], params=params)
+                else:
+                    continue  # straight-through scales are those of the weights, not the ones that a method found
+                params, quant = trained(apply, params, quant, fq, data, options.rate, tuned if source else None, options.mix)
                 result = qjax.convert(fq, params, data[0], quant=quant)
                 mark(f"{name}, QAT {kind}{source}", qjax.quantized(apply), result.params, since)
     return losses, seconds
 
 
-def beginnings(options, start, tuned, found):
-    """(what it is called, float parameters, packed ones to begin with or None): the shipped weights, trained by cross entropy; or the
-    trained float model, as it is or as a method rounded it, trained on its own distribution.
+def beginnings(options, start, tuned):
+    """(what it is called, float parameters, the method that rounds them first or None): the shipped weights, trained by cross entropy, or
+    `taught` by the trained float model from the first step on; or the trained float model, on its own distribution.
     """
     for name in options.begin:
-        if name == "shipped":
+        method = name if name in METHODS else None
+        rounded = f", from {method}" if method else ""
+        if options.taught:
+            yield f", taught from the shipped weights{rounded}", start, method
+        elif name == "shipped":
             yield "", start, None
-        elif name == "float":
-            yield ", distilled", tuned, None
-        elif name in found:
-            yield f", distilled, from {name}", tuned, found[name]
+        else:
+            yield f", distilled{rounded}", tuned, method
 
 
 def show(losses):
@@ -136,7 +144,7 @@ def show(losses):
     ppl = {name: float(np.exp(each.mean())) for name, each in second.items()}
     print(f"\nfloat before: {ppl['float, before']:.3f}; float, trained on the same batches: {ppl['float']:.3f}")
     if FURTHER in ppl:
-        print(f"float, distilled from itself as the rows are: {ppl[FURTHER]:.3f}")
+        print(f"float, distilled as the rows are: {ppl[FURTHER]:.3f}")
     for spec in SPECS:
         names = [name for name in losses if name.startswith(f"{spec}, ")]
         rounded = [name for name in names if "QAT" not in name and CONTROL not in name]
@@ -169,10 +177,14 @@ def main():
     parser.add_argument("--trains", nargs="*", choices=list(TRAINS))
     parser.add_argument("--begin", nargs="*", choices=["shipped", "float", *METHODS], default=["shipped"],
                         help="What is trained: the shipped weights, the trained float model, or what a method made of it.")  # fmt: skip
+    parser.add_argument("--taught", action="store_true",
+                        help="Train the shipped weights (or what a method made of them) on the float model's distribution.")  # fmt: skip
     parser.add_argument("--mix", type=float, default=0.0, help="How much cross entropy is added to a divergence from the teacher.")
     parser.add_argument("--read", nargs="*", default=[], help="Print the tables of numbers that were written before.")
     parser.add_argument("--json", help="Write the numbers here, too.")
     options = parser.parse_args()
+    if options.taught and "float" in options.begin:
+        parser.error("--taught trains the shipped weights: leave float out of --begin")
     if options.read:
         for path in options.read:
             show({name: np.asarray(each) for name, each in json.loads(pathlib.Path(path).read_text())["losses"].items()})
