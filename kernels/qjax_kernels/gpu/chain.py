@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .chain_shape import Link, shapes_of
-from .tiles import Direct
+from .tiles import PIECE, Direct
 from .weight_only import plain, whole_rows
 
 TILES = Direct(16, 2, 1)  # the fastest on an H200; two blocks of eight warps take 1260 us in place of 1205 in a step of a 7B shape
@@ -27,20 +27,32 @@ def interleaved(gate: jax.Array, other: jax.Array) -> jax.Array:
       What `Link(gated=True)` takes.
 
     Raises:
-      ValueError: two shapes, or rows that eight does not divide.
+      ValueError: two shapes or dtypes, or rows that eight does not divide.
 
     Example:
       >>> interleaved(jnp.zeros((16, 1)), jnp.ones((16, 1)))[:, 0].astype(int).tolist()[6:18]
       [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]
     """
-    if gate.shape != other.shape or gate.shape[0] % GATED_ROWS:
-        raise ValueError(f"`gate` is {gate.shape} and `other` {other.shape}: they must be alike, of a multiple of {GATED_ROWS} rows")
+    if (gate.shape, gate.dtype) != (other.shape, other.dtype) or not gate.ndim or gate.shape[0] % GATED_ROWS:
+        raise ValueError(f"`gate` is {gate.shape} {gate.dtype} and `other` {other.shape} {other.dtype}: they must be alike, of a multiple "
+                         f"of {GATED_ROWS} rows")  # fmt: skip
     cut = (each.reshape(-1, 1, GATED_ROWS, *each.shape[1:]) for each in (gate, other))
     return jnp.concatenate([*cut], axis=1).reshape(-1, *gate.shape[1:])
 
 
 def counters(links: int) -> jax.Array:
-    """What the blocks of a launch meet by: zeros, and zeros again behind every launch, so that one array serves all of a program."""
+    """What the blocks of a launch meet by: zeros, and zeros again behind every launch, so that one array serves launches one by one.
+
+    Args:
+      links: products of the longest chain.
+
+    Returns:
+      (links,) int32 zeros.
+
+    Example:
+      >>> counters(4).tolist()
+      [0, 0, 0, 0]
+    """
     return jnp.zeros((links,), jnp.int32)
 
 
@@ -54,21 +66,28 @@ def chain(
 
     Args:
       inputs: (M, K) bfloat16 each, M the same.
-      weights: for every product codes (N, K) int4 or int8 and scales (N, K / group_size).
+      weights: for every product codes (N, K) int4 or int8 and scales (N, K / group_size), bfloat16, float16 or float32. Further columns of
+        scales are not used.
       counters: int32 zeros, one for every product or more (`counters`), an argument of the program: the launch uses and clears them.
-        Programs that run at the same time need their own.
       links: what the products multiply and add.
       group_size: consecutive k that share a scale, a multiple of 128.
       tiles: the cut, of at most 16 warps a multiprocessor; None for the default.
       cores: multiprocessors of the GPU; with fewer than this the launch fails.
 
     Returns:
-      All results, (M, N) bfloat16 each (N / 2 of gated ones). Derivatives: none; it is a kernel of decoding.
+      All results, (M, N) bfloat16 each (N / 2 of gated ones). Under `vmap` there is a launch after the other. Derivatives: none; it is a
+      kernel of decoding.
 
     Raises:
       ValueError: values, weights and links that do not fit together, with their number; more than 8 rows.
+      TypeError: `tiles` of another kind.
+
+    All blocks of a launch must live at once, which nothing but the device's order of work sees to: let no other program run there at the
+    same time. Two launches side by side may each hold half of the multiprocessors, and end with an error after seconds; with the same
+    counters they compute wrong numbers.
     """
-    _check(inputs, weights, counters, links)
+    _check(inputs, counters, links, tiles, cores)
+    _check_weights(weights, links, group_size)
     return _chain(tuple(inputs), tuple(weights), counters, links=tuple(links), group=group_size, tiles=tiles or TILES, cores=cores)
 
 
@@ -80,22 +99,62 @@ def _chain(inputs, weights, counters, *, links, group, tiles, cores) -> tuple[ja
     shapes = shapes_of([x.shape for x in inputs], [codes.shape for codes, _ in weights], links, [s.shape[1] for _, s in weights],
                        [s.dtype for _, s in weights], [4 if codes.dtype == jnp.int4 else 8 for codes, _ in weights],
                        group=group, tiles=tiles, cores=cores)  # fmt: skip
-    return linked(inputs, weights, counters, links=links, shapes=shapes, parts=tiles.blocks)
+    # Blocks of a batch that Pallas puts into the grid would meet those of another by the same counters.
+    launch = jax.custom_batching.sequential_vmap(functools.partial(linked, links=links, shapes=shapes, parts=tiles.blocks))
+    return launch(inputs, weights, counters)
 
 
-def _check(inputs, weights, counters, links) -> None:
+def _check(inputs, counters, links, tiles, cores) -> None:
     if not inputs or any(x.ndim != 2 or x.dtype != jnp.bfloat16 or not 1 <= x.shape[0] <= 8 for x in inputs):
         raise ValueError(f"`inputs` are {[(x.shape, str(x.dtype)) for x in inputs]}; they must be of 1 to 8 rows of bfloat16")
-    if any(codes.dtype not in (jnp.int4, jnp.int8) for codes, _ in weights):
-        raise ValueError(f"codes are {[str(codes.dtype) for codes, _ in weights]}; they must be int4 or int8")
+    if not isinstance(tiles, Direct | None):
+        raise TypeError(f"`tiles` are {tiles}; the products of a chain take Direct(...), or None")
+    if cores < 1:
+        raise ValueError(f"`cores` is {cores}; it must be the number of multiprocessors of the GPU, 132 of an H100 or H200")
     if counters.ndim != 1 or counters.size < len(links) or counters.dtype != jnp.int32:
         raise ValueError(f"`counters` are {counters.shape} {counters.dtype}; make them by counters({len(links)})")
+
+
+def _check_weights(weights, links, group: int) -> None:
+    if len(weights) != len(links):
+        raise ValueError(f"`links` are {len(links)} and `weights` {len(weights)}; every product has one of each")
+    if not isinstance(group, int) or group < 1 or group % PIECE:
+        raise ValueError(f"`group_size` is {group}; it must be a multiple of {PIECE}")
+    for i, (codes, scales) in enumerate(weights):
+        if codes.ndim != 2 or codes.dtype not in (jnp.int4, jnp.int8):
+            raise ValueError(f"codes of product {i} are {codes.shape} {codes.dtype}; they must be (N, K) int4 or int8")
+        wanted = codes.shape[0], codes.shape[1] // group
+        if scales.ndim != 2 or scales.shape[0] != wanted[0] or scales.shape[1] < wanted[1]:
+            raise ValueError(f"scales of product {i} are {scales.shape}; codes {codes.shape} in groups of {group} take {wanted}")
+        if scales.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            raise ValueError(f"scales of product {i} are {scales.dtype}; they must be bfloat16, float16 or float32")
 
 
 def one_by_one(
     inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], *, links: Sequence[Link], group_size: int
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """The same in jax, a product after the other, for any number of rows and any device: results are rounded to bfloat16 as there."""
+    """The same in jax, a product after the other, for any number of rows and any device: results are rounded to bfloat16 as there.
+
+    Args:
+      inputs: (M, K) each, M the same.
+      weights: as for `chain`.
+      links: what the products multiply and add.
+      group_size: consecutive k that share a scale, a multiple of 128.
+
+    Returns:
+      All results, (M, N) bfloat16 each (N / 2 of gated ones).
+
+    Raises:
+      ValueError: weights that do not fit the links, or scales that do not fit their codes.
+
+    Example:
+      >>> codes, scales = jnp.ones((64, 128), jnp.int8), jnp.full((64, 1), 0.5, jnp.bfloat16)
+      >>> x, residual = jnp.ones((1, 128), jnp.bfloat16), jnp.ones((1, 64), jnp.bfloat16)
+      >>> (y,) = one_by_one((x, residual), [(codes, scales)], links=[Link(0, added=1)], group_size=128)
+      >>> y.shape, y[0, 0].item()
+      ((1, 64), 65.0)
+    """
+    _check_weights(weights, links, group_size)
     values = list(inputs)
     for link, (codes, scales) in zip(links, weights, strict=True):
         y = plain(values[link.x].astype(jnp.float32), None, codes, scales, group_size, None, link.norm)

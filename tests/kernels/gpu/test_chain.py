@@ -1,12 +1,14 @@
 """The Hopper kernel of products that follow one another, thread by thread in NumPy, against float64."""
 
+import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from qjax_kernels.gpu.chain import chain, counters, interleaved, one_by_one
 from qjax_kernels.gpu.chain_shape import Link, shapes_of, shared_bytes
-from qjax_kernels.gpu.tiles import Direct
+from qjax_kernels.gpu.tiles import Direct, Tiles
 
 pytest.importorskip("absl")
 
@@ -53,7 +55,7 @@ def expected(link, values, codes, scales, group):
     if link.gated:
         gate, other = (y.reshape(len(y), -1, 2, 8)[:, :, i].reshape(len(y), -1) for i in (0, 1))
         near = near.reshape(len(y), -1, 2, 8)
-        near = (near[:, :, 0] * (1 + np.abs(other.reshape(len(y), -1, 8))) + near[:, :, 1] * (1 + np.abs(gate.reshape(len(y), -1, 8))))
+        near = near[:, :, 0] * (1 + np.abs(other.reshape(len(y), -1, 8))) + near[:, :, 1] * (1 + np.abs(gate.reshape(len(y), -1, 8)))
         near, y = near.reshape(len(y), -1), gate / (1 + np.exp(-gate)) * other
     if link.added is not None:
         y = y + values[link.added].astype(np.float64)
@@ -101,7 +103,8 @@ def test_a_gate_and_its_other_half_are_told_apart():
 def test_one_product_needs_nobody_to_meet():
     inputs, weights = tail(1, 256, 512, 128, (4,) * 4)
     results, met, _ = ran(inputs, weights[:1], TAIL[:1], 128, (4,), Direct(4, 2, 1), 2)
-    assert np.isfinite(results[0].astype(np.float32)).all() and not met.any()
+    y, near = expected(TAIL[0], inputs, *weights[0], 128)
+    assert np.all(np.abs(results[0].astype(np.float64) - y) <= near) and not met.any()
 
 
 def given(m=1, width=256):
@@ -116,7 +119,12 @@ def given(m=1, width=256):
         ({"links": [Link(0, added=7)]}, "`added` of product 0"),
         ({"links": [Link(0, added=0, gated=True)]}, "256 wide; the product takes 128"),
         ({"links": [Link(0), Link(1)]}, "`counters` are"),
-        ({"group_size": 96}, "it of 128"),
+        ({"group_size": 96}, "`group_size` is 96; it must be a multiple of 128"),
+        ({"group_size": 0}, "`group_size` is 0"),
+        ({"group_size": -128}, "`group_size` is -128"),
+        ({"group_size": None}, "`group_size` is None"),
+        ({"group_size": 384}, "K of the group"),
+        ({"cores": 0}, "`cores` is 0"),
         ({"tiles": Direct(split_k=2)}, "neither split K"),
         ({"tiles": Direct(early=True)}, "nor begin early"),
         ({"tiles": Direct(16, 2, 2)}, "share 16 warps"),
@@ -128,6 +136,60 @@ def test_what_does_not_fit_together_is_named(change, named):
         chain(inputs, weights, met, **({"links": [Link(0)], "group_size": 128} | change))
 
 
+def test_tiles_of_a_pipeline_are_refused():
+    inputs, weights, met = given()
+    with pytest.raises(TypeError, match=r"`tiles` are Tiles\(.*take Direct"):
+        chain(inputs, weights, met, links=[Link(0)], group_size=128, tiles=Tiles(8, 64, 128, 2))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "named"),
+    [
+        (((256, 256), jnp.int4), ((128, 2), jnp.bfloat16), r"scales of product 0 are \(128, 2\).*take \(256, 2\)"),
+        (((256, 256), jnp.int4), ((256, 1), jnp.bfloat16), r"scales of product 0 are \(256, 1\).*take \(256, 2\)"),
+        (((256, 256), jnp.int4), ((256,), jnp.bfloat16), r"scales of product 0 are \(256,\)"),
+        (((256, 256), jnp.int4), ((256, 2), jnp.int8), "scales of product 0 are int8; they must be bfloat16"),
+        (((256, 256), jnp.bfloat16), ((256, 2), jnp.bfloat16), "codes of product 0 are .*bfloat16; they must be"),
+        (((1, 256, 256), jnp.int4), ((256, 2), jnp.bfloat16), r"codes of product 0 are \(1, 256, 256\)"),
+        (None, None, "`links` are 1 and `weights` 0"),
+    ],
+)
+def test_codes_and_scales_that_do_not_fit_together_are_named(codes, scales, named):
+    """They would be read behind their end, or as numbers of another width, without a word."""
+    inputs, _, met = given()
+    weights = [] if codes is None else [(jnp.zeros(*codes), jnp.ones(*scales))]
+    with pytest.raises(ValueError, match=named):
+        chain(inputs, weights, met, links=[Link(0)], group_size=128)
+    with pytest.raises(ValueError, match=named):
+        one_by_one(inputs, weights, links=[Link(0)], group_size=128)
+
+
+def test_columns_of_scales_behind_the_last_group_are_not_read():
+    inputs, [(codes, scales)], met = given()
+    wide = jnp.pad(scales, ((0, 0), (0, 6)))
+    (y,) = jax.eval_shape(lambda s: chain(inputs, [(codes, s)], met, links=[Link(0)], group_size=128), wide)
+    assert y.shape == (1, 256)
+
+
+def test_a_batch_is_a_launch_after_the_other():
+    """Side by side, blocks of one would meet those of another by the same counters, and read what is not yet written."""
+    (x,), weights, met = given()
+
+    def run(x):
+        return chain([x], weights, met, links=[Link(0)], group_size=128)
+
+    names = set(primitives(jax.make_jaxpr(jax.vmap(run))(jnp.stack([x, x, x])).jaxpr))
+    assert "scan" in names and "scan" not in set(primitives(jax.make_jaxpr(run)(x).jaxpr))
+
+
+def primitives(jaxpr):
+    """Names of everything in a program and in the programs in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from primitives(inner)
+
+
 def test_more_rows_than_the_kernel_takes_are_refused():
     inputs, weights, met = given(m=9)
     with pytest.raises(ValueError, match="1 to 8 rows"):
@@ -137,3 +199,5 @@ def test_more_rows_than_the_kernel_takes_are_refused():
 def test_halves_that_are_not_alike_are_refused():
     with pytest.raises(ValueError, match="must be alike"):
         interleaved(jnp.zeros((8, 2)), jnp.zeros((16, 2)))
+    with pytest.raises(ValueError, match=r"int4 and `other` .* int8: they must be alike"):
+        interleaved(jnp.zeros((8, 2), jnp.int4), jnp.zeros((8, 2), jnp.int8))
