@@ -191,6 +191,17 @@ def test_what_is_near_it_passes():
     jax.jit(lambda a: TUNED.merge(a, RESULT.params, X))(LOST)  # what is traced is not looked into
 
 
+def test_parameters_and_batches_may_have_parts_that_are_called_as_those_of_a_state():
+    """The network of an actor is a "policy", with "weights"; only a fingerprint below it makes it a state."""
+    actor = {"policy": PARAMS, "weights": {"scale": jnp.float32(2)}}
+    fq = qjax.fake_quant(lambda p, x: fn(p["policy"], x) * p["weights"]["scale"], Policy([Rule("policy/*", weight=qjax.int4())]))
+    np.testing.assert_array_equal(fq(actor, X), 2 * qjax.fake_quant(fn, INT4)(PARAMS, X))
+    batch = {"policy": {"x": X}, "step": jnp.float32(0)}
+    np.testing.assert_array_equal(
+        qjax.fake_quant(lambda p, b: fn(p, b["policy"]["x"]), INT4)(PARAMS, batch), qjax.fake_quant(fn, INT4)(PARAMS, X)
+    )
+
+
 def test_a_function_may_take_less_than_what_it_wraps():
     @functools.wraps(fn)
     def wrapped(p):
