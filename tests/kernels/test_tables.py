@@ -16,6 +16,7 @@ FILES = sorted(FOLDER.glob("*_static/*.json"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name} {file.stem}")
 def test_the_table_shows_the_rows(file, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))  # scripts set what compilers read
+    monkeypatch.syspath_prepend(str(FOLDER))  # and import from beside them
     spec = importlib.util.spec_from_file_location(file.parent.name, FOLDER / f"{file.parent.name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
