@@ -79,7 +79,8 @@ def chain(
       kernel of decoding.
 
     Raises:
-      ValueError: values, weights and links that do not fit together, with their number; more than 8 rows.
+      ValueError: values, weights and links that do not fit together, with their number; more than 8 rows, or than shared memory holds
+        (7 of K = 14336).
       TypeError: `tiles` of another kind.
 
     All blocks of a launch must live at once, which nothing but the device's order of work sees to: let no other program run there at the

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from qjax_kernels.gpu.chain import chain, counters, interleaved, one_by_one
+from qjax_kernels.gpu.chain import TILES, chain, counters, interleaved, one_by_one
 from qjax_kernels.gpu.chain_shape import Link, shapes_of, shared_bytes
 from qjax_kernels.gpu.tiles import Direct, Tiles
 
@@ -194,6 +194,17 @@ def test_more_rows_than_the_kernel_takes_are_refused():
     inputs, weights, met = given(m=9)
     with pytest.raises(ValueError, match="1 to 8 rows"):
         chain(inputs, weights, met, links=[Link(0)], group_size=128)
+
+
+def test_rows_that_shared_memory_does_not_hold_are_refused():
+    """Of the widest K of a 7B shape seven fit."""
+
+    def shapes(m):
+        return shapes_of([(m, 14336)], [(4096, 14336)], [Link(0, norm=1e-5)], [112], [BF16], [4], group=128, tiles=TILES, cores=132)
+
+    assert shapes(7)[0].m == 7
+    with pytest.raises(ValueError, match="for 8 rows .*take fewer rows"):
+        shapes(8)
 
 
 def test_halves_that_are_not_alike_are_refused():
