@@ -203,7 +203,7 @@ def test_rows_that_shared_memory_does_not_hold_are_refused():
         return shapes_of([(m, 14336)], [(4096, 14336)], [Link(0, norm=1e-5)], [112], [BF16], [4], group=128, tiles=TILES, cores=132)
 
     assert shapes(7)[0].m == 7
-    with pytest.raises(ValueError, match="for 8 rows .*take fewer rows"):
+    with pytest.raises(ValueError, match=r"for 8 rows .*take fewer rows"):
         shapes(8)
 
 
