@@ -28,7 +28,7 @@ from qjax.ptq.spill import Spill
 from qjax.report import Report
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
-from qjax.training.arguments import called_with
+from qjax.training.arguments import ONCE, called_with
 from qjax.training.fake_quant import Forward
 from qjax.training.state import NEEDS
 from qjax.training.state import advance as next_state
@@ -210,6 +210,8 @@ def fake_quant(
       ((1, 4), 'int4(per="channel")')
     """
     _check_model(model, "fake_quant")
+    if isinstance(model, FakeQuantModule):
+        raise TypeError(f"`model` {ONCE}")
     check_policy(policy)
     check_folds(folds)
     check_choice("forward", forward, ("float", "integer", None))

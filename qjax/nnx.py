@@ -24,7 +24,7 @@ from qjax.ptq.spill import Spill
 from qjax.report import Report
 from qjax.training import FakeQuant
 from qjax.training import convert as convert_function
-from qjax.training.arguments import called_with
+from qjax.training.arguments import ONCE, called_with
 from qjax.training.fake_quant import Forward
 from qjax.training.qat import training_of
 from qjax.training.state import NEEDS, labels
@@ -194,6 +194,8 @@ def fake_quant(
       (2, 4)
     """
     _check(model, "fake_quant")
+    if hasattr(type(model), _HOW):
+        raise TypeError(f"`model` {ONCE}")
     check_policy(policy)
     check_folds(folds)
     check_choice("forward", forward, ("float", "integer", None))

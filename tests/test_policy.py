@@ -49,6 +49,11 @@ def test_a_typo_is_named_with_what_it_may_have_meant():
         rows(Rule("*atention*", weight=qjax.int8()))
 
 
+def test_the_last_part_of_a_path_is_said_to_need_a_star():
+    with pytest.raises(ValueError, match=r"'kernel' matches no parameter of the program; did you mean '\*kernel'\?"):
+        rows(Rule("kernel", weight=qjax.int8()))
+
+
 def test_a_rule_for_biases_only_is_named():
     with pytest.raises(ValueError, match=r"'\*bias' matches only parameters that cannot be quantized, such as 'attention/bias'"):
         rows(Rule("*bias", weight=qjax.int8()))

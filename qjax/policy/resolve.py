@@ -254,7 +254,9 @@ def _check_matches(rule: Rule, program: Program) -> None:
         words = rule.pattern.strip("*")
         parts = sorted({part for path in paths for part in (path, *path.split("/"))})
         close = difflib.get_close_matches(words, parts, n=1, cutoff=0.5)
-        meant = f"did you mean {_like(rule.pattern, close[0])!r}?" if close else ""
+        likely = _like(rule.pattern, close[0]) if close else ""
+        likely = f"*{likely}" if likely == rule.pattern else likely  # the last part of a path, for all of it
+        meant = f"did you mean {likely!r}?" if close else ""
         hint = meant or f"what can be quantized is {', '.join(paths[:3]) or 'nothing'}"
         raise ValueError(f"rule `pattern` {rule.pattern!r} matches no parameter of the program; {hint}")
     if not any(map(is_candidate, matched)):

@@ -134,7 +134,8 @@ def adapted(program: Program, policy: Policy) -> dict[int, Adapted]:
       An `Adapted` by the parameter's index.
 
     Raises:
-      ValueError: as `Policy.resolve`; no rule trains adapters, or those that do reach no parameter; a parameter cannot have one.
+      ValueError: as `Policy.resolve`; no rule trains adapters, or those that do reach no parameter; a parameter cannot have one; a rule
+        trains through rounding.
     """
     found = {}
     choices = policy.resolve(program)
@@ -147,6 +148,11 @@ def adapted(program: Program, policy: Policy) -> dict[int, Adapted]:
         some = next((choice.leaf.path for choice in choices if choice.leaf.sites), None)
         hint = "its parameters meet no data" if some is None else f"write a rule such as Rule({some!r}, train=qjax.lora(16))"
         raise ValueError(f"`policy` has no rule whose adapters reach a site of the program{_through_rounding(policy)}: {hint}")
+    for choice in choices:
+        train = None if choice.rule is None else choice.rule.train
+        if train is not None and not isinstance(train, Lora):
+            raise ValueError(f"`policy` trains {choice.leaf.path!r} through rounding by {train!r}, and beside adapters the base is frozen: "
+                             f"leave `train` out of the rule for {choice.rule.pattern!r}, or give it qjax.lora(rank)")  # fmt: skip
     return found
 
 

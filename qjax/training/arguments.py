@@ -18,6 +18,7 @@ from qjax.program.trace import is_array
 
 _ENTRIES = frozenset({"weights", "activations", "products", "step", "seed", "held", "policy", "uncalibrated"})
 _STATE = "`quant` must be a state as fq.init gives it, of a policy without one {}, got"
+ONCE = "is fake-quantized already: give the float one, and write all rules into one policy"
 RAN_AWAY = "training ran away: go back to a step before that, and go on with a lower rate or optax.clip_by_global_norm"
 
 

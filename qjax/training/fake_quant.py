@@ -19,7 +19,7 @@ from qjax.policy import Policy, check_policy
 from qjax.program import Key, ProgramCache, check_function, split_arguments
 from qjax.ptq.data import check_numbers, check_same_sites
 from qjax.report import Report
-from qjax.training.arguments import called_with, check_form, check_places, check_rows, in_form_of
+from qjax.training.arguments import ONCE, called_with, check_form, check_places, check_rows, in_form_of
 from qjax.training.estimator import TracksRanges
 from qjax.training.freezing import recorded, standing
 from qjax.training.from_packed import adopted
@@ -391,8 +391,8 @@ def fake_quant(
       also returns ranges that follow the data, `fq.labels(quant)` tells what to train.
 
     Raises:
-      TypeError: `policy` is no policy, or `folds` something else. When called: a parameter that the policy rounds is packed already, or
-        the state is not float32.
+      TypeError: `policy` is no policy, `folds` something else, or `fn` fake-quantized already. When called: a parameter that the policy
+        rounds is packed already, or the state is not float32.
       ValueError: when called, a state that is missing, or of another policy; parameters that lack what `folds` need, or a policy that
         rounds no weight of theirs; a `forward` of "integer" where no product runs on integers.
 
@@ -417,6 +417,8 @@ def fake_quant(
     Source: Bengio et al., arXiv 1308.3432; Jacob et al., arXiv 1712.05877; see also the estimators.
     """
     check_function(fn)
+    if isinstance(fn, FakeQuant):
+        raise TypeError(f"`fn` {ONCE}")
     check_policy(policy)
     check_choice("forward", forward, ("float", "integer", None))
     check_folds(folds)

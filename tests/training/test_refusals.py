@@ -153,6 +153,8 @@ ROOMS = {
         (lambda: qjax.linen.convert(VARIABLES, LINEN, X), r"`model` of qjax.linen.convert .* the order is \(model, variables, \*args\)"),
         (lambda: qjax.nnx.begin(KEY, NNX, X), r"`model` of qjax.nnx.begin .* call it as begin\(model, key, \*args\)"),
         (lambda: qjax.nnx.begin(NNX, X), "`key` must be a key of jax.random"),
+        *each((lambda: qjax.fake_quant(FQ, POLICY), lambda: qjax.linen.fake_quant(LINEN, POLICY), lambda: qjax.nnx.fake_quant(NNX, POLICY)),
+              "is fake-quantized already: give the float one"),
         (lambda: qjax.nnx.fake_quant(LINEAR, POLICY, "__call__"), r"`methods` must be a tuple of names .* got '__call__'"),
     ],
     "results": [
@@ -163,6 +165,8 @@ ROOMS = {
         *each((lambda: TUNED.init(KEY, RESULT, X), lambda: TUNED(ADAPTERS, RESULT, X), lambda: TUNED.plan(RESULT, X),
                lambda: TUNED.attach(ADAPTERS, RESULT, X)), "`base` is a Result, .* result.params"),
         (lambda: qjax.qlora(fn, POLICY).init(KEY, RESULT.params, X), r"'\*' trains through rounding by LearnedStep.*fake_quant.*lora"),
+        (lambda: qjax.qlora(fn, Policy([Rule("a", train=qjax.lora(2)), Rule("b", weight=qjax.int4(), train=qjax.lsq())])).plan(PARAMS, X),
+         "`policy` trains 'b' through rounding by LearnedStep.* the base is frozen: leave `train` out of the rule for 'b'"),
     ],
 }  # fmt: skip
 
