@@ -149,10 +149,10 @@ def adapted(program: Program, policy: Policy) -> dict[int, Adapted]:
         hint = "its parameters meet no data" if some is None else f"write a rule such as Rule({some!r}, train=qjax.lora(16))"
         raise ValueError(f"`policy` has no rule whose adapters reach a site of the program{_through_rounding(policy)}: {hint}")
     for choice in choices:
-        train = None if choice.rule is None else choice.rule.train
-        if train is not None and not isinstance(train, Lora):
-            raise ValueError(f"`policy` trains {choice.leaf.path!r} through rounding by {train!r}, and beside adapters the base is frozen: "
-                             f"leave `train` out of the rule for {choice.rule.pattern!r}, or give it qjax.lora(rank)")  # fmt: skip
+        rule = choice.rule
+        if rule is not None and rule.train is not None and not isinstance(rule.train, Lora):
+            raise ValueError(f"`policy` trains {choice.leaf.path!r} through rounding by {rule.train!r}, and beside adapters the base is "
+                             f"frozen: leave `train` out of the rule for {rule.pattern!r}, or give it qjax.lora(rank)")  # fmt: skip
     return found
 
 
