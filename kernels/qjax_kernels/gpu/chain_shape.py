@@ -75,7 +75,7 @@ def shapes_of(
         shapes.append(s)
     if (used := tiles.blocks * shared_bytes(shapes)) > SHARED_BYTES:
         raise ValueError(f"the products need {used} bytes of shared memory for {m} rows and {tiles}, the GPU has {SHARED_BYTES}: take "
-                         "fewer rows, or one block a multiprocessor")  # fmt: skip
+                         "fewer rows, or `tiles` of fewer blocks")  # fmt: skip
     return shapes
 
 
