@@ -89,7 +89,8 @@ def measure(options):
     tuned, _ = trained(apply, start, {}, None, data, options.float_rate)
     mark("float", apply, tuned, since)
     further, first = None, start if options.taught else tuned
-    if options.mix:  # the control of distilled rows: the same training, from the same beginning, without rounding
+    # The control of distilled rows: the same training, from the same beginning, without rounding.
+    if options.mix and (options.taught or {*options.begin} - {"shipped"}):
         since = time.perf_counter()
         further, _ = trained(apply, first, {}, None, data, options.rate, tuned, options.mix)
         mark(FURTHER, apply, further, since)

@@ -191,7 +191,7 @@ class Warps:
         return Real(self._asm("rsqrt.approx.f32 $0, $1;", "f32", "=f,f", a))
 
     def logistic(self, a: Real) -> Real:
-        """1 / (1 + exp(-a)), to some units in the last place; 0 where exp overflows."""
+        """1 / (1 + exp(-a)); 0 where exp overflows. Its relative error is that of float32 times |a|."""
         grown = Real(self._asm("ex2.approx.f32 $0, $1;", "f32", "=f,f", a * -1.4426950408889634))
         return Real(self._asm("rcp.approx.f32 $0, $1;", "f32", "=f,f", grown + 1.0))
 
