@@ -70,7 +70,7 @@ def _await(w: Warps, blocks: int, counters: Long, number: int) -> None:
 
 def _leave(w: Warps, blocks: int, counters: Long, last: int) -> None:
     """The block that leaves last puts the last two counters back to 0."""
-    before = w.arrive(counters + w.integer(4 * last))
+    before = w.count_in(counters + w.integer(4 * last))
 
     def clear() -> None:
         for number in (last - 1, last):

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from .direct_rows import norm_of, write_digits, write_norms
+from .direct_rows import Rows, norm_of, write_norms
 from .direct_shape import TILE, Shape, shape_of
 from .mosaic import LANE
 from .tiles import PIECE, SHARED_BYTES, Direct
@@ -47,7 +47,7 @@ def multiply(
     ahead = source.load(begin, w.integer(0), w.integer(0) < flat)
     if wait is not None:
         wait()
-    write_digits(w, s, first, shared, x)
+    Rows(w, s, first, x).write(shared)
     w.barrier()
     if s.norm is not None:
         write_norms(w, s, shared)  # read behind the first tile's barrier

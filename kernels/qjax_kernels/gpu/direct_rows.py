@@ -12,42 +12,56 @@ from .warps import Int, Long, Real, Warps
 AHEAD = 8  # pieces of x whose elements are loaded at once
 
 
-def write_digits(w: Warps, s: Shape, first: Int, shared: Int, x: Long) -> None:
-    """Writes digits of x, in the order in which threads hold nibbles, units and sums of squares to shared memory.
+class Rows:
+    """Rows of x on their way to shared memory. A warp takes a piece of a row, a thread four elements of it: k = 4 lane to 4 lane + 3."""
 
-    A warp takes a piece of a row, a thread four elements of it: k = 4 lane to 4 lane + 3. What lies behind K has units of 0.
+    def __init__(self, w: Warps, s: Shape, first: Int, x: Long) -> None:
+        """The rows that begin at `x`; `first` is the block's first piece."""
+        self.w, self.s, self.first, self.x = w, s, first, x
+        self.total = s.held * s.m
+        self.each = min(AHEAD, math.ceil(self.total / s.warps))  # pieces of a warp at once
 
-    Args:
-      w: the instructions.
-      s: what is multiplied.
-      first: the first piece of this block.
-      shared: where its shared memory begins.
-      x: where x begins.
-    """
-    warp, lane = w.thread >> 5, w.thread & 31
-    total = s.held * s.m
-    each = min(AHEAD, math.ceil(total / s.warps))
-    half = 2 * s.m * 64
-    if s.bits == 4:
-        # A thread's word of nibbles is step 0 to 3 of an eighth of a piece; steps lie in halves of two, even nibbles in front of odd ones.
-        step = (lane >> 1) & 3
-        own = (lane >> 3) * 16 + (step >> 1) * half + (step & 1) * 8 + (lane & 1) * 2
-    else:  # words as they are, sixteen bytes of four lanes, in halves of 64 columns
-        own = ((lane >> 2) & 3) * 16 + (lane >> 4) * half + (lane & 3) * 4
+    def _places(self, turn: Int) -> list[tuple[Int, Int]]:
+        """Pieces and rows of a turn."""
+        w, s = self.w, self.s
+        numbers = [w.minimum((turn * self.each + j) * s.warps + (w.thread >> 5), self.total - 1) for j in range(self.each)]
+        return [(number // s.m, number % s.m) for number in numbers]
 
-    def some(i: Int, carry: list[Any]) -> list[Any]:
-        numbers = [w.minimum((i * each + j) * s.warps + warp, total - 1) for j in range(each)]
-        places = [(number // s.m, number % s.m) for number in numbers]
-        loaded = []
-        for piece, row in places:
-            inside = w.minimum(first + piece, s.pieces - 1)
-            loaded.append(w.load_shared_by_all(x.times(row, s.k * 2) + (inside * (PIECE * 2) + lane * 8), 2))
-        for (piece, row), (a, b) in zip(places, loaded, strict=True):
+    def load(self, turn: Int) -> list[Int]:
+        """The elements of a turn, two in a word."""
+        w, s, found = self.w, self.s, []
+        for piece, row in self._places(turn):
+            inside = w.minimum(self.first + piece, s.pieces - 1)
+            found += w.load_shared_by_all(self.x.times(row, s.k * 2) + (inside * (PIECE * 2) + (w.thread & 31) * 8), 2)
+        return found
+
+    def write(self, shared: Int) -> None:
+        """Writes digits of x, in the order in which threads hold nibbles, units and sums of squares. What lies behind K has units of 0.
+
+        Args:
+          shared: where the block's shared memory begins.
+        """
+
+        def some(i: Int, carry: list[Any]) -> list[Any]:
+            self._write(shared, i, self.load(i))
+            return carry
+
+        self.w.loop(self.w.integer(math.ceil(self.total / (self.s.warps * self.each))), [], some)
+
+    def _write(self, shared: Int, turn: Int, loaded: list[Int]) -> None:
+        """What `write` writes of a turn."""
+        w, s, lane = self.w, self.s, self.w.thread & 31
+        half = 2 * s.m * 64
+        if s.bits == 4:
+            # A thread's word of nibbles is step 0 to 3 of an eighth of a piece; steps lie in halves of two, even nibbles before odd ones.
+            step = (lane >> 1) & 3
+            own = (lane >> 3) * 16 + (step >> 1) * half + (step & 1) * 8 + (lane & 1) * 2
+        else:  # words as they are, sixteen bytes of four lanes, in halves of 64 columns
+            own = ((lane >> 2) & 3) * 16 + (lane >> 4) * half + (lane & 3) * 4
+        for j, (piece, row) in enumerate(self._places(turn)):
             place = shared + s.places.units + (piece * s.m + row) * 4
-            _piece(w, s, shared + (piece * (4 * s.m) + row * 2) * 64 + own, place, first + piece < s.pieces, a, b)
-        return carry
-
-    w.loop(w.integer(math.ceil(total / (s.warps * each))), [], some)
+            at = shared + (piece * (4 * s.m) + row * 2) * 64 + own
+            _piece(w, s, at, place, self.first + piece < s.pieces, *loaded[2 * j : 2 * j + 2])
 
 
 def _piece(w: Warps, s: Shape, at: Int, at_unit: Int, inside: Any, a: Int, b: Int) -> None:
@@ -60,7 +74,8 @@ def _piece(w: Warps, s: Shape, at: Int, at_unit: Int, inside: Any, a: Int, b: In
     unit = w.where(inside, unit, w.integer(0))
     inverse = w.as_real((w.integer(254) - field) << 23)
     elements = [w.as_real(bits) for bits in (a << 16, a & 0xFFFF0000, b << 16, b & 0xFFFF0000)]
-    values = [w.nearest(element * inverse) for element in elements]
+    # Added to 1.5 x 2^23 a number is rounded to a whole one, to even in the middle, which stands in the lower 16 bits: no more is used.
+    values = [w.as_integer(w.fma(element, inverse, w.real(1.5 * 2**23))) for element in elements]
     high = [value + 128 for value in values]
     if s.bits == 4:
         for odd in (0, 1):

@@ -159,9 +159,9 @@ class Warps:
         """A signed whole number as float32."""
         return Real(arith.sitofp(_type("f32"), a.value))
 
-    def nearest(self, a: Real) -> Int:
-        """The nearest whole number, ties to even; 0 for NaN."""
-        return Int(self._asm("cvt.rni.s32.f32 $0, $1;", "i32", "=r,f", a))
+    def as_integer(self, a: Real) -> Int:
+        """The bits of this float32."""
+        return Int(arith.bitcast(_type("i32"), a.value))
 
     def fma(self, a: Real, b: Real, c: Real) -> Real:
         """a b + c, rounded once."""
@@ -252,10 +252,13 @@ class Warps:
         else:
             self._asm(f"bar.sync $0, {self._threads};", None, "r,~{memory}", self.part + 1, effects=True)
 
-    def arrive(self, counter: Long) -> Int:
-        """Adds 1 to a word of device memory, and gives what it was; who sees it sees all that this block wrote before its last barrier."""
-        text = "{fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 $0, [$1], 1;}"
-        return Int(self._asm(text, "i32", "=r,l,~{memory}", counter, effects=True))
+    def arrive(self, counter: Long) -> None:
+        """Adds 1 to a word of device memory; who sees it (`await_count`) sees all that this block wrote before its last barrier."""
+        self._asm("red.release.gpu.global.add.u32 [$0], 1;", None, "l,~{memory}", counter, effects=True)
+
+    def count_in(self, counter: Long) -> Int:
+        """Adds 1 to a word of device memory, and gives what it was; it orders nothing else."""
+        return Int(self._asm("atom.add.relaxed.gpu.global.u32 $0, [$1], 1;", "i32", "=r,l,~{memory}", counter, effects=True))
 
     def await_count(self, counter: Long, count: Int) -> None:
         """Waits until a word of device memory has reached a count. After seconds the launch ends with an error: it never hangs."""

@@ -52,8 +52,8 @@ class Simulator:
     def to_real(self, a):
         return a.view(np.int32).astype(np.float32)
 
-    def nearest(self, a):
-        return np.nan_to_num(np.clip(np.rint(a), -(2**31), 2**31 - 128)).astype(np.int32).view(np.uint32)
+    def as_integer(self, a):
+        return a.view(np.uint32)
 
     def fma(self, a, b, c):
         return (a.astype(np.float64) * b + c).astype(np.float32)
@@ -131,7 +131,10 @@ class Simulator:
         assert self.active.all(), "a barrier inside of a branch"
 
     def arrive(self, counter):
-        assert self.active.sum() == 1, "one thread arrives for its block"
+        self.count_in(counter)
+
+    def count_in(self, counter):
+        assert self.active.sum() == 1, "one thread counts for its block"
         with LOCK:
             before = self._global(counter, 1)[0]
             self._put(counter, (before + np.uint32(1)).view(np.uint8).reshape(-1, 4))
