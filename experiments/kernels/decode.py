@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from qjax_kernels.gpu.attention import Attention, Past, fresh, kept, rotated, rotation
 from qjax_kernels.gpu.chain import chain, counters, interleaved
 from qjax_kernels.gpu.chain_shape import Link
 from qjax_kernels.gpu.tiles import Direct, Tiles
@@ -31,6 +32,11 @@ class Shape:
     def head(self) -> int:
         """Width of a head."""
         return self.width // self.heads
+
+    @property
+    def attention(self) -> Attention:
+        """Its heads."""
+        return Attention(self.heads, self.shared, self.head)
 
     def products(self) -> dict[str, tuple[int, int]]:
         """N and K of the four products of a layer."""
@@ -90,16 +96,18 @@ def inverse(x):
     return jax.lax.rsqrt(jnp.mean(wide * wide) + EPSILON)
 
 
-def attended(shape: Shape, qkv, scale, cache, place):
-    """A row of attention, and keys and values with this token's: the same for products of every kind.
+def attended(shape: Shape, qkv, scale, cache, place, turned):
+    """A row of attention as jax writes it, and keys and values with this token's: the same for products of every kind.
 
-    Products are sums of elementwise products, so that what goes before them is computed in them.
+    Products are sums of elementwise products, so that what goes before them, rotations too, is computed in them.
     """
-    split, per = shape.heads * shape.head, shape.heads // shape.shared
-    row = (qkv[split:].astype(jnp.float32) * scale).astype(qkv.dtype)
-    cache = jax.lax.dynamic_update_slice(cache, row.reshape(2, 1, shape.shared, shape.head), (0, place, 0, 0))
+    per = shape.heads // shape.shared
+    q, k, v = jnp.split(qkv, [shape.width, shape.width + shape.shared * shape.head], axis=1)
+    k = rotated(k.reshape(1, shape.shared, shape.head), turned) * scale
+    row = jnp.stack([k, v.astype(jnp.float32).reshape(k.shape) * scale]).astype(qkv.dtype)
+    cache = jax.lax.dynamic_update_slice(cache, row, (0, place, 0, 0))
     keys, values = (part.swapaxes(0, 1)[:, None].astype(jnp.float32) for part in cache)
-    q = qkv[:split].reshape(shape.shared, per, 1, shape.head).astype(jnp.float32)
+    q = rotated(q.reshape(1, shape.heads, shape.head), turned).reshape(shape.shared, per, 1, shape.head)
     scores = jnp.sum(q * keys, axis=-1) * (scale * shape.head**-0.5)
     scores = jnp.where(jnp.arange(shape.context) <= place, scores, -jnp.inf)
     mixed = jnp.sum(jax.nn.softmax(scores)[..., None] * values, axis=2)
@@ -109,8 +117,8 @@ def attended(shape: Shape, qkv, scale, cache, place):
 def step(shape: Shape, times: Callable) -> Callable:
     """The program of a step: of weights, keys and values, a token and its place: the next token, keys and values.
 
-    Written for few launches, with the same functions around products of every kind: norms scale the small side, keys and values are written
-    together.
+    Written for few launches, with the same functions around products of every kind: norms scale the small side, keys and values are
+    written together.
     """
 
     def normed(x, w):
@@ -120,17 +128,16 @@ def step(shape: Shape, times: Callable) -> Callable:
         return times(x, w), inverse(x)
 
     def run(weights, caches, token, place):
-        x = weights["embedding"][token][None]
-        kept = []
+        x, turned, held = weights["embedding"][token][None], rotation(place[None], shape.head), []
         for layer, cache in zip(weights["layers"], caches, strict=True):
             qkv, scale = normed(x, layer["qkv"])
-            mixed, cache = attended(shape, qkv[0], scale, cache, place)
-            kept.append(cache)
+            mixed, cache = attended(shape, qkv, scale, cache, place, turned)
+            held.append(cache)
             x = times(mixed, layer["out"], x)
             both, scale = normed(x, layer["up"])
             gate, up = jnp.split(both.astype(jnp.float32) * scale, 2, axis=1)
             x = times((jax.nn.silu(gate) * up).astype(x.dtype), layer["down"], x)
-        return greedy(x, weights["head"]), kept
+        return greedy(x, weights["head"]), held
 
     return run
 
@@ -150,28 +157,29 @@ def chained(weights: dict[str, Any]) -> dict[str, Any]:
         return tuple(interleaved(*jnp.split(part, 2)) for part in parts)
 
     layers = [layer | {"up": jax.jit(turned, donate_argnums=0)(layer["up"])} for layer in weights["layers"]]
-    return weights | {"layers": layers, "counters": counters(len(TAIL))}
+    return weights | {"layers": layers, "counters": counters(len(TAIL) + 1)}
 
 
 def chained_step(shape: Shape) -> Callable:
-    """As `step`, with what lies between one attention and the next in one launch: out, gate and up, down, and q, k, v of the next layer."""
+    """As `step`, a launch a layer: attention, out, gate and up, down, and q, k, v of the next layer."""
 
-    def run(weights, caches, token, place):
-        layers, kept = weights["layers"], []
-        x = weights["embedding"][token][None]
+    def run(weights, cache, token, place):
+        layers, x, places = weights["layers"], weights["embedding"][token][None], place[None]
+        turned, written = rotation(places, shape.head), []
         qkv = weight_only_matmul(x, *layers[0]["qkv"], group_size=GROUP, norm=EPSILON)
-        for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-            mixed, cache = attended(shape, qkv[0], 1.0, cache, place)
-            kept.append(cache)
+        for i, layer in enumerate(layers):
+            written.append(fresh(qkv, shape.attention, turned))
             behind = [layer["out"], layer["up"], layer["down"], *(after["qkv"] for after in layers[i + 1 : i + 2])]
-            _, _, x, *rest = chain((mixed, x), behind, weights["counters"], links=TAIL[: len(behind)], group_size=GROUP)
+            _, _, x, *rest = chain((qkv, x), behind, weights["counters"], links=TAIL[: len(behind)], group_size=GROUP,
+                                   attention=shape.attention, past=Past(cache, jnp.int32(i), places, turned))  # fmt: skip
             qkv = rest[0] if rest else qkv
-        return greedy(x, weights["head"]), kept
+        return greedy(x, weights["head"]), kept(cache, jnp.stack(written), places)
 
     return run
 
 
-def empty_caches(shape: Shape) -> list:
-    """Keys and values of every layer, one behind the other."""
-    size = (2, shape.context, shape.shared, shape.head)
-    return [jnp.zeros(size, jnp.bfloat16) for _ in range(shape.layers)]
+def empty_caches(shape: Shape, chained: bool) -> Any:
+    """Keys and values: of every layer, one behind the other; where a layer is one launch, in one array, which a step writes once."""
+    if chained:
+        return jnp.zeros((shape.layers, 2, 1, shape.context, shape.shared, shape.head), jnp.bfloat16)
+    return [jnp.zeros((2, shape.context, shape.shared, shape.head), jnp.bfloat16) for _ in range(shape.layers)]

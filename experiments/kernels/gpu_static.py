@@ -29,6 +29,7 @@ import numpy as np  # noqa: E402
 from decode import GROUP, TAIL, Shape  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from qjax_kernels.gpu.attention import Past  # noqa: E402
 from qjax_kernels.gpu.chain import TILES as CHAIN_TILES  # noqa: E402
 from qjax_kernels.gpu.chain import chain  # noqa: E402
 from qjax_kernels.gpu.chain_shape import shapes_of, shared_bytes  # noqa: E402
@@ -173,22 +174,28 @@ def rows() -> list[dict]:
 
 
 def chains() -> list[dict]:
-    """What lies between two attentions of a model of seven billion weights, in one launch; N and K are those of its widest product."""
-    found, weights = [], [Shape().products()[name] for name in ("out", "up", "down", "qkv")]
+    """A layer of a model of seven billion weights in one launch, and what lies between two attentions; N and K are of its widest product."""
+    found, shape = [], Shape()
+    weights = [shape.products()[name] for name in ("out", "up", "down", "qkv")]
     n, k = weights[1]
-    for bits, m in ((4, 1), (4, 4), (8, 1)):
-        kind = jnp.int4 if bits == 4 else jnp.int8
-        arguments = [((m, k), jnp.bfloat16)] * 2 + [((len(TAIL),), jnp.int32)]
-        arguments += [part for n, k in weights for part in (((n, k), kind), ((n, k // GROUP), jnp.bfloat16))]
+    for bits, m, attention in ((4, 1, shape.attention), (4, 1, None), (4, 4, shape.attention), (8, 1, shape.attention)):
+        kind, first = jnp.int4 if bits == 4 else jnp.int8, k if attention is None else attention.columns
+        parts = [part for n, k in weights for part in (((n, k), kind), ((n, k // GROUP), jnp.bfloat16))]
+        past = [((shape.layers, 2, m, shape.context, shape.shared, shape.head), jnp.bfloat16), ((), jnp.int32), ((m,), jnp.int32),
+                ((m, shape.head), jnp.float32)]  # fmt: skip
+        arguments = [((m, first), jnp.bfloat16), ((m, k), jnp.bfloat16), ((len(TAIL) + 1,), jnp.int32), *past, *parts]
 
-        def function(x, residual, met, *parts):
-            return chain((x, residual), list(zip(parts[::2], parts[1::2], strict=True)), met, links=TAIL, group_size=GROUP)
+        def function(x, residual, met, cache, layer, places, turned, *parts, attention=attention):
+            read = None if attention is None else Past(cache, layer, places, turned)
+            both = list(zip(parts[::2], parts[1::2], strict=True))
+            return chain((x, residual), both, met, links=TAIL, group_size=GROUP, attention=attention, past=read)
 
         program, text = compiled(function, arguments, "h200")
         shapes = shapes_of([(m, k)] * 2, weights, TAIL, [k // GROUP for _, k in weights], [jnp.dtype(jnp.bfloat16)] * 4, [bits] * 4,
                            group=GROUP, tiles=CHAIN_TILES, cores=132)  # fmt: skip
-        row = {"kernel": f"W{bits}A16 g128 chain", "m": m, "n": n, "k": k, "tiles": _short(CHAIN_TILES), **counts(text)}
-        row |= {"shared": shared_bytes(shapes), "temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * n * k}
+        name = f"W{bits}A16 g128 {'chain' if attention is None else 'layer'}"
+        row = {"kernel": name, "m": m, "n": n, "k": k, "tiles": _short(CHAIN_TILES), **counts(text), "shared": shared_bytes(shapes)}
+        row |= {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * n * k}
         found.append(row)
         print(json.dumps(row), flush=True)
     return found

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import dataclasses
 import tempfile
 import time
 from typing import Any
@@ -11,23 +10,17 @@ import jax
 import jax.numpy as jnp
 from decode import Shape, chained, chained_step, empty_caches, parameters, product, step
 from h200_timing import Clock, Record, kernel_times
-from qjax_kernels.gpu.tiles import Direct, direct_tiles
 
 TOKENS = 64
-
-
-def early(n: int, k: int) -> Direct:
-    """The default tiles, whose programs start before the one in front of them ends: no program writes weights."""
-    return dataclasses.replace(direct_tiles(1, k), early=True)
 
 
 def default(n: int, k: int) -> None:
     """The default tiles."""
 
 
-CHAINED = "products between two attentions in one launch"
+CHAINED = "a layer in one launch"
 STYLES = (("int4", "default tiles", default), ("bf16", "", default), ("int4", CHAINED, None), ("int8", "default tiles", default),
-          ("int8", CHAINED, None), ("int4", "early", early))  # fmt: skip
+          ("int8", CHAINED, None))  # fmt: skip
 
 
 def made(shape: Shape, kind: str, how: str) -> dict[str, Any]:
@@ -76,14 +69,14 @@ def decode(record: Record, clock: Clock, dry: bool, profile: bool) -> None:
 
 def compiled(shape: Shape, kind: str, how: str, function):
     """The program for the shapes of a model, keys and values donated."""
-    weights, caches = jax.eval_shape(lambda: (made(shape, kind, how), empty_caches(shape)))
+    weights, caches = jax.eval_shape(lambda: (made(shape, kind, how), empty_caches(shape, how == CHAINED)))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     return jax.jit(function, donate_argnums=1).lower(weights, caches, number, number).compile()
 
 
 def timed(shape: Shape, kind: str, how: str, single, many) -> dict[str, Any]:
     """Microseconds a token of both programs, the faster one's tokens a second, and megabytes."""
-    weights, caches, token = made(shape, kind, how), empty_caches(shape), jnp.int32(1)
+    weights, caches, token = made(shape, kind, how), empty_caches(shape, how == CHAINED), jnp.int32(1)
     places = [jnp.int32(i) for i in range(TOKENS)]
     took = {}
     for name in ("us", "us, all tokens in one program"):
@@ -104,7 +97,7 @@ def timed(shape: Shape, kind: str, how: str, single, many) -> dict[str, Any]:
 
 def profiled(shape: Shape, kind: str, how: str, program) -> list[tuple[str, float]]:
     """Microseconds a step by kernel, the longest first, as the device's own clock has them; their sum in front."""
-    weights, caches, token = made(shape, kind, how), empty_caches(shape), jnp.int32(1)
+    weights, caches, token = made(shape, kind, how), empty_caches(shape, how == CHAINED), jnp.int32(1)
     token, caches = program(weights, caches, token, jnp.int32(0))
     jax.block_until_ready(token)
     steps, found = 4, collections.Counter()

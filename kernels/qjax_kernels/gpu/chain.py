@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from .attention import Attention, Past, attended, check
 from .chain_shape import Link, shapes_of
 from .tiles import PIECE, Direct
 from .weight_only import plain, whole_rows
@@ -44,7 +45,7 @@ def counters(links: int) -> jax.Array:
     """What the blocks of a launch meet by: zeros, and zeros again behind every launch, so that one array serves launches one by one.
 
     Args:
-      links: products of the longest chain.
+      links: products of the longest chain, and one more where attention stands in front.
 
     Returns:
       (links,) int32 zeros.
@@ -58,7 +59,7 @@ def counters(links: int) -> jax.Array:
 
 def chain(
     inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], counters: jax.Array, *, links: Sequence[Link],
-    group_size: int, tiles: Direct | None = None, cores: int = 132,
+    group_size: int, tiles: Direct | None = None, cores: int = 132, attention: Attention | None = None, past: Past | None = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Products of 1 to 8 rows, each of a value that came in or of a result before it, in one launch.
 
@@ -73,6 +74,9 @@ def chain(
       group_size: consecutive k that share a scale, a multiple of 128.
       tiles: the cut, of at most 16 warps a multiprocessor; None for the default.
       cores: multiprocessors of the GPU; with fewer than this the launch fails.
+      attention: what stands in front: inputs[0] is then q, k and v of this token, and value 0 what attention gives of them, which can be
+        multiplied and not be added.
+      past: what attention reads; the cache is not written (`attention.kept`).
 
     Returns:
       All results, (M, N) bfloat16 each (N / 2 of gated ones). Under `vmap` there is a launch after the other. Derivatives: none; it is a
@@ -87,33 +91,53 @@ def chain(
     same time. Two launches side by side may each hold half of the multiprocessors, and end with an error after seconds; with the same
     counters they compute wrong numbers.
     """
-    _check(inputs, counters, links, tiles, cores)
+    _check(inputs, counters, len(links) + (attention is not None), tiles, cores)
     _check_weights(weights, links, group_size)
-    return _chain(tuple(inputs), tuple(weights), counters, links=tuple(links), group=group_size, tiles=tiles or TILES, cores=cores)
+    _check_attention(inputs, links, attention, past)
+    return _chain(tuple(inputs), tuple(weights), counters, past, links=tuple(links), group=group_size, tiles=tiles or TILES, cores=cores,
+                  attention=attention)  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("links", "group", "tiles", "cores"))
-def _chain(inputs, weights, counters, *, links, group, tiles, cores) -> tuple[jax.Array, ...]:
+@functools.partial(jax.jit, static_argnames=("links", "group", "tiles", "cores", "attention"))
+def _chain(inputs, weights, counters, past, *, links, group, tiles, cores, attention) -> tuple[jax.Array, ...]:
+    from .attention_kernel import Heads
     from .chain_kernel import linked
 
     weights = [(codes, whole_rows(scales)) for codes, scales in weights]
-    shapes = shapes_of([x.shape for x in inputs], [codes.shape for codes, _ in weights], links, [s.shape[1] for _, s in weights],
+    read = [x.shape for x in inputs]
+    if attention is not None:
+        read[0] = (read[0][0], attention.heads * attention.width)
+    shapes = shapes_of(read, [codes.shape for codes, _ in weights], links, [s.shape[1] for _, s in weights],
                        [s.dtype for _, s in weights], [4 if codes.dtype == jnp.int4 else 8 for codes, _ in weights],
                        group=group, tiles=tiles, cores=cores)  # fmt: skip
+    heads = None
+    if attention is not None:
+        heads = Heads(attention, read[0][0], past.cache.shape[3], shapes[0].blocks, tiles.warps, past.rotation is not None)
     # Blocks of a batch that Pallas puts into the grid would meet those of another by the same counters.
-    launch = jax.custom_batching.sequential_vmap(functools.partial(linked, links=links, shapes=shapes, parts=tiles.blocks))
-    return launch(inputs, weights, counters)
+    launch = jax.custom_batching.sequential_vmap(functools.partial(linked, links=links, shapes=shapes, parts=tiles.blocks,
+                                                              heads=heads))  # fmt: skip
+    return launch(inputs, weights, counters, past)
 
 
-def _check(inputs, counters, links, tiles, cores) -> None:
+def _check(inputs, counters, stages, tiles, cores) -> None:
     if not inputs or any(x.ndim != 2 or x.dtype != jnp.bfloat16 or not 1 <= x.shape[0] <= 8 for x in inputs):
         raise ValueError(f"`inputs` are {[(x.shape, str(x.dtype)) for x in inputs]}; they must be of 1 to 8 rows of bfloat16")
     if not isinstance(tiles, Direct | None):
         raise TypeError(f"`tiles` are {tiles}; the products of a chain take Direct(...), or None")
     if cores < 1:
         raise ValueError(f"`cores` is {cores}; it must be the number of multiprocessors of the GPU, 132 of an H100 or H200")
-    if counters.ndim != 1 or counters.size < len(links) or counters.dtype != jnp.int32:
-        raise ValueError(f"`counters` are {counters.shape} {counters.dtype}; make them by counters({len(links)})")
+    if counters.ndim != 1 or counters.size < stages or counters.dtype != jnp.int32:
+        raise ValueError(f"`counters` are {counters.shape} {counters.dtype}; make them by counters({stages})")
+
+
+def _check_attention(inputs, links, attention, past) -> None:
+    if (attention is None) != (past is None):
+        raise ValueError("`attention` and `past` belong together: give both or none")
+    if attention is None:
+        return
+    check(inputs[0], past, attention)
+    if any(link.added == 0 for link in links):
+        raise ValueError("`added` of a product is value 0, which is what attention gives: it can be multiplied only")
 
 
 def _check_weights(weights, links, group: int) -> None:
@@ -132,7 +156,8 @@ def _check_weights(weights, links, group: int) -> None:
 
 
 def one_by_one(
-    inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], *, links: Sequence[Link], group_size: int
+    inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], *, links: Sequence[Link], group_size: int,
+    attention: Attention | None = None, past: Past | None = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The same in jax, a product after the other, for any number of rows and any device: results are rounded to bfloat16 as there.
 
@@ -141,6 +166,8 @@ def one_by_one(
       weights: as for `chain`.
       links: what the products multiply and add.
       group_size: consecutive k that share a scale, a multiple of 128.
+      attention: as for `chain`.
+      past: as for `chain`.
 
     Returns:
       All results, (M, N) bfloat16 each (N / 2 of gated ones).
@@ -156,7 +183,10 @@ def one_by_one(
       ((1, 64), 65.0)
     """
     _check_weights(weights, links, group_size)
+    _check_attention(inputs, links, attention, past)
     values = list(inputs)
+    if attention is not None and past is not None:
+        values[0] = attended(values[0], past, attention)
     for link, (codes, scales) in zip(links, weights, strict=True):
         y = plain(values[link.x].astype(jnp.float32), None, codes, scales, group_size, None, link.norm)
         if link.gated:

@@ -7,6 +7,7 @@ for comes through the same queues.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from .attention import Past
+from .attention_kernel import Attend, Heads, Mixed, Sources
 from .chain_shape import Link, shared_bytes
 from .direct_kernel import multiply
 from .direct_shape import Shape
@@ -22,7 +25,10 @@ from .mosaic import LANE
 from .warps import Int, Long, Warps
 
 
-def follow(w: Warps, shapes: Sequence[Shape], links: Sequence[Link], shared: Int, inputs: Sequence[Long], rest: Sequence[Long]) -> None:
+def follow(
+    w: Warps, shapes: Sequence[Shape], links: Sequence[Link], shared: Int, inputs: Sequence[Long], rest: Sequence[Long],
+    heads: Heads | None = None,
+) -> None:  # fmt: skip
     """The work of one block, or of a part of one.
 
     Args:
@@ -31,19 +37,37 @@ def follow(w: Warps, shapes: Sequence[Shape], links: Sequence[Link], shared: Int
       links: what they multiply and add.
       shared: where its shared memory begins.
       inputs: where the values that come in begin.
-      rest: where codes and scales of each product begin, then the counters, then the results.
+      rest: where codes and scales of each product begin, then the counters, then the results; with attention cache, layer, places and, if
+        it is there, rotation before the counters, and what its parts give behind the results.
+      heads: the attention in front.
     """
-    count = len(links)
-    weights, counters, results = rest[: 2 * count], rest[2 * count], rest[2 * count + 1 :]
-    values = [*inputs, *results]
+    count, stages = len(links), len(links) + (heads is not None)
+    weights, rest = rest[: 2 * count], rest[2 * count :]
+    past, rest = (rest[: 3 + heads.turned], rest[3 + heads.turned :]) if heads else ((), rest)
+    counters, results = rest[0], rest[1 : 1 + count]
+    values, begun = [*inputs, *results], []
+    if heads:
+        values[0] = rest[1 + count]
+        attend = Attend(w, heads, shared, Sources(inputs[0], *past[:3], past[3] if heads.turned else None), values[0])
+        begun = attend.begin()
+
+    def met(i: int) -> None:
+        _arrive(w, counters, i)
+        _await(w, shapes[0].blocks, counters, i)
+
     for i, (s, link) in enumerate(zip(shapes, links, strict=True)):
-        added = [] if link.added is None else [values[link.added]]
-        wait = (lambda i=i, s=s: _await(w, s.blocks, counters, i - 1)) if i else None
+        stage, wait, rows = i + stages - count, None, None
         if i:
-            _arrive(w, counters, i - 1)  # before the first codes are asked for, behind which it would have to wait
-        multiply(w, s, shared, values[link.x], *weights[2 * i : 2 * i + 2], *added, results[i], wait=wait)
-    if count > 1:
-        w.when(w.thread == 0, lambda: _leave(w, shapes[0].blocks, counters, count - 1))
+            _arrive(w, counters, stage - 1)  # before the first codes are asked for, behind which it would have to wait
+            wait = lambda i=i, stage=stage: _await(w, shapes[i].blocks, counters, stage - 1)
+        elif heads:
+            wait = lambda: (attend.finish(begun), met(0))
+        if heads and link.x == 0:
+            rows = lambda first, s=s: Mixed(w, s, first, values[0], heads)
+        added = [] if link.added is None else [values[link.added]]
+        multiply(w, s, shared, values[link.x], *weights[2 * i : 2 * i + 2], *added, results[i], wait=wait, rows=rows)
+    if stages > 1:
+        w.when(w.thread == 0, lambda: _leave(w, shapes[0].blocks, counters, stages - 1))
 
 
 def _arrive(w: Warps, counters: Long, number: int) -> None:
@@ -80,24 +104,30 @@ def _leave(w: Warps, blocks: int, counters: Long, last: int) -> None:
 
 
 def linked(
-    inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], counters: jax.Array, *, links: Sequence[Link],
-    shapes: Sequence[Shape], parts: int,
+    inputs: Sequence[jax.Array], weights: Sequence[tuple[jax.Array, jax.Array]], counters: jax.Array, past: Past | None = None, *,
+    links: Sequence[Link], shapes: Sequence[Shape], parts: int, heads: Heads | None = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The kernel; see `chain.chain`.
 
     Args:
       inputs: (M, K) bfloat16 each.
       weights: codes (N, K) and scales (N, G), rows of a multiple of 16 bytes.
-      counters: (links,) int32 zeros, which are zeros again when the launch ends.
+      counters: int32 zeros, which are zeros again when the launch ends.
+      past: what attention reads.
       links: the products.
       shapes: theirs, of as many blocks each.
       parts: of a thread block, each of which counts as a block.
+      heads: the attention in front.
 
     Returns:
       The result of every product, bfloat16.
     """
-    operands = [*inputs, *(part for weight in weights for part in weight), counters]
-    each = shared_bytes(shapes)
+    read = [] if past is None else [array.reshape(-1) if array.ndim == 0 else array for array in past if array is not None]
+    operands = [*inputs, *(part for weight in weights for part in weight), *read, counters]
+    each = -(-max(shared_bytes(shapes), heads.shared_bytes if heads else 0) // 128) * 128
+    results: list[Any] = [jax.ShapeDtypeStruct((s.m, s.out), jnp.bfloat16) for s in shapes]
+    if heads:
+        results.append(jax.ShapeDtypeStruct((heads.bytes // 4,), jnp.float32))
 
     def hopper_chain(*references):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(references))
@@ -105,18 +135,18 @@ def linked(
             addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
             start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
             w = Warps(parts, shapes[0].warps)
-            follow(w, shapes, links, start + w.part * each, addresses[: len(inputs)], addresses[len(inputs) :])
+            follow(w, shapes, links, start + w.part * each, addresses[: len(inputs)], addresses[len(inputs) :], heads)
 
         work(*references)  # pyright: ignore[reportCallIssue]
 
     warpgroups = parts * shapes[0].warps // 4
     kernel = plgpu.kernel(
         hopper_chain,
-        out_type=tuple(jax.ShapeDtypeStruct((s.m, s.out), jnp.bfloat16) for s in shapes),
+        out_type=tuple(results),
         scratch_types=[plgpu.SMEM((parts * each,), jnp.int8)],
         grid=(shapes[0].blocks // parts,),
         grid_names=("n",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         **({} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "wg"}),
     )
-    return kernel(*operands)
+    return kernel(*operands)[: len(shapes)]

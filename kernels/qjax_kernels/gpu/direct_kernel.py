@@ -25,8 +25,9 @@ from .warps import Int, Long, Real, Warps
 
 
 def multiply(
-    w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long, *rest: Long, wait: Callable[[], None] | None = None
-) -> None:
+    w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long, *rest: Long, wait: Callable[[], None] | None = None,
+    rows: Callable[[Int], Rows] | None = None,
+) -> None:  # fmt: skip
     """The work of one block.
 
     Args:
@@ -38,6 +39,7 @@ def multiply(
       scales: where its scales begin.
       *rest: where the bias begins, if there is one, and y.
       wait: what is done before x is read, while the first codes are on their way.
+      rows: what x is, of the first piece of the block; None: bfloat16 as it lies.
     """
     bias, y = rest[0], rest[-1]
     part, begin, each = w.block % s.parts, w.block // s.parts, s.blocks // s.parts
@@ -47,7 +49,7 @@ def multiply(
     ahead = source.load(begin, w.integer(0), w.integer(0) < flat)
     if wait is not None:
         wait()
-    Rows(w, s, first, x).write(shared)
+    (Rows(w, s, first, x) if rows is None else rows(first)).write(shared)
     w.barrier()
     if s.norm is not None:
         write_norms(w, s, shared)  # read behind the first tile's barrier

@@ -182,9 +182,33 @@ class Warps:
     def warp_sum(self, a: Real) -> Real:
         """The sum over a warp, in all of its threads, always in the same order."""
         for distance in (16, 8, 4, 2, 1):
-            text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
-            a = a + Real(self._asm(text, "f32", "=f,f", a, effects=True))
+            a = a + self.neighbour(a, distance)
         return a
+
+    def neighbour(self, a: Real, distance: int) -> Real:
+        """What the thread has whose number in the warp differs in this bit."""
+        text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
+        return Real(self._asm(text, "f32", "=f,f", a, effects=True))
+
+    def larger(self, a: Real, b: Real) -> Real:
+        """The larger, NaN where one is."""
+        return Real(self._asm("max.NaN.f32 $0, $1, $2;", "f32", "=f,f,f", a, b))
+
+    def power(self, a: Real) -> Real:
+        """2^a, within 2 units of the last place."""
+        return Real(self._asm("ex2.approx.f32 $0, $1;", "f32", "=f,f", a))
+
+    def inverse(self, a: Real) -> Real:
+        """1 / a, to the last bit."""
+        return Real(self._asm("rcp.approx.f32 $0, $1;", "f32", "=f,f", a))
+
+    def rounded(self, a: Real) -> Real:
+        """The nearest bfloat16, ties to even, as float32."""
+        return self.as_real(self.packed(a, a) << 16)
+
+    def packed(self, a: Real, b: Real) -> Int:
+        """Two numbers as bfloat16, a in the lower 16 bits."""
+        return Int(self._asm("cvt.rn.bf16x2.f32 $0, $2, $1;", "i32", "=r,f,f", a, b))
 
     def inverse_root(self, a: Real) -> Real:
         """1 / sqrt(a), to the last bit but one."""
@@ -192,8 +216,7 @@ class Warps:
 
     def logistic(self, a: Real) -> Real:
         """1 / (1 + exp(-a)); 0 where exp overflows. Its relative error is that of float32 times |a|."""
-        grown = Real(self._asm("ex2.approx.f32 $0, $1;", "f32", "=f,f", a * -1.4426950408889634))
-        return Real(self._asm("rcp.approx.f32 $0, $1;", "f32", "=f,f", grown + 1.0))
+        return self.inverse(self.power(a * -1.4426950408889634) + 1.0)
 
     def half_as_real(self, a: Int, dtype: Any) -> Real:
         """The float32 of the lower 16 bits, which are a bfloat16 or float16."""

@@ -70,8 +70,27 @@ class Simulator:
 
     def warp_sum(self, a):
         for distance in (16, 8, 4, 2, 1):
-            a = a + a[np.arange(self.threads) ^ distance]
+            a = a + self.neighbour(a, distance)
         return a
+
+    def neighbour(self, a, distance):
+        assert self.active.reshape(-1, 32).all(1).sum() * 32 == self.active.sum(), "whole warps exchange"
+        return a[np.arange(self.threads) ^ distance]
+
+    def larger(self, a, b):
+        return np.maximum(a, b)
+
+    def power(self, a):
+        return np.exp2(a.astype(np.float64)).astype(np.float32)
+
+    def inverse(self, a):
+        return (1 / a.astype(np.float64)).astype(np.float32)
+
+    def rounded(self, a):
+        return a.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    def packed(self, a, b):
+        return np.stack([a, b], -1).astype(ml_dtypes.bfloat16).view(np.uint32)[:, 0]
 
     def inverse_root(self, a):
         return (1 / np.sqrt(a, dtype=np.float32)).astype(np.float32)
