@@ -174,7 +174,7 @@ def rows() -> list[dict]:
 
 
 def chains() -> list[dict]:
-    """A layer of a model of seven billion weights in one launch, and what lies between two attentions; N and K are of its widest product."""
+    """A layer of a model of seven billion weights in one launch, and what lies between two attentions; N and K of its widest product."""
     found, shape = [], Shape()
     weights = [shape.products()[name] for name in ("out", "up", "down", "qkv")]
     n, k = weights[1]

@@ -8,6 +8,7 @@ head by those who read them (`Mixed`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -68,19 +69,17 @@ class Sources(NamedTuple):
     cache: Long
     layer: Long
     places: Long
-    rotation: Long | None
+    rotation: Long | None = None
 
 
 class _Unit(NamedTuple):
     """A head of a row, a part of its keys, and where they lie for this thread."""
 
     number: Int
-    row: Int
-    head: Int
     split: Int
-    end: Int
     start: Int
-    granule: Int
+    end: Int
+    granule: int  # keys that the block takes at once
     keys: Long
     values: Long
 
@@ -119,12 +118,14 @@ class Attend:
     def _unit(self, number: Int, place: Int, layer: Int) -> _Unit:
         w, s, a = self.w, self.s, self.s.attention
         row, head, split = number // (a.heads * a.splits), (number // a.splits) % a.heads, number % a.splits
-        granule = s.warps * (32 // s.lanes)  # keys that the block takes at once
+        granule = s.warps * (32 // s.lanes)
         chunk = (place + (a.splits * granule - 1)) // (a.splits * granule) * granule
         start = split * chunk
         token = a.shared * a.width * 2
-        keys = self.sources.cache.times(layer * (2 * s.m) + row, s.context * token) + (head // (a.heads // a.shared)) * (2 * a.width) + self.lane * 16
-        return _Unit(number, row, head, split, w.minimum(start + chunk, place), start, w.integer(granule), keys, keys.times(w.integer(s.m), s.context * token))
+        keys = self.sources.cache.times(layer * (2 * s.m) + row, s.context * token)
+        keys = keys + head // (a.heads // a.shared) * (2 * a.width) + self.lane * 16
+        values = keys.times(w.integer(s.m), s.context * token)
+        return _Unit(number, split, start, w.minimum(start + chunk, place), granule, keys, values)
 
     def _numbers(self, number: Int) -> list[Int]:
         """How many tokens came before, and the layer."""
@@ -160,9 +161,8 @@ class Attend:
         token = s.attention.shared * s.attention.width * 2
         for number in self._numbers_of(start):
             there = number < unit.end if wanted is None else w.both(wanted, number < unit.end)
-            found += w.only_where(
-                there, lambda number=number: w.load(unit.keys.times(number, token), 4) + w.load(unit.values.times(number, token), 4), 8
-            )
+            places = unit.keys.times(number, token), unit.values.times(number, token)
+            found += w.only_where(there, lambda places=places: w.load(places[0], 4) + w.load(places[1], 4), 8)
         return found
 
     def _numbers_of(self, start: Int) -> list[Int]:
@@ -260,7 +260,7 @@ class Attend:
         w.when((w.thread & 31) < s.lanes, mine)
         w.barrier()
 
-        def together() -> None:
+        def together(column: Int) -> None:
             pairs = [[w.as_real(word) for word in w.load_shared(tops + other * 8, 2)] for other in range(s.warps)]
             top = pairs[0][0]
             for pair in pairs[1:]:
@@ -269,17 +269,19 @@ class Attend:
             for other, pair in enumerate(pairs):
                 factor = w.power(pair[0] + top * -1.0)
                 weight = w.fma(pair[1], factor, weight)
-                total = w.fma(w.as_real(w.load_shared(self.shared + (other * 4 * width) + w.thread * 4, 1)[0]), factor, total)
-            w.store_bfloat16(self.parts.times(unit.number, 2 * width) + w.thread * 2, total * w.inverse(w.larger(weight, w.real(1e-30))))
+                total = w.fma(w.as_real(w.load_shared(self.shared + column * 4 + other * 4 * width, 1)[0]), factor, total)
+            w.store_bfloat16(self.parts.times(unit.number, 2 * width) + column * 2, total * w.inverse(w.larger(weight, w.real(1e-30))))
 
             def weighs() -> None:
                 at = self.parts.times(unit.number, 8) + s.units * 2 * width
                 w.store_real(at, top)
                 w.store_real(at + 4, weight)
 
-            w.when(w.thread == 0, weighs)
+            w.when(column == 0, weighs)
 
-        w.when(w.thread < width, together)
+        for first in range(0, width, 32 * s.warps):
+            column = w.thread + first
+            w.when(column < width, functools.partial(together, column))
 
 
 class Mixed(Rows):
@@ -301,7 +303,8 @@ class Mixed(Rows):
             number = (row * a.heads + element // a.width) * a.splits
             weights = self.x.times(number, 8) + self.heads.units * 2 * a.width
             sums = self.x.times(number, 2 * a.width) + (element % a.width) * 2
-            asked.append([(w.load_shared_by_all(weights + 8 * i, 2), w.load_shared_by_all(sums + 2 * a.width * i, 2)) for i in range(a.splits)])
+            places = [(weights + 8 * i, sums + 2 * a.width * i) for i in range(a.splits)]
+            asked.append([(w.load_shared_by_all(near, 2), w.load_shared_by_all(far, 2)) for near, far in places])
         for parts in asked:
             tops = [w.as_real(pair[0]) for pair, _ in parts]
             top = tops[0]

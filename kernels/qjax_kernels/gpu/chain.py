@@ -79,13 +79,13 @@ def chain(
       past: what attention reads; the cache is not written (`attention.kept`).
 
     Returns:
-      All results, (M, N) bfloat16 each (N / 2 of gated ones). Under `vmap` there is a launch after the other. Derivatives: none; it is a
-      kernel of decoding.
+      All results, (M, N) bfloat16 each (N / 2 of gated ones). Under `vmap` there is a launch after the other.
 
     Raises:
       ValueError: values, weights and links that do not fit together, with their number; more than 8 rows, or than shared memory holds
         (7 of K = 14336).
       TypeError: `tiles` of another kind.
+      NotImplementedError: where it is differentiated.
 
     All blocks of a launch must live at once, which nothing but the device's order of work sees to: let no other program run there at the
     same time. Two launches side by side may each hold half of the multiprocessors, and end with an error after seconds; with the same
@@ -114,9 +114,14 @@ def _chain(inputs, weights, counters, past, *, links, group, tiles, cores, atten
     if attention is not None:
         heads = Heads(attention, read[0][0], past.cache.shape[3], shapes[0].blocks, tiles.warps, past.rotation is not None)
     # Blocks of a batch that Pallas puts into the grid would meet those of another by the same counters.
-    launch = jax.custom_batching.sequential_vmap(functools.partial(linked, links=links, shapes=shapes, parts=tiles.blocks,
-                                                              heads=heads))  # fmt: skip
+    launch = jax.custom_jvp(jax.custom_batching.sequential_vmap(
+        functools.partial(linked, links=links, shapes=shapes, parts=tiles.blocks, heads=heads)))  # fmt: skip
+    launch.defjvp(_refused)
     return launch(inputs, weights, counters, past)
+
+
+def _refused(primals, tangents):
+    raise NotImplementedError("`chain` has no derivative, it is a kernel of decoding: differentiate `one_by_one`, which computes the same")
 
 
 def _check(inputs, counters, stages, tiles, cores) -> None:
@@ -141,7 +146,7 @@ def _check_attention(inputs, links, attention, past) -> None:
 
 
 def _check_weights(weights, links, group: int) -> None:
-    if len(weights) != len(links):
+    if not links or len(weights) != len(links):
         raise ValueError(f"`links` are {len(links)} and `weights` {len(weights)}; every product has one of each")
     if not isinstance(group, int) or group < 1 or group % PIECE:
         raise ValueError(f"`group_size` is {group}; it must be a multiple of {PIECE}")

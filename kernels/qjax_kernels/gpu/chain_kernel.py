@@ -6,7 +6,8 @@ for comes through the same queues.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,33 +42,37 @@ def follow(
         it is there, rotation before the counters, and what its parts give behind the results.
       heads: the attention in front.
     """
-    count, stages = len(links), len(links) + (heads is not None)
+    count, front = len(links), int(heads is not None)
     weights, rest = rest[: 2 * count], rest[2 * count :]
     past, rest = (rest[: 3 + heads.turned], rest[3 + heads.turned :]) if heads else ((), rest)
     counters, results = rest[0], rest[1 : 1 + count]
-    values, begun = [*inputs, *results], []
+    values, before = [*inputs, *results], None
     if heads:
         values[0] = rest[1 + count]
-        attend = Attend(w, heads, shared, Sources(inputs[0], *past[:3], past[3] if heads.turned else None), values[0])
-        begun = attend.begin()
-
-    def met(i: int) -> None:
-        _arrive(w, counters, i)
-        _await(w, shapes[0].blocks, counters, i)
-
+        before = _attend(w, heads, shared, Sources(inputs[0], *past), values[0], counters)
     for i, (s, link) in enumerate(zip(shapes, links, strict=True)):
-        stage, wait, rows = i + stages - count, None, None
+        wait = before
         if i:
-            _arrive(w, counters, stage - 1)  # before the first codes are asked for, behind which it would have to wait
-            wait = lambda i=i, stage=stage: _await(w, shapes[i].blocks, counters, stage - 1)
-        elif heads:
-            wait = lambda: (attend.finish(begun), met(0))
-        if heads and link.x == 0:
-            rows = lambda first, s=s: Mixed(w, s, first, values[0], heads)
+            _arrive(w, counters, i - 1 + front)  # before the first codes are asked for, behind which it would have to wait
+            wait = functools.partial(_await, w, s.blocks, counters, i - 1 + front)
+        rows = functools.partial(Mixed, w, s, x=values[0], heads=heads) if heads and link.x == 0 else None
         added = [] if link.added is None else [values[link.added]]
         multiply(w, s, shared, values[link.x], *weights[2 * i : 2 * i + 2], *added, results[i], wait=wait, rows=rows)
-    if stages > 1:
-        w.when(w.thread == 0, lambda: _leave(w, shapes[0].blocks, counters, stages - 1))
+    if count + front > 1:
+        w.when(w.thread == 0, lambda: _leave(w, shapes[0].blocks, counters, count + front - 1))
+
+
+def _attend(w: Warps, heads: Heads, shared: Int, sources: Sources, parts: Long, counters: Long) -> Callable[[], None]:
+    """Asks for what attention reads first; what is given does the rest, while the first codes are on their way."""
+    stage = Attend(w, heads, shared, sources, parts)
+    begun = stage.begin()
+
+    def rest() -> None:
+        stage.finish(begun)
+        _arrive(w, counters, 0)
+        _await(w, heads.blocks, counters, 0)
+
+    return rest
 
 
 def _arrive(w: Warps, counters: Long, number: int) -> None:

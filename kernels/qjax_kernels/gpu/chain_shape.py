@@ -60,8 +60,6 @@ def shapes_of(
         raise ValueError(f"`tiles` are {tiles}: the products of a chain neither split K nor begin early")
     if tiles.blocks * tiles.warps > 16:  # as parts of one thread block they live together, whatever registers they take
         raise ValueError(f"`tiles` are {tiles}: the blocks of a chain wait for each other, those of a multiprocessor share 16 warps")
-    if not links or len(links) != len(weights):
-        raise ValueError(f"`links` are {len(links)} and `weights` {len(weights)}; every product has one of each")
     m = inputs[0][0]
     if any(rows != m for rows, _ in inputs):
         raise ValueError(f"`inputs` have {[rows for rows, _ in inputs]} rows; all must have the same number")

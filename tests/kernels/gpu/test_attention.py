@@ -66,8 +66,8 @@ def ran(qkv, past, a, weights, links, tiles, cores, residual, bits=8):
     results = [np.full((s.m, s.out), np.nan, BF16) for s in shapes]
     packed = [part for codes, scales in weights for part in (codes.astype(np.int8), scales)]
     arrays = [qkv, residual, *packed, *(array for array in past if array is not None), met, *results, parts]
-    launch(lambda w, start, *given: follow(w, shapes, links, start, given[:2], given[2:], heads), shapes[0].blocks, 32 * tiles.warps, arrays,
-           max(shared_bytes(shapes), heads.shared_bytes))  # fmt: skip
+    launch(lambda w, start, *given: follow(w, shapes, links, start, given[:2], given[2:], heads), shapes[0].blocks, 32 * tiles.warps,
+           arrays, max(shared_bytes(shapes), heads.shared_bytes))  # fmt: skip
     return results, met
 
 
@@ -75,7 +75,7 @@ CASES = [
     (1, Attention(4, 2, 64, splits=4), [70], Direct(4, 2, 1), 6, True),
     (1, Attention(2, 1, 128, splits=2), [0], Direct(4, 2, 1), 3, True),  # nothing came before
     (2, Attention(4, 4, 64, splits=1), [3, 96], Direct(8, 1, 1), 3, False),  # rows of their own lengths, more units than blocks
-    (3, Attention(2, 2, 256, splits=3), [40, 1, 33], Direct(8, 2, 1), 60, True),  # more blocks than units
+    (3, Attention(2, 2, 256, splits=3), [40, 1, 33], Direct(4, 2, 1), 60, True),  # more blocks than units, heads wider than a block
     (1, Attention(8, 1, 64, splits=8), [96], Direct(4, 2, 2), 4, True),  # a full cache, two parts of a thread block
 ]
 
@@ -121,7 +121,7 @@ def test_in_jax_it_is_the_attention_of_a_whole_sequence():
         turned = rotation(places, a.width)
         got = attended(qkv[:, i], Past(cache, jnp.int32(0), places, turned), a)
         cache = kept(cache, fresh(qkv[:, i], a, turned)[None], places)
-    last = [rotated(part, None) for part in qkv.reshape(2 * tokens, -1, a.width)[None]][0].reshape(2, tokens, -1, a.width)
+    last = qkv.astype(jnp.float32).reshape(2, tokens, -1, a.width)
     angles = jnp.stack([rotation(jnp.full((2,), i), a.width) for i in range(tokens)], 1)
     heads = jnp.stack([rotated(last[:, i, : a.heads + a.shared], angles[:, i]) for i in range(tokens)], 1)
     k, v = heads[:, :, a.heads :], last[:, :, a.heads + a.shared :]
@@ -162,7 +162,7 @@ def test_what_does_not_belong_together_is_refused():
         chain([x], weights, counters(2), links=[Link(0)], group_size=128, attention=a)
     with pytest.raises(ValueError, match="is value 0, which is what attention gives"):
         chain([x], weights, counters(2), links=[Link(0, added=0)], group_size=128, attention=a, past=past)
-    with pytest.raises(ValueError, match="the first of `inputs` is 256 wide; .* takes 512"):
+    with pytest.raises(ValueError, match=r"the first of `inputs` is 256 wide; .* takes 512"):
         chain([x[:, :256]], weights, counters(2), links=[Link(0)], group_size=128, attention=a, past=past)
     with pytest.raises(ValueError, match=r"make them by counters\(2\)"):
         chain([x], weights, counters(1), links=[Link(0)], group_size=128, attention=a, past=past)
@@ -170,7 +170,12 @@ def test_what_does_not_belong_together_is_refused():
 
 @pytest.mark.parametrize(
     ("fields", "named"),
-    [({"width": 96}, "`width` is 96"), ({"heads": 6, "shared": 4}, "must be a multiple"), ({"splits": 9}, "`splits` is 9"), ({"splits": 0}, "`splits`")],
+    [
+        ({"width": 96}, "`width` is 96"),
+        ({"heads": 6, "shared": 4}, "must be a multiple"),
+        ({"splits": 9}, "`splits` is 9"),
+        ({"splits": 0}, "`splits` is 0"),
+    ],
 )
 def test_heads_that_the_kernel_does_not_have_are_refused(fields, named):
     with pytest.raises(ValueError, match=named):

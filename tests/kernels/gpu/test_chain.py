@@ -182,6 +182,12 @@ def test_a_batch_is_a_launch_after_the_other():
     assert "scan" in names and "scan" not in set(primitives(jax.make_jaxpr(run)(x).jaxpr))
 
 
+def test_a_derivative_is_refused_by_name():
+    (x,), weights, met = given()
+    with pytest.raises(NotImplementedError, match="differentiate `one_by_one`"):
+        jax.grad(lambda x: chain([x], weights, met, links=[Link(0)], group_size=128)[0].astype(jnp.float32).sum())(x)
+
+
 def primitives(jaxpr):
     """Names of everything in a program and in the programs in it."""
     for eqn in jaxpr.eqns:
