@@ -53,6 +53,7 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 128, SMALL, wide),
         ("W4A16 g128", 1, SMALL, None),
         ("W4A16 g128", 512, SMALL, None),
+        ("W4A16 g128", 50, SMALL, None),
         ("W4A16 g128", 16, LARGE, None),
         ("W4A16 g128", 1, LARGE, None),
         ("W4A16 g128", 8, LARGE, None),

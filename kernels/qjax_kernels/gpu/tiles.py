@@ -219,6 +219,9 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
         return dataclasses.replace(pair, cluster=2 if n % 512 == 0 else 1)
     if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
         return Tiles(block_m, 128, 512, 2, digits=True)
+    if packed and m > _DIGIT_ROWS:
+        pair = Tiles(block_m, 128, 128, 4, warpgroups=2)
+        return dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
     block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= 2 * cores else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
     split = 1
@@ -237,14 +240,29 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
     wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
     if blocks(m, n, wide) < cores:  # narrower blocks before a split, whose sums go through memory
         wide = dataclasses.replace(wide, block_n=128)
+        split = _parts(m, n, k, wide, cores)
+        # What the program takes that puts x in order comes back where a block has all of K.
+        wide = dataclasses.replace(wide, split_k=split, reorder=bits == 4 and split == 1)
     elif bits == 4:
         wide = dataclasses.replace(wide, reorder=True, cluster=2 if n % 512 == 0 else 1)
-    split = 1
-    # The float32 parts of a split stay below what the weight would take in bfloat16.
-    while blocks(m, n, wide) * split * 2 <= cores and k // 128 >= 8 * split and 4 * m * split < k:
-        split *= 2
-    wide = dataclasses.replace(wide, split_k=split)
+        three = Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, reorder=True, cluster=2)
+        if _busy(m, n, three, cores) > 1.05 * _busy(m, n, wide, cores):
+            return three
     return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
+
+
+def _parts(m: int, n: int, k: int, tiles: Tiles, cores: int) -> int:
+    """Of K, as many as there are multiprocessors for; their float32 sums stay below what the weight would take in bfloat16."""
+    split = 1
+    while blocks(m, n, tiles) * split * 2 <= cores and k // 128 >= 8 * split and 4 * m * split < k:
+        split *= 2
+    return split
+
+
+def _busy(m: int, n: int, tiles: Tiles, cores: int) -> float:
+    """Which part of the time multiprocessors have a block, where each takes one after the other."""
+    count = blocks(m, n, tiles)
+    return count / (math.ceil(count / cores) * cores)
 
 
 def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:

@@ -40,6 +40,7 @@ def near(y, x, w, scale_first: bool = False) -> None:
         (16, 64, 4, 128, Tiles(16, 64, 256, 2, reorder=True)),
         (3, 128, 8, None, Tiles(8, 64, 256, 2)),
         (24, 128, 4, 256, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True)),
+        (16, 200, 4, 128, Tiles(16, 192, 128, 2, warpgroups=3, scale_first=True)),
     ],
 )
 def test_weight_only_is_the_product_in_float64(m, n, bits, group, tiles):
