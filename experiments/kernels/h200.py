@@ -24,7 +24,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(pathlib.Path(__file__).parent)]
 
-from h200_decode import decode  # noqa: E402
+from h200_decode import decode, right  # noqa: E402
 from h200_programs import PROGRAMS, Job, bf16, ours, rows, short, weights  # noqa: E402
 from h200_tiles import candidates, cases, chosen, spread_out  # noqa: E402
 from h200_timing import Bench, Broken, Clock, Record, measured  # noqa: E402
@@ -207,6 +207,7 @@ def work(options: argparse.Namespace) -> None:
     with scope:
         if "correct" in parts:
             correct(record, clock, options.dry, interpret, options.cases)
+            right(record, clock, options.dry)
         if "ceilings" in parts:
             ceilings(record, clock, options.dry)
         if "times" in parts:

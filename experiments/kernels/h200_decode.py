@@ -8,8 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from decode import Shape, chained, chained_step, empty_caches, parameters, product, step
+import numpy as np
+from decode import GROUP, TAIL, Shape, chained, chained_step, empty_caches, parameters, product, step
 from h200_timing import Clock, Record, kernel_times
+from qjax_kernels.gpu.attention import Past, rotation
+from qjax_kernels.gpu.chain import chain, counters, one_by_one
 
 TOKENS = 64
 
@@ -26,6 +29,35 @@ STYLES = (("int4", "default tiles", default), ("bf16", "", default), ("int4", CH
 def made(shape: Shape, kind: str, how: str) -> dict[str, Any]:
     """The parameters of a style."""
     return chained(parameters(shape, kind)) if how == CHAINED else parameters(shape, kind)
+
+
+def right(record: Record, clock: Clock, dry: bool) -> None:
+    """A layer in one launch beside the same in jax, a product after the other: all results, and whether launches give the same bits."""
+    if dry:
+        return
+    shape = Shape(layers=1)
+    for kind, m, place in (("int4", 1, 0), ("int4", 1, 300), ("int8", 3, 511), ("int4", 4, 77)):
+        row: dict[str, Any] = {"kind": kind, "m": m, "layer": f"after {place} tokens"}
+        if clock.left() < 0 or record.known("correct", row):
+            continue
+        record.begin("correct", row)
+        (layer,) = made(shape, kind, CHAINED)["layers"]
+        keys = jax.random.split(jax.random.key(place), 3)
+        qkv = jax.random.normal(keys[0], (m, shape.attention.columns), jnp.bfloat16)
+        x = jax.random.normal(keys[1], (m, shape.width), jnp.bfloat16)
+        cache = jax.random.normal(keys[2], (1, 2, m, shape.context, shape.shared, shape.head), jnp.bfloat16)
+        places = jnp.full((m,), place, jnp.int32)
+        past = Past(cache, jnp.int32(0), places, rotation(places, shape.head))
+        weights = [layer[name] for name in ("out", "up", "down", "qkv")]
+        how = {"links": TAIL, "group_size": GROUP, "attention": shape.attention, "past": past}
+        with jax.default_matmul_precision("highest"):
+            expected = jax.jit(lambda qkv, x, weights, how=how: one_by_one((qkv, x), weights, **how))(qkv, x, weights)
+        run, met = jax.jit(lambda qkv, x, weights, met, how=how: chain((qkv, x), weights, met, **how)), counters(len(TAIL) + 1)
+        found = [jax.device_get(run(qkv, x, weights, met)) for _ in range(3)]
+        wide = [(np.float64(y), np.float64(jax.device_get(z))) for y, z in zip(found[0], expected, strict=True)]
+        errors = [float(np.linalg.norm(y - z) / np.linalg.norm(z)) for y, z in wide]
+        same = all(np.array_equal(y, z, equal_nan=True) for other in found[1:] for y, z in zip(found[0], other, strict=True))
+        record.add("correct", row | {"error": max(errors), "errors": errors, "repeatable": same, "right": bool(max(errors) < 1e-2)})
 
 
 def looped(one):
