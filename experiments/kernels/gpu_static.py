@@ -179,23 +179,26 @@ def chains() -> list[dict]:
     found, shape = [], Shape()
     weights = [shape.products()[name] for name in ("out", "up", "down", "qkv")]
     n, k = weights[1]
-    for bits, m, attention in ((4, 1, shape.attention), (4, 1, None), (4, 4, shape.attention), (8, 1, shape.attention)):
+    taken = ((4, 1, shape.attention, None), (4, 1, None, None), (4, 4, shape.attention, None), (8, 1, shape.attention, None),
+             (4, 1, shape.attention, Direct(8, 4, 2)))  # fmt: skip
+    for bits, m, attention, tiles in taken:
         kind, first = jnp.int4 if bits == 4 else jnp.int8, k if attention is None else attention.columns
         parts = [part for n, k in weights for part in (((n, k), kind), ((n, k // GROUP), jnp.bfloat16))]
         past = [((shape.layers, 2, m, shape.context, shape.shared, shape.head), jnp.bfloat16), ((), jnp.int32), ((m,), jnp.int32),
                 ((m, shape.head), jnp.float32)]  # fmt: skip
         arguments = [((m, first), jnp.bfloat16), ((m, k), jnp.bfloat16), ((len(TAIL) + 1,), jnp.int32), *past, *parts]
 
-        def function(x, residual, met, cache, layer, places, turned, *parts, attention=attention):
+        def function(x, residual, met, cache, layer, places, turned, *parts, attention=attention, tiles=tiles):
             read = None if attention is None else Past(cache, layer, places, turned)
             both = list(zip(parts[::2], parts[1::2], strict=True))
-            return chain((x, residual), both, met, links=TAIL, group_size=GROUP, attention=attention, past=read)
+            return chain((x, residual), both, met, links=TAIL, group_size=GROUP, tiles=tiles, attention=attention, past=read)
 
         program, text = compiled(function, arguments, "h200")
         shapes = shapes_of([(m, k)] * 2, weights, TAIL, [k // GROUP for _, k in weights], [jnp.dtype(jnp.bfloat16)] * 4, [bits] * 4,
-                           group=GROUP, tiles=CHAIN_TILES, cores=132)  # fmt: skip
+                           group=GROUP, tiles=tiles or CHAIN_TILES, cores=132)  # fmt: skip
         name = f"W{bits}A16 g128 {'chain' if attention is None else 'layer'}"
-        row = {"kernel": name, "m": m, "n": n, "k": k, "tiles": _short(CHAIN_TILES), **counts(text), "shared": shared_bytes(shapes)}
+        row = {"kernel": name, "m": m, "n": n, "k": k, "tiles": _short(tiles or CHAIN_TILES), **counts(text)}
+        row["shared"] = (tiles or CHAIN_TILES).blocks * shared_bytes(shapes)
         row |= {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 2 * n * k}
         found.append(row)
         print(json.dumps(row), flush=True)

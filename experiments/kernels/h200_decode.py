@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decode import GROUP, TAIL, Shape, chained, chained_step, empty_caches, parameters, product, step
+from h200_programs import short
 from h200_timing import Clock, Record, kernel_times
 from qjax_kernels.gpu.attention import Past, rotation
 from qjax_kernels.gpu.chain import chain, counters, one_by_one
+from qjax_kernels.gpu.tiles import Direct
 
-TOKENS = 64
+TOKENS = 64  # the last that the cache holds: both ways of attention then read nearly all of it
 
 
 def default(n: int, k: int) -> None:
@@ -35,9 +37,16 @@ def right(record: Record, clock: Clock, dry: bool) -> None:
     """A layer in one launch beside the same in jax, a product after the other: all results, and whether launches give the same bits."""
     if dry:
         return
-    shape = Shape(layers=1)
-    for kind, m, place in (("int4", 1, 0), ("int4", 1, 300), ("int8", 3, 511), ("int4", 4, 77)):
-        row: dict[str, Any] = {"kind": kind, "m": m, "layer": f"after {place} tokens"}
+    two = Direct(8, 4, 2)  # parts of a thread block
+    for kind, m, place, context, tiles in (("int4", 1, 0, 512, None), ("int4", 1, 300, 512, two), ("int8", 3, 511, 512, None),
+                                           ("int4", 4, 77, 512, None), ("int4", 2, 3999, 4096, None)):  # fmt: skip
+        shape = Shape(layers=1, context=context)
+        row: dict[str, Any] = {
+            "kind": kind,
+            "m": m,
+            "layer": f"after {place} tokens of {context}",
+            "tiles": short(tiles) if tiles else "default",
+        }
         if clock.left() < 0 or record.known("correct", row):
             continue
         record.begin("correct", row)
@@ -52,7 +61,8 @@ def right(record: Record, clock: Clock, dry: bool) -> None:
         how = {"links": TAIL, "group_size": GROUP, "attention": shape.attention, "past": past}
         with jax.default_matmul_precision("highest"):
             expected = jax.jit(lambda qkv, x, weights, how=how: one_by_one((qkv, x), weights, **how))(qkv, x, weights)
-        run, met = jax.jit(lambda qkv, x, weights, met, how=how: chain((qkv, x), weights, met, **how)), counters(len(TAIL) + 1)
+        run = jax.jit(lambda qkv, x, weights, met, how=how, tiles=tiles: chain((qkv, x), weights, met, tiles=tiles, **how))
+        met = counters(len(TAIL) + 1)
         found = [jax.device_get(run(qkv, x, weights, met)) for _ in range(3)]
         wide = [(np.float64(y), np.float64(jax.device_get(z))) for y, z in zip(found[0], expected, strict=True)]
         errors = [float(np.linalg.norm(y - z) / np.linalg.norm(z)) for y, z in wide]
@@ -109,7 +119,7 @@ def compiled(shape: Shape, kind: str, how: str, function):
 def timed(shape: Shape, kind: str, how: str, single, many) -> dict[str, Any]:
     """Microseconds a token of both programs, the faster one's tokens a second, and megabytes."""
     weights, caches, token = made(shape, kind, how), empty_caches(shape, how == CHAINED), jnp.int32(1)
-    places = [jnp.int32(i) for i in range(TOKENS)]
+    places = [jnp.int32(shape.context - TOKENS + i) for i in range(TOKENS)]
     took = {}
     for name in ("us", "us, all tokens in one program"):
         for _ in range(2):  # the first warms up
@@ -124,19 +134,20 @@ def timed(shape: Shape, kind: str, how: str, single, many) -> dict[str, Any]:
             took[name] = round((time.perf_counter() - start) / TOKENS * 1e6, 1)
     memory = single.memory_analysis()
     took["MB"] = round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20) if memory else None
+    took["tokens before"] = shape.context - TOKENS
     return took | {"tokens/s": round(1e6 / min(took["us"], took["us, all tokens in one program"]), 1)}
 
 
 def profiled(shape: Shape, kind: str, how: str, program) -> list[tuple[str, float]]:
     """Microseconds a step by kernel, the longest first, as the device's own clock has them; their sum in front."""
     weights, caches, token = made(shape, kind, how), empty_caches(shape, how == CHAINED), jnp.int32(1)
-    token, caches = program(weights, caches, token, jnp.int32(0))
+    token, caches = program(weights, caches, token, jnp.int32(shape.context - TOKENS))
     jax.block_until_ready(token)
     steps, found = 4, collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for i in range(steps):
-                token, caches = program(weights, caches, token, jnp.int32(i + 1))
+                token, caches = program(weights, caches, token, jnp.int32(shape.context - TOKENS + i + 1))
             jax.block_until_ready(token)
         for name, nanoseconds in kernel_times(folder):
             found[name] += nanoseconds

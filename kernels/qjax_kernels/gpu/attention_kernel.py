@@ -19,7 +19,7 @@ from .tiles import PIECE
 from .warps import Int, Long, Real, Warps
 
 BATCH = 4  # keys of a group of threads that are on their way at once
-NOTHING = -1e30  # the largest score of no keys
+NOTHING = -3e38  # the largest score of no keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Heads:
       attention: the heads.
       m: rows.
       context: tokens that the cache holds.
+      layers: of the cache.
       blocks, warps: of the launch, and of a block.
       turned: q and k are rotated.
     """
@@ -37,6 +38,7 @@ class Heads:
     attention: Attention
     m: int
     context: int
+    layers: int
     blocks: int
     warps: int
     turned: bool
@@ -130,8 +132,9 @@ class Attend:
     def _numbers(self, number: Int) -> list[Int]:
         """How many tokens came before, and the layer."""
         a, w = self.s.attention, self.w
-        place = self.sources.places.times(number // (a.heads * a.splits), 4)
-        return [w.load_shared_by_all(place, 1)[0], w.load_shared_by_all(self.sources.layer, 1)[0]]
+        place = w.load_shared_by_all(self.sources.places.times(number // (a.heads * a.splits), 4), 1)[0]
+        layer = w.load_shared_by_all(self.sources.layer, 1)[0]
+        return [_within(w, place, self.s.context), _within(w, layer, self.s.layers - 1)]
 
     def _load(self, number: Int) -> list[Int]:
         """Numbers, q, k and v of this token, cosines and sines, and the first keys and values."""
@@ -320,6 +323,11 @@ class Mixed(Rows):
                 totals = [w.fma(each, factor * scale, total) for each, total in zip(_wide(w, words), totals, strict=True)]
             found += [w.packed(totals[0], totals[1]), w.packed(totals[2], totals[3])]
         return found
+
+
+def _within(w: Warps, number: Int, most: int) -> Int:
+    """A whole number with a sign, from 0 to the largest."""
+    return w.where(number < 1 << 31, w.minimum(number, most), w.integer(0))
 
 
 def _wide(w: Warps, words: list[Int]) -> list[Real]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from .attention import Attention, Past, attended, check
+from .attention import Attention, Past, attended
+from .attention import check as check_attention
 from .chain_shape import Link, shapes_of
+from .chain_shape import check as check_link
 from .tiles import PIECE, Direct
 from .weight_only import plain, whole_rows
 
@@ -69,7 +72,8 @@ def chain(
       inputs: (M, K) bfloat16 each, M the same.
       weights: for every product codes (N, K) int4 or int8 and scales (N, K / group_size), bfloat16, float16 or float32. Further columns of
         scales are not used.
-      counters: int32 zeros, one for every product or more (`counters`), an argument of the program: the launch uses and clears them.
+      counters: int32 zeros, one for every product and one more with attention (`counters`), an argument of the program: the launch uses
+        and clears them.
       links: what the products multiply and add.
       group_size: consecutive k that share a scale, a multiple of 128.
       tiles: the cut, of at most 16 warps a multiprocessor; None for the default.
@@ -82,18 +86,19 @@ def chain(
       All results, (M, N) bfloat16 each (N / 2 of gated ones). Under `vmap` there is a launch after the other.
 
     Raises:
-      ValueError: values, weights and links that do not fit together, with their number; more than 8 rows, or than shared memory holds
-        (7 of K = 14336).
-      TypeError: `tiles` of another kind.
+      ValueError: values, weights, links, attention and what came before that do not fit together, with their number; more than 8 rows, or
+        than shared memory holds (7 of K = 14336).
+      TypeError: arguments of another kind.
       NotImplementedError: where it is differentiated.
 
     All blocks of a launch must live at once, which nothing but the device's order of work sees to: let no other program run there at the
     same time. Two launches side by side may each hold half of the multiprocessors, and end with an error after seconds; with the same
     counters they compute wrong numbers.
     """
-    _check(inputs, counters, len(links) + (attention is not None), tiles, cores)
-    _check_weights(weights, links, group_size)
-    _check_attention(inputs, links, attention, past)
+    group_size, past = _check(inputs, weights, links, group_size, attention, past)
+    if inputs[0].shape[0] > 8:
+        raise ValueError(f"`inputs` have {inputs[0].shape[0]} rows; a launch takes 1 to 8: `one_by_one` takes more")
+    _check_launch(counters, len(links) + (attention is not None), tiles, cores)
     return _chain(tuple(inputs), tuple(weights), counters, past, links=tuple(links), group=group_size, tiles=tiles or TILES, cores=cores,
                   attention=attention)  # fmt: skip
 
@@ -112,7 +117,8 @@ def _chain(inputs, weights, counters, past, *, links, group, tiles, cores, atten
                        group=group, tiles=tiles, cores=cores)  # fmt: skip
     heads = None
     if attention is not None:
-        heads = Heads(attention, read[0][0], past.cache.shape[3], shapes[0].blocks, tiles.warps, past.rotation is not None)
+        layers, context = past.cache.shape[0], past.cache.shape[3]
+        heads = Heads(attention, read[0][0], context, layers, shapes[0].blocks, tiles.warps, past.rotation is not None)
     # Blocks of a batch that Pallas puts into the grid would meet those of another by the same counters.
     launch = jax.custom_jvp(jax.custom_batching.sequential_vmap(
         functools.partial(linked, links=links, shapes=shapes, parts=tiles.blocks, heads=heads)))  # fmt: skip
@@ -124,33 +130,49 @@ def _refused(primals, tangents):
     raise NotImplementedError("`chain` has no derivative, it is a kernel of decoding: differentiate `one_by_one`, which computes the same")
 
 
-def _check(inputs, counters, stages, tiles, cores) -> None:
-    if not inputs or any(x.ndim != 2 or x.dtype != jnp.bfloat16 or not 1 <= x.shape[0] <= 8 for x in inputs):
-        raise ValueError(f"`inputs` are {[(x.shape, str(x.dtype)) for x in inputs]}; they must be of 1 to 8 rows of bfloat16")
+def _check_launch(counters, stages, tiles, cores) -> None:
     if not isinstance(tiles, Direct | None):
         raise TypeError(f"`tiles` are {tiles}; the products of a chain take Direct(...), or None")
-    if cores < 1:
-        raise ValueError(f"`cores` is {cores}; it must be the number of multiprocessors of the GPU, 132 of an H100 or H200")
+    if type(cores) is not int or cores < 1:
+        raise ValueError(f"`cores` is {cores!r}; it must be the number of multiprocessors of the GPU, 132 of an H100 or H200")
     if counters.ndim != 1 or counters.size < stages or counters.dtype != jnp.int32:
         raise ValueError(f"`counters` are {counters.shape} {counters.dtype}; make them by counters({stages})")
 
 
-def _check_attention(inputs, links, attention, past) -> None:
+def _check(inputs, weights, links, group, attention, past) -> tuple[int, Past | None]:
+    """The group as an int, and what came before with its layer as an array; raises where things do not fit together."""
+    for name, given in (("inputs", inputs), ("weights", weights), ("links", links)):
+        if not isinstance(given, list | tuple):
+            raise TypeError(f"`{name}` is a {type(given).__name__}; it must be a list or tuple")
+    if not inputs or any(not hasattr(x, "dtype") or x.ndim != 2 or x.dtype != jnp.bfloat16 or x.shape[0] < 1 for x in inputs):
+        found = [(x.shape, str(x.dtype)) if hasattr(x, "dtype") else type(x).__name__ for x in inputs]
+        raise ValueError(f"`inputs` are {found}; they must be arrays of rows of bfloat16")
+    if any(x.shape[0] != inputs[0].shape[0] for x in inputs):
+        raise ValueError(f"`inputs` have {[x.shape[0] for x in inputs]} rows; all must have the same number")
+    group = _check_weights(weights, links, group)
     if (attention is None) != (past is None):
         raise ValueError("`attention` and `past` belong together: give both or none")
-    if attention is None:
-        return
-    check(inputs[0], past, attention)
-    if any(link.added == 0 for link in links):
-        raise ValueError("`added` of a product is value 0, which is what attention gives: it can be multiplied only")
+    widths = [x.shape[1] for x in inputs]
+    if attention is not None:
+        past, widths[0] = check_attention(inputs[0], past, attention), attention.heads * attention.width
+        if any(link.added == 0 for link in links):
+            raise ValueError("`added` of a product is value 0, which is what attention gives: it can be multiplied only")
+    for i, (link, (codes, _)) in enumerate(zip(links, weights, strict=True)):
+        check_link(i, link, widths, *codes.shape, group)
+        widths.append(codes.shape[0] // (2 if link.gated else 1))
+    return group, past
 
 
-def _check_weights(weights, links, group: int) -> None:
-    if not links or len(weights) != len(links):
-        raise ValueError(f"`links` are {len(links)} and `weights` {len(weights)}; every product has one of each")
-    if not isinstance(group, int) or group < 1 or group % PIECE:
-        raise ValueError(f"`group_size` is {group}; it must be a multiple of {PIECE}")
-    for i, (codes, scales) in enumerate(weights):
+def _check_weights(weights, links, group) -> int:
+    if not links or len(weights) != len(links) or not all(isinstance(link, Link) for link in links):
+        raise ValueError(f"`links` are {len(links)} and `weights` {len(weights)}; every product has one, a Link(...) and two arrays")
+    if not hasattr(group, "__index__") or operator.index(group) < 1 or operator.index(group) % PIECE:
+        raise ValueError(f"`group_size` is {group!r}; it must be an int, a multiple of {PIECE}")
+    group = operator.index(group)
+    for i, pair in enumerate(weights):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(hasattr(part, "dtype") for part in pair):
+            raise TypeError(f"weight {i} is a {type(pair).__name__}; it must be (codes, scales), two arrays")
+        codes, scales = pair
         if codes.ndim != 2 or codes.dtype not in (jnp.int4, jnp.int8):
             raise ValueError(f"codes of product {i} are {codes.shape} {codes.dtype}; they must be (N, K) int4 or int8")
         wanted = codes.shape[0], codes.shape[1] // group
@@ -158,6 +180,7 @@ def _check_weights(weights, links, group: int) -> None:
             raise ValueError(f"scales of product {i} are {scales.shape}; codes {codes.shape} in groups of {group} take {wanted}")
         if scales.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             raise ValueError(f"scales of product {i} are {scales.dtype}; they must be bfloat16, float16 or float32")
+    return group
 
 
 def one_by_one(
@@ -167,7 +190,7 @@ def one_by_one(
     """The same in jax, a product after the other, for any number of rows and any device: results are rounded to bfloat16 as there.
 
     Args:
-      inputs: (M, K) each, M the same.
+      inputs: (M, K) bfloat16 each, M the same.
       weights: as for `chain`.
       links: what the products multiply and add.
       group_size: consecutive k that share a scale, a multiple of 128.
@@ -178,7 +201,7 @@ def one_by_one(
       All results, (M, N) bfloat16 each (N / 2 of gated ones).
 
     Raises:
-      ValueError: weights that do not fit the links, or scales that do not fit their codes.
+      ValueError, TypeError: what `chain` refuses of inputs, weights, links, attention and what came before.
 
     Example:
       >>> codes, scales = jnp.ones((64, 128), jnp.int8), jnp.full((64, 1), 0.5, jnp.bfloat16)
@@ -187,8 +210,7 @@ def one_by_one(
       >>> y.shape, y[0, 0].item()
       ((1, 64), 65.0)
     """
-    _check_weights(weights, links, group_size)
-    _check_attention(inputs, links, attention, past)
+    group_size, past = _check(inputs, weights, links, group_size, attention, past)
     values = list(inputs)
     if attention is not None and past is not None:
         values[0] = attended(values[0], past, attention)

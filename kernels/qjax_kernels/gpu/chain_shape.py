@@ -18,7 +18,7 @@ class Link:
     Attributes:
       x: which value is multiplied.
       added: which value a is added; None: nothing is.
-      norm: r = 1 / sqrt(mean_k x_k^2 + norm) of every row; None: 1.
+      norm: r = 1 / sqrt(mean_k x_k^2 + norm) of every row; None: 1. Its gain belongs into the columns of w, before that is quantized.
       gated: w holds a gate and what it multiplies, eight rows of each in turn (`interleaved`): y = silu(gate) other, half as wide.
     """
 
@@ -26,6 +26,16 @@ class Link:
     added: int | None = None
     norm: float | None = None
     gated: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no number of a value, or no norm."""
+        for name, value in (("x", self.x), ("added", 0 if self.added is None else self.added)):
+            if type(value) is not int or value < 0:
+                raise ValueError(f"`{name}` is {value!r}; it must be the number of a value, a Python int from 0 on")
+        if self.norm is not None and not (isinstance(self.norm, int | float) and self.norm >= 0):
+            raise ValueError(f"`norm` is {self.norm!r}; it must be a number from 0 on, or None")
+        if type(self.gated) is not bool:
+            raise ValueError(f"`gated` is {self.gated!r}; it must be True or False")
 
 
 def shared_bytes(shapes: Sequence[Shape]) -> int:
@@ -37,7 +47,7 @@ def shapes_of(
     inputs: Sequence[tuple[int, int]], weights: Sequence[tuple[int, int]], links: Sequence[Link], columns: Sequence[int], dtypes: Sequence,
     bits: Sequence[int], *, group: int, tiles: Direct, cores: int,
 ) -> list[Shape]:  # fmt: skip
-    """The products of a chain, checked.
+    """The products of a chain, which fit together (`check`), and their tiles, checked.
 
     Args:
       inputs: M and K of the values that come in.
@@ -54,30 +64,27 @@ def shapes_of(
       A shape for every product, of as many blocks each.
 
     Raises:
-      ValueError: values and weights that do not fit together, tiles of a split or early launch, too much shared memory.
+      ValueError: tiles of a split or early launch, too much shared memory.
     """
     if tiles.split_k > 1 or tiles.early:
         raise ValueError(f"`tiles` are {tiles}: the products of a chain neither split K nor begin early")
     if tiles.blocks * tiles.warps > 16:  # as parts of one thread block they live together, whatever registers they take
         raise ValueError(f"`tiles` are {tiles}: the blocks of a chain wait for each other, those of a multiprocessor share 16 warps")
     m = inputs[0][0]
-    if any(rows != m for rows, _ in inputs):
-        raise ValueError(f"`inputs` have {[rows for rows, _ in inputs]} rows; all must have the same number")
     blocks = min(max(n for n, _ in weights) // TILE // tiles.blocks, cores) * tiles.blocks
-    widths, shapes = [k for _, k in inputs], []
+    shapes = []
     for i, (link, (n, k)) in enumerate(zip(links, weights, strict=True)):
-        _check(i, link, widths, n, k, group)
         s = Shape(m, n, k, group, columns[i], dtypes[i], tiles.warps, tiles.turn, blocks, bits=bits[i], norm=link.norm, gated=link.gated,
                   bias=None if link.added is None else jnp.dtype(jnp.bfloat16), by_row=True)  # fmt: skip
-        widths.append(s.out)
         shapes.append(s)
     if (used := tiles.blocks * shared_bytes(shapes)) > SHARED_BYTES:
-        raise ValueError(f"the products need {used} bytes of shared memory for {m} rows and {tiles}, the GPU has {SHARED_BYTES}: take "
-                         "fewer rows, or `tiles` of fewer blocks")  # fmt: skip
+        remedy = "take fewer rows" + (", or `tiles` of fewer blocks" if tiles.blocks > 1 else "")
+        raise ValueError(f"the products need {used} bytes of shared memory for {m} rows and {tiles}, the GPU has {SHARED_BYTES}: {remedy}")
     return shapes
 
 
-def _check(i: int, link: Link, widths: list[int], n: int, k: int, group: int) -> None:
+def check(i: int, link: Link, widths: list[int], n: int, k: int, group: int) -> None:
+    """Raises ValueError where product i does not fit the values before it, whose widths are given."""
     if n % (4 * TILE) or k % PIECE or group % PIECE or k % group:
         raise ValueError(f"product {i} is of N = {n}, K = {k} and groups of {group}: N must be a multiple of 64, K of the group, it of 128")
     wanted = {"x": (link.x, k), "added": (link.added, n // 2 if link.gated else n)}

@@ -31,7 +31,7 @@ def made(m, a, context, layers, places, turned, seed=0):
     cache = draw.normal(size=(layers, 2, m, context, a.shared, a.width)).astype(BF16)
     for row, place in enumerate(places):
         cache[:, :, row, place:] = np.nan
-    cache[0] = np.nan  # another layer
+    cache[:-1] = np.nan  # other layers
     table = np.array(rotation(jnp.asarray(places), a.width)) if turned else None
     return qkv, Past(cache, np.array([layers - 1], np.int32), np.array(places, np.int32), table)
 
@@ -61,7 +61,7 @@ def ran(qkv, past, a, weights, links, tiles, cores, residual, bits=8):
     m, context = len(qkv), past.cache.shape[3]
     shapes = shapes_of([(m, a.heads * a.width), residual.shape], [c.shape for c, _ in weights], links, [s.shape[1] for _, s in weights],
                        [s.dtype for _, s in weights], [bits] * len(links), group=128, tiles=tiles, cores=cores)  # fmt: skip
-    heads = Heads(a, m, context, shapes[0].blocks, tiles.warps, past.rotation is not None)
+    heads = Heads(a, m, context, len(past.cache), shapes[0].blocks, tiles.warps, past.rotation is not None)
     met, parts = np.zeros(len(links) + 1, np.int32), np.full(heads.bytes // 4, np.nan, np.float32)
     results = [np.full((s.m, s.out), np.nan, BF16) for s in shapes]
     packed = [part for codes, scales in weights for part in (codes.astype(np.int8), scales)]
@@ -76,19 +76,54 @@ CASES = [
     (1, Attention(2, 1, 128, splits=2), [0], Direct(4, 2, 1), 3, True),  # nothing came before
     (2, Attention(4, 4, 64, splits=1), [3, 96], Direct(8, 1, 1), 3, False),  # rows of their own lengths, more units than blocks
     (3, Attention(2, 2, 256, splits=3), [40, 1, 33], Direct(4, 2, 1), 60, True),  # more blocks than units, heads wider than a block
-    (1, Attention(8, 1, 64, splits=8), [96], Direct(4, 2, 2), 4, True),  # a full cache, two parts of a thread block
+    (1, Attention(8, 1, 64, splits=8), [96], Direct(4, 2, 2), 4, True),  # a full cache
 ]
 
 
 @pytest.mark.parametrize(("m", "a", "places", "tiles", "cores", "turned"), CASES)
 def test_what_is_multiplied_is_the_attention_of_the_row(m, a, places, tiles, cores, turned):
-    """Multiplied by a weight of powers of two that picks single elements, so that each can be read."""
-    qkv, past = made(m, a, 96, 3, places, turned)
-    width = a.heads * a.width
+    picked(m, a, places, tiles, cores, turned)
+
+
+def test_a_part_takes_its_keys_in_batches():
+    picked(1, Attention(2, 1, 64, splits=2), [201], Direct(4, 2, 1), 4, True, context=203, layers=1)
+
+
+def test_what_is_beyond_the_cache_is_read_as_its_end():
+    """As jax does: a place behind the last token, and a layer that is none."""
+    a = Attention(2, 1, 64)
+    qkv, past = made(2, a, 24, 2, [24, 9], False)
+    far = past._replace(places=np.array([40, 9], np.int32), layer=np.array([7], np.int32))
+    weights = identity(128)
+    (near,), _ = ran(qkv, past, a, weights, [Link(0)], Direct(4, 2, 1), 4, np.zeros((2, 128), BF16))
+    (beyond,), _ = ran(qkv, far, a, weights, [Link(0)], Direct(4, 2, 1), 4, np.zeros((2, 128), BF16))
+    np.testing.assert_array_equal(near, beyond)
+    none = past._replace(places=np.array([-3, 9], np.int32), layer=np.array([-1], np.int32), cache=past.cache[::-1].copy())
+    (first,), _ = ran(qkv, none, a, weights, [Link(0)], Direct(4, 2, 1), 4, np.zeros((2, 128), BF16))
+    own = np.tile(qkv[0, -64:].astype(np.float32), 2)  # nothing came before
+    np.testing.assert_allclose(first[0].astype(np.float32), own, rtol=2**-7, atol=2**-8 * np.abs(own).max())
+
+
+def test_very_large_scores_are_told_from_none():
+    a = Attention(2, 1, 64)
+    qkv, past = made(1, a, 24, 1, [9], False)
+    qkv[:, :128], qkv[:, 128:192], past.cache[:, 0] = 1e15, -1e15, np.where(np.isnan(past.cache[:, 0]), np.nan, -1e15)
+    (y,), _ = ran(qkv, past, a, identity(128), [Link(0)], Direct(4, 2, 1), 4, np.zeros((1, 128), BF16))
+    assert np.isfinite(y.astype(np.float32)).all()
+
+
+def identity(width):
+    """A weight whose product with a row is the row."""
     codes = np.zeros((width, width), np.int64)
     codes[np.arange(width), np.arange(width)] = 1
-    weights = [(codes, np.ones((width, 8 * -(-width // 1024)), BF16))]
-    (y,), met = ran(qkv, past, a, weights, [Link(0)], tiles, cores, np.zeros((m, width), BF16))
+    return [(codes, np.ones((width, 8 * -(-width // 1024)), BF16))]
+
+
+def picked(m, a, places, tiles, cores, turned, context=96, layers=3):
+    """Multiplied by a weight of powers of two that picks single elements, so that each can be read."""
+    qkv, past = made(m, a, context, layers, places, turned)
+    width = a.heads * a.width
+    (y,), met = ran(qkv, past, a, identity(width), [Link(0)], tiles, cores, np.zeros((m, width), BF16))
     expected = exact(qkv, past, a)
     assert np.isfinite(expected).all() and not met.any()
     # Roundings to bfloat16: of each part, of their sum, of the product; the rows' digits.
@@ -104,7 +139,7 @@ def test_a_layer_with_attention_reads_as_one_by_one():
     residual = np.random.default_rng(5).normal(size=(2, 256)).astype(BF16)
     results, met = ran(qkv, past, a, weights, TAIL, Direct(4, 2, 1), 3, residual)
     given = [(jnp.asarray(codes, jnp.int8), jnp.asarray(scales)) for codes, scales in weights]
-    there = past._replace(cache=jnp.asarray(np.nan_to_num(past.cache.astype(np.float32)), jnp.bfloat16), layer=jnp.int32(1))
+    there = past._replace(cache=jnp.asarray(past.cache), layer=1, places=jnp.asarray(past.places), rotation=jnp.asarray(past.rotation))
     plain = one_by_one([jnp.asarray(qkv), jnp.asarray(residual)], given, links=TAIL, group_size=128, attention=a, past=there)
     assert not met.any()
     for ours, theirs in zip(results, plain, strict=True):
@@ -115,7 +150,7 @@ def test_in_jax_it_is_the_attention_of_a_whole_sequence():
     """Token after token, each kept behind its step, it reads what attention over all of them at once gives."""
     a, tokens = Attention(4, 2, 64), 5
     qkv = jnp.asarray(np.random.default_rng(0).normal(size=(2, tokens, a.columns)), jnp.bfloat16)
-    cache = jnp.full((1, 2, 2, 8, a.shared, a.width), jnp.nan, jnp.bfloat16).at[:].set(0)
+    cache = jnp.full((1, 2, 2, 8, a.shared, a.width), jnp.nan, jnp.bfloat16)
     for i in range(tokens):
         places = jnp.full((2,), i, jnp.int32)
         turned = rotation(places, a.width)
@@ -142,7 +177,8 @@ def given():
         ({"cache": jnp.zeros((1, 2, 1, 16, 2, 128), jnp.bfloat16)}, r"`past.cache` is .*take \(layers, 2, 1, context, 2, 64\) bfloat16"),
         ({"cache": jnp.zeros((1, 2, 1, 16, 2, 64), jnp.int8)}, "`past.cache` is .*int8"),
         ({"cache": jnp.zeros((2, 1, 16, 2, 64), jnp.bfloat16)}, "`past.cache` is "),
-        ({"layer": jnp.int32([0])}, "`past.layer` is .*a single int32"),
+        ({"cache": jnp.zeros((0, 2, 1, 16, 2, 64), jnp.bfloat16)}, "`past.cache` is "),
+        ({"layer": jnp.int32([0])}, r"`past.layer` is .*a single int32: jnp.int32\(i\)"),
         ({"layer": jnp.float32(0)}, "`past.layer` is .*float32"),
         ({"places": jnp.int32(3)}, r"`past.places` is .*take \(1,\) int32"),
         ({"rotation": jnp.zeros((1, 32), jnp.float32)}, r"`past.rotation` is .*take \(1, 64\) float32"),
@@ -162,10 +198,45 @@ def test_what_does_not_belong_together_is_refused():
         chain([x], weights, counters(2), links=[Link(0)], group_size=128, attention=a)
     with pytest.raises(ValueError, match="is value 0, which is what attention gives"):
         chain([x], weights, counters(2), links=[Link(0, added=0)], group_size=128, attention=a, past=past)
-    with pytest.raises(ValueError, match=r"the first of `inputs` is 256 wide; .* takes 512"):
+    with pytest.raises(ValueError, match=r"q, k and v are \(1, 256\) bfloat16; .* takes \(M, 512\)"):
         chain([x[:, :256]], weights, counters(2), links=[Link(0)], group_size=128, attention=a, past=past)
     with pytest.raises(ValueError, match=r"make them by counters\(2\)"):
         chain([x], weights, counters(1), links=[Link(0)], group_size=128, attention=a, past=past)
+
+
+def test_things_of_another_kind_are_named():
+    x, a, past, weights = given()
+    how = {"links": [Link(0)], "group_size": 128}
+    for wrong, named in (
+        ({"attention": (4, 2, 64), "past": past}, "`attention` is a tuple"),
+        ({"attention": a, "past": tuple(past)}, "`past` a tuple"),
+        ({"attention": a, "past": past._replace(places=[3])}, "`past.places` is a list"),
+    ):
+        with pytest.raises(TypeError, match=named):
+            one_by_one([x], weights, **how, **wrong)
+
+
+def test_a_full_cache_keeps_what_it_has():
+    cache, written = jnp.zeros((2, 2, 2, 4, 1, 64), jnp.bfloat16), jnp.ones((2, 2, 2, 1, 64), jnp.bfloat16)
+    for places, found in (([4, 1], [0, 1]), ([-1, 0], [0, 1]), ([3, 9], [1, 0])):
+        after = kept(cache, written, jnp.int32(places))
+        assert [bool(after[:, :, row].any()) for row in (0, 1)] == [bool(each) for each in found]
+        assert int(after.astype(jnp.float32).sum()) == sum(found) * 2 * 2 * 64
+
+
+def test_what_is_kept_must_fit():
+    a, cache = Attention(4, 2, 64), jnp.zeros((3, 2, 1, 4, 2, 64), jnp.bfloat16)
+    qkv = jnp.zeros((1, a.columns), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"`written` is \(1, 2, 1, 2, 64\) bfloat16; a cache .* takes \(3, 2, 1, 2, 64\)"):
+        kept(cache, fresh(qkv, a)[None], jnp.int32([0]))
+    with pytest.raises(ValueError, match=r"`places` are \(\) int32; .* takes \(1,\)"):
+        kept(cache, jnp.stack([fresh(qkv, a)] * 3), jnp.int32(0))
+    with pytest.raises(ValueError, match=r"q, k and v are \(1, 640\)"):
+        fresh(jnp.zeros((1, 640), jnp.bfloat16), a)
+    with pytest.raises(ValueError, match=r"`turned` is \(2, 64\) float32"):
+        fresh(qkv, a, rotation(jnp.int32([0, 1]), 64))
+    with pytest.raises(ValueError, match=r"`width` is 63; they must be \(M,\) and even"):
+        rotation(jnp.int32([0]), 63)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +246,7 @@ def test_what_does_not_belong_together_is_refused():
         ({"heads": 6, "shared": 4}, "must be a multiple"),
         ({"splits": 9}, "`splits` is 9"),
         ({"splits": 0}, "`splits` is 0"),
+        ({"splits": 2.5}, "`splits` is 2.5; it must be a Python int"),
     ],
 )
 def test_heads_that_the_kernel_does_not_have_are_refused(fields, named):

@@ -118,11 +118,11 @@ def given(m=1, width=256):
         ({"links": [Link(1)]}, "`x` of product 0 is value 1; 1 come before"),
         ({"links": [Link(0, added=7)]}, "`added` of product 0"),
         ({"links": [Link(0, added=0, gated=True)]}, "256 wide; the product takes 128"),
-        ({"links": [Link(0), Link(1)]}, "`counters` are"),
-        ({"group_size": 96}, "`group_size` is 96; it must be a multiple of 128"),
+        ({"group_size": 96}, "`group_size` is 96; it must be an int, a multiple of 128"),
         ({"group_size": 0}, "`group_size` is 0"),
         ({"group_size": -128}, "`group_size` is -128"),
         ({"group_size": None}, "`group_size` is None"),
+        ({"cores": 1.5}, "`cores` is 1.5"),
         ({"group_size": 384}, "K of the group"),
         ({"cores": 0}, "`cores` is 0"),
         ({"tiles": Direct(split_k=2)}, "neither split K"),
@@ -134,6 +134,43 @@ def test_what_does_not_fit_together_is_named(change, named):
     inputs, weights, met = given()
     with pytest.raises(ValueError, match=named):
         chain(inputs, weights, met, **({"links": [Link(0)], "group_size": 128} | change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"x": -1}, "`x` is -1"),
+        ({"x": None}, "`x` is None"),
+        ({"added": -2}, "`added` is -2"),
+        ({"norm": -1.0}, "`norm` is -1.0"),
+        ({"gated": "no"}, "`gated`"),
+    ],
+)
+def test_links_that_say_nothing_are_refused(fields, named):
+    with pytest.raises(ValueError, match=named):
+        Link(**({"x": 0} | fields))
+
+
+def test_one_by_one_refuses_what_a_chain_does():
+    (x,), weights, met = given()
+    for change, kind, named in (
+        ({"inputs": x}, TypeError, "`inputs` is a .*; it must be a list"),
+        ({"inputs": [x, x[:, :1].repeat(2, 0)]}, ValueError, "must have the same number"),
+        ({"inputs": [x.astype(jnp.float32)]}, ValueError, "rows of bfloat16"),
+        ({"links": [Link(3)]}, ValueError, "`x` of product 0 is value 3"),
+        ({"weights": [weights[0][0]]}, TypeError, r"weight 0 is a .*; it must be \(codes, scales\)"),
+    ):
+        how = {"inputs": [x], "weights": weights, "links": [Link(0)], "group_size": np.int64(128)} | change
+        with pytest.raises(kind, match=named):
+            one_by_one(**how)
+        with pytest.raises(kind, match=named):
+            chain(counters=met, **how)
+
+
+def test_fewer_counters_than_products_are_refused():
+    inputs, weights, met = given()
+    with pytest.raises(ValueError, match=r"`counters` are \(1,\) int32; make them by counters\(2\)"):
+        chain(inputs, weights * 2, met, links=[Link(0), Link(1)], group_size=128)
 
 
 def test_tiles_of_a_pipeline_are_refused():
@@ -198,7 +235,7 @@ def primitives(jaxpr):
 
 def test_more_rows_than_the_kernel_takes_are_refused():
     inputs, weights, met = given(m=9)
-    with pytest.raises(ValueError, match="1 to 8 rows"):
+    with pytest.raises(ValueError, match="9 rows; a launch takes 1 to 8: `one_by_one` takes more"):
         chain(inputs, weights, met, links=[Link(0)], group_size=128)
 
 
