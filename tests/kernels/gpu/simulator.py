@@ -23,6 +23,10 @@ class Simulator:
         self.thread, self.block = np.arange(threads, dtype=np.uint32), np.uint32(block)
         self.arrays = [array.reshape(-1).view(np.uint8) for array in arrays]
         self.shared, self.written = np.zeros(shared, np.uint8), np.zeros(shared, bool)
+        # Behind how many barriers each byte was written and read last, and by which warp (several: -2).
+        self.barriers, self.touched = 0, {kind: (np.full(shared, -1), np.full(shared, -1)) for kind in ("written", "read")}
+        self.stored = np.full(threads // 32, -1)  # behind how many barriers each warp wrote to device memory last
+        self.met = None  # behind how many barriers which warp has seen that others wrote
         self.loads = 0  # bytes of device memory, past the first-level cache
 
     def addresses(self) -> list:
@@ -106,9 +110,15 @@ class Simulator:
         return self._global(address, words)
 
     def load_shared_by_all(self, address, words):
+        self._behind_a_barrier()
         return self._global(address, words)
 
+    def _behind_a_barrier(self):
+        others = self.met is not None and ((self.thread[self.active] >> 5) != self.met[1]).any()
+        assert not others or self.met[0] < self.barriers, "what other blocks wrote is read without a barrier"
+
     def load_half(self, address):
+        self._behind_a_barrier()
         return self._bytes(address, 2).view(np.uint16)[:, 0].astype(np.uint32)
 
     def store_bfloat16(self, address, value):
@@ -120,6 +130,7 @@ class Simulator:
     def load_shared(self, offset, words):
         at = self._at(offset, 4 * words)[self.active]
         assert self.written[at].all(), "shared memory is read before it is written"
+        self._touch("read", "written", at)
         found = np.zeros((self.threads, 4 * words), np.uint8)
         found[self.active] = self.shared[at]
         return list(found.view(np.uint32).T.copy())
@@ -148,8 +159,11 @@ class Simulator:
 
     def barrier(self):
         assert self.active.all(), "a barrier inside of a branch"
+        self.barriers += 1
 
     def arrive(self, counter):
+        own = self.thread[self.active] >> 5
+        assert (np.delete(self.stored, own) < self.barriers).all(), "what other warps wrote is announced without a barrier"
         self.count_in(counter)
 
     def count_in(self, counter):
@@ -164,6 +178,7 @@ class Simulator:
         while (self._global(counter, 1)[0] < count)[self.active].any():
             assert time.monotonic() < end, "blocks wait for one that does not come"
             time.sleep(1e-3)
+        self.met = self.barriers, (self.thread[self.active] >> 5).item()
 
     def store_word(self, address, value):
         self._put(address, value.view(np.uint8).reshape(-1, 4))
@@ -200,7 +215,24 @@ class Simulator:
 
     def _share(self, offset, values):
         at = self._at(offset, values.shape[1])[self.active]
+        self._touch("written", "read", at)
         self.shared[at], self.written[at] = values[self.active], True
+
+    def _touch(self, what, other, at):
+        """Notes who reads or writes; what another warp did the other way since the last barrier is a race."""
+        warp = np.broadcast_to((self.thread[self.active] >> 5).astype(int)[:, None], at.shape)
+        when, who = (part[at] for part in self.touched[other])
+        assert not ((when == self.barriers) & (who != warp)).any(), (
+            f"shared memory is {what} by one warp and {other} by another without a barrier"
+        )
+        when, who = self.touched[what]
+        several = (when[at] == self.barriers) & (who[at] != warp)
+        # Warps that touch a byte in one instruction are several, too: the least and the largest of them differ.
+        who[at] = warp
+        least = who.copy()
+        least[at[::-1]] = warp[::-1]
+        who[at] = np.where(several | (least[at] != who[at]), -2, who[at])
+        when[at] = self.barriers
 
     def _global(self, address, words):
         return list(self._bytes(address, 4 * words).view(np.uint32).T.copy())
@@ -212,6 +244,7 @@ class Simulator:
         return found
 
     def _put(self, address, values):
+        self.stored[self.thread[self.active] >> 5] = self.barriers
         array, at = self._place(address, values.shape[1])
         array[at] = values[self.active]
 
