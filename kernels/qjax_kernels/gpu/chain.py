@@ -158,8 +158,9 @@ def _check(inputs, weights, links, group, attention, past) -> tuple[int, Past | 
         if any(link.added == 0 for link in links):
             raise ValueError("`added` of a product is value 0, which is what attention gives: it can be multiplied only")
     for i, (link, (codes, _)) in enumerate(zip(links, weights, strict=True)):
-        check_link(i, link, widths, *codes.shape, group)
-        widths.append(codes.shape[0] // (2 if link.gated else 1))
+        n, k = codes.shape
+        check_link(i, link, widths, n, k, group)
+        widths.append(n // 2 if link.gated else n)
     return group, past
 
 
