@@ -226,7 +226,7 @@ def _short(tiles: Tiles | Direct) -> str:
     text = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} stages {tiles.stages}"
     for name, least in (("split_k", 1), ("warpgroups", 1), ("cluster", 1)):
         text += f" {name} {getattr(tiles, name)}" if getattr(tiles, name) > least else ""
-    switches = ("scale_first", "reorder", "x_left", "digits")
+    switches = ("scale_first", "x_left", "digits")
     return text + "".join(f" {name}" for name in switches if getattr(tiles, name))
 
 

@@ -29,6 +29,7 @@ from h200_programs import PROGRAMS, Job, bf16, ours, rows, short, weights  # noq
 from h200_tiles import candidates, cases, chosen, spread_out  # noqa: E402
 from h200_timing import Bench, Broken, Clock, Record, measured  # noqa: E402
 from qjax_kernels.gpu.eight_bit import rounded_rows  # noqa: E402
+from qjax_kernels.gpu.order import in_order  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER as SHAPES  # noqa: E402
 
@@ -66,7 +67,7 @@ def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int) -> N
             def function(x, w, s, group=group, tiles=tiles):
                 return weight_only_matmul(x, w, s, group_size=group, tiles=tiles, interpret=interpret)
 
-        expected = reference(left, codes, scales, group)
+        expected = reference(left, in_order(codes) if kind == "int4" else codes, scales, group)
         try:
             program = jax.jit(function).lower(x, codes, scales).compile()
             errors = []

@@ -10,7 +10,7 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
     """(kind, m, n, k, group, tiles) that cover every path: tails, padding, splits, both pipelines, clusters, orders of nibbles."""
     small = [
         ("int4", 8, 64, 1024, 128, Tiles(8, 64, 256, 2)),
-        ("int4", 16, 64, 1024, 128, Tiles(16, 64, 256, 2, reorder=True)),
+        ("int4", 16, 64, 1024, 128, Tiles(16, 64, 256, 2)),
         ("int8c", 3, 192, 512, None, Tiles(8, 64, 128, 2, split_k=2)),
     ]
     if dry:
@@ -29,20 +29,20 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, digits=True)),
         ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 2, split_k=2, digits=True)),
         ("int4", 50, 1088, 1408, 128, Tiles(64, 256, 128, 3, warpgroups=2, digits=True)),
-        ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, reorder=True, cluster=2)),
-        ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, reorder=True, cluster=2)),
-        ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True, reorder=True)),
+        ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, cluster=2)),
+        ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, cluster=2)),
+        ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True)),
         ("int4", 1, 1088, 4096, 128, Tiles(8, 64, 256, 4, split_k=3)),
         ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 256, 3)),
-        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 256, 3, reorder=True)),
+        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 256, 3)),
         ("int4", 64, 1024, 4096, 256, Tiles(64, 128, 128, 3)),
-        ("int4", 64, 1024, 4096, 128, Tiles(64, 128, 128, 3, scale_first=True, reorder=True)),
+        ("int4", 64, 1024, 4096, 128, Tiles(64, 128, 128, 3, scale_first=True)),
         ("int4", 200, 1088, 4096, 128, None),
-        ("int4", 300, 1984, 2048, 128, Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, reorder=True, cluster=2)),
+        ("int4", 300, 1984, 2048, 128, Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, cluster=2)),
         ("int4", 512, 4096, 4096, 128, None),
         ("int4", 50, 1088, 4096, 128, None),
         ("int4", 512, 8640, 1024, 128, None),
-        ("int4", 512, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, reorder=True)),
+        ("int4", 512, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True)),
         ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 3, warpgroups=2)),
         ("int4", 16, 1024, 2048, None, None),
         ("int8", 1, 1088, 4096, 128, None),
@@ -72,24 +72,22 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
             if m * k // split * 2 <= 220 * 1024 // blocks:
                 direct.append(Direct(warps, turn, blocks, split))
     if m <= 64:
-        reorders = (False, True) if name == "W4A16" else (False,)
-        for split, block_n, block_k, stages, reorder in itertools.product((1, 2, 4, 8), (64, 128), (256, 128, 512), (4, 3, 2, 6), reorders):
+        for split, block_n, block_k, stages in itertools.product((1, 2, 4, 8), (64, 128), (256, 128, 512), (4, 3, 2, 6)):
             blocks = -(-n // block_n) * split
             if 132 <= blocks <= 132 * 7 and k // (block_k * split) >= 2 and stages <= k // (block_k * split):
-                found.append(Tiles(block_m, block_n, block_k, stages, split, reorder=reorder))
-        for split, (block_n, warpgroups), reorder in itertools.product((1, 2, 4), ((128, 2), (256, 2)), reorders):
+                found.append(Tiles(block_m, block_n, block_k, stages, split))
+        for split, (block_n, warpgroups) in itertools.product((1, 2, 4), ((128, 2), (256, 2))):
             if not eight and 100 <= -(-n // block_n) * split <= 132 * 4:
-                found.append(Tiles(block_m, block_n, 256 if m <= 32 else 128, 4, split, warpgroups=warpgroups, reorder=reorder))
+                found.append(Tiles(block_m, block_n, 256 if m <= 32 else 128, 4, split, warpgroups=warpgroups))
     elif eight:
         for block_m_, block_n, stages, cluster in itertools.product((128, 256), (128, 256), (3, 4), (1, 2)):
             if block_m_ * block_n <= 128 * 256 and (cluster == 1 or m > block_m_):
                 found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, x_left=True, cluster=cluster))
     else:
-        either = (True, False)
-        for block_m_, block_n, stages, first, reorder in itertools.product((64, 128, 256), (128, 256), (3, 4, 2), either, either):
+        for block_m_, block_n, stages, first, cluster in itertools.product((64, 128, 256), (128, 256), (3, 4, 2), (True, False), (1, 2)):
             # Sums of their own for a group and 128 columns of them do not fit into registers.
-            if block_m_ * block_n <= (128 if first else 64) * 256 and (bits == 4 or not reorder) and block_m_ <= block_m:
-                found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, scale_first=first, reorder=reorder))
+            if block_m_ * block_n <= (128 if first else 64) * 256 and block_m_ <= block_m:
+                found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, scale_first=first, cluster=cluster))
     scale_bytes, x_bytes = (0, 1) if eight else (2, 2)
     return [*direct, *(tiles for tiles in found if tiles.shared_bytes(bits, scale_bytes, x_bytes) <= SHARED_BYTES)]
 
@@ -103,8 +101,8 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
     """Tiles that reasoning ahead of time puts first, by (K, N) and rows."""
     few = [Direct(8, 4, 2), Direct(8, 4, 1), Direct(16, 4, 1), Direct(16, 2, 1), Direct(8, 4, 2, early=True)]
     more = [Direct(16, 2, 1), Direct(8, 4, 1), Direct(8, 2, 1)]
-    fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True, reorder=True)
-    pair = Tiles(64, 256, 128, 4, warpgroups=2, reorder=True, cluster=2)
+    fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
+    pair = Tiles(64, 256, 128, 4, warpgroups=2, cluster=2)
     wide = dataclasses.replace(fast, block_n=256, stages=3)
     digits = Tiles(16, 128, 512, 2, digits=True)
     return {
@@ -120,7 +118,7 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
             8: more,
             16: [*(dataclasses.replace(tiles, split_k=2) for tiles in more), digits],
             64: [pair, dataclasses.replace(pair, scale_first=True)],
-            512: [Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, reorder=True, cluster=2), dataclasses.replace(wide, cluster=2)],
+            512: [Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, cluster=2), dataclasses.replace(wide, cluster=2)],
         },
         (4096, 6144): {1: few, 8: more},
         (14336, 4096): {1: few, 8: [dataclasses.replace(tiles, split_k=2) for tiles in more]},

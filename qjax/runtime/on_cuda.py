@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from qjax_kernels.gpu import eight_bit, stock, weight_only
+from qjax_kernels.gpu.order import BLOCK, by_threads, in_order
 from qjax_kernels.gpu.tiles import padded_rows
 from qjax_kernels.request import Request, Weight
 
@@ -32,14 +33,23 @@ def _pack(weight: Weight, codes: Codes) -> dict[str, jax.Array]:
     if weight.kind == "fp8":
         return {"codes": jax.lax.bitcast_convert_type(codes.codes, jnp.float8_e4m3fn), "scale": codes.scale}
     scale = codes.scale if weight.group_size is None else weight_only.whole_rows(codes.scale)
-    return {"codes": codes.codes.astype(jnp.int4 if weight.bits == 4 else jnp.int8), "scale": scale}
+    if weight.bits != 4:
+        return {"codes": codes.codes.astype(jnp.int8), "scale": scale}
+    placed = by_threads(codes.codes) if _by_threads(weight, codes.codes.shape[-1]) else codes.codes
+    return {"codes": placed.astype(jnp.int4), "scale": scale}
 
 
 def _unpack(weight: Weight, k: int, laid: dict[str, jax.Array]) -> Codes:
     if weight.kind == "fp8":
         return Codes(jax.lax.bitcast_convert_type(laid["codes"], jnp.uint8), laid["scale"], None, None)
     groups = 1 if weight.group_size is None else k // weight.group_size
-    return Codes(laid["codes"].astype(jnp.int8), laid["scale"][..., :groups], None, None)
+    codes = laid["codes"].astype(jnp.int8)
+    return Codes(in_order(codes) if _by_threads(weight, k) else codes, laid["scale"][..., :groups], None, None)
+
+
+def _by_threads(weight: Weight, k: int) -> bool:
+    """Whether codes lie by threads, as the Hopper kernels take them: wherever a group has whole blocks of them."""
+    return weight.kind == "int" and weight.bits == 4 and k % BLOCK == 0 and (weight.group_size or BLOCK) % BLOCK == 0
 
 
 @_once
@@ -54,7 +64,9 @@ def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> j
 def _by_groups(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
     del act
     laid, group = operands.laid, request.weight.group_size
-    return stock.grouped_matmul(operands.x, laid["codes"], laid["scale"], group_size=group or request.k)
+    # Columns of x meet codes as they lie: groups keep theirs.
+    x = by_threads(operands.x) if _by_threads(request.weight, request.k) else operands.x
+    return stock.grouped_matmul(x, laid["codes"], laid["scale"], group_size=group or request.k)
 
 
 @_once

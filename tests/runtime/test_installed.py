@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from qjax_kernels import cpu
+from qjax_kernels.gpu.order import by_threads
+from qjax_kernels.request import Request, Weight
 
 import qjax
 from qjax.core import quantize
 from qjax.models import Llama, books_llama, init_cache, prepacked
 from qjax.runtime import Device, fused_sites, installed_kernels
+from qjax.runtime.kernels import Codes
+from qjax.runtime.request import Operands
 from tests.program.cases import normal
 
 needs_cpu = pytest.mark.skipif(bool(cpu.why_not_loaded()), reason=f"no kernels for CPUs here: {cpu.why_not_loaded()}")
@@ -132,6 +136,24 @@ def test_gpus_that_no_kernel_is_written_for_multiply_by_groups():
     run = jax.jit(qjax.quantized(product, device=device, kernel="cuda by groups"))
     text = run.trace(laid, x).lower(lowering_platforms=("cuda",)).as_text()
     assert "tensor<2048x32x128xbf16>" in text and "tensor<32x2x2048xf32>" in text  # codes by group, sums by group
+
+
+@pytest.mark.parametrize("group", [128, 32, 24])
+def test_codes_of_four_bits_lie_by_threads_on_gpus_where_groups_have_whole_blocks(group):
+    """Products by groups are plain jax, so that they run here."""
+    kernel = next(kernel for kernel in installed_kernels("cuda") if kernel.name == "cuda by groups")
+    weight, (m, n, k) = Weight("int", 4, group), (2, 40, 384)
+    draw = np.random.default_rng(0)
+    codes, scale = jnp.asarray(draw.integers(-8, 8, (n, k)), jnp.int8), jnp.asarray(draw.uniform(0.5, 1.5, (n, k // group)), jnp.float32)
+    laid = kernel.layout.pack(weight, Codes(codes, scale, None, None))
+    assert laid["codes"].dtype == jnp.int4
+    np.testing.assert_array_equal(laid["codes"].astype(jnp.int8), by_threads(codes) if group % 32 == 0 else codes)
+    back = kernel.layout.unpack(weight, k, laid)
+    np.testing.assert_array_equal(back.codes, codes)
+    np.testing.assert_array_equal(back.scale, scale)
+    x = jnp.asarray(draw.normal(size=(m, k)), jnp.float32)
+    y = kernel.run(Request(Device("cuda", "sm_80"), m, n, k, weight, "float32"), Operands(x, None, None, None, None, laid), None)
+    np.testing.assert_allclose(y, np.float64(x) @ (np.float64(codes) * np.repeat(np.float64(scale), group, 1)).T, rtol=1e-4, atol=1e-4)
 
 
 def test_every_platform_has_kernels():

@@ -302,12 +302,12 @@ class Mixed(Rows):
         asked = []
         for piece, row in self._places(turn):
             inside = w.minimum(self.first + piece, self.s.pieces - 1)
-            element = inside * PIECE + (w.thread & 31) * 4
+            element = inside * PIECE + self.element
             number = (row * a.heads + element // a.width) * a.splits
             weights = self.x.times(number, 8) + self.heads.units * 2 * a.width
             sums = self.x.times(number, 2 * a.width) + (element % a.width) * 2
             places = [(weights + 8 * i, sums + 2 * a.width * i) for i in range(a.splits)]
-            asked.append([(w.load_shared_by_all(near, 2), w.load_shared_by_all(far, 2)) for near, far in places])
+            asked.append([(w.load_shared_by_all(near, 2), self.words(far)) for near, far in places])
         for parts in asked:
             tops = [w.as_real(pair[0]) for pair, _ in parts]
             top = tops[0]

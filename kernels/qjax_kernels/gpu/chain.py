@@ -70,8 +70,8 @@ def chain(
 
     Args:
       inputs: (M, K) bfloat16 each, M the same.
-      weights: for every product codes (N, K) int4 or int8 and scales (N, K / group_size), bfloat16, float16 or float32. Further columns of
-        scales are not used.
+      weights: for every product codes (N, K), int8 or int4 by threads (`order.by_threads`), and scales (N, K / group_size), bfloat16,
+        float16 or float32. Further columns of scales are not used.
       counters: int32 zeros, one for every product and one more with attention (`counters`), an argument of the program: the launch uses
         and clears them.
       links: what the products multiply and add.

@@ -13,14 +13,19 @@ from jaxlib.mlir.dialects import arith
 
 from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
+from .order import in_order
 from .pipeline import Epilogue, column_values, over_columns, over_rows, row_values, staging, store, stream
 from .tiles import FRACTION, PIECE, Tiles
 
 
-def evens_first(x: jax.Array) -> jax.Array:
-    """Columns of x in the order in which threads hold nibbles: of every 32, those at even places, then those at odd ones."""
+def as_met(x: jax.Array) -> jax.Array:
+    """Columns of x in the order in which the tensor cores meet nibbles by threads: of every 32 the even nibbles, then the odd ones.
+
+    Nibble 4 h + j of thread t is column 8 j + 2 t + h.
+    """
     *lead, k = x.shape
-    return x.reshape(*lead, k // 32, 16, 2).swapaxes(-1, -2).reshape(*lead, k)
+    blocks = x.reshape(*lead, k // 32, 2, 2, 4, 2)  # half of j, parity of j, thread, h
+    return blocks.transpose(*range(len(lead) + 1), *(i % blocks.ndim for i in (-3, -2, -1, -4))).reshape(*lead, k)
 
 
 def units(x: jax.Array) -> jax.Array:
@@ -58,9 +63,9 @@ def digits(x: jax.Array, unit: jax.Array) -> jax.Array:
 
 
 def _bytes(codes: jax.Array) -> jax.Array:
-    """Codes (R, PIECE) int4 as int8, times sixteen: the columns are those of `evens_first`.
+    """Codes (R, PIECE) int4 by threads as int8, times sixteen: the columns are those of `as_met`.
 
-    A thread's 32 bits hold eight consecutive codes. The upper nibbles of the four bytes are the odd ones, each sixteen times itself once
+    A thread's 32 bits hold eight codes (`order`). The upper nibbles of the four bytes are the odd ones, each sixteen times itself once
     the lower nibbles are cleared; shifted left by four, the even ones stand there.
     """
     converted = plgpu.ShapeDtypeStruct(codes.shape, jnp.int8, layout=Layout.WGMMA_8BIT)
@@ -85,7 +90,7 @@ def _codes(codes_ref, interpreted: bool) -> jax.Array:
     """Sixteen times the codes (R, PIECE) out of shared memory as int8 in the registers of operand A."""
     codes = load(codes_ref, Layout.WGMMA_UPCAST_4X)
     # An interpreter has no registers to reinterpret: the same columns by plain indexing.
-    return evens_first(codes.astype(jnp.int8) * 16) if interpreted else _bytes(codes)
+    return as_met(in_order(codes.astype(jnp.int8) * 16)) if interpreted else _bytes(codes)
 
 
 def digit_products(
@@ -98,7 +103,7 @@ def digit_products(
 
     Args:
       x: (M, K) bfloat16.
-      codes: (N, K) int4.
+      codes: (N, K) int4 by threads (`order.by_threads`).
       scales: (N, K / group).
       group: consecutive k that share a scale of the weight, a multiple of 128.
       tiles: the cut; a thread block takes `block_m` high digits and as many low ones.
@@ -126,7 +131,7 @@ def digit_products(
     unit = units(jnp.pad(blocks_of_x, ((0, 0), (0, width - bm), (0, 0))))
     # A block of rows: its high digits, then its low ones.
     high_low = digits(blocks_of_x.reshape(-1, reach), unit[:, :bm].reshape(m_blocks * bm, -1))
-    sides = evens_first(high_low).reshape(2, m_blocks, bm, reach).swapaxes(0, 1).reshape(m_blocks * 2 * bm, reach)
+    sides = as_met(high_low).reshape(2, m_blocks, bm, reach).swapaxes(0, 1).reshape(m_blocks * 2 * bm, reach)
     unit = unit.swapaxes(1, 2).reshape(m_blocks * reach // PIECE, width)
 
     def piece(step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry):
@@ -161,8 +166,8 @@ def digit_products(
         def finish(total):
             out = out_gmem.at[k_part] if split else out_gmem
 
-            def target(start):
-                return out.at[pl.ds(m_block * bm + start, staged[0]), pl.ds(n_block * bn + first_row, staged[1])]
+            def target(start, size):
+                return out.at[pl.ds(m_block * bm + start, size), pl.ds(n_block * bn + first_row, staged[1])]
 
             # Codes are sixteen times themselves.
             total = end.rows(total * 0.0625, b_gmem, b_smem, warpgroup, n_block * bn + first_row)

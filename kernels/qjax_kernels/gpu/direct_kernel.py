@@ -136,9 +136,9 @@ def _piece(
 ) -> list[Real]:
     """The sums with one piece of K in them.
 
-    Operand A wants four bytes of row g and of g + 8 in columns 4t to 4t + 3, and four more in 16 + 4t on. A thread's word of eight codes
-    gives both: the even nibbles, moved up, and the odd ones, each sixteen times itself; of eight-bit codes it takes two words. Digits of
-    x lie in the same order.
+    Operand A wants four bytes of row g and of g + 8 in columns 4t to 4t + 3, and four more in 16 + 4t on. A word of eight codes gives both:
+    the even nibbles, moved up, and the odd ones, each sixteen times itself; of eight-bit codes it takes two words. Digits of x lie in the
+    same order.
     """
     lane = w.thread & 31
     if s.bits == 4:
@@ -221,7 +221,7 @@ def direct(
 
     Args:
       x: (M, K) bfloat16.
-      codes: (N, K) int4 or int8.
+      codes: (N, K) int8, or int4 by threads (`order.by_threads`).
       scales: (N, G), rows of a multiple of 16 bytes; (N, 1) where a row shares one.
       group: consecutive k that share a scale, a multiple of 128.
       tiles: the cut.

@@ -13,7 +13,11 @@ AHEAD = 8  # pieces of x whose elements are loaded at once
 
 
 class Rows:
-    """Rows of x on their way to shared memory. A warp takes a piece of a row, a thread four elements of it: k = 4 lane to 4 lane + 3."""
+    """Rows of x on their way to shared memory.
+
+    A warp takes a piece of a row, a thread four elements of it: those that meet half the nibbles of a word (`order`), which are two
+    neighbours and the two that are sixteen further on. Codes of eight bits take four in a row.
+    """
 
     def __init__(self, w: Warps, s: Shape, first: Int, x: Long) -> None:
         """The rows that begin at `x`; `first` is the block's first piece."""
@@ -32,8 +36,19 @@ class Rows:
         w, s, found = self.w, self.s, []
         for piece, row in self._places(turn):
             inside = w.minimum(self.first + piece, s.pieces - 1)
-            found += w.load_shared_by_all(self.x.times(row, s.k * 2) + (inside * (PIECE * 2) + (w.thread & 31) * 8), 2)
+            found += self.words(self.x.times(row, s.k * 2) + (inside * PIECE + self.element) * 2)
         return found
+
+    @property
+    def element(self) -> Int:
+        """Which of a piece is a thread's first."""
+        lane = self.w.thread & 31
+        return (lane >> 3) * 32 + (lane & 7) * 2 if self.s.bits == 4 else lane * 4
+
+    def words(self, at: Long) -> list[Int]:
+        """A thread's four elements of 16 bits, where the first is at an address."""
+        w = self.w
+        return w.load_shared_by_all(at, 1) + w.load_shared_by_all(at + 32, 1) if self.s.bits == 4 else w.load_shared_by_all(at, 2)
 
     def write(self, shared: Int) -> None:
         """Writes digits of x, in the order in which threads hold nibbles, units and sums of squares. What lies behind K has units of 0.
@@ -53,9 +68,8 @@ class Rows:
         w, s, lane = self.w, self.s, self.w.thread & 31
         half = 2 * s.m * 64
         if s.bits == 4:
-            # A thread's word of nibbles is step 0 to 3 of an eighth of a piece; steps lie in halves of two, even nibbles before odd ones.
-            step = (lane >> 1) & 3
-            own = (lane >> 3) * 16 + (step >> 1) * half + (step & 1) * 8 + (lane & 1) * 2
+            # The words of 32 columns are steps 0 to 3; steps lie in halves of two, even nibbles before odd ones.
+            own = (lane >> 3) * 16 + ((lane >> 1) & 1) * half + (lane & 1) * 8 + ((lane >> 2) & 1) * 4
         else:  # words as they are, sixteen bytes of four lanes, in halves of 64 columns
             own = ((lane >> 2) & 3) * 16 + (lane >> 4) * half + (lane & 3) * 4
         for j, (piece, row) in enumerate(self._places(turn)):
@@ -77,14 +91,10 @@ def _piece(w: Warps, s: Shape, at: Int, at_unit: Int, inside: Any, a: Int, b: In
     # Added to 1.5 x 2^23 a number is rounded to a whole one, to even in the middle, which stands in the lower 16 bits: no more is used.
     values = [w.as_integer(w.fma(element, inverse, w.real(1.5 * 2**23))) for element in elements]
     high = [value + 128 for value in values]
-    if s.bits == 4:
-        for odd in (0, 1):
-            w.store_shared_half(at + 4 * odd, w.permute(high[odd], high[2 + odd], 0x0051))
-            w.store_shared_half(at + 64 + 4 * odd, w.permute(values[odd], values[2 + odd], 0x0040))
-    else:
-        for place, digit, byte in ((at, high, 0x0051), (at + 64, values, 0x0040)):
-            near, far = (w.permute(digit[i], digit[i + 1], byte) for i in (0, 2))
-            w.store_shared(place, w.permute(near, far, 0x5410))
+    pairs = ((0, 2), (1, 3)) if s.bits == 4 else ((0, 1), (2, 3))
+    for place, digit, byte in ((at, high, 0x0051), (at + 64, values, 0x0040)):
+        near, far = (w.permute(digit[i], digit[j], byte) for i, j in pairs)
+        w.store_shared(place, w.permute(near, far, 0x5410))
     w.when(lane == 0, lambda: w.store_shared(at_unit, unit))
     if s.norm is not None:
         squares = elements[0] * elements[0]

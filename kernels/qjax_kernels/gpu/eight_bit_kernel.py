@@ -72,9 +72,10 @@ def eight_bit(
             scaled = (end.columns if tiles.x_left else end.rows)(scaled, b_gmem, b_smem, worker, n_start)
             out = out_gmem.at[k_part] if split else out_gmem
 
-            def target(start):
+            def target(start, size):
                 m_at, n_at = (m_start, n_start + start) if tiles.x_left else (m_start + start, n_start)
-                return out.at[pl.ds(m_at, staged[0]), pl.ds(n_at, staged[1])]
+                m_size, n_size = (staged[0], size) if tiles.x_left else (size, staged[1])
+                return out.at[pl.ds(m_at, m_size), pl.ds(n_at, n_size)]
 
             store(scaled.astype(result), out_smem.at[worker], target, transpose=not tiles.x_left)
 

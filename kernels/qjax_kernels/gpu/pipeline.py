@@ -174,19 +174,21 @@ def store(value: jax.Array, stage, target, *, transpose: bool) -> None:
     Args:
       value: the sum (R, C) in registers.
       stage: shared memory of `staging`.
-      target: of the rows and columns at which a stretch of columns starts: its place in device memory, shaped as `stage`.
+      target: of the column at which a stretch starts, and of how many columns it has: its place in device memory, shaped as `stage`.
       transpose: the sum stands on its side.
     """
     width = min(value.shape[1], STORED_COLUMNS)
     value = plgpu.layout_cast(value, Layout.WGMMA)
     for start in range(0, value.shape[1], width):
-        part = value if width == value.shape[1] else value[:, start : start + width]
+        size = min(width, value.shape[1] - start)
+        part = value if width == value.shape[1] else value[:, start : start + size]
+        own = stage if size == width else stage.at[:size] if transpose else stage.at[:, :size]
         if start:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if transpose:
-            transposed(stage)[...] = plgpu.layout_cast(part, Layout.WGMMA_TRANSPOSED)
+            transposed(own)[...] = plgpu.layout_cast(part, Layout.WGMMA_TRANSPOSED)
         else:
-            stage[...] = part
+            own[...] = part
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(stage, target(start))
+        plgpu.copy_smem_to_gmem(own, target(start, size))
     plgpu.wait_smem_to_gmem(0)

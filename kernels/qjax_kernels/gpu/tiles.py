@@ -32,8 +32,6 @@ class Tiles:
         beside two or more, another warpgroup does nothing but copies (many rows, bound by the tensor cores).
       scale_first: the weight is scaled before the tensor cores see it (code times scale is rounded to bfloat16); otherwise the float32 sum
         of a group is.
-      reorder: nibbles are used as they lie, and the columns of x are put in that order by a program before the kernel; otherwise nibbles
-        are shuffled between threads. Four-bit codes only.
       x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Only for eight bits on both
         sides.
       digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
@@ -49,7 +47,6 @@ class Tiles:
     split_k: int = 1
     warpgroups: int = 1
     scale_first: bool = False
-    reorder: bool = False
     x_left: bool = False
     cluster: int = 1
     digits: bool = False
@@ -215,7 +212,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     if m > 64:
         return _many_rows(m, n, k, bits, cores)
     if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
-        pair = Tiles(block_m, 256, 128, 4, warpgroups=2, reorder=True)
+        pair = Tiles(block_m, 256, 128, 4, warpgroups=2)
         return dataclasses.replace(pair, cluster=2 if n % 512 == 0 else 1)
     if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
         return Tiles(block_m, 128, 512, 2, digits=True)
@@ -236,19 +233,38 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
 _DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
 
 
+# (rows of x at most, of w, warpgroups) of blocks of many rows, and cycles of 128 columns in which the tensor cores stand still (measured).
+_WIDE = ((128, 128, 2, 290), (128, 256, 2, 250), (256, 128, 2, 280), (128, 192, 3, 130))
+_CYCLES = 1600  # of the tensor cores in a microsecond, at the clock that the power allows
+
+
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
-    wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
-    if blocks(m, n, wide) < cores:  # narrower blocks before a split, whose sums go through memory
-        wide = dataclasses.replace(wide, block_n=128)
-        split = _parts(m, n, k, wide, cores)
-        # What the program takes that puts x in order comes back where a block has all of K.
-        wide = dataclasses.replace(wide, split_k=split, reorder=bits == 4 and split == 1)
-    elif bits == 4:
-        wide = dataclasses.replace(wide, reorder=True, cluster=2 if n % 512 == 0 else 1)
-        three = Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, reorder=True, cluster=2)
-        if _busy(m, n, three, cores) > 1.05 * _busy(m, n, wide, cores):
-            return three
-    return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
+    if bits == 8:
+        wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
+        if blocks(m, n, wide) < cores:  # narrower blocks before a split, whose sums go through memory
+            wide = dataclasses.replace(wide, block_n=128)
+            wide = dataclasses.replace(wide, split_k=_parts(m, n, k, wide, cores))
+        return dataclasses.replace(wide, stages=3 if fits(dataclasses.replace(wide, stages=3), bits) else 2)
+    found: list[tuple[float, Tiles]] = []
+    for most, block_n, warpgroups, idle in _WIDE:
+        block_m = math.ceil(m / math.ceil(m / most) / 16) * 16  # a cluster halves its copies, eight rows at a time
+        pairs = math.ceil(n / block_n) % 2 == 0 and block_m * block_n > 128 * 128
+        tiles = Tiles(block_m, block_n, 128, 2, warpgroups=warpgroups, scale_first=True, cluster=2 if pairs else 1)
+        for split in (1, 2, 4):
+            # Sums stay below what the weight would take in bfloat16.
+            if split == 1 or (k // 128 >= 8 * split and 2 * m * split < k):
+                part = dataclasses.replace(tiles, split_k=split)
+                stages = next((s for s in (4, 3) if fits(dataclasses.replace(part, stages=s), bits)), 2)
+                found.append(_time(m, n, k, dataclasses.replace(part, stages=stages), idle, cores))
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _time(m: int, n: int, k: int, tiles: Tiles, idle: int, cores: int) -> tuple[float, Tiles]:
+    """About how many microseconds a product takes, and its tiles: multiprocessors take blocks in turn, one at a time."""
+    turns = math.ceil(blocks(m, n, tiles) / cores)
+    stages = math.ceil(k / (128 * tiles.split_k))
+    sums = 2 + tiles.split_k * m * n * 4 / 6e6 if tiles.split_k > 1 else 0.0  # a program of its own, bytes through the cache
+    return turns * (2000 + stages * (tiles.block_m * tiles.block_n / 16 + idle)) / _CYCLES + sums, tiles
 
 
 def _parts(m: int, n: int, k: int, tiles: Tiles, cores: int) -> int:
@@ -257,12 +273,6 @@ def _parts(m: int, n: int, k: int, tiles: Tiles, cores: int) -> int:
     while blocks(m, n, tiles) * split * 2 <= cores and k // 128 >= 8 * split and 4 * m * split < k:
         split *= 2
     return split
-
-
-def _busy(m: int, n: int, tiles: Tiles, cores: int) -> float:
-    """Which part of the time multiprocessors have a block, where each takes one after the other."""
-    count = blocks(m, n, tiles)
-    return count / (math.ceil(count / cores) * cores)
 
 
 def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
+from .order import in_order
 from .tiles import SHARED_BYTES, Direct, Tiles, padded_rows, pipelined_tiles, weight_only_tiles
 
 
@@ -69,7 +70,7 @@ def weight_only_matmul(
 
     Args:
       x: (M, K) bfloat16.
-      codes: (N, K) int4 or int8.
+      codes: (N, K) int8, or int4 in the order `order.by_threads` gives them.
       scales: (N, K / group_size), or (N, 1) per channel: bfloat16, float16 or float32. Further columns are not used: the copy engine takes
         rows of a multiple of 16 bytes (`whole_rows`), and others are padded in the call.
       group_size: consecutive k that share a scale; None per channel.
@@ -99,6 +100,7 @@ def plain(
 ) -> jax.Array:  # fmt: skip
     """The same in jax."""
     k = x.shape[1]
+    codes = in_order(codes) if codes.dtype == jnp.int4 else codes
     each = jnp.repeat(scales[:, : 1 if group_size is None else k // group_size].astype(jnp.float32), group_size or k, axis=1)
     y = jnp.dot(x.astype(jnp.float32), (codes.astype(jnp.float32) * each).T)
     y = y if norm is None else y * inverse_norms(x, norm)
@@ -144,11 +146,9 @@ def _direct(x, bias, codes, scales, *, group, activation, norm, tiles, cores) ->
 
 def _pipelined(x, codes, scales, *, bits, group_size, tiles, interpret, bias, activation) -> jax.Array:
     from .digits_kernel import digit_products
-    from .weight_only_kernel import reordered, weight_only
+    from .weight_only_kernel import weight_only
 
     m, k = x.shape
-    if tiles.reorder and bits != 4:
-        raise ValueError(f"`tiles.reorder` is for codes of 4 bits, these have {bits}; leave it False")
     if tiles.digits and (bits != 4 or group_size is None):
         raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
     per_copy = 16 // scales.dtype.itemsize
@@ -164,6 +164,6 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, interpret, bias, ac
     if tiles.digits:
         y = digit_products(x, codes, scales, group=group_size or k, **end)
     else:
-        y = weight_only(reordered(x) if tiles.reorder else x, codes, scales, bits=bits, group=group_size, **end)
+        y = weight_only(x, codes, scales, bits=bits, group=group_size, **end)
     y = added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y
     return y[:m]

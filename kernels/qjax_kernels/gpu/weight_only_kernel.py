@@ -13,23 +13,18 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
+from .order import in_order
 from .pipeline import Epilogue, fetch_vector, over_columns, row_values, staging, store, stream, vector_size
 from .tiles import Tiles
 
 PIECE = 128  # k that one run of tensor-core instructions takes: a multiple of it is the only group size
 
 
-def reordered(x: jax.Array) -> jax.Array:
-    """Columns of x in the order in which threads hold nibbles: blocks of 32 as (thread 4, half 2, shift 4) become (shift, thread, half)."""
-    m, k = x.shape
-    return x.reshape(m, k // 32, 4, 2, 4).transpose(0, 1, 4, 2, 3).reshape(m, k)
-
-
 def _nibbles(codes: jax.Array) -> jax.Array:
-    """Codes (R, PIECE) int4 to bfloat16 without moving them between threads: the columns are those of `reordered`.
+    """Codes (R, PIECE) int4 by threads to bfloat16, in order, without moving them between threads.
 
-    A thread's 32 bits hold eight consecutive codes. Shifted by 4 j, bits 0-3 and 16-19 are codes j and j + 4; as the low mantissa bits of
-    128.0, and with the sign bit flipped, they read 136 plus the code.
+    A thread's 32 bits hold eight codes (`order`). Shifted by 4 j, bits 0-3 and 16-19 are two neighbours in K, those that the tensor cores
+    want of the thread; as the low mantissa bits of 128.0, and with the sign bit flipped, they read 136 plus the code.
     """
 
     converted = plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=Layout.WGMMA)
@@ -56,13 +51,13 @@ def _nibbles(codes: jax.Array) -> jax.Array:
     return convert(codes)  # pyright: ignore[reportCallIssue]
 
 
-def float_codes(codes_ref, bits: int, reorder: bool, interpreted: bool) -> jax.Array:
-    """Codes (R, PIECE) out of shared memory as bfloat16 in the registers of operand A."""
-    codes = load(codes_ref, Layout.WGMMA_UPCAST_4X if bits == 4 else Layout.WGMMA_UPCAST_2X)
-    if reorder:
-        # An interpreter has no registers to reinterpret: the same columns by plain indexing.
-        return reordered(codes.astype(jnp.bfloat16)) if interpreted else _nibbles(codes)
-    return plgpu.layout_cast(codes, Layout.WGMMA).astype(jnp.bfloat16)
+def float_codes(codes_ref, bits: int, interpreted: bool) -> jax.Array:
+    """Codes (R, PIECE) out of shared memory as bfloat16 in the registers of operand A, in order."""
+    if bits == 8:
+        return plgpu.layout_cast(load(codes_ref, Layout.WGMMA_UPCAST_2X), Layout.WGMMA).astype(jnp.bfloat16)
+    codes = load(codes_ref, Layout.WGMMA_UPCAST_4X)
+    # An interpreter has no registers to reinterpret: the same columns by plain indexing.
+    return in_order(codes.astype(jnp.bfloat16)) if interpreted else _nibbles(codes)
 
 
 def _row_scales(scales_ref, column, dtype) -> jax.Array:
@@ -78,7 +73,7 @@ def weight_only(
 
     Args:
       x: (M, K) bfloat16, M below 8 or a multiple of 8.
-      codes: (N, K) int4 or int8.
+      codes: (N, K) int8, or int4 by threads (`order.by_threads`).
       scales: (N, K / group), or (N, 1) per channel.
       bits: of a code.
       group: consecutive k that share a scale, a multiple of 128; None per channel.
@@ -108,7 +103,7 @@ def weight_only(
         cols = slice(p * PIECE, (p + 1) * PIECE)
         for start in range(0, rows, 64):
             own = pl.ds(first_row + start, 64)
-            weight = float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
+            weight = float_codes(w_ref.at[own, cols], bits, interpret is not None)
             if group is not None:
                 column = lax.rem((step * bk + p * PIECE) // group, per_copy)
                 weight = weight * over_columns(_row_scales(s_ref.at[own], column, jnp.bfloat16), (64, PIECE))
@@ -118,7 +113,7 @@ def weight_only(
     def piece(step, p, x_ref, w_ref, s_ref, first_row, carry):
         """The sum with a group's own sum, scaled, in it."""
         cols, own = slice(p * PIECE, (p + 1) * PIECE), pl.ds(first_row, rows)
-        weight = float_codes(w_ref.at[own, cols], bits, tiles.reorder, interpret is not None)
+        weight = float_codes(w_ref.at[own, cols], bits, interpret is not None)
 
         def group_sum(acc):
             plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))
@@ -159,8 +154,8 @@ def weight_only(
             total = end.rows(total, b_gmem, b_smem, warpgroup, start)
             out = out_gmem.at[k_part] if split else out_gmem
 
-            def target(start):
-                return out.at[pl.ds(m_block * bm + start, staged[0]), pl.ds(n_block * bn + first_row, staged[1])]
+            def target(start, size):
+                return out.at[pl.ds(m_block * bm + start, size), pl.ds(n_block * bn + first_row, staged[1])]
 
             store(total.astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from qjax_kernels.gpu.chain import TILES, chain, counters, interleaved, one_by_one
 from qjax_kernels.gpu.chain_shape import Link, shapes_of, shared_bytes
+from qjax_kernels.gpu.order import by_threads
 from qjax_kernels.gpu.tiles import Direct, Tiles
 
 pytest.importorskip("absl")
@@ -15,7 +16,7 @@ pytest.importorskip("absl")
 from qjax_kernels.gpu.chain_kernel import follow
 
 from tests.kernels.gpu.simulator import launch
-from tests.kernels.gpu.test_direct import drawn, exact
+from tests.kernels.gpu.test_direct import drawn, exact, nibbles
 
 BF16 = ml_dtypes.bfloat16
 TAIL = (Link(0, added=1), Link(2, norm=1e-5, gated=True), Link(3, added=2), Link(4, norm=1e-5))  # of a layer: out, gate and up, down, qkv
@@ -34,8 +35,7 @@ def ran(inputs, weights, links, group, bits, tiles, cores):
     """Results of the blocks, and the counters behind them; what nobody writes stays NaN."""
     shapes = shapes_of([x.shape for x in inputs], [c.shape for c, _ in weights], links, [s.shape[1] for _, s in weights],
                        [s.dtype for _, s in weights], bits, group=group, tiles=tiles, cores=cores)  # fmt: skip
-    packed = [c.astype(np.int8) if b == 8 else ((c[:, 0::2] & 15) | ((c[:, 1::2] & 15) << 4)).astype(np.uint8)
-              for (c, _), b in zip(weights, bits, strict=True)]  # fmt: skip
+    packed = [c.astype(np.int8) if b == 8 else nibbles(c) for (c, _), b in zip(weights, bits, strict=True)]
     met = np.zeros(len(links), np.int32)
     results = [np.full((s.m, s.out), np.nan, BF16) for s in shapes]
     rest = [part for codes, (_, scales) in zip(packed, weights, strict=True) for part in (codes, scales)]
@@ -86,8 +86,8 @@ def test_in_jax_one_by_one_it_reads_the_same():
     bits = (4, 8, 4, 4)
     inputs, weights = tail(2, 256, 512, 128, bits)
     results, _, _ = ran(inputs, weights, TAIL, 128, bits, Direct(4, 2, 1), 2)
-    kinds = [jnp.int4 if b == 4 else jnp.int8 for b in bits]
-    given = [(jnp.asarray(codes, kind), jnp.asarray(scales)) for (codes, scales), kind in zip(weights, kinds, strict=True)]
+    placed = [jnp.asarray(by_threads(c), jnp.int4) if b == 4 else jnp.asarray(c, jnp.int8) for (c, _), b in zip(weights, bits, strict=True)]
+    given = [(codes, jnp.asarray(scales)) for codes, (_, scales) in zip(placed, weights, strict=True)]
     plain = one_by_one([jnp.asarray(x) for x in inputs], given, links=TAIL, group_size=128)
     for ours, theirs in zip(results, plain, strict=True):
         assert np.linalg.norm(ours.astype(np.float32) - np.float32(theirs)) <= 0.01 * np.linalg.norm(np.float32(theirs))

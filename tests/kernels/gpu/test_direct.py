@@ -14,6 +14,7 @@ pytest.importorskip("absl")
 from qjax_kernels.gpu.digits_kernel import digits, units
 from qjax_kernels.gpu.direct_kernel import direct, multiply
 from qjax_kernels.gpu.direct_shape import shape_of
+from qjax_kernels.gpu.order import by_threads
 
 from tests.kernels.gpu.simulator import launch
 
@@ -32,13 +33,19 @@ def drawn(m, n, k, group, dtype, bits=4):
     return x, codes, scales
 
 
+def nibbles(codes):
+    """Bytes of two codes of four bits each, by threads."""
+    placed = by_threads(codes) & 15
+    return (placed[:, 0::2] | (placed[:, 1::2] << 4)).astype(np.uint8)
+
+
 def ran(x, codes, scales, group, tiles, bits=4, cores=2, bias=None, norm=None, whole=True):
     """y (parts, M, N) of all blocks, and the machines that computed it; what nobody writes stays NaN."""
     (m, k), n = x.shape, codes.shape[0]
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores,
                  bias=None if bias is None else bias.dtype, norm=norm, whole=whole and tiles.split_k == 1,
                  bits=bits)  # fmt: skip
-    packed = codes.astype(np.int8) if bits == 8 else ((codes[:, 0::2] & 15) | ((codes[:, 1::2] & 15) << 4)).astype(np.uint8)
+    packed = codes.astype(np.int8) if bits == 8 else nibbles(codes)
     y = np.full((tiles.split_k, m, n), np.nan, BF16 if s.whole else F32)
     arrays = [x, packed, scales, *([] if bias is None else [bias]), y]
     machines = launch(lambda w, *given: multiply(w, s, *given), s.blocks, 32 * s.warps, arrays, s.places.end)

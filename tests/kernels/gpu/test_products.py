@@ -9,6 +9,7 @@ import pytest
 from qjax_kernels import shapes
 from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.epilogue import activated
+from qjax_kernels.gpu.order import by_threads, in_order
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, pipelined_tiles
 from qjax_kernels.request import Device, Request, Weight
 
@@ -37,7 +38,7 @@ def near(y, x, w, scale_first: bool = False) -> None:
     ("m", "n", "bits", "group", "tiles"),
     [
         (20, 192, 4, 128, Tiles(16, 128, 256, 2, split_k=2)),
-        (16, 64, 4, 128, Tiles(16, 64, 256, 2, reorder=True)),
+        (16, 64, 4, 128, Tiles(16, 64, 256, 2)),
         (3, 128, 8, None, Tiles(8, 64, 256, 2)),
         (24, 128, 4, 256, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True)),
         (16, 200, 4, 128, Tiles(16, 192, 128, 2, warpgroups=3, scale_first=True)),
@@ -53,7 +54,7 @@ def test_weight_only_is_the_product_in_float64(m, n, bits, group, tiles):
     codes[0], codes[1, :5] = 0, -top
     scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group if group else 1)), jnp.bfloat16)
     x = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16)
-    stored = jnp.asarray(codes, jnp.int4 if bits == 4 else jnp.int8)
+    stored = jnp.asarray(by_threads(codes), jnp.int4) if bits == 4 else jnp.asarray(codes, jnp.int8)
     with register_operands():
         y = weight_only.weight_only_matmul(x, stored, scales, group_size=group, tiles=tiles, interpret=interpreter())
     near(y, x, codes * np.repeat(np.float64(scales), group or k, 1), tiles.scale_first)
@@ -75,7 +76,8 @@ def test_shared_shapes_with_default_tiles(case):
     scales = jnp.asarray(draw.uniform(0.01, 0.1, (case.n, groups)), jnp.float32)
     x = jnp.asarray(draw.normal(size=(case.m, case.k)), jnp.bfloat16)
     with register_operands():
-        y = weight_only.weight_only_matmul(x, jnp.asarray(codes, jnp.int4), scales, group_size=case.group, interpret=interpreter())
+        placed = jnp.asarray(by_threads(codes), jnp.int4)
+        y = weight_only.weight_only_matmul(x, placed, scales, group_size=case.group, interpret=interpreter())
     near(y, x, codes * np.repeat(np.float64(scales), case.k // groups, 1))
 
 
@@ -132,7 +134,7 @@ def test_bias_activation_and_short_rows_of_scales(kernel, activation, tiles):
         if kernel == "weight-only":
             codes, scales = jnp.asarray(draw.integers(-8, 8, (n, k)), jnp.int4), jnp.asarray(draw.uniform(0.01, 0.1, (n, 3)), jnp.float32)
             y = weight_only.weight_only_matmul(x, codes, scales, group_size=128, **how, interpret=interpreter())
-            rows, wide = np.float64(x), np.repeat(np.float64(scales), 128, 1)
+            rows, wide, codes = np.float64(x), np.repeat(np.float64(scales), 128, 1), in_order(codes)
         else:
             codes, scales = jnp.asarray(draw.integers(-128, 128, (n, k)), jnp.int8), jnp.asarray(draw.uniform(0.001, 0.01, (n, 1)))
             y = eight_bit.eight_bit_matmul(x, codes, scales, **how, interpret=interpreter())
@@ -153,7 +155,7 @@ def test_a_norm_divides_the_sums_before_the_bias_comes():
     how = {"group_size": 128, "bias": bias, "norm": 0.5, "activation": "relu"}
     with register_operands():
         y = weight_only.weight_only_matmul(x, codes, scales, **how, interpret=interpreter())
-    wide, rows = np.float64(codes) * np.repeat(np.float64(scales), 128, 1), np.float64(x)
+    wide, rows = np.float64(in_order(codes)) * np.repeat(np.float64(scales), 128, 1), np.float64(x)
     expected = np.maximum(rows @ wide.T / np.sqrt((rows**2).mean(1, keepdims=True) + 0.5) + np.float64(bias), 0)
     assert relative(y, expected) < 4e-3
     plain = weight_only.plain(x, bias, codes, scales, 128, "relu", 0.5)
@@ -165,7 +167,8 @@ def test_gradients_reach_rows_and_bias(activation, monkeypatch):
     draw = np.random.default_rng(0)
     x, bias = jnp.asarray(draw.normal(size=(4, 256)), jnp.float32), jnp.asarray(draw.normal(size=64), jnp.float32)
     scales, t = jnp.asarray(draw.uniform(0.01, 0.1, (64, 2)), jnp.float32), jnp.asarray(draw.normal(size=(4, 64)), jnp.float32)
-    codes = jnp.asarray(draw.integers(-8, 8, (64, 256)), jnp.int4)
+    codes = draw.integers(-8, 8, (64, 256))
+    placed = jnp.asarray(by_threads(codes), jnp.int4)
     # What runs forward is no matter: derivatives do not pass through it.
     monkeypatch.setattr(weight_only, "_run", lambda x, bias, codes, scales, **how: jnp.zeros((4, 64)))
     monkeypatch.setattr(eight_bit, "scaled_product", lambda *args, **how: jnp.zeros((8, 64)))
@@ -175,10 +178,10 @@ def test_gradients_reach_rows_and_bias(activation, monkeypatch):
         return jnp.vdot(t, activated(x @ w.T + bias, activation))
 
     def grouped(x, bias):
-        return jnp.vdot(t, weight_only.weight_only_matmul(x, codes, scales, group_size=128, bias=bias, activation=activation))
+        return jnp.vdot(t, weight_only.weight_only_matmul(x, placed, scales, group_size=128, bias=bias, activation=activation))
 
     def by_row(x, bias):
-        y = eight_bit.eight_bit_matmul(x, codes.astype(jnp.int8), scales[:, :1], bias=bias, activation=activation)
+        y = eight_bit.eight_bit_matmul(x, jnp.asarray(codes, jnp.int8), scales[:, :1], bias=bias, activation=activation)
         return jnp.vdot(t, y)
 
     for ours, own in ((grouped, np.asarray(scales)), (by_row, np.asarray(scales[:, :1]))):
