@@ -39,6 +39,7 @@ from qjax_kernels.gpu.stock import grouped_matmul  # noqa: E402
 from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER  # noqa: E402
+from sass import written_under_way  # noqa: E402
 
 DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
 SMALL, LARGE = HOPPER[0][::-1], HOPPER[-1][::-1]  # N, K
@@ -63,6 +64,7 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 32, LARGE, None),
         ("W4A16 g128", 64, LARGE, None),
         ("W4A16 g128", 512, LARGE, None),
+        ("W4A16 g128", 512, (8192, 8192), None),
         ("W4A16 g128", 3, (1088, 2048), None),
         ("W8A16 g128", 1, LARGE, None),
         ("W8A16 column", 8, SMALL, None),
@@ -155,7 +157,9 @@ def counts(text: str) -> dict[str, int]:
     start, end = max(zip(multiplies, loops, strict=True), key=lambda each: (each[0], each[1][1] - each[1][0]))[1]
     products = sum("MMA" in text for text in instructions[start:end])
     total = next((i + 1 for i in range(len(instructions) - 1, -1, -1) if "NOP" not in instructions[i]), 0)
-    return {"registers": registers[0], "spills": sum(spilled), "loop": end - start, "total": total, "products": products}
+    read, offending = written_under_way(text)
+    found = {"registers": registers[0], "spills": sum(spilled), "loop": end - start, "total": total, "products": products}
+    return found | {"operands": read, "overwritten": len(offending)}
 
 
 def rows() -> list[dict]:

@@ -7,7 +7,7 @@ from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, direct_tiles
 
 
 def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:
-    """(kind, m, n, k, group, tiles) that cover every path: tails, padding, splits, both pipelines, clusters, orders of nibbles."""
+    """(kind, m, n, k, group, tiles) that cover every path: tails, padding, splits, all pipelines, clusters."""
     small = [
         ("int4", 8, 64, 1024, 128, Tiles(8, 64, 256, 2)),
         ("int4", 16, 64, 1024, 128, Tiles(16, 64, 256, 2)),
@@ -40,6 +40,8 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 200, 1088, 4096, 128, None),
         ("int4", 300, 1984, 2048, 128, Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, cluster=2)),
         ("int4", 512, 4096, 4096, 128, None),
+        ("int4", 500, 8192, 8192, 128, None),
+        ("int4", 70, 1088, 1408, 128, None),
         ("int4", 50, 1088, 4096, 128, None),
         ("int4", 512, 8640, 1024, 128, None),
         ("int4", 512, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True)),

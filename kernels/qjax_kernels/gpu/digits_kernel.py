@@ -158,9 +158,9 @@ def digit_products(
         warpgroup = lax.axis_index("wg") if workers > 1 else 0
         first_row, first_step = warpgroup * rows, k_part * steps
 
-        def advance(index, x_ref, w_ref, s_ref, t_ref, carry):
+        def advance(step, x_ref, w_ref, s_ref, t_ref, carry):
             for p in range(pieces):
-                carry = piece(index[0] + first_step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry)
+                carry = piece(step + first_step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry)
             return carry
 
         def finish(total):

@@ -53,11 +53,10 @@ def eight_bit(
         worker = lax.axis_index("wg") if workers > 1 else 0
         first = worker * left_rows
 
-        def advance(_, x_ref, w_ref, acc):
+        def advance(_, x_ref, w_ref, acc, settle):
             left, right = (x_ref, w_ref) if tiles.x_left else (w_ref, x_ref)
             plgpu.wgmma(acc, left.at[pl.ds(first, left_rows)] if workers > 1 else left, transposed(right))
-            plgpu.wgmma_wait(0)
-            return acc
+            settle()
 
         def finish(total):
             m_start, n_start = m_block * bm, n_block * bn

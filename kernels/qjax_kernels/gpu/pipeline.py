@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .epilogue import Activation, activated
 from .mosaic import ACC, Layout, load, transposed
+from .ring import ring
 from .tiles import COPIER_REGISTERS, Tiles
 
 
@@ -25,12 +26,14 @@ def over_rows(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def stream(
-    advance: Callable, finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence, shape, dtype, registers: bool
-) -> None:
+    advance: Callable, finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence, shape, dtype, registers: bool,
+    overlap: bool = False,
+) -> None:  # fmt: skip
     """Runs `advance` over the stages, then `finish` on the sum.
 
     Args:
-      advance: of the index of a stage, references to its blocks and the sum: the sum after it.
+      advance: of the number of a stage, references to its blocks and the sum: the sum after it, if it is in `registers`; else it takes
+        one thing more, which it calls behind each product that it begins.
       finish: of the sum (R, C), in registers.
       tiles: the cut.
       steps: stages in all.
@@ -38,7 +41,8 @@ def stream(
       operands: references in device memory, one for every block.
       shape: of the sum of a warpgroup.
       dtype: of the sum, float32 or int32.
-      registers: the sum is an ordinary array that `advance` returns; otherwise the tensor cores add to it, and `advance` awaits them.
+      registers: the sum is an ordinary array that `advance` returns; otherwise the tensor cores add to it.
+      overlap: a stage begins while the products of the one before are under way (`ring`), where several warpgroups compute.
     """
 
     def with_sum(run):
@@ -52,9 +56,20 @@ def stream(
 
         pl.run_scoped(scoped, ACC(shape, dtype))
 
+    def stage(index, *refs):
+        if registers:
+            return advance(index[0], *refs)
+        *refs, carry = refs
+        advance(index[0], *refs, carry, lambda: None)
+        plgpu.wgmma_wait(0)
+        return carry
+
+    if tiles.warpgroups > 1 and overlap:
+        ring(advance, with_sum, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands)
+        return
     if tiles.warpgroups > 1:
         plgpu.emit_pipeline_warp_specialized(
-            advance,
+            stage,
             grid=(steps,),
             memory_registers=COPIER_REGISTERS,
             in_specs=in_specs,
@@ -67,14 +82,14 @@ def stream(
 
     def alone(carry):
         if registers:
-            return plgpu.emit_pipeline(advance, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages, init_carry=carry)(
+            return plgpu.emit_pipeline(stage, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages, init_carry=carry)(
                 *operands
             )
 
-        def keeping(index, *refs):
-            advance(index, *refs, carry)
+        def adding(index, *refs):
+            stage(index, *refs, carry)
 
-        return plgpu.emit_pipeline(keeping, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages)(*operands)
+        return plgpu.emit_pipeline(adding, grid=(steps,), in_specs=in_specs, max_concurrent_steps=tiles.stages)(*operands)
 
     with_sum(alone)
 

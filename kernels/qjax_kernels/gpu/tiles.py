@@ -233,9 +233,9 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
 _DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
 
 
-# (rows of x at most, of w, warpgroups) of blocks of many rows, and cycles of 128 columns in which the tensor cores stand still (measured).
-_WIDE = ((128, 128, 2, 290), (128, 256, 2, 250), (256, 128, 2, 280), (128, 192, 3, 130))
+_BLOCKS = ((128, 2), (256, 2), (192, 3))  # rows of w and warpgroups of blocks of up to 128 rows of x
 _CYCLES = 1600  # of the tensor cores in a microsecond, at the clock that the power allows
+_IDLE = 250  # cycles of 128 columns in which they stand still
 
 
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
@@ -246,25 +246,26 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
             wide = dataclasses.replace(wide, split_k=_parts(m, n, k, wide, cores))
         return dataclasses.replace(wide, stages=3 if fits(dataclasses.replace(wide, stages=3), bits) else 2)
     found: list[tuple[float, Tiles]] = []
-    for most, block_n, warpgroups, idle in _WIDE:
-        block_m = math.ceil(m / math.ceil(m / most) / 16) * 16  # a cluster halves its copies, eight rows at a time
-        pairs = math.ceil(n / block_n) % 2 == 0 and block_m * block_n > 128 * 128
+    block_m = math.ceil(m / math.ceil(m / 128) / 16) * 16  # a cluster halves its copies, eight rows at a time
+    for block_n, warpgroups in _BLOCKS:
+        pairs = math.ceil(n / block_n) % 2 == 0 and block_n > 128
         tiles = Tiles(block_m, block_n, 128, 2, warpgroups=warpgroups, scale_first=True, cluster=2 if pairs else 1)
         for split in (1, 2, 4):
-            # Sums stay below what the weight would take in bfloat16.
-            if split == 1 or (k // 128 >= 8 * split and 2 * m * split < k):
+            # Sums stay in the cache, and below what the weight would take in bfloat16.
+            if split == 1 or (k // 128 >= 8 * split and 2 * m * split < k and 4 * split * m * n <= 32 * 2**20):
                 part = dataclasses.replace(tiles, split_k=split)
                 stages = next((s for s in (4, 3) if fits(dataclasses.replace(part, stages=s), bits)), 2)
-                found.append(_time(m, n, k, dataclasses.replace(part, stages=stages), idle, cores))
+                found.append(_time(m, n, k, dataclasses.replace(part, stages=stages), cores))
     return min(found, key=lambda each: each[0])[1]
 
 
-def _time(m: int, n: int, k: int, tiles: Tiles, idle: int, cores: int) -> tuple[float, Tiles]:
+def _time(m: int, n: int, k: int, tiles: Tiles, cores: int) -> tuple[float, Tiles]:
     """About how many microseconds a product takes, and its tiles: multiprocessors take blocks in turn, one at a time."""
     turns = math.ceil(blocks(m, n, tiles) / cores)
     stages = math.ceil(k / (128 * tiles.split_k))
-    sums = 2 + tiles.split_k * m * n * 4 / 6e6 if tiles.split_k > 1 else 0.0  # a program of its own, bytes through the cache
-    return turns * (2000 + stages * (tiles.block_m * tiles.block_n / 16 + idle)) / _CYCLES + sums, tiles
+    # A program of its own adds parts up, whose bytes pass through the cache.
+    sums = 1 + 1.7 * tiles.split_k + tiles.split_k * m * n * 4 / 6e6 if tiles.split_k > 1 else 0.0
+    return turns * (2000 + stages * (tiles.block_m * tiles.block_n / 16 + _IDLE)) / _CYCLES + sums, tiles
 
 
 def _parts(m: int, n: int, k: int, tiles: Tiles, cores: int) -> int:

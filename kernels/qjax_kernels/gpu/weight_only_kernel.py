@@ -51,11 +51,15 @@ def _nibbles(codes: jax.Array) -> jax.Array:
     return convert(codes)  # pyright: ignore[reportCallIssue]
 
 
-def float_codes(codes_ref, bits: int, interpreted: bool) -> jax.Array:
-    """Codes (R, PIECE) out of shared memory as bfloat16 in the registers of operand A, in order."""
+def taken_codes(codes_ref, bits: int) -> jax.Array:
+    """Codes (R, PIECE) out of shared memory, as they lie."""
+    return load(codes_ref, Layout.WGMMA_UPCAST_4X if bits == 4 else Layout.WGMMA_UPCAST_2X)
+
+
+def float_codes(codes: jax.Array, bits: int, interpreted: bool) -> jax.Array:
+    """Codes (R, C) as bfloat16 in the registers of operand A, in order."""
     if bits == 8:
-        return plgpu.layout_cast(load(codes_ref, Layout.WGMMA_UPCAST_2X), Layout.WGMMA).astype(jnp.bfloat16)
-    codes = load(codes_ref, Layout.WGMMA_UPCAST_4X)
+        return plgpu.layout_cast(codes, Layout.WGMMA).astype(jnp.bfloat16)
     # An interpreter has no registers to reinterpret: the same columns by plain indexing.
     return in_order(codes.astype(jnp.bfloat16)) if interpreted else _nibbles(codes)
 
@@ -87,8 +91,8 @@ def weight_only(
     """
     m, k = x.shape
     n = codes.shape[0]
-    bm, bn, bk, groups_wg = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
-    rows = bn // groups_wg
+    bm, bn, bk, workers = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
+    rows = bn // workers
     shape = (rows, bm)
     staged = staging(shape, transpose=True)
     steps = -(-k // (bk * tiles.split_k))
@@ -97,23 +101,28 @@ def weight_only(
     per_copy = 16 // scales.dtype.itemsize
     after = group is not None and not tiles.scale_first
     together = tiles.cluster
+    # Two parts are in registers at once, beside the sums.
+    width = PIECE if rows == 64 and workers < 3 else PIECE // 2
 
-    def added(step, p, x_ref, w_ref, s_ref, first_row, acc):
-        """Adds a piece to sums that the tensor cores keep; 64 rows are converted while the 64 before are multiplied."""
-        cols = slice(p * PIECE, (p + 1) * PIECE)
+    def added(step, p, x_ref, w_ref, s_ref, first_row, acc, settle):
+        """Adds a piece to sums that the tensor cores keep; a part of it is converted while the part before is multiplied."""
         for start in range(0, rows, 64):
             own = pl.ds(first_row + start, 64)
-            weight = float_codes(w_ref.at[own, cols], bits, interpret is not None)
+            codes = taken_codes(w_ref.at[own, p * PIECE : (p + 1) * PIECE], bits)
+            part = acc if rows == 64 else acc.at[start : start + 64]
             if group is not None:
                 column = lax.rem((step * bk + p * PIECE) // group, per_copy)
-                weight = weight * over_columns(_row_scales(s_ref.at[own], column, jnp.bfloat16), (64, PIECE))
-            part = acc if rows == 64 else acc.at[start : start + 64]
-            plgpu.wgmma(part, weight, transposed(x_ref.at[:, cols]))
+                scale = over_columns(_row_scales(s_ref.at[own], column, jnp.bfloat16), (64, width))
+            for at in range(0, PIECE, width):
+                weight = float_codes(codes[:, at : at + width] if width < PIECE else codes, bits, interpret is not None)
+                weight = weight if group is None else weight * scale
+                plgpu.wgmma(part, weight, transposed(x_ref.at[:, p * PIECE + at : p * PIECE + at + width]))
+                settle()
 
     def piece(step, p, x_ref, w_ref, s_ref, first_row, carry):
         """The sum with a group's own sum, scaled, in it."""
         cols, own = slice(p * PIECE, (p + 1) * PIECE), pl.ds(first_row, rows)
-        weight = float_codes(w_ref.at[own, cols], bits, interpret is not None)
+        weight = float_codes(taken_codes(w_ref.at[own, cols], bits), bits, interpret is not None)
 
         def group_sum(acc):
             plgpu.wgmma(acc, weight, transposed(x_ref.at[:, cols]))
@@ -129,21 +138,18 @@ def weight_only(
         b_gmem, (out_gmem, out_smem, channel_smem, barrier, *b_smem) = end.taken(rest)
         k_part, m_block = lax.axis_index("k"), lax.axis_index("m")
         n_block = lax.axis_index("n") * together + (lax.axis_index("cluster") if together > 1 else 0)
-        warpgroup = lax.axis_index("wg") if groups_wg > 1 else 0
+        warpgroup = lax.axis_index("wg") if workers > 1 else 0
         first_row = warpgroup * rows
         first_step = k_part * steps
 
-        def advance(index, *args):
-            *refs, carry = args
-            x_ref, w_ref, s_ref = (*refs, None) if group is None else refs
+        def advance(step, x_ref, w_ref, *rest):
+            s_ref, (carry, *settle) = (None, rest) if group is None else (rest[0], rest[1:])
             for p in range(bk // PIECE):
-                here = (index[0] + first_step, p, x_ref, w_ref, s_ref, first_row, carry)
+                here = (step + first_step, p, x_ref, w_ref, s_ref, first_row, carry)
                 if after:
                     carry = piece(*here)
                 else:
-                    added(*here)
-            if not after:
-                plgpu.wgmma_wait(0)
+                    added(*here, *settle)
             return carry
 
         def finish(total):
@@ -173,25 +179,25 @@ def weight_only(
             reach = group * per_copy
             in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // reach)))
             operands.append(s_gmem)
-        stream(
-            advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=after
-        )
+        how = {"in_specs": in_specs, "operands": operands, "shape": shape, "dtype": jnp.float32, "registers": after}
+        # Eight bits take twice the shared memory for a stage, and miss the one that is given back later.
+        stream(advance, finish, tiles=tiles, steps=steps, **how, overlap=bits == 4 and not after)
 
     out_shape = (tiles.split_k, m, n) if split else (m, n)
     kernel = plgpu.kernel(
         hopper_weight_only,
         out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
         scratch_types=[
-            plgpu.SMEM((groups_wg, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
-            plgpu.SMEM((groups_wg, vector_size(rows, scales.dtype)), scales.dtype),
-            plgpu.Barrier(num_barriers=groups_wg),
-            *end.scratch(groups_wg, rows),
+            plgpu.SMEM((workers, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
+            plgpu.SMEM((workers, vector_size(rows, scales.dtype)), scales.dtype),
+            plgpu.Barrier(num_barriers=workers),
+            *end.scratch(workers, rows),
         ],
         grid=(tiles.split_k, -(-n // (bn * together)), -(-m // bm)),
         grid_names=("k", "n", "m"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
-        **({} if groups_wg == 1 else {"num_threads": groups_wg + 1, "thread_name": "wg"}),
+        **({} if workers == 1 else {"num_threads": workers + 1, "thread_name": "wg"}),
         **({} if together == 1 else {"cluster": (together,), "cluster_names": ("cluster",)}),
     )
     return kernel(x, codes, scales.reshape(n) if group is None else scales, *end.operands)

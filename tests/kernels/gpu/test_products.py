@@ -42,6 +42,8 @@ def near(y, x, w, scale_first: bool = False) -> None:
         (3, 128, 8, None, Tiles(8, 64, 256, 2)),
         (24, 128, 4, 256, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True)),
         (16, 200, 4, 128, Tiles(16, 192, 128, 2, warpgroups=3, scale_first=True)),
+        (100, 128, 4, 128, Tiles(80, 128, 128, 3, warpgroups=2, scale_first=True)),  # a turn of the ring that is not whole, 64 + 16 rows
+        (20, 320, 4, 128, Tiles(16, 256, 128, 3, warpgroups=2, scale_first=True)),
     ],
 )
 def test_weight_only_is_the_product_in_float64(m, n, bits, group, tiles):
