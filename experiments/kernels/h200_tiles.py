@@ -113,7 +113,7 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
             8: more,
             16: [*more, Tiles(16, 64, 256, 4, split_k=8)],
             64: [Tiles(64, 128, 128, 4, split_k=4, warpgroups=2), Tiles(64, 64, 128, 2, split_k=8)],
-            512: [fast, dataclasses.replace(fast, reorder=False)],
+            512: [fast, dataclasses.replace(fast, block_n=256, stages=3, split_k=2, cluster=2)],
         },
         (8192, 28672): {
             1: few,
