@@ -21,7 +21,7 @@ _once = functools.partial(jax.jit, static_argnums=(0, 2))
 
 def kernels() -> tuple[Kernel, ...]:
     """Returns them, the fastest first."""
-    layout = Layout("cuda kernels", _pack, _unpack)
+    layout = Layout("cuda kernels, codes by threads", _pack, _unpack)
     return (
         Kernel("hopper 8 bit", "cuda", eight_bit.why_not, _eight_bit, layout, ("int8", "fp8")),
         Kernel("hopper weight-only", "cuda", weight_only.why_not, _weight_only, layout, (None,)),

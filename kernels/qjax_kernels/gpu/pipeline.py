@@ -43,6 +43,7 @@ def stream(
       dtype: of the sum, float32 or int32.
       registers: the sum is an ordinary array that `advance` returns; otherwise the tensor cores add to it.
       overlap: a stage begins while the products of the one before are under way (`ring`), where several warpgroups compute.
+        Not with `registers`.
     """
 
     def with_sum(run):

@@ -193,8 +193,8 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
     have work. Up to 32 rows meet digits where a four-bit weight in groups keeps the multiprocessors busy without a split. Many rows are
-    bound by the tensor cores: two warpgroups share them, and a third copies; blocks of w are the widest of which every multiprocessor
-    still has one.
+    bound by the tensor cores: two or three warpgroups share them, and another copies; blocks are those that take the least time by their
+    waves, stages and sums (`_time`).
 
     Args:
       m: rows of x.
@@ -213,7 +213,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
         return _many_rows(m, n, k, bits, cores)
     if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 256, 128, 4, warpgroups=2)
-        return dataclasses.replace(pair, cluster=2 if n % 512 == 0 else 1)
+        return dataclasses.replace(pair, cluster=2 if n % 512 == 0 and block_m % 16 == 0 else 1)
     if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
         return Tiles(block_m, 128, 512, 2, digits=True)
     if packed and m > _DIGIT_ROWS:
@@ -244,7 +244,7 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
         if blocks(m, n, wide) < cores:  # narrower blocks before a split, whose sums go through memory
             wide = dataclasses.replace(wide, block_n=128)
             wide = dataclasses.replace(wide, split_k=_parts(m, n, k, wide, cores))
-        return dataclasses.replace(wide, stages=3 if fits(dataclasses.replace(wide, stages=3), bits) else 2)
+        return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
     found: list[tuple[float, Tiles]] = []
     block_m = math.ceil(m / math.ceil(m / 128) / 16) * 16  # a cluster halves its copies, eight rows at a time
     for block_n, warpgroups in _BLOCKS:

@@ -102,7 +102,7 @@ def weight_only(
     after = group is not None and not tiles.scale_first
     together = tiles.cluster
     # Two parts are in registers at once, beside the sums.
-    width = PIECE if rows == 64 and workers < 3 else PIECE // 2
+    width = PIECE if bits == 8 or (rows == 64 and workers < 3) else PIECE // 2
 
     def added(step, p, x_ref, w_ref, s_ref, first_row, acc, settle):
         """Adds a piece to sums that the tensor cores keep; a part of it is converted while the part before is multiplied."""

@@ -22,7 +22,7 @@ def rows(rows_of):
     return rows_of("gpu_static.py")
 
 
-def test_nothing_is_spilled_and_shared_memory_suffices(rows):
+def test_next_to_nothing_is_spilled_and_shared_memory_suffices(rows):
     assert len(rows) > 10
     for row in ours(rows):
         # The widest blocks leave no room: with jax 0.11.2 a register is put aside before the loop, with 0.10.2 a few within it.

@@ -200,6 +200,15 @@ def test_default_tiles_fit_into_shared_memory(m):
         assert eight_bit_tiles(m, n, k).shared_bytes(8, 0, 1) <= SHARED_BYTES
 
 
+@pytest.mark.parametrize(("m", "n"), [(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096)])
+def test_default_tiles_of_rows_that_are_no_power_of_two_are_lowered(m, n):
+    pytest.importorskip("absl")
+    x, codes = jax.ShapeDtypeStruct((m, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((n, 1024), jnp.int4)
+    scales = jax.ShapeDtypeStruct((n, 8), jnp.bfloat16)
+    run = jax.jit(lambda x, codes, scales: weight_only.weight_only_matmul(x, codes, scales, group_size=128))
+    assert "mosaic_gpu" in run.trace(x, codes, scales).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(
     ("request_", "named"),
     [
