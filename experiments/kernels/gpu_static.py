@@ -39,7 +39,7 @@ from qjax_kernels.gpu.stock import grouped_matmul  # noqa: E402
 from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER  # noqa: E402
-from sass import written_under_way  # noqa: E402
+from sass import instructions, written_under_way  # noqa: E402
 
 DESCRIPTIONS = pathlib.Path(__file__).parents[2] / "tests" / "kernels" / "aot"
 SMALL, LARGE = HOPPER[0][::-1], HOPPER[-1][::-1]  # N, K
@@ -142,21 +142,12 @@ def counts(text: str) -> dict[str, int]:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     if len(registers) != 1:
         raise ValueError(f"the assembler told of {len(registers)} kernels, not of one")
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    loops = [(0, 0)]
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
-            instructions.append(instruction[1])
-            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
-            if back and back[1] in labels:
-                loops.append((labels[back[1]], len(instructions)))
-    multiplies = [any("MMA" in text for text in instructions[start:end]) for start, end in loops]
+    code, loops = instructions(text)
+    loops = [(0, 0), *loops]
+    multiplies = [any("MMA" in text for text in code[start:end]) for start, end in loops]
     start, end = max(zip(multiplies, loops, strict=True), key=lambda each: (each[0], each[1][1] - each[1][0]))[1]
-    products = sum("MMA" in text for text in instructions[start:end])
-    total = next((i + 1 for i in range(len(instructions) - 1, -1, -1) if "NOP" not in instructions[i]), 0)
+    products = sum("MMA" in text for text in code[start:end])
+    total = next((i + 1 for i in range(len(code) - 1, -1, -1) if "NOP" not in code[i]), 0)
     read, offending = written_under_way(text)
     found = {"registers": registers[0], "spills": sum(spilled), "loop": end - start, "total": total, "products": products}
     return found | {"operands": read, "overwritten": len(offending)}

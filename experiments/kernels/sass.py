@@ -6,6 +6,26 @@ _WRITES = re.compile(r"^(?:@!?U?P\d+ )?(\S+)\s+(?:PT, )?R(\d+)(?:\.\w+)?,")
 _NO_WRITES = ("ST", "RED", "BAR", "SYNCS")
 
 
+def instructions(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions of a kernel in the order in which they lie, and where its loops begin and end.
+
+    Args:
+      text: SASS, as `nvdisasm` prints it.
+    """
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            code.append(found[1])
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", found[1])
+            if back and back[1] in labels:
+                loops.append((labels[back[1]], len(code)))
+    return code, loops
+
+
 def written_under_way(text: str) -> tuple[int, list[str]]:
     """Instructions that write a register from which the tensor cores may still read an operand.
 
@@ -19,15 +39,7 @@ def written_under_way(text: str) -> tuple[int, list[str]]:
     Returns:
       How many products with an operand in registers were read, and the offending instructions.
     """
-    code, labels, loops = [], {}, []
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
-            code.append(found[1])
-            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", found[1])
-            if back and back[1] in labels:
-                loops.append((labels[back[1]], len(code)))
+    code, loops = instructions(text)
     products, offending = 0, []
     for start, end in loops:
         if any("GMMA" in each for each in code[start:end]):

@@ -27,7 +27,7 @@ def test_next_to_nothing_is_spilled_and_shared_memory_suffices(rows):
     for row in ours(rows):
         # The widest blocks leave no room: with jax 0.11.2 a register is put aside before the loop, with 0.10.2 a few within it.
         wide = row["tiles"].startswith("128x256") and row["kernel"].startswith("W4")
-        assert row["spills"] <= (512 if wide else 0) and row["registers"] <= 255, row
+        assert row["spills"] <= (336 if wide else 0) and row["registers"] <= 255, row
         assert row["shared"] <= SHARED_BYTES and row["products"] > 0, row
 
 
