@@ -34,7 +34,8 @@ from qjax_kernels.gpu.chain import TILES as CHAIN_TILES  # noqa: E402
 from qjax_kernels.gpu.chain import chain  # noqa: E402
 from qjax_kernels.gpu.chain_shape import shapes_of, shared_bytes  # noqa: E402
 from qjax_kernels.gpu.direct_shape import shape_of  # noqa: E402
-from qjax_kernels.gpu.eight_bit import eight_bit_matmul  # noqa: E402
+from qjax_kernels.gpu.eight_bit import scaled_product  # noqa: E402
+from qjax_kernels.gpu.rounding_kernel import round_rows  # noqa: E402
 from qjax_kernels.gpu.stock import grouped_matmul  # noqa: E402
 from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
@@ -65,6 +66,8 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 64, LARGE, None),
         ("W4A16 g128", 512, LARGE, None),
         ("W4A16 g128", 512, (8192, 8192), None),
+        ("W4A16 g128", 256, SMALL, None),
+        ("W4A16 column", 128, SMALL, None),
         ("W4A16 g128", 3, (1088, 2048), None),
         ("W8A16 g128", 1, LARGE, None),
         ("W8A16 column", 8, SMALL, None),
@@ -76,6 +79,7 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W8A8", 512, LARGE, None),
         ("W8A8", 64, LARGE, None),
         ("FP8", 512, LARGE, None),
+        ("W8A8", 4096, SMALL, None),
     ]
 
 
@@ -84,13 +88,15 @@ def operands(kernel: str, m: int, n: int, k: int) -> list[tuple[tuple[int, ...],
     kind = jnp.float8_e4m3fn if kernel == "FP8" else jnp.int4 if kernel.startswith("W4") else jnp.int8
     groups = k // GROUP if "g128" in kernel else 1
     bias = [((n,), jnp.float32)] if "bias" in kernel else []
+    if kernel in ("W8A8", "FP8"):  # of rows that are rounded, which is a kernel of its own (`roundings`)
+        return [((m, k), kind), ((n, k), kind), ((n, 1), jnp.float32), ((m,), jnp.float32)]
     return [((m, k), jnp.bfloat16), ((n, k), kind), ((n, groups), jnp.float32), *bias]
 
 
 def function(kernel: str, tiles: Tiles | Direct | None):
     """The product, of x, codes, scales and, if there is one, the bias."""
     if kernel in ("W8A8", "FP8"):
-        return functools.partial(eight_bit_matmul, tiles=tiles)
+        return lambda rows, codes, scales, row_scales: scaled_product(rows, row_scales, codes, scales, out_dtype=jnp.bfloat16, tiles=tiles)
     how: dict = {"group_size": GROUP if "g128" in kernel else None, "tiles": tiles, "activation": "silu" if "silu" in kernel else None}
     return lambda x, codes, scales, bias=None: weight_only_matmul(x, codes, scales, bias=bias, **how)
 
@@ -200,6 +206,17 @@ def chains() -> list[dict]:
     return found
 
 
+def roundings() -> list[dict]:
+    """Rows of x to eight bits."""
+    found = []
+    for name, dtype, m, k in (("rows to int8", jnp.int8, 4096, 4096), ("rows to e4m3", jnp.float8_e4m3fn, 16, 28672)):
+        program, text = compiled(functools.partial(round_rows, dtype=dtype, top=127.0, room=m), [((m, k), jnp.bfloat16)], "h200")
+        row = {"kernel": name, "m": m, "n": 0, "k": k, "tiles": "", **counts(text), "shared": 128}
+        found.append(row | {"temporaries": program.memory_analysis().temp_size_in_bytes, "float_weight": 0})
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
 def fallbacks() -> list[dict]:
     """What an A100 runs, for which we have no kernel: temporaries of the XLA formulation. Its instructions are XLA's own."""
     found = []
@@ -241,7 +258,7 @@ def main() -> None:
     default = pathlib.Path(__file__).parent / "gpu_static" / f"{jax.__version__}.json"
     parser.add_argument("--write", type=pathlib.Path, nargs="?", const=default, help="the JSON of the rows, a table beside it")
     given = parser.parse_args()
-    found = rows() + chains() + fallbacks()
+    found = rows() + chains() + roundings() + fallbacks()
     print(table(found))
     if given.write:
         given.write.parent.mkdir(exist_ok=True)

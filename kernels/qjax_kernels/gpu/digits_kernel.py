@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import arith
 from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .order import in_order
-from .pipeline import Epilogue, column_values, over_columns, over_rows, row_values, staging, store, stream
+from .pipeline import Epilogue, all_columns, column_values, over_columns, over_rows, row_values, staging, store, stream
 from .tiles import FRACTION, PIECE, Tiles
 
 
@@ -153,25 +153,32 @@ def digit_products(
     end = Epilogue.of(bias, activation, split)
 
     def hopper_digits(x_gmem, w_gmem, s_gmem, t_gmem, *rest):
-        b_gmem, (out_gmem, out_smem, *b_smem) = end.taken(rest)
+        given, (out_gmem, out_smem, *b_smem) = end.taken(rest)
         k_part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
         warpgroup = lax.axis_index("wg") if workers > 1 else 0
         first_row, first_step = warpgroup * rows, k_part * steps
+        added = end.vectors(given, b_smem, warpgroup)
 
         def advance(step, x_ref, w_ref, s_ref, t_ref, carry):
             for p in range(pieces):
                 carry = piece(step + first_step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry)
             return carry
 
+        def begin():
+            for vector in added:
+                vector.fetch(n_block * bn + first_row)
+
         def finish(total):
+            for vector in added:
+                vector.arrived()
             out = out_gmem.at[k_part] if split else out_gmem
 
             def target(start, size):
                 return out.at[pl.ds(m_block * bm + start, size), pl.ds(n_block * bn + first_row, staged[1])]
 
             # Codes are sixteen times themselves.
-            total = end.rows(total * 0.0625, b_gmem, b_smem, warpgroup, n_block * bn + first_row)
-            store(total.astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
+            total = end.rows(total * 0.0625, added).astype(out_dtype)
+            store(all_columns(total), shape, out_smem.at[warpgroup], target, transpose=True)
 
         in_specs = [
             plgpu.BlockSpec((2 * bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(PIECE, 8)),
@@ -181,8 +188,9 @@ def digit_products(
         ]
         operands = [x_gmem, w_gmem, s_gmem, t_gmem]
         stream(
-            advance, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32, registers=True
-        )
+            advance, begin, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32,
+            registers=True,
+        )  # fmt: skip
 
     out_shape = (tiles.split_k, m, n) if split else (m, n)
     kernel = plgpu.kernel(

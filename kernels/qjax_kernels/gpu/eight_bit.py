@@ -43,7 +43,7 @@ def why_not(request: Request) -> str:
 def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """Rows of x as eight bits and a float32 scale each.
 
-    s_m = max_k |x_mk| / q_max and 1 for a row of zeros; c_mk = round(x_mk / s_m)
+    s_m = max_k |x_mk| / q_max and 1 for a row of zeros; c_mk = round(x_mk / s_m); NaN for a row that has one
 
     Args:
       x: (M, K) floating.
@@ -55,7 +55,7 @@ def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     top = 127.0 if dtype == jnp.int8 else E4M3_MAX
     largest = jnp.max(jnp.abs(x), axis=1)
-    scale = jnp.where(largest > 0, largest / top, 1.0)
+    scale = jnp.where(largest == 0, 1.0, largest / top)
     scaled = x / scale[:, None]
     codes = jnp.clip(jnp.round(scaled), -127, 127) if dtype == jnp.int8 else jnp.clip(scaled, -top, top)
     return codes.astype(dtype), scale
@@ -88,12 +88,29 @@ def eight_bit_matmul(
     """
 
     def run(x, bias, codes, scales):
-        m = x.shape[0]
-        rows, row_scales = rounded_rows(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), codes.dtype)
-        how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "cores": cores, "interpret": interpret}
+        (m, k), n = x.shape, codes.shape[0]
+        given = eight_bit_tiles(m, n, k, cores) if tiles is None else tiles
+        rows, row_scales = _rounded(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), dtype=codes.dtype, tiles=given, interpret=interpret)
+        how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
     return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
+
+
+def _scale_entries(m: int, tiles: Tiles) -> int:
+    """Scales of rows as the copy engine reads them: whole blocks, 128 bytes at least."""
+    block = tiles.block_m * tiles.cluster
+    return max(32, -(-m // block) * block)
+
+
+# A program of its own, so that layers with the same shapes are traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("dtype", "tiles", "interpret"))
+def _rounded(x: jax.Array, *, dtype, tiles: Tiles, interpret) -> tuple[jax.Array, jax.Array]:
+    from .rounding_kernel import can_round, round_rows
+
+    if interpret is not None or not can_round(x):  # an interpreter knows no single warps
+        return rounded_rows(x, dtype)
+    return round_rows(x, dtype, 127.0 if dtype == jnp.int8 else E4M3_MAX, _scale_entries(x.shape[0], tiles))
 
 
 def plain(x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, activation: Activation | None) -> jax.Array:
@@ -112,7 +129,7 @@ def scaled_product(
 
     Args:
       rows: (M, K) int8 or float8_e4m3fn, M below 8 or a multiple of 8 (see `tiles.padded_rows`).
-      row_scales: (M,) float32.
+      row_scales: (M,) float32, or longer.
       codes: (N, K) of the same type.
       scales: (N, 1) or (N,): bfloat16, float16 or float32.
       out_dtype: of the result.
@@ -134,9 +151,7 @@ def scaled_product(
     tiles = eight_bit_tiles(m, n, k, cores) if tiles is None else tiles
     if (used := tiles.shared_bytes(8, 0, 1)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
-    # The copy engine reads whole blocks of scales, 128 bytes at least.
-    block = tiles.block_m * tiles.cluster
-    row_scales = jnp.pad(row_scales, (0, max(32, -(-m // block) * block) - m))
-    end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "out_dtype": out_dtype, "interpret": interpret}
-    y = eight_bit(rows, row_scales, codes, scales.reshape(n), **end)
+    row_scales = jnp.pad(row_scales, (0, max(0, _scale_entries(m, tiles) - row_scales.shape[0])))
+    end: dict[str, Any] = {"bias": bias, "activation": activation, "out_dtype": out_dtype, "interpret": interpret}
+    y = eight_bit(rows, row_scales, codes, scales.reshape(n), tiles=tiles, cores=cores, **end)
     return added_up(y, bias, activation, out_dtype) if tiles.split_k > 1 else y

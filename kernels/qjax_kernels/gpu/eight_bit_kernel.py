@@ -8,13 +8,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .epilogue import Activation
 from .mosaic import LANE, swizzled, transposed
-from .pipeline import Epilogue, column_values, fetch_vector, over_columns, over_rows, row_values, staging, store, stream, vector_size
+from .parts import Parts, room
+from .pipeline import Epilogue, Vector, all_columns, launch, staging, store, stream
+from .ring import ring
+from .schedule import Piece, Schedule
 from .tiles import Tiles
 
 
 def eight_bit(
-    x: jax.Array, x_scale: jax.Array, w: jax.Array, w_scale: jax.Array, *, tiles: Tiles, out_dtype=jnp.bfloat16,
-    bias: jax.Array | None = None, activation: Activation | None = None, interpret=None,
+    x: jax.Array, x_scale: jax.Array, w: jax.Array, w_scale: jax.Array, *, tiles: Tiles, cores: int,
+    out_dtype=jnp.bfloat16, bias: jax.Array | None = None, activation: Activation | None = None, interpret=None,
 ) -> jax.Array:  # fmt: skip
     """The kernel: few rows of x stand on the right of the tensor cores, in multiples of 8, many on the left, in multiples of 64.
 
@@ -24,6 +27,7 @@ def eight_bit(
       w: (N, K) of the type of x.
       w_scale: (N,) bfloat16, float16 or float32.
       tiles: the cut; `x_left` says which side x stands on, and the warpgroups divide the left side.
+      cores: multiprocessors of the GPU.
       out_dtype: of y where K is not split.
       bias: (N,) or None.
       activation: of the scaled sums; it and the bias wait for the sum of all parts where K is split.
@@ -41,80 +45,101 @@ def eight_bit(
     steps = -(-k // (bk * tiles.split_k))
     split = tiles.split_k > 1
     result = jnp.dtype(jnp.float32 if split else out_dtype)
-    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    sums_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     together = tiles.cluster
+    down, across = -(-n // bn), -(-m // (bm * together))
+    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), cores // together) if tiles.x_left and workers > 1 else None
 
     end = Epilogue.of(bias, activation, split)
+    handed = room(schedule, together, workers, shape, sums_dtype)
+    cut = len(handed.operands)
+    sizes = (left_rows, right_rows) if tiles.x_left else (right_rows, left_rows)  # of stretches of scales of x and w
 
     def hopper_eight_bit(x_gmem, xs_gmem, w_gmem, ws_gmem, *rest):
-        b_gmem, (out_gmem, out_smem, left_smem, right_smem, barriers, *b_smem) = end.taken(rest)
-        k_part, n_block = lax.axis_index("k"), lax.axis_index("n")
-        m_block = lax.axis_index("m") * together + (lax.axis_index("cluster") if together > 1 else 0)
+        given, rest = end.taken(rest)
+        told, out_gmem, sums, (out_smem, *own) = rest[:cut], rest[cut], rest[cut + 1 : 2 * cut + 1], rest[2 * cut + 1 :]
         worker = lax.axis_index("wg") if workers > 1 else 0
+        member = lax.axis_index("cluster") if together > 1 else 0
         first = worker * left_rows
+        x_scales, w_scales = (Vector(ref, own.pop(0).at[worker], own.pop(0).at[worker]) for ref in (xs_gmem, ws_gmem))
+        biases = end.vectors(given, own, worker)
 
         def advance(_, x_ref, w_ref, acc, settle):
             left, right = (x_ref, w_ref) if tiles.x_left else (w_ref, x_ref)
             plgpu.wgmma(acc, left.at[pl.ds(first, left_rows)] if workers > 1 else left, transposed(right))
             settle()
 
-        def finish(total):
-            m_start, n_start = m_block * bm, n_block * bn
-            if tiles.x_left:
-                m_start += first
-            else:
-                n_start += first
-            (left, left_at), (right, right_at) = ((xs_gmem, m_start), (ws_gmem, n_start))[:: 1 if tiles.x_left else -1]
-            rows = fetch_vector(left, left_smem.at[worker], barriers.at[worker], left_at, left_rows)
-            columns = fetch_vector(right, right_smem.at[worker], barriers.at[worker], right_at, right_rows)
-            scaled = total.astype(jnp.float32) * over_columns(row_values(rows), shape) * over_rows(column_values(columns), shape)
-            scaled = (end.columns if tiles.x_left else end.rows)(scaled, b_gmem, b_smem, worker, n_start)
-            out = out_gmem.at[k_part] if split else out_gmem
+        def starts(at: Piece):
+            """The rows of x and of w at which the sum of this warpgroup begins."""
+            m_start, n_start = (at.m * together + member) * bm, at.n * bn
+            return (m_start + first, n_start) if tiles.x_left else (m_start, n_start + first)
+
+        def begin(at: Piece):
+            m_start, n_start = starts(at)
+            x_scales.fetch(m_start)
+            for vector in (w_scales, *biases):
+                vector.fetch(n_start)
+
+        def arrived():
+            for vector in (x_scales, w_scales, *biases):
+                vector.arrived()
+
+        def finish(at: Piece, columns):
+            m_start, n_start = starts(at)
+            out = out_gmem.at[at.part] if split else out_gmem
 
             def target(start, size):
                 m_at, n_at = (m_start, n_start + start) if tiles.x_left else (m_start + start, n_start)
                 m_size, n_size = (staged[0], size) if tiles.x_left else (size, staged[1])
                 return out.at[pl.ds(m_at, m_size), pl.ds(n_at, n_size)]
 
-            store(scaled.astype(result), out_smem.at[worker], target, transpose=not tiles.x_left)
+            def finished(start, size):
+                part = columns(start, size).astype(jnp.float32)
+                left, right = (x_scales, w_scales) if tiles.x_left else (w_scales, x_scales)
+                part = part * left.rows(part.shape) * right.columns(part.shape, start)
+                part = end.columns(part, biases, start) if tiles.x_left else end.rows(part, biases)
+                return part.astype(result)
 
-        in_specs = [
-            plgpu.BlockSpec((bm, bk), lambda i: (m_block, i + k_part * steps), transforms=swizzled(bk, 8)),
-            plgpu.BlockSpec(
-                (bn, bk),
-                lambda i: (n_block, i + k_part * steps),
-                transforms=swizzled(bk, 8),
-                collective_axes=("cluster",) if together > 1 else (),
-            ),
-        ]
-        stream(
-            advance,
-            finish,
-            tiles=tiles,
-            steps=steps,
-            in_specs=in_specs,
-            operands=[x_gmem, w_gmem],
-            shape=shape,
-            dtype=sums,
-            registers=False,
-        )
+            store(finished, shape, out_smem.at[worker], target, transpose=not tiles.x_left)
 
-    scale_types = (x_scale.dtype, w_scale.dtype) if tiles.x_left else (w_scale.dtype, x_scale.dtype)
+        def blocks(m_block, n_block, first_step=0):
+            m_block = m_block * together + member
+            return [
+                plgpu.BlockSpec((bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(bk, 8)),
+                plgpu.BlockSpec(
+                    (bn, bk),
+                    lambda i: (n_block, i + first_step),
+                    transforms=swizzled(bk, 8),
+                    collective_axes=("cluster",) if together > 1 else (),
+                ),
+            ]
+
+        frame = {"tiles": tiles, "operands": [x_gmem, w_gmem], "shape": shape, "dtype": sums_dtype}
+        if schedule is not None:
+            parts = Parts(told, sums, member, worker, interpret is not None)
+            ring(advance, begin, arrived, finish, schedule=schedule, parts=parts, blocks=blocks, overlap=False, **frame)
+            return
+        here = Piece(lax.axis_index("m"), lax.axis_index("n"), lax.axis_index("k") * steps, None, part=lax.axis_index("k"))
+
+        def end_tile(total):
+            arrived()
+            finish(here, all_columns(total))
+
+        in_specs = blocks(here.m, here.n, here.first)
+        stream(advance, lambda: begin(here), end_tile, steps=steps, in_specs=in_specs, registers=False, **frame)
+
+    out = jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), result)
     kernel = plgpu.kernel(
         hopper_eight_bit,
-        out_type=jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), result),
+        out_type=(out, *handed.results),
         scratch_types=[
             plgpu.SMEM((workers, *staged), result, transforms=swizzled(64, result.itemsize * 8)),
-            plgpu.SMEM((workers, vector_size(left_rows, scale_types[0])), scale_types[0]),
-            plgpu.SMEM((workers, vector_size(right_rows, scale_types[1])), scale_types[1]),
-            plgpu.Barrier(num_barriers=workers),
-            *end.scratch(workers, right_rows if tiles.x_left else left_rows),
+            *Vector.scratch(workers, sizes[0], x_scale.dtype),
+            *Vector.scratch(workers, sizes[1], w_scale.dtype),
+            *end.scratch(workers, sizes[1]),
         ],
-        grid=(tiles.split_k, -(-n // bn), -(-m // (bm * together))),
-        grid_names=("k", "n", "m"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
-        **({} if workers == 1 else {"num_threads": workers + 1, "thread_name": "wg"}),
-        **({} if together == 1 else {"cluster": (together,), "cluster_names": ("cluster",)}),
+        **launch(tiles, schedule, (tiles.split_k, down, across)),
     )
-    return kernel(x, x_scale, w, w_scale, *end.operands)
+    return kernel(x, x_scale, w, w_scale, *end.operands, *handed.operands)[0]

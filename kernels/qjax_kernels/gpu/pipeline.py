@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .epilogue import Activation, activated
 from .mosaic import ACC, Layout, load, transposed
-from .ring import ring
+from .schedule import Schedule
 from .tiles import COPIER_REGISTERS, Tiles
 
 
@@ -26,14 +27,15 @@ def over_rows(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def stream(
-    advance: Callable, finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence, shape, dtype, registers: bool,
-    overlap: bool = False,
+    advance: Callable, begin: Callable[[], None], finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence,
+    shape, dtype, registers: bool,
 ) -> None:  # fmt: skip
-    """Runs `advance` over the stages, then `finish` on the sum.
+    """Runs `advance` over the stages of one tile, then `finish` on the sum.
 
     Args:
       advance: of the number of a stage, references to its blocks and the sum: the sum after it, if it is in `registers`; else it takes
         one thing more, which it calls behind each product that it begins.
+      begin: called before the first stage.
       finish: of the sum (R, C), in registers.
       tiles: the cut.
       steps: stages in all.
@@ -42,11 +44,10 @@ def stream(
       shape: of the sum of a warpgroup.
       dtype: of the sum, float32 or int32.
       registers: the sum is an ordinary array that `advance` returns; otherwise the tensor cores add to it.
-      overlap: a stage begins while the products of the one before are under way (`ring`), where several warpgroups compute.
-        Not with `registers`.
     """
 
     def with_sum(run):
+        begin()
         if registers:
             finish(run(plgpu.layout_cast(jnp.zeros(shape, dtype), Layout.WGMMA)))
             return
@@ -65,9 +66,6 @@ def stream(
         plgpu.wgmma_wait(0)
         return carry
 
-    if tiles.warpgroups > 1 and overlap:
-        ring(advance, with_sum, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands)
-        return
     if tiles.warpgroups > 1:
         plgpu.emit_pipeline_warp_specialized(
             stage,
@@ -95,28 +93,54 @@ def stream(
     with_sum(alone)
 
 
-def vector_size(size: int, dtype) -> int:
-    """Elements of shared memory for a vector: what the copy engine moves is a multiple of 128 bytes."""
-    least = 128 // jnp.dtype(dtype).itemsize
-    return -(-size // least) * least
-
-
-def fetch_vector(source, target, barrier, start, size: int):
-    """Copies a stretch of a vector from device memory into shared memory; past its end are zeros.
+def launch(tiles: Tiles, schedule: Schedule | None, grid: tuple[int, int, int]) -> dict[str, Any]:
+    """What `plgpu.kernel` takes of the thread blocks.
 
     Args:
-      source: a vector in device memory.
-      target: `vector_size` elements of shared memory.
-      barrier: to await the copy on.
-      start: of the stretch.
-      size: of the stretch.
-
-    Returns:
-      The stretch, a reference of `size` elements.
+      tiles: the cut.
+      schedule: of blocks that stay on their multiprocessors, or None.
+      grid: of the other ones: parts of K, groups of blocks of rows of w, blocks of rows of x.
     """
-    plgpu.copy_gmem_to_smem(source.at[pl.ds(start, target.shape[0])], target, barrier)
-    plgpu.barrier_wait(barrier)
-    return target.at[pl.ds(0, size)]
+    stay = {"grid": (schedule.groups,), "grid_names": ("group",)} if schedule else {"grid": grid, "grid_names": ("k", "n", "m")}
+    threads = {} if tiles.warpgroups == 1 else {"num_threads": tiles.warpgroups + 1, "thread_name": "wg"}
+    return stay | threads | ({} if tiles.cluster == 1 else {"cluster": (tiles.cluster,), "cluster_names": ("cluster",)})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vector:
+    """A vector in device memory, a stretch of which waits in the shared memory of a warpgroup; past its end are zeros.
+
+    Attributes:
+      source: in device memory.
+      stage: shared memory.
+      barrier: to await the copy on.
+    """
+
+    source: Any
+    stage: Any
+    barrier: Any
+
+    @staticmethod
+    def scratch(warpgroups: int, size: int, dtype) -> tuple[Any, Any]:
+        """Shared memory for a stretch of `size` for each warpgroup, in the 128 bytes that the copy engine moves at least, and barriers."""
+        least = 128 // jnp.dtype(dtype).itemsize
+        return plgpu.SMEM((warpgroups, -(-size // least) * least), dtype), plgpu.Barrier(num_barriers=warpgroups)
+
+    def fetch(self, start: Any) -> None:
+        """Asks for the stretch that begins there."""
+        plgpu.copy_gmem_to_smem(self.source.at[pl.ds(start, self.stage.shape[0])], self.stage, self.barrier)
+
+    def arrived(self) -> None:
+        """Waits for what was asked for."""
+        plgpu.barrier_wait(self.barrier)
+
+    def rows(self, shape: tuple[int, ...]) -> jax.Array:
+        """One float32 for every row of a sum, over all columns."""
+        return over_columns(row_values(self.stage.at[pl.ds(0, shape[0])]), shape)
+
+    def columns(self, shape: tuple[int, ...], start: int = 0) -> jax.Array:
+        """One float32 for every column of a stretch of a sum, over all rows."""
+        return over_rows(column_values(self.stage.at[pl.ds(start, shape[1])]), shape)
 
 
 def row_values(ref) -> jax.Array:
@@ -149,30 +173,25 @@ class Epilogue:
         return Epilogue(() if bias is None else (bias,), activation)
 
     def taken(self, references: Sequence) -> tuple:
-        """(the bias in device memory or None, the other references)."""
+        """(the bias in device memory, or nothing; the other references)."""
         count = len(self.operands)
-        return (references[0] if count else None), references[count:]
+        return references[:count], references[count:]
 
     def scratch(self, warpgroups: int, size: int) -> list:
         """Shared memory for a stretch of `size` for each warpgroup, and barriers."""
-        if not self.operands:
-            return []
-        kind = self.operands[0].dtype
-        return [plgpu.SMEM((warpgroups, vector_size(size, kind)), kind), plgpu.Barrier(num_barriers=warpgroups)]
+        return [part for bias in self.operands for part in Vector.scratch(warpgroups, size, bias.dtype)]
 
-    def rows(self, total: jax.Array, bias, scratch: Sequence, warpgroup, start) -> jax.Array:
-        """f(total + b), where rows of w are rows of the sum, from `start` on."""
-        if bias is not None:
-            own = fetch_vector(bias, scratch[0].at[warpgroup], scratch[1].at[warpgroup], start, total.shape[0])
-            total = total + over_columns(row_values(own), total.shape)
-        return activated(total, self.activation)
+    def vectors(self, sources: Sequence, scratch: Sequence, warpgroup: Any) -> list[Vector]:
+        """The bias of a warpgroup, or nothing."""
+        return [Vector(source, scratch[0].at[warpgroup], scratch[1].at[warpgroup]) for source in sources]
 
-    def columns(self, total: jax.Array, bias, scratch: Sequence, warpgroup, start) -> jax.Array:
-        """f(total + b), where rows of w are columns of the sum."""
-        if bias is not None:
-            own = fetch_vector(bias, scratch[0].at[warpgroup], scratch[1].at[warpgroup], start, total.shape[1])
-            total = total + over_rows(column_values(own), total.shape)
-        return activated(total, self.activation)
+    def rows(self, part: jax.Array, bias: Sequence[Vector]) -> jax.Array:
+        """f(sum + b), where rows of w are rows of the sum."""
+        return activated(part + bias[0].rows(part.shape) if bias else part, self.activation)
+
+    def columns(self, part: jax.Array, bias: Sequence[Vector], start: int) -> jax.Array:
+        """f(sum + b), where rows of w are columns of the sum, of which these begin at `start`."""
+        return activated(part + bias[0].columns(part.shape, start) if bias else part, self.activation)
 
 
 STORED_COLUMNS = 64  # of a sum that pass through shared memory at once
@@ -184,20 +203,20 @@ def staging(shape: tuple[int, int], *, transpose: bool) -> tuple[int, int]:
     return (columns, rows) if transpose else (rows, columns)
 
 
-def store(value: jax.Array, stage, target, *, transpose: bool) -> None:
+def store(columns: Callable[[int, int], jax.Array], shape: tuple[int, int], stage, target, *, transpose: bool) -> None:
     """Writes a sum to device memory through shared memory, a few columns at a time; what lies past the edge is left out.
 
     Args:
-      value: the sum (R, C) in registers.
+      columns: of a first column and how many: those of the sum, in registers.
+      shape: of the sum (R, C).
       stage: shared memory of `staging`.
       target: of the column at which a stretch starts, and of how many columns it has: its place in device memory, shaped as `stage`.
       transpose: the sum stands on its side.
     """
-    width = min(value.shape[1], STORED_COLUMNS)
-    value = plgpu.layout_cast(value, Layout.WGMMA)
-    for start in range(0, value.shape[1], width):
-        size = min(width, value.shape[1] - start)
-        part = value if width == value.shape[1] else value[:, start : start + size]
+    width = min(shape[1], STORED_COLUMNS)
+    for start in range(0, shape[1], width):
+        size = min(width, shape[1] - start)
+        part = plgpu.layout_cast(columns(start, size), Layout.WGMMA)
         own = stage if size == width else stage.at[:size] if transpose else stage.at[:, :size]
         if start:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -207,4 +226,9 @@ def store(value: jax.Array, stage, target, *, transpose: bool) -> None:
             own[...] = part
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own, target(start, size))
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def all_columns(value: jax.Array) -> Callable[[int, int], jax.Array]:
+    """What `store` takes of a sum that is in registers."""
+    return lambda start, size: value if size == value.shape[1] else value[:, start : start + size]

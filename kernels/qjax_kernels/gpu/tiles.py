@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from .schedule import Schedule
+
 PIECE = 128  # k that share a scale of x as digits, and that one run of tensor-core instructions takes
 FRACTION = 13  # bits of digits below the leading one of the largest element of a piece
 COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
@@ -121,6 +123,16 @@ def blocks(m: int, n: int, tiles: Tiles) -> int:
     return math.ceil(m / tiles.block_m) * math.ceil(n / tiles.block_n) * tiles.split_k
 
 
+def stays(tiles: Tiles, group: int | None) -> bool:
+    """Whether thread blocks stay on their multiprocessors and take one tile after another: where sums stay with the tensor cores.
+
+    Args:
+      tiles: the cut.
+      group: consecutive k that share a scale, None per channel.
+    """
+    return tiles.warpgroups > 1 and (tiles.scale_first or tiles.x_left or group is None)
+
+
 def padded_rows(m: int) -> int:
     """Rows of x that the copy engine takes for m of them: below 8 any number, else a multiple of 8."""
     return m if m < 8 else -(-m // 8) * 8
@@ -193,8 +205,8 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
     have work. Up to 32 rows meet digits where a four-bit weight in groups keeps the multiprocessors busy without a split. Many rows are
-    bound by the tensor cores: two or three warpgroups share them, and another copies; blocks are those that take the least time by their
-    waves, stages and sums (`_time`).
+    bound by the tensor cores: two or three warpgroups share them, and another copies; thread blocks stay on their multiprocessors
+    (`schedule`), and are those that take the least time by their stages and ends (`_time`).
 
     Args:
       m: rows of x.
@@ -218,7 +230,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
         return Tiles(block_m, 128, 512, 2, digits=True)
     if packed and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 128, 128, 4, warpgroups=2)
-        return dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
+        return pair if stays(pair, group) else dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
     block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= 2 * cores else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
     split = 1
@@ -241,31 +253,24 @@ _IDLE = 250  # cycles of 128 columns in which they stand still
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
     if bits == 8:
         wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
-        if blocks(m, n, wide) < cores:  # narrower blocks before a split, whose sums go through memory
-            wide = dataclasses.replace(wide, block_n=128)
-            wide = dataclasses.replace(wide, split_k=_parts(m, n, k, wide, cores))
+        wide = wide if blocks(m, n, wide) >= cores else dataclasses.replace(wide, block_n=128)
         return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
-    found: list[tuple[float, Tiles]] = []
     block_m = math.ceil(m / math.ceil(m / 128) / 16) * 16  # a cluster halves its copies, eight rows at a time
+    found: list[Tiles] = []
     for block_n, warpgroups in _BLOCKS:
         pairs = math.ceil(n / block_n) % 2 == 0 and block_n > 128
         tiles = Tiles(block_m, block_n, 128, 2, warpgroups=warpgroups, scale_first=True, cluster=2 if pairs else 1)
-        for split in (1, 2, 4):
-            # Sums stay in the cache, and below what the weight would take in bfloat16.
-            if split == 1 or (k // 128 >= 8 * split and 2 * m * split < k and 4 * split * m * n <= 32 * 2**20):
-                part = dataclasses.replace(tiles, split_k=split)
-                stages = next((s for s in (4, 3) if fits(dataclasses.replace(part, stages=s), bits)), 2)
-                found.append(_time(m, n, k, dataclasses.replace(part, stages=stages), cores))
-    return min(found, key=lambda each: each[0])[1]
+        stages = next((s for s in (4, 3) if fits(dataclasses.replace(tiles, stages=s), bits)), 2)
+        found.append(dataclasses.replace(tiles, stages=stages))
+    return min(found, key=lambda each: _time(m, n, k, each, cores))
 
 
-def _time(m: int, n: int, k: int, tiles: Tiles, cores: int) -> tuple[float, Tiles]:
-    """About how many microseconds a product takes, and its tiles: multiprocessors take blocks in turn, one at a time."""
-    turns = math.ceil(blocks(m, n, tiles) / cores)
-    stages = math.ceil(k / (128 * tiles.split_k))
-    # A program of its own adds parts up, whose bytes pass through the cache.
-    sums = 1 + 1.7 * tiles.split_k + tiles.split_k * m * n * 4 / 6e6 if tiles.split_k > 1 else 0.0
-    return turns * (2000 + stages * (tiles.block_m * tiles.block_n / 16 + _IDLE)) / _CYCLES + sums, tiles
+def _time(m: int, n: int, k: int, tiles: Tiles, cores: int) -> float:
+    """About how many microseconds a product takes whose thread blocks stay on their multiprocessors."""
+    across, down = math.ceil(m / tiles.block_m), math.ceil(n / (tiles.block_n * tiles.cluster))
+    schedule = Schedule.of(across, down, math.ceil(k / 128), tiles.stages, cores // tiles.cluster)
+    turns = math.ceil(across * down / schedule.groups)
+    return (turns * 2000 + schedule.longest * (tiles.block_m * tiles.block_n / 16 + _IDLE)) / _CYCLES
 
 
 def _parts(m: int, n: int, k: int, tiles: Tiles, cores: int) -> int:

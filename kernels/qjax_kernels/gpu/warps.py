@@ -198,6 +198,15 @@ class Warps:
         """2^a, within 2 units of the last place."""
         return Real(self._asm("ex2.approx.f32 $0, $1;", "f32", "=f,f", a))
 
+    def divided(self, a: Real, b: Real) -> Real:
+        """a / b, rounded to nearest."""
+        return Real(self._asm("div.rn.f32 $0, $1, $2;", "f32", "=f,f,f", a, b))
+
+    def packed_e4m3(self, a: Real, b: Real) -> Int:
+        """Two numbers as e4m3, ties to even, those beyond 448 as 448, a in the lowest byte."""
+        text = "{.reg .b16 h; cvt.rn.satfinite.e4m3x2.f32 h, $2, $1; cvt.u32.u16 $0, h;}"
+        return Int(self._asm(text, "i32", "=r,f,f", a, b))
+
     def inverse(self, a: Real) -> Real:
         """1 / a, to the last bit."""
         return Real(self._asm("rcp.approx.f32 $0, $1;", "f32", "=f,f", a))
@@ -244,6 +253,13 @@ class Warps:
     def store_real(self, address: Long, value: Real) -> None:
         """A float32."""
         self._asm("st.global.f32 [$0], $1;", None, "l,f,~{memory}", address, value, effects=True)
+
+    def store_words(self, address: Long, *words: Any) -> None:
+        """2 or 4 words of 32 bits."""
+        named = ", ".join(f"${i + 1}" for i in range(len(words)))
+        kinds = ",".join("f" if isinstance(word, Real) else "r" for word in words)
+        text = f"st.global{self._vector(len(words))}.b32 [$0], {{{named}}};"
+        self._asm(text, None, f"l,{kinds},~{{memory}}", address, *words, effects=True)
 
     def load_shared(self, offset: Int, words: int) -> list[Int]:
         """1, 2 or 4 words of shared memory."""

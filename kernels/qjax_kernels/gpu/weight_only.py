@@ -11,7 +11,7 @@ from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
 from .order import in_order
-from .tiles import SHARED_BYTES, Direct, Tiles, padded_rows, pipelined_tiles, weight_only_tiles
+from .tiles import SHARED_BYTES, Direct, Tiles, padded_rows, pipelined_tiles, stays, weight_only_tiles
 
 
 def why_not(request: Request) -> str:
@@ -129,7 +129,7 @@ def _run(
             raise ValueError(f"`tiles` {tiles} run on a GPU only, `interpret` is {interpret!r}: take Tiles(...), or leave `tiles` out")
         return _direct(x, bias, codes, scales, group=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores)
     end = {"bias": None, "activation": None} if norm is not None else {"bias": bias, "activation": activation}
-    y = _pipelined(x, codes, scales, bits=bits, group_size=group_size, tiles=tiles, interpret=interpret, **end)
+    y = _pipelined(x, codes, scales, bits=bits, group_size=group_size, tiles=tiles, cores=cores, interpret=interpret, **end)
     return y if norm is None else added_up((y * inverse_norms(x, norm))[None], bias, activation, x.dtype)
 
 
@@ -144,7 +144,7 @@ def _direct(x, bias, codes, scales, *, group, activation, norm, tiles, cores) ->
     return added_up(y if norm is None else y * inverse_norms(x, norm), bias, activation, x.dtype)
 
 
-def _pipelined(x, codes, scales, *, bits, group_size, tiles, interpret, bias, activation) -> jax.Array:
+def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, bias, activation) -> jax.Array:
     from .digits_kernel import digit_products
     from .weight_only_kernel import weight_only
 
@@ -157,6 +157,8 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, interpret, bias, ac
         raise ValueError(
             f"`tiles.block_k` is {tiles.block_k}; it must divide {group_size * per_copy}, the k whose scales are copied at once"
         )
+    if tiles.split_k > 1 and stays(tiles, group_size):
+        raise ValueError(f"`tiles.split_k` is {tiles.split_k}: blocks of {tiles.warpgroups} warpgroups share K by themselves; leave it 1")
     if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
@@ -164,6 +166,6 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, interpret, bias, ac
     if tiles.digits:
         y = digit_products(x, codes, scales, group=group_size or k, **end)
     else:
-        y = weight_only(x, codes, scales, bits=bits, group=group_size, **end)
+        y = weight_only(x, codes, scales, bits=bits, group=group_size, cores=cores, **end)
     y = added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y
     return y[:m]

@@ -14,8 +14,11 @@ from jaxlib.mlir.dialects import arith, llvm
 from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .order import in_order
-from .pipeline import Epilogue, fetch_vector, over_columns, row_values, staging, store, stream, vector_size
-from .tiles import Tiles
+from .parts import Parts, room
+from .pipeline import Epilogue, Vector, all_columns, launch, over_columns, staging, store, stream
+from .ring import ring
+from .schedule import Piece, Schedule
+from .tiles import Tiles, stays
 
 PIECE = 128  # k that one run of tensor-core instructions takes: a multiple of it is the only group size
 
@@ -70,8 +73,8 @@ def _row_scales(scales_ref, column, dtype) -> jax.Array:
 
 
 def weight_only(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int, group: int | None, tiles: Tiles, bias: jax.Array | None = None,
-    activation: Activation | None = None, interpret=None,
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, bits: int, group: int | None, tiles: Tiles, cores: int,
+    bias: jax.Array | None = None, activation: Activation | None = None, interpret=None,
 ) -> jax.Array:  # fmt: skip
     """The kernel: float32 or bfloat16 partial products, transposed back on the way out.
 
@@ -82,6 +85,7 @@ def weight_only(
       bits: of a code.
       group: consecutive k that share a scale, a multiple of 128; None per channel.
       tiles: the cut.
+      cores: multiprocessors of the GPU.
       bias: (N,) or None.
       activation: of the sums; it and the bias wait for the sum of all parts where K is split.
       interpret: as `pallas` takes it.
@@ -96,11 +100,13 @@ def weight_only(
     shape = (rows, bm)
     staged = staging(shape, transpose=True)
     steps = -(-k // (bk * tiles.split_k))
-    split = tiles.split_k > 1
+    split, together = tiles.split_k > 1, tiles.cluster
     out_dtype = jnp.float32 if split else jnp.bfloat16
     per_copy = 16 // scales.dtype.itemsize
     after = group is not None and not tiles.scale_first
-    together = tiles.cluster
+    stay = stays(tiles, group)
+    down, across = -(-n // (bn * together)), -(-m // bm)
+    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), cores // together) if stay else None
     # Two parts are in registers at once, beside the sums.
     width = PIECE if bits == 8 or (rows == 64 and workers < 3) else PIECE // 2
 
@@ -133,71 +139,98 @@ def weight_only(
         return carry + part * over_columns(_row_scales(s_ref.at[own], column, jnp.float32), shape)
 
     end = Epilogue.of(bias, activation, split)
+    handed = room(schedule, together, workers, shape, jnp.float32)
+    cut = len(handed.operands)
 
     def hopper_weight_only(x_gmem, w_gmem, s_gmem, *rest):
-        b_gmem, (out_gmem, out_smem, channel_smem, barrier, *b_smem) = end.taken(rest)
-        k_part, m_block = lax.axis_index("k"), lax.axis_index("m")
-        n_block = lax.axis_index("n") * together + (lax.axis_index("cluster") if together > 1 else 0)
+        given, rest = end.taken(rest)
+        told, out_gmem, sums, (out_smem, *own) = rest[:cut], rest[cut], rest[cut + 1 : 2 * cut + 1], rest[2 * cut + 1 :]
         warpgroup = lax.axis_index("wg") if workers > 1 else 0
+        member = lax.axis_index("cluster") if together > 1 else 0
         first_row = warpgroup * rows
-        first_step = k_part * steps
+        channel = [] if group is not None else [Vector(s_gmem, own.pop(0).at[warpgroup], own.pop(0).at[warpgroup])]
+        biases = end.vectors(given, own, warpgroup)
+        operands = [x_gmem, w_gmem] if group is None else [x_gmem, w_gmem, s_gmem]
 
         def advance(step, x_ref, w_ref, *rest):
             s_ref, (carry, *settle) = (None, rest) if group is None else (rest[0], rest[1:])
             for p in range(bk // PIECE):
-                here = (step + first_step, p, x_ref, w_ref, s_ref, first_row, carry)
+                here = (step, p, x_ref, w_ref, s_ref, first_row, carry)
                 if after:
                     carry = piece(*here)
                 else:
                     added(*here, *settle)
             return carry
 
-        def finish(total):
-            start = n_block * bn + first_row
-            if group is None:
-                channel = fetch_vector(s_gmem, channel_smem.at[warpgroup], barrier.at[warpgroup], start, rows)
-                total = total * over_columns(row_values(channel), shape)
-            total = end.rows(total, b_gmem, b_smem, warpgroup, start)
-            out = out_gmem.at[k_part] if split else out_gmem
+        def start(at: Piece):
+            return (at.n * together + member) * bn + first_row
 
-            def target(start, size):
-                return out.at[pl.ds(m_block * bm + start, size), pl.ds(n_block * bn + first_row, staged[1])]
+        def begin(at: Piece):
+            for vector in (*channel, *biases):
+                vector.fetch(start(at))
 
-            store(total.astype(out_dtype), out_smem.at[warpgroup], target, transpose=True)
+        def arrived():
+            for vector in (*channel, *biases):
+                vector.arrived()
 
-        in_specs = [
-            plgpu.BlockSpec(
-                (bm, bk),
-                lambda i: (m_block, i + first_step),
-                transforms=swizzled(bk, 16),
-                collective_axes=("cluster",) if together > 1 else (),
-            ),
-            plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, bits)),
-        ]
-        operands = [x_gmem, w_gmem]
-        if group is not None:
-            reach = group * per_copy
-            in_specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // reach)))
-            operands.append(s_gmem)
-        how = {"in_specs": in_specs, "operands": operands, "shape": shape, "dtype": jnp.float32, "registers": after}
-        # Eight bits take twice the shared memory for a stage, and miss the one that is given back later.
-        stream(advance, finish, tiles=tiles, steps=steps, **how, overlap=bits == 4 and not after)
+        def finish(at: Piece, columns):
+            out = out_gmem.at[at.part] if split else out_gmem
 
-    out_shape = (tiles.split_k, m, n) if split else (m, n)
+            def target(first, size):
+                return out.at[pl.ds(at.m * bm + first, size), pl.ds(start(at), staged[1])]
+
+            def finished(first, size):
+                part = columns(first, size)
+                part = part * channel[0].rows(part.shape) if channel else part
+                return end.rows(part, biases).astype(out_dtype)
+
+            store(finished, shape, out_smem.at[warpgroup], target, transpose=True)
+
+        def blocks(m_block, n_block, first_step=0):
+            n_block = n_block * together + member
+            specs = [
+                plgpu.BlockSpec(
+                    (bm, bk),
+                    lambda i: (m_block, i + first_step),
+                    transforms=swizzled(bk, 16),
+                    collective_axes=("cluster",) if together > 1 else (),
+                ),
+                plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, bits)),
+            ]
+            if group is not None:
+                reach = group * per_copy
+                specs.append(plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // reach)))
+            return specs
+
+        frame = {"tiles": tiles, "operands": operands, "shape": shape, "dtype": jnp.float32}
+        if schedule is not None:
+            parts = Parts(told, sums, member, warpgroup, interpret is not None)
+            # Eight bits take twice the shared memory for a stage, and miss the one that is given back later.
+            ring(advance, begin, arrived, finish, schedule=schedule, parts=parts, blocks=blocks, overlap=bits == 4, **frame)
+            return
+        here = Piece(lax.axis_index("m"), lax.axis_index("n"), lax.axis_index("k") * steps, None, part=lax.axis_index("k"))
+
+        def advance_part(step, *rest):
+            return advance(step + here.first, *rest)
+
+        def end_tile(total):
+            arrived()
+            finish(here, all_columns(total))
+
+        in_specs = blocks(here.m, here.n, here.first)
+        stream(advance_part, lambda: begin(here), end_tile, steps=steps, in_specs=in_specs, registers=after, **frame)
+
+    out = jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), out_dtype)
     kernel = plgpu.kernel(
         hopper_weight_only,
-        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        out_type=(out, *handed.results),
         scratch_types=[
             plgpu.SMEM((workers, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
-            plgpu.SMEM((workers, vector_size(rows, scales.dtype)), scales.dtype),
-            plgpu.Barrier(num_barriers=workers),
+            *(Vector.scratch(workers, rows, scales.dtype) if group is None else ()),
             *end.scratch(workers, rows),
         ],
-        grid=(tiles.split_k, -(-n // (bn * together)), -(-m // bm)),
-        grid_names=("k", "n", "m"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
-        **({} if workers == 1 else {"num_threads": workers + 1, "thread_name": "wg"}),
-        **({} if together == 1 else {"cluster": (together,), "cluster_names": ("cluster",)}),
+        **launch(tiles, schedule, (tiles.split_k, down, across)),
     )
-    return kernel(x, codes, scales.reshape(n) if group is None else scales, *end.operands)
+    return kernel(x, codes, scales.reshape(n) if group is None else scales, *end.operands, *handed.operands)[0]

@@ -87,6 +87,13 @@ class Simulator:
     def power(self, a):
         return np.exp2(a.astype(np.float64)).astype(np.float32)
 
+    def divided(self, a, b):
+        return (a / b).astype(np.float32)
+
+    def packed_e4m3(self, a, b):
+        each = np.clip(np.stack([a, b], -1), -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint16)[:, 0]
+        return each.astype(np.uint32)
+
     def inverse(self, a):
         return (1 / a.astype(np.float64)).astype(np.float32)
 
@@ -126,6 +133,9 @@ class Simulator:
 
     def store_real(self, address, value):
         self._put(address, value.reshape(-1, 1).view(np.uint8))
+
+    def store_words(self, address, *words):
+        self._put(address, np.stack([word.view(np.uint32) for word in words], -1).view(np.uint8))
 
     def load_shared(self, offset, words):
         at = self._at(offset, 4 * words)[self.active]

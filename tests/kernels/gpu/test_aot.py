@@ -25,10 +25,11 @@ def rows(rows_of):
 def test_next_to_nothing_is_spilled_and_shared_memory_suffices(rows):
     assert len(rows) > 10
     for row in ours(rows):
-        # The widest blocks leave no room: with jax 0.11.2 a register is put aside before the loop, with 0.10.2 a few within it.
-        wide = row["tiles"].startswith("128x256") and row["kernel"].startswith("W4")
-        assert row["spills"] <= (336 if wide else 0) and row["registers"] <= 255, row
-        assert row["shared"] <= SHARED_BYTES and row["products"] > 0, row
+        # The widest blocks leave no room: what is known of a piece is put aside, with four bits some of it within the loop.
+        wide = row["tiles"].startswith("128x256") and "warpgroups" in row["tiles"]
+        allowed = 0 if not wide else 528 if row["kernel"].startswith("W4") else 136
+        assert row["spills"] <= allowed and row["registers"] <= 255, row
+        assert row["shared"] <= SHARED_BYTES and (row["products"] > 0 or row["kernel"].startswith("rows")), row
 
 
 def test_no_operand_is_overwritten_while_tensor_cores_read_it(rows):
@@ -39,10 +40,19 @@ def test_no_operand_is_overwritten_while_tensor_cores_read_it(rows):
 
 def test_no_float_weight_is_written_to_memory(rows):
     for row in ours(rows):
-        assert row["temporaries"] < row["float_weight"] // 8, row
-    # The tiles that were asked for write nothing at all.
+        if row["float_weight"]:
+            assert row["temporaries"] - handed_over(row) < row["float_weight"] // 8, row
+    # The tiles that were asked for write nothing but sums that one block hands to another.
     named = [row for row in rows if row["tiles"].startswith(("16x128x256", "64x128x128", "128x128x128")) and row["m"] <= 128]
-    assert [row["m"] for row in named] == [16, 64, 128, 16] and not any(row["temporaries"] for row in named)
+    assert [row["m"] for row in named] == [16, 64, 128, 128, 16] and all(row["temporaries"] <= handed_over(row) for row in named)
+
+
+def handed_over(row) -> int:
+    """Bytes of the float32 sums of 132 thread blocks that stay, and of their counters."""
+    if "warpgroups" not in row["tiles"]:
+        return 0
+    block_m, block_n = (int(size) for size in row["tiles"].split(" ")[0].split("x")[:2])
+    return 132 * (block_m * block_n * 4 + 16)
 
 
 def test_an_a100_never_holds_the_float_weight(rows):

@@ -10,6 +10,7 @@ from qjax_kernels import shapes
 from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.epilogue import activated
 from qjax_kernels.gpu.order import by_threads, in_order
+from qjax_kernels.gpu.schedule import Schedule
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, pipelined_tiles
 from qjax_kernels.request import Device, Request, Weight
 
@@ -81,6 +82,57 @@ def test_shared_shapes_with_default_tiles(case):
         placed = jnp.asarray(by_threads(codes), jnp.int4)
         y = weight_only.weight_only_matmul(x, placed, scales, group_size=case.group, interpret=interpreter())
     near(y, x, codes * np.repeat(np.float64(scales), case.k // groups, 1))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("m", "n", "group", "tiles", "cores"),
+    [
+        (40, 384, 128, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True), 7),  # nine tiles among seven blocks
+        (20, 384, 128, Tiles(16, 192, 128, 3, warpgroups=3, scale_first=True, cluster=2), 8),  # two pairs among four
+        (40, 256, None, Tiles(16, 128, 128, 3, warpgroups=2, scale_first=True), 5),
+        (16, 128, 128, Tiles(16, 128, 128, 4, warpgroups=2, scale_first=True), 4),  # one tile in four parts
+    ],
+)
+def test_tiles_that_blocks_share(m, n, group, tiles, cores):
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw, k = np.random.default_rng(0), 2048
+    blocks_of_w = -(-n // (tiles.block_n * tiles.cluster))
+    assert Schedule.of(-(-m // tiles.block_m), blocks_of_w, k // 128, tiles.stages, cores // tiles.cluster).shared
+    codes = draw.integers(-8, 8, (n, k))
+    scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group if group else 1)), jnp.bfloat16)
+    x, bias = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16), jnp.asarray(draw.normal(size=n), jnp.float32)
+    with register_operands():
+        stored, how = jnp.asarray(by_threads(codes), jnp.int4), {"group_size": group, "tiles": tiles, "cores": cores}
+        y = weight_only.weight_only_matmul(x, stored, scales, bias=bias, activation="relu", interpret=interpreter(), **how)
+    w = codes * np.repeat(np.float64(scales), group or k, 1)
+    expected, magnitude = np.float64(x) @ w.T + np.float64(bias), np.abs(np.float64(x)) @ np.abs(w.T)
+    assert np.all(np.abs(np.float64(y) - np.maximum(expected, 0)) <= 2**-8 * (np.abs(expected) + magnitude))
+
+
+@interpreted
+def test_eight_bits_that_blocks_share():
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter
+
+    draw, (m, n, k), cores = np.random.default_rng(0), (300, 192, 2048), 8
+    tiles = Tiles(128, 64, 128, 3, warpgroups=2, x_left=True, cluster=2)
+    assert Schedule.of(2, 3, 16, 3, cores // 2).shared
+    codes, scales = jnp.asarray(draw.integers(-127, 128, (n, k)), jnp.int8), jnp.asarray(draw.uniform(0.01, 0.1, n), jnp.float32)
+    x = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16)
+    rows, row_scales = eight_bit.rounded_rows(x, jnp.int8)
+    y = eight_bit.eight_bit_matmul(x, codes, scales, tiles=tiles, cores=cores, interpret=interpreter())
+    exact = np.float64(rows) @ np.float64(codes).T * np.float64(row_scales)[:, None] * np.float64(scales)
+    np.testing.assert_allclose(np.float64(y), exact, rtol=2**-8, atol=1e-6 * np.abs(exact).max())
+
+
+def test_blocks_that_stay_take_no_split():
+    tiles = Tiles(64, 128, 128, 2, split_k=2, warpgroups=2, scale_first=True)
+    with pytest.raises(ValueError, match="leave it 1"):
+        x, codes = jnp.ones((64, 1024), jnp.bfloat16), jnp.zeros((128, 1024), jnp.int4)
+        weight_only.weight_only_matmul(x, codes, jnp.ones((128, 8)), group_size=128, tiles=tiles, interpret=True)
 
 
 @interpreted

@@ -1,0 +1,175 @@
+"""Sums that one thread block begins and another ends, handed over through device memory."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+
+from .mosaic import Layout
+from .schedule import Piece, Schedule
+from .warps import Int, Long, Real, Warps
+
+STRETCH = 64  # columns of a sum that are in registers beside it
+THREADS = 128  # of a warpgroup
+
+
+class Room(NamedTuple):
+    """Device memory for parts.
+
+    Attributes:
+      operands: what the kernel takes: counters, or nothing.
+      results: what it gives: sums, or nothing.
+    """
+
+    operands: tuple[jax.Array, ...]
+    results: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def room(schedule: Schedule | None, members: int, warpgroups: int, shape: tuple[int, int], dtype) -> Room:
+    """The room for one part (R, C) of each warpgroup; none where nothing is cut."""
+    if schedule is None or not schedule.shared:
+        return Room((), ())
+    places = (schedule.groups, members, warpgroups)
+    return Room((jnp.zeros(places, jnp.int32),), (jax.ShapeDtypeStruct((*places, *reversed(shape)), dtype),))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """Where they lie.
+
+    Attributes:
+      told: the counters (groups, members, warpgroups) int32 in device memory, zeros at first; or nothing where no tile is cut.
+      sums: the sums (groups, members, warpgroups, C, R) in device memory; or nothing.
+      member: number of the block in its group.
+      warpgroup: that computes.
+      interpreted: blocks run one after another, and none has to wait.
+    """
+
+    told: Sequence
+    sums: Sequence
+    member: Any
+    warpgroup: Any
+    interpreted: bool
+
+    def end(self, piece: Piece, group: Any, schedule: Schedule, total: jax.Array, finish: Callable) -> None:
+        """Hands a sum over, or takes those of others and finishes it.
+
+        Args:
+          piece: whose sum it is.
+          group: of this block.
+          schedule: of the pieces.
+          total: the sum (R, C).
+          finish: as `ring` takes it.
+        """
+        if not schedule.shared:
+            finish(piece, lambda start, size: total[:, start : start + size])
+            return
+
+        def hand_over() -> None:
+            for start in range(0, total.shape[1], STRETCH):
+                part = total[:, start : start + STRETCH]
+                self._write(self._place(group, start, part.shape[1]), part)
+            self._tell(group)
+
+        def take() -> None:
+            @pl.loop(piece.begun, group)
+            def _(other):
+                self._await(other)
+
+            def columns(start: int, size: int) -> jax.Array:
+                def add(other, part):
+                    return part + self._read(self._place(other, start, size), part.dtype)
+
+                return lax.fori_loop(piece.begun, group, add, total[:, start : start + size])
+
+            finish(piece, columns)
+
+        lax.cond(piece.last == schedule.stages, take, hand_over)
+
+    def _place(self, group: Any, start: int, size: int) -> Any:
+        """Where columns of a part lie, as so many rows."""
+        return self.sums[0].at[group, self.member, self.warpgroup, pl.ds(start, size)]
+
+    def _write(self, place: Any, part: jax.Array) -> None:
+        """Each thread writes its own numbers, four at once, beside those of its neighbours: nobody else reads them."""
+        if self.interpreted:
+            place[...] = part.T
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), Layout.WGMMA))
+        def write(_, target, own):
+            w, at = Warps(), _thread_place(target)
+            words = [w.as_integer(Real(value)) if own.mlir_dtype == ir.F32Type.get() else Int(value) for value in _scalars(own)]
+            for i in range(0, len(words), 4):
+                w.store_words(at + i * 4 * THREADS, *words[i : i + 4])
+
+        write(place, plgpu.layout_cast(part, Layout.WGMMA))  # pyright: ignore[reportCallIssue]
+
+    def _read(self, place: Any, dtype: Any) -> jax.Array:
+        """What the same thread of another block wrote."""
+        size, rows = place.shape
+        if self.interpreted:
+            return place[...].T
+        kind = plgpu.ShapeDtypeStruct((rows, size), dtype, layout=Layout.WGMMA)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=kind)
+        def read(_, source):
+            w, at = Warps(), _thread_place(source)
+            registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((rows, size)), dtype=object)
+            words = [word for i in range(0, 2 * registers.size, 4) for word in w.load_shared_by_all(at + i * 4 * THREADS, 4)]
+            values = [w.as_real(word).value if dtype == jnp.float32 else word.value for word in words]
+            pair = ir.VectorType.get((2,), values[0].type)
+            for i, index in enumerate(np.ndindex(registers.shape)):
+                registers[index] = vector.from_elements(pair, values[2 * i : 2 * i + 2])
+            return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None if dtype == jnp.float32 else True)
+
+        return read(place)  # pyright: ignore[reportCallIssue]
+
+    def _tell(self, group: Any) -> None:
+        if self.interpreted:
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def tell(_, counter):
+            mgpu_utils.warpgroup_barrier()  # all threads have written
+            with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
+                Warps().arrive(_address(counter))
+
+        tell(self.told[0].at[group, self.member, pl.ds(self.warpgroup, 1)])  # pyright: ignore[reportCallIssue]
+
+    def _await(self, group: Any) -> None:
+        if self.interpreted:
+            return
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def await_(_, counter):
+            with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
+                w = Warps()
+                w.await_count(_address(counter), w.integer(1))
+            mgpu_utils.warpgroup_barrier()
+
+        await_(self.told[0].at[group, self.member, pl.ds(self.warpgroup, 1)])  # pyright: ignore[reportCallIssue]
+
+
+def _thread_place(reference: Any) -> Long:
+    """Where the numbers of a thread of a warpgroup begin: sixteen bytes behind those of the thread before."""
+    return _address(reference) + (Int(mgpu_utils.thread_idx()) % THREADS) * 16
+
+
+def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    """The numbers of a thread, which lie in vectors of two."""
+    return [vector.extract(register, [], [i]) for _, register in np.ndenumerate(array.registers) for i in range(2)]
+
+
+def _address(reference: Any) -> Long:
+    return Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(reference)))
