@@ -14,7 +14,8 @@ from jaxlib.mlir.dialects import arith
 from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .order import in_order
-from .pipeline import Epilogue, all_columns, column_values, over_columns, over_rows, row_values, staging, store, stream
+from .pipeline import Epilogue, column_values, over_columns, over_rows, row_values, staging, store, stream
+from .schedule import Piece
 from .tiles import FRACTION, PIECE, Tiles
 
 
@@ -154,41 +155,45 @@ def digit_products(
 
     def hopper_digits(x_gmem, w_gmem, s_gmem, t_gmem, *rest):
         given, (out_gmem, out_smem, *b_smem) = end.taken(rest)
-        k_part, n_block, m_block = lax.axis_index("k"), lax.axis_index("n"), lax.axis_index("m")
         warpgroup = lax.axis_index("wg") if workers > 1 else 0
-        first_row, first_step = warpgroup * rows, k_part * steps
+        first_row = warpgroup * rows
         added = end.vectors(given, b_smem, warpgroup)
 
         def advance(step, x_ref, w_ref, s_ref, t_ref, carry):
             for p in range(pieces):
-                carry = piece(step + first_step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry)
+                carry = piece(step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry)
             return carry
 
-        def begin():
+        def begin(at: Piece):
             for vector in added:
-                vector.fetch(n_block * bn + first_row)
+                vector.fetch(at.n * bn + first_row)
 
-        def finish(total):
+        def arrived():
             for vector in added:
                 vector.arrived()
-            out = out_gmem.at[k_part] if split else out_gmem
+
+        def finish(at: Piece, columns):
+            out = out_gmem.at[at.part] if split else out_gmem
 
             def target(start, size):
-                return out.at[pl.ds(m_block * bm + start, size), pl.ds(n_block * bn + first_row, staged[1])]
+                return out.at[pl.ds(at.m * bm + start, size), pl.ds(at.n * bn + first_row, staged[1])]
 
-            # Codes are sixteen times themselves.
-            total = end.rows(total * 0.0625, added).astype(out_dtype)
-            store(all_columns(total), shape, out_smem.at[warpgroup], target, transpose=True)
+            def finished(start, size):  # codes are sixteen times themselves
+                return end.rows(columns(start, size) * 0.0625, added).astype(out_dtype)
 
-        in_specs = [
-            plgpu.BlockSpec((2 * bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(PIECE, 8)),
-            plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, 4)),
-            plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))),
-            plgpu.BlockSpec((pieces, width), lambda i: (m_block * steps * tiles.split_k + i + first_step, 0)),
-        ]
+            store(finished, shape, out_smem.at[warpgroup], target, transpose=True)
+
+        def blocks(m_block, n_block, first_step):
+            return [
+                plgpu.BlockSpec((2 * bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(PIECE, 8)),
+                plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, 4)),
+                plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))),
+                plgpu.BlockSpec((pieces, width), lambda i: (m_block * steps * tiles.split_k + i + first_step, 0)),
+            ]
+
         operands = [x_gmem, w_gmem, s_gmem, t_gmem]
         stream(
-            advance, begin, finish, tiles=tiles, steps=steps, in_specs=in_specs, operands=operands, shape=shape, dtype=jnp.float32,
+            advance, begin, arrived, finish, tiles=tiles, steps=steps, blocks=blocks, operands=operands, shape=shape, dtype=jnp.float32,
             registers=True,
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .epilogue import Activation
 from .mosaic import LANE, swizzled, transposed
 from .parts import Parts, room
-from .pipeline import Epilogue, Vector, all_columns, launch, staging, store, stream
+from .pipeline import Epilogue, Vector, launch, staging, store, stream
 from .ring import ring
 from .schedule import Piece, Schedule
 from .tiles import Tiles
@@ -119,14 +119,7 @@ def eight_bit(
             parts = Parts(told, sums, member, worker, interpret is not None)
             ring(advance, begin, arrived, finish, schedule=schedule, parts=parts, blocks=blocks, overlap=False, **frame)
             return
-        here = Piece(lax.axis_index("m"), lax.axis_index("n"), lax.axis_index("k") * steps, None, part=lax.axis_index("k"))
-
-        def end_tile(total):
-            arrived()
-            finish(here, all_columns(total))
-
-        in_specs = blocks(here.m, here.n, here.first)
-        stream(advance, lambda: begin(here), end_tile, steps=steps, in_specs=in_specs, registers=False, **frame)
+        stream(advance, begin, arrived, finish, steps=steps, blocks=blocks, registers=False, **frame)
 
     out = jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), result)
     kernel = plgpu.kernel(

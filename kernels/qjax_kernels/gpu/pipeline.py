@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .epilogue import Activation, activated
 from .mosaic import ACC, Layout, load, transposed
-from .schedule import Schedule
+from .schedule import Piece, Schedule
 from .tiles import COPIER_REGISTERS, Tiles
 
 
@@ -27,42 +27,51 @@ def over_rows(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def stream(
-    advance: Callable, begin: Callable[[], None], finish: Callable, *, tiles: Tiles, steps: int, in_specs: Sequence, operands: Sequence,
-    shape, dtype, registers: bool,
+    advance: Callable, begin: Callable[[Piece], None], arrived: Callable[[], None], finish: Callable, *, tiles: Tiles, steps: int,
+    blocks: Callable[[Any, Any, Any], Sequence], operands: Sequence, shape, dtype, registers: bool,
 ) -> None:  # fmt: skip
-    """Runs `advance` over the stages of one tile, then `finish` on the sum.
+    """Computes one tile, or a part of its K, in a thread block of a grid of "k", "n" and "m" (`launch`).
 
     Args:
       advance: of the number of a stage, references to its blocks and the sum: the sum after it, if it is in `registers`; else it takes
         one thing more, which it calls behind each product that it begins.
-      begin: called before the first stage.
-      finish: of the sum (R, C), in registers.
+      begin: of a piece: asks for what `finish` needs, before the first stage.
+      arrived: waits for it.
+      finish: of the piece, and a function of a first column and how many: these columns of the sum.
       tiles: the cut.
-      steps: stages in all.
-      in_specs: blocks of a stage.
+      steps: stages of a part.
+      blocks: of the block's place in y and its first stage: the blocks of a stage, whose index maps count from there.
       operands: references in device memory, one for every block.
       shape: of the sum of a warpgroup.
       dtype: of the sum, float32 or int32.
       registers: the sum is an ordinary array that `advance` returns; otherwise the tensor cores add to it.
     """
 
+    part = lax.axis_index("k")
+    here = Piece(lax.axis_index("m"), lax.axis_index("n"), part * steps, (part + 1) * steps, part=part)
+    in_specs = blocks(here.m, here.n, here.first)
+
+    def end(total) -> None:
+        arrived()
+        finish(here, lambda start, size: total if size == total.shape[1] else total[:, start : start + size])
+
     def with_sum(run):
-        begin()
+        begin(here)
         if registers:
-            finish(run(plgpu.layout_cast(jnp.zeros(shape, dtype), Layout.WGMMA)))
+            end(run(plgpu.layout_cast(jnp.zeros(shape, dtype), Layout.WGMMA)))
             return
 
         def scoped(acc):
             run(acc)
-            finish(acc[...])
+            end(acc[...])
 
         pl.run_scoped(scoped, ACC(shape, dtype))
 
     def stage(index, *refs):
         if registers:
-            return advance(index[0], *refs)
+            return advance(index[0] + here.first, *refs)
         *refs, carry = refs
-        advance(index[0], *refs, carry, lambda: None)
+        advance(index[0] + here.first, *refs, carry, lambda: None)
         plgpu.wgmma_wait(0)
         return carry
 
@@ -227,8 +236,3 @@ def store(columns: Callable[[int, int], jax.Array], shape: tuple[int, int], stag
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own, target(start, size))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def all_columns(value: jax.Array) -> Callable[[int, int], jax.Array]:
-    """What `store` takes of a sum that is in registers."""
-    return lambda start, size: value if size == value.shape[1] else value[:, start : start + size]

@@ -15,7 +15,7 @@ from .epilogue import Activation
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .order import in_order
 from .parts import Parts, room
-from .pipeline import Epilogue, Vector, all_columns, launch, over_columns, staging, store, stream
+from .pipeline import Epilogue, Vector, launch, over_columns, staging, store, stream
 from .ring import ring
 from .schedule import Piece, Schedule
 from .tiles import Tiles, stays
@@ -208,17 +208,7 @@ def weight_only(
             # Eight bits take twice the shared memory for a stage, and miss the one that is given back later.
             ring(advance, begin, arrived, finish, schedule=schedule, parts=parts, blocks=blocks, overlap=bits == 4, **frame)
             return
-        here = Piece(lax.axis_index("m"), lax.axis_index("n"), lax.axis_index("k") * steps, None, part=lax.axis_index("k"))
-
-        def advance_part(step, *rest):
-            return advance(step + here.first, *rest)
-
-        def end_tile(total):
-            arrived()
-            finish(here, all_columns(total))
-
-        in_specs = blocks(here.m, here.n, here.first)
-        stream(advance_part, lambda: begin(here), end_tile, steps=steps, in_specs=in_specs, registers=after, **frame)
+        stream(advance, begin, arrived, finish, steps=steps, blocks=blocks, registers=after, **frame)
 
     out = jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), out_dtype)
     kernel = plgpu.kernel(
