@@ -18,6 +18,10 @@ _QUICK = "" if "xla_backend_optimization_level" in _GIVEN else f"--xla_backend_o
 _WHOLE = "--xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {_WHOLE} {_QUICK} {_GIVEN}"
 
+# Blocks of an interpreted GPU kernel wait for each other inside callbacks, each of which holds a thread of XLA's pool: with as many threads
+# as there are cores, two that wait keep out the one they wait for, and the run stands still.
+os.environ.setdefault("NPROC", "16")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
