@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from ..gradient import like
 from ..request import Request
-from .epilogue import Activation, activated, added_up
-from .tiles import SHARED_BYTES, Tiles, eight_bit_tiles, padded_rows
+from .epilogue import Activation, activated, added_up, check_vectors
+from .tiles import PIECE, SHARED_BYTES, Tiles, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
 
@@ -84,17 +84,31 @@ def eight_bit_matmul(
       Gradients reach x, as if it had not been rounded, and the bias; codes and scales are constants. Forward mode has none.
 
     Raises:
-      ValueError: the tiles need more shared memory than there is; an unknown activation.
+      ValueError: operands that do not fit together; tiles that need more shared memory than there is; an unknown activation.
     """
 
     def run(x, bias, codes, scales):
         (m, k), n = x.shape, codes.shape[0]
-        given = eight_bit_tiles(m, n, k, cores) if tiles is None else tiles
+        if m == 0:
+            return jnp.zeros((0, n), x.dtype)
+        given = eight_bit_tiles(m, n, k, cores, x.dtype.itemsize) if tiles is None else tiles
         rows, row_scales = _rounded(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), dtype=codes.dtype, tiles=given, interpret=interpret)
         how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
+    _check(x.shape, codes, scales, bias)
     return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
+
+
+def _check(x: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None) -> None:
+    """Raises ValueError where a kernel would read or leave out what it must not."""
+    if codes.dtype not in (jnp.int8, jnp.float8_e4m3fn):
+        raise ValueError(f"`codes` are {codes.dtype}; they must be int8 or float8_e4m3fn")
+    if len(x) != 2 or codes.ndim != 2 or codes.shape[1] != x[1]:
+        raise ValueError(f"rows are {x} and `codes` {codes.shape}; they must be (M, K) and (N, K)")
+    if x[1] % PIECE or codes.shape[0] % 8:
+        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of 8 and K of {PIECE}: pad the weight")
+    check_vectors(codes.shape[0], 1, scales, bias)
 
 
 def _scale_entries(m: int, tiles: Tiles) -> int:
@@ -143,13 +157,20 @@ def scaled_product(
       (M, N) of `out_dtype`.
 
     Raises:
-      ValueError: the tiles need more shared memory than there is.
+      ValueError: operands that do not fit together; tiles that split K or need more shared memory than there is.
     """
     from .eight_bit_kernel import eight_bit
 
-    (m, k), n = rows.shape, codes.shape[0]
-    tiles = eight_bit_tiles(m, n, k, cores) if tiles is None else tiles
-    if (used := tiles.shared_bytes(8, 0, 1)) > SHARED_BYTES:
+    _check(rows.shape, codes, scales, bias)
+    (m, k), n, wide = rows.shape, codes.shape[0], jnp.dtype(out_dtype).itemsize
+    if rows.dtype != codes.dtype:
+        raise ValueError(f"`rows` are {rows.dtype} and `codes` {codes.dtype}; they must be of one type")
+    if m == 0:
+        return jnp.zeros((0, n), out_dtype)
+    tiles = eight_bit_tiles(m, n, k, cores, wide) if tiles is None else tiles
+    if tiles.split_k > 1 and tiles.x_left and tiles.warpgroups > 1:
+        raise ValueError(f"`tiles.split_k` is {tiles.split_k}: blocks of {tiles.warpgroups} warpgroups share K by themselves; leave it 1")
+    if (used := tiles.shared_bytes(8, 0, 1, wide)) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
     row_scales = jnp.pad(row_scales, (0, max(0, _scale_entries(m, tiles) - row_scales.shape[0])))
     end: dict[str, Any] = {"bias": bias, "activation": activation, "out_dtype": out_dtype, "interpret": interpret}

@@ -48,16 +48,17 @@ def eight_bit(
     sums_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     together = tiles.cluster
     down, across = -(-n // bn), -(-m // (bm * together))
-    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), cores // together) if tiles.x_left and workers > 1 else None
+    stay, groups = tiles.x_left and workers > 1, max(1, cores // together)
+    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), groups) if stay else None
 
     end = Epilogue.of(bias, activation, split)
     handed = room(schedule, together, workers, shape, sums_dtype)
-    cut = len(handed.operands)
     sizes = (left_rows, right_rows) if tiles.x_left else (right_rows, left_rows)  # of stretches of scales of x and w
 
     def hopper_eight_bit(x_gmem, xs_gmem, w_gmem, ws_gmem, *rest):
         given, rest = end.taken(rest)
-        told, out_gmem, sums, (out_smem, *own) = rest[:cut], rest[cut], rest[cut + 1 : 2 * cut + 1], rest[2 * cut + 1 :]
+        out_gmem, *memory = rest[: 1 + len(handed)]
+        out_smem, *own = rest[1 + len(handed) :]
         worker = lax.axis_index("wg") if workers > 1 else 0
         member = lax.axis_index("cluster") if together > 1 else 0
         first = worker * left_rows
@@ -116,7 +117,7 @@ def eight_bit(
 
         frame = {"tiles": tiles, "operands": [x_gmem, w_gmem], "shape": shape, "dtype": sums_dtype}
         if schedule is not None:
-            parts = Parts(told, sums, member, worker, interpret is not None)
+            parts = Parts(memory, member, worker, interpret is not None)
             ring(advance, begin, arrived, finish, schedule=schedule, parts=parts, blocks=blocks, overlap=False, **frame)
             return
         stream(advance, begin, arrived, finish, steps=steps, blocks=blocks, registers=False, **frame)
@@ -124,7 +125,7 @@ def eight_bit(
     out = jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), result)
     kernel = plgpu.kernel(
         hopper_eight_bit,
-        out_type=(out, *handed.results),
+        out_type=(out, *handed),
         scratch_types=[
             plgpu.SMEM((workers, *staged), result, transforms=swizzled(64, result.itemsize * 8)),
             *Vector.scratch(workers, sizes[0], x_scale.dtype),
@@ -135,4 +136,4 @@ def eight_bit(
         interpret=interpret,
         **launch(tiles, schedule, (tiles.split_k, down, across)),
     )
-    return kernel(x, x_scale, w, w_scale, *end.operands, *handed.operands)[0]
+    return kernel(x, x_scale, w, w_scale, *end.operands)[0]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +21,20 @@ from .warps import Int, Long, Real, Warps
 
 STRETCH = 64  # columns of a sum that are in registers beside it
 THREADS = 128  # of a warpgroup
+_SIGN = 0x53A8B16E5D41F2C7  # says that a sum is there
 
 
-class Room(NamedTuple):
-    """Device memory for parts.
+def room(schedule: Schedule | None, members: int, warpgroups: int, shape: tuple[int, int], dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What a launch gives besides its result: signs, and one part (R, C) of each warpgroup; nothing where no tile is cut.
 
-    Attributes:
-      operands: what the kernel takes: counters, or nothing.
-      results: what it gives: sums, or nothing.
+    Nothing is put there before: memory that a kernel were given zeroed would be an operand, which it must not change, and which products of
+    the same shape in one program would share. Signs are random words of 64 bits; who has seen one clears it, so that what a launch leaves
+    is never taken for one by the next, and other memory holds them by a chance of 2^-64.
     """
-
-    operands: tuple[jax.Array, ...]
-    results: tuple[jax.ShapeDtypeStruct, ...]
-
-
-def room(schedule: Schedule | None, members: int, warpgroups: int, shape: tuple[int, int], dtype) -> Room:
-    """The room for one part (R, C) of each warpgroup; none where nothing is cut."""
     if schedule is None or not schedule.shared:
-        return Room((), ())
+        return ()
     places = (schedule.groups, members, warpgroups)
-    return Room((jnp.zeros(places, jnp.int32),), (jax.ShapeDtypeStruct((*places, *reversed(shape)), dtype),))
+    return jax.ShapeDtypeStruct((*places, 2), jnp.int32), jax.ShapeDtypeStruct((*places, *reversed(shape)), dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,15 +42,14 @@ class Parts:
     """Where they lie.
 
     Attributes:
-      told: the counters (groups, members, warpgroups) int32 in device memory, zeros at first; or nothing where no tile is cut.
-      sums: the sums (groups, members, warpgroups, C, R) in device memory; or nothing.
+      memory: signs (groups, members, warpgroups, 2) int32 and sums (groups, members, warpgroups, C, R), both in device memory (`room`); or
+        nothing where no tile is cut. A sum is handed over once, to one block.
       member: number of the block in its group.
       warpgroup: that computes.
       interpreted: blocks run one after another, and none has to wait.
     """
 
-    told: Sequence
-    sums: Sequence
+    memory: Sequence
     member: Any
     warpgroup: Any
     interpreted: bool
@@ -98,7 +91,7 @@ class Parts:
 
     def _place(self, group: Any, start: int, size: int) -> Any:
         """Where columns of a part lie, as so many rows."""
-        return self.sums[0].at[group, self.member, self.warpgroup, pl.ds(start, size)]
+        return self.memory[1].at[group, self.member, self.warpgroup, pl.ds(start, size)]
 
     def _write(self, place: Any, part: jax.Array) -> None:
         """Each thread writes its own numbers, four at once, beside those of its neighbours: nobody else reads them."""
@@ -140,25 +133,24 @@ class Parts:
             return
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def tell(_, counter):
+        def tell(_, sign):
             mgpu_utils.warpgroup_barrier()  # all threads have written
             with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
-                Warps().arrive(_address(counter))
+                Warps().show(_address(sign), _SIGN)
 
-        tell(self.told[0].at[group, self.member, pl.ds(self.warpgroup, 1)])  # pyright: ignore[reportCallIssue]
+        tell(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]
 
     def _await(self, group: Any) -> None:
         if self.interpreted:
             return
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def await_(_, counter):
+        def await_(_, sign):
             with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
-                w = Warps()
-                w.await_count(_address(counter), w.integer(1))
+                Warps().await_sign(_address(sign), _SIGN)
             mgpu_utils.warpgroup_barrier()
 
-        await_(self.told[0].at[group, self.member, pl.ds(self.warpgroup, 1)])  # pyright: ignore[reportCallIssue]
+        await_(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]
 
 
 def _thread_place(reference: Any) -> Long:

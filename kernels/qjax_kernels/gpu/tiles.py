@@ -81,10 +81,10 @@ class Tiles:
         units = self.block_k // 128 * max(self.block_m, 32) * 4 if self.digits else 0
         return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + units
 
-    def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
+    def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, out_bytes: int = 2) -> int:
         """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
-        out = left * min(right, 64) * (4 if self.split_k > 1 else 2)
+        out = left * min(right, 64) * (4 if self.split_k > 1 else out_bytes)
         return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + self.block_n * 4 + 1024
 
 
@@ -268,7 +268,7 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
 def _time(m: int, n: int, k: int, tiles: Tiles, cores: int) -> float:
     """About how many microseconds a product takes whose thread blocks stay on their multiprocessors."""
     across, down = math.ceil(m / tiles.block_m), math.ceil(n / (tiles.block_n * tiles.cluster))
-    schedule = Schedule.of(across, down, math.ceil(k / 128), tiles.stages, cores // tiles.cluster)
+    schedule = Schedule.of(across, down, math.ceil(k / 128), tiles.stages, max(1, cores // tiles.cluster))
     turns = math.ceil(across * down / schedule.groups)
     return (turns * 2000 + schedule.longest * (tiles.block_m * tiles.block_n / 16 + _IDLE)) / _CYCLES
 
@@ -281,7 +281,7 @@ def _parts(m: int, n: int, k: int, tiles: Tiles, cores: int) -> int:
     return split
 
 
-def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
+def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132, out_bytes: int = 2) -> Tiles:
     """The tiles of eight bits on both sides that were the fastest on an H200, by rules that take them to other shapes.
 
     Args:
@@ -289,6 +289,7 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
       n: rows of w.
       k: the contracted length.
       cores: multiprocessors of the GPU.
+      out_bytes: of an element of y.
 
     Returns:
       Tiles that fit into shared memory.
@@ -297,6 +298,7 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
         wide = Tiles(block_m=128, block_n=256, block_k=128, stages=4, warpgroups=2, x_left=True)
         if m >= 4096 and n >= 128 * cores:
             return dataclasses.replace(wide, stages=3)
+        wide = wide if wide.shared_bytes(8, 0, 1, out_bytes) <= SHARED_BYTES else dataclasses.replace(wide, stages=3)
         return dataclasses.replace(wide, cluster=2 if m > 128 else 1)
     block_m = max(8, math.ceil(m / 8) * 8)
     if n >= 128 * cores:
@@ -306,5 +308,5 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132) -> Tiles:
     while blocks(m, n, narrow) * split < 2 * cores and k // narrow.block_k >= 4 * split:
         split *= 2
     narrow = dataclasses.replace(narrow, split_k=split)
-    fitting = (s for s in (6, 5, 4, 3) if dataclasses.replace(narrow, stages=s).shared_bytes(8, 0, 1) <= SHARED_BYTES // 3)
+    fitting = (s for s in (6, 5, 4, 3) if dataclasses.replace(narrow, stages=s).shared_bytes(8, 0, 1, out_bytes) <= SHARED_BYTES // 3)
     return dataclasses.replace(narrow, stages=next(fitting, 2))

@@ -66,6 +66,9 @@ class Int(_Number):
     def __or__(self, other: Any) -> Int:
         return Int(arith.ori(*self._pair(other)))
 
+    def __xor__(self, other: Any) -> Int:
+        return Int(arith.xori(*self._pair(other)))
+
     def __lshift__(self, other: Any) -> Int:
         return Int(arith.shli(*self._pair(other)))
 
@@ -291,6 +294,10 @@ class Warps:
         else:
             self._asm(f"bar.sync $0, {self._threads};", None, "r,~{memory}", self.part + 1, effects=True)
 
+    def warp_barrier(self) -> None:
+        """Waits for the threads of the warp, and for what they wrote to shared memory."""
+        self._asm("bar.warp.sync 0xffffffff;", None, "~{memory}", effects=True)
+
     def arrive(self, counter: Long) -> None:
         """Adds 1 to a word of device memory; who sees it (`await_count`) sees all that this block wrote before its last barrier."""
         self._asm("red.release.gpu.global.add.u32 [$0], 1;", None, "l,~{memory}", counter, effects=True)
@@ -304,6 +311,17 @@ class Warps:
         text = ("{.reg .pred p; .reg .u32 v, n; mov.u32 n, 0; WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.ge.u32 p, v, $1; @p bra MET; "
                 "add.u32 n, n, 1; setp.lt.u32 p, n, 0x1000000; @p bra WAIT; trap; MET: mov.u32 n, 0;}")  # fmt: skip
         self._asm(text, None, "l,r,~{memory}", counter, count, effects=True)
+
+    def show(self, address: Long, sign: int) -> None:
+        """Writes 64 bits; who sees them (`await_sign`) sees all that this warpgroup wrote before its last barrier."""
+        self._asm(f"st.release.gpu.global.b64 [$0], {sign};", None, "l,~{memory}", address, effects=True)
+
+    def await_sign(self, address: Long, sign: int) -> None:
+        """Waits for 64 bits and clears them. After seconds the launch ends with an error: it never hangs."""
+        text = ("{.reg .pred p; .reg .b64 v; .reg .u32 n; mov.u32 n, 0; WAIT: ld.acquire.gpu.global.b64 v, [$0]; "
+                f"setp.eq.s64 p, v, {sign}; @p bra MET; add.u32 n, n, 1; setp.lt.u32 p, n, 0x1000000; @p bra WAIT; trap; "
+                "MET: st.relaxed.gpu.global.b64 [$0], 0;}")  # fmt: skip
+        self._asm(text, None, "l,~{memory}", address, effects=True)
 
     def store_word(self, address: Long, value: Int) -> None:
         """32 bits."""

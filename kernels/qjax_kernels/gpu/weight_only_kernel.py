@@ -106,7 +106,7 @@ def weight_only(
     after = group is not None and not tiles.scale_first
     stay = stays(tiles, group)
     down, across = -(-n // (bn * together)), -(-m // bm)
-    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), cores // together) if stay else None
+    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), max(1, cores // together)) if stay else None
     # Two parts are in registers at once, beside the sums.
     width = PIECE if bits == 8 or (rows == 64 and workers < 3) else PIECE // 2
 
@@ -140,11 +140,11 @@ def weight_only(
 
     end = Epilogue.of(bias, activation, split)
     handed = room(schedule, together, workers, shape, jnp.float32)
-    cut = len(handed.operands)
 
     def hopper_weight_only(x_gmem, w_gmem, s_gmem, *rest):
         given, rest = end.taken(rest)
-        told, out_gmem, sums, (out_smem, *own) = rest[:cut], rest[cut], rest[cut + 1 : 2 * cut + 1], rest[2 * cut + 1 :]
+        out_gmem, *memory = rest[: 1 + len(handed)]
+        out_smem, *own = rest[1 + len(handed) :]
         warpgroup = lax.axis_index("wg") if workers > 1 else 0
         member = lax.axis_index("cluster") if together > 1 else 0
         first_row = warpgroup * rows
@@ -204,7 +204,7 @@ def weight_only(
 
         frame = {"tiles": tiles, "operands": operands, "shape": shape, "dtype": jnp.float32}
         if schedule is not None:
-            parts = Parts(told, sums, member, warpgroup, interpret is not None)
+            parts = Parts(memory, member, warpgroup, interpret is not None)
             # Eight bits take twice the shared memory for a stage, and miss the one that is given back later.
             ring(advance, begin, arrived, finish, schedule=schedule, parts=parts, blocks=blocks, overlap=bits == 4, **frame)
             return
@@ -213,7 +213,7 @@ def weight_only(
     out = jax.ShapeDtypeStruct((tiles.split_k, m, n) if split else (m, n), out_dtype)
     kernel = plgpu.kernel(
         hopper_weight_only,
-        out_type=(out, *handed.results),
+        out_type=(out, *handed),
         scratch_types=[
             plgpu.SMEM((workers, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
             *(Vector.scratch(workers, rows, scales.dtype) if group is None else ()),
@@ -223,4 +223,4 @@ def weight_only(
         interpret=interpret,
         **launch(tiles, schedule, (tiles.split_k, down, across)),
     )
-    return kernel(x, codes, scales.reshape(n) if group is None else scales, *end.operands, *handed.operands)[0]
+    return kernel(x, codes, scales.reshape(n) if group is None else scales, *end.operands)[0]

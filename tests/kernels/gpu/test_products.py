@@ -1,6 +1,7 @@
 """Hopper kernels through the interpreter against float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.epilogue import activated
 from qjax_kernels.gpu.order import by_threads, in_order
 from qjax_kernels.gpu.schedule import Schedule
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, pipelined_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, pipelined_tiles, weight_only_tiles
 from qjax_kernels.request import Device, Request, Weight
 
 from qjax.program import compat
@@ -129,10 +130,105 @@ def test_eight_bits_that_blocks_share():
 
 
 def test_blocks_that_stay_take_no_split():
-    tiles = Tiles(64, 128, 128, 2, split_k=2, warpgroups=2, scale_first=True)
+    x, how = jnp.ones((64, 1024), jnp.bfloat16), {"split_k": 2, "warpgroups": 2}
     with pytest.raises(ValueError, match="leave it 1"):
-        x, codes = jnp.ones((64, 1024), jnp.bfloat16), jnp.zeros((128, 1024), jnp.int4)
-        weight_only.weight_only_matmul(x, codes, jnp.ones((128, 8)), group_size=128, tiles=tiles, interpret=True)
+        tiles = Tiles(64, 128, 128, 2, scale_first=True, **how)
+        weight_only.weight_only_matmul(x, jnp.zeros((128, 1024), jnp.int4), jnp.ones((128, 8)), group_size=128, tiles=tiles, interpret=True)
+    with pytest.raises(ValueError, match="leave it 1"):
+        tiles = Tiles(128, 64, 128, 2, x_left=True, **how)
+        eight_bit.eight_bit_matmul(x, jnp.zeros((128, 1024), jnp.int8), jnp.ones(128), tiles=tiles, interpret=True)
+
+
+def kernels_of(function, *arguments) -> list[tuple[list, list]]:
+    """Shapes of operands and results of the Hopper kernels in a program for a GPU."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    lines = [line for line in text.splitlines() if "mosaic_gpu" in line and "stablehlo.custom_call" in line]
+    found = []
+    for line in lines:
+        taken, given = line.rsplit(" : ", 1)[1].split(" -> ")
+        found.append(tuple(re.findall(r"tensor<([^>]*)>", side) for side in (taken, given)))
+    return found
+
+
+@pytest.mark.parametrize("eight", [False, True])
+def test_products_of_one_program_share_no_memory_in_which_blocks_meet(eight):
+    pytest.importorskip("absl")
+    m, (k, n) = 256, (4096, 4096)
+    assert Schedule.of(2, 32, 32, 4, 132).shared
+    codes, scales = jnp.zeros((n, k), jnp.int8 if eight else jnp.int4), jnp.ones((n, 1 if eight else k // 128), jnp.float32)
+    tiles = Tiles(128, 128, 128, 3, warpgroups=2, x_left=True) if eight else None
+
+    def product(x):
+        if eight:
+            return eight_bit.scaled_product(x, jnp.ones(m), codes, scales, out_dtype=jnp.bfloat16, tiles=tiles)
+        return weight_only.weight_only_matmul(x, codes, scales, group_size=128)
+
+    x = jnp.ones((m, k), codes.dtype if eight else jnp.bfloat16)
+    (alone,) = kernels_of(product, x)
+    assert len(alone[0]) == 3 + eight  # operands are those of the product: what a kernel writes is its own
+    assert len(alone[1]) == 3 and alone[1][1].endswith("x2xi32")
+    # Of products side by side each has memory of its own.
+    (several,) = kernels_of(jax.vmap(product), jnp.stack([x] * 3))
+    assert several[1] == [f"3x{shape}" for shape in alone[1]]
+
+
+def test_no_rows_are_no_rows():
+    x, w, s = jnp.zeros((0, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 1))
+    assert weight_only.weight_only_matmul(x, w, s).shape == (0, 64)
+    assert eight_bit.eight_bit_matmul(x, w, s).shape == (0, 64)
+
+
+def test_one_multiprocessor_is_one_group():
+    assert weight_only_tiles(512, 4096, 4096, 4, cores=1) and eight_bit_tiles(512, 4096, 4096, cores=1)
+    x, w, s = jnp.zeros((300, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 1))
+    assert len(kernels_of(functools.partial(eight_bit.eight_bit_matmul, cores=1), x, w, s)) == 2  # rows are rounded, then multiplied
+
+
+@pytest.mark.parametrize("m", [1, 50, 100, 512, 4096])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 8192)])
+def test_float_results_of_eight_bits_fit_into_shared_memory(m, n, k):
+    tiles = eight_bit_tiles(m, n, k, out_bytes=4)
+    assert tiles.shared_bytes(8, 0, 1, 4) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"x": jnp.zeros((2, 256), jnp.float32)}, "`x` is float32"),
+        ({"x": jnp.zeros((2, 3, 256), jnp.bfloat16)}, "`x` is bfloat16"),
+        ({"x": jnp.zeros((2, 512), jnp.bfloat16)}, "`codes` are int4"),
+        ({"codes": jnp.zeros((64, 256), jnp.uint4)}, "`codes` are uint4"),
+        ({"codes": jnp.zeros((65, 256), jnp.int4)}, "multiple of 8"),
+        ({"codes": jnp.zeros((72, 256), jnp.int4), "scales": jnp.ones((72, 2))}, "multiple of 16"),
+        ({"codes": jnp.zeros((64, 272), jnp.int4), "x": jnp.zeros((2, 272), jnp.bfloat16)}, "K of 128"),
+        ({"group_size": 64}, "`group_size` is 64"),
+        ({"group_size": 384}, "`group_size` is 384"),
+        ({"scales": jnp.ones((64, 1))}, r"\(64, 2\)"),
+        ({"scales": jnp.ones((64, 2), jnp.int8)}, "`scales` are int8"),
+        ({"bias": jnp.ones((63,))}, "`bias` is float32"),
+        ({"bias": jnp.ones((64,), jnp.int32)}, "`bias` is int32"),
+    ],
+)
+def test_operands_that_do_not_fit_together_are_refused(changed, named):
+    pytest.importorskip("absl")
+    given = {"x": jnp.zeros((2, 256), jnp.bfloat16), "codes": jnp.zeros((64, 256), jnp.int4), "scales": jnp.ones((64, 2))}
+    with pytest.raises(ValueError, match=named):
+        weight_only.weight_only_matmul(**{**given, "group_size": 128, **changed})
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "bias", "named"),
+    [
+        (jnp.zeros((64, 256), jnp.int4), jnp.ones(64), None, "`codes` are int4"),
+        (jnp.zeros((64, 128), jnp.int8), jnp.ones(64), None, r"rows are \(2, 256\)"),
+        (jnp.zeros((60, 256), jnp.int8), jnp.ones(60), None, "multiple of 8"),
+        (jnp.zeros((64, 256), jnp.int8), jnp.ones(63), None, "`scales` are float32"),
+        (jnp.zeros((64, 256), jnp.int8), jnp.ones(64), jnp.ones((1, 64)), "`bias` is float32"),
+    ],
+)
+def test_operands_of_eight_bits_that_do_not_fit_together_are_refused(codes, scales, bias, named):
+    with pytest.raises(ValueError, match=named):
+        eight_bit.eight_bit_matmul(jnp.zeros((2, 256), jnp.bfloat16), codes, scales, bias=bias)
 
 
 @interpreted
@@ -219,13 +315,14 @@ def test_a_norm_divides_the_sums_before_the_bias_comes():
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_gradients_reach_rows_and_bias(activation, monkeypatch):
     draw = np.random.default_rng(0)
-    x, bias = jnp.asarray(draw.normal(size=(4, 256)), jnp.float32), jnp.asarray(draw.normal(size=64), jnp.float32)
-    scales, t = jnp.asarray(draw.uniform(0.01, 0.1, (64, 2)), jnp.float32), jnp.asarray(draw.normal(size=(4, 64)), jnp.float32)
+    x, bias = jnp.asarray(draw.normal(size=(4, 256)), jnp.bfloat16), jnp.asarray(draw.normal(size=64), jnp.float32)
+    scales, t = jnp.asarray(draw.uniform(0.01, 0.1, (64, 2)), jnp.float32), jnp.asarray(draw.normal(size=(4, 64)), jnp.bfloat16)
     codes = draw.integers(-8, 8, (64, 256))
     placed = jnp.asarray(by_threads(codes), jnp.int4)
     # What runs forward is no matter: derivatives do not pass through it.
-    monkeypatch.setattr(weight_only, "_run", lambda x, bias, codes, scales, **how: jnp.zeros((4, 64)))
-    monkeypatch.setattr(eight_bit, "scaled_product", lambda *args, **how: jnp.zeros((8, 64)))
+    monkeypatch.setattr(weight_only, "_run", lambda x, bias, codes, scales, **how: jnp.zeros((4, 64), x.dtype))
+    monkeypatch.setattr(eight_bit, "_rounded", lambda x, **how: (x, x[:, 0]))
+    monkeypatch.setattr(eight_bit, "scaled_product", lambda *args, **how: jnp.zeros((8, 64), jnp.bfloat16))
 
     def float_product(x, bias, scales):
         w = np.asarray(codes, np.float32) * np.repeat(scales, 256 // scales.shape[1], 1)
@@ -239,9 +336,10 @@ def test_gradients_reach_rows_and_bias(activation, monkeypatch):
         return jnp.vdot(t, y)
 
     for ours, own in ((grouped, np.asarray(scales)), (by_row, np.asarray(scales[:, :1]))):
-        got, want = jax.grad(ours, (0, 1))(x, bias), jax.grad(float_product, (0, 1))(x, bias, own)
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        got, want = jax.grad(ours, (0, 1))(x, bias), jax.grad(float_product, (0, 1))(x.astype(jnp.float32), bias, own)
+        assert [a.dtype for a in got] == [x.dtype, bias.dtype]
+        np.testing.assert_allclose(np.float32(got[0]), want[0], rtol=2**-8, atol=1e-5)
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 33, 64, 65, 128, 512, 4096])
