@@ -13,7 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 from .attention import Attention
-from .direct_rows import Rows
+from .direct_rows import LANES, Rows
 from .direct_shape import Shape
 from .tiles import PIECE
 from .warps import Int, Long, Real, Warps
@@ -294,34 +294,30 @@ class Mixed(Rows):
         """What the parts gave begins at `x`."""
         super().__init__(w, s, first, x)
         self.heads = heads
-        self.each = min(self.each, 2)
 
-    def load(self, turn: Int) -> list[Int]:
-        """The elements of a turn, two in a word."""
+    def load(self, places: list[tuple[Int, Int]]) -> list[list[Int]]:
+        """A thread's elements of pieces and rows, two in a word: all of one head."""
         w, a, found = self.w, self.heads.attention, []
-        asked = []
-        for piece, row in self._places(turn):
+        for piece, row in places:
             inside = w.minimum(self.first + piece, self.s.pieces - 1)
             element = inside * PIECE + self.element
             number = (row * a.heads + element // a.width) * a.splits
             weights = self.x.times(number, 8) + self.heads.units * 2 * a.width
             sums = self.x.times(number, 2 * a.width) + (element % a.width) * 2
-            places = [(weights + 8 * i, sums + 2 * a.width * i) for i in range(a.splits)]
-            asked.append([(w.load_shared_by_all(near, 2), self.words(far)) for near, far in places])
-        for parts in asked:
-            tops = [w.as_real(pair[0]) for pair, _ in parts]
+            pairs = [w.load_shared_by_all(weights + 8 * i, 2) for i in range(a.splits)]
+            tops = [w.as_real(pair[0]) for pair in pairs]
             top = tops[0]
             for each in tops[1:]:
                 top = w.larger(top, each)
-            factors = [w.power(each + top * -1.0) * w.as_real(pair[1]) for each, (pair, _) in zip(tops, parts, strict=True)]
+            factors = [w.power(each + top * -1.0) * w.as_real(pair[1]) for each, pair in zip(tops, pairs, strict=True)]
             whole = factors[0]
             for factor in factors[1:]:
                 whole = whole + factor
-            scale = w.inverse(whole)
-            totals = [w.real(0.0)] * 4
-            for factor, (_, words) in zip(factors, parts, strict=True):
-                totals = [w.fma(each, factor * scale, total) for each, total in zip(_wide(w, words), totals, strict=True)]
-            found += [w.packed(totals[0], totals[1]), w.packed(totals[2], totals[3])]
+            scale, totals = w.inverse(whole), [w.real(0.0)] * (PIECE // LANES)
+            for i, factor in enumerate(factors):
+                parts = _wide(w, self.words(sums + 2 * a.width * i))
+                totals = [w.fma(part, factor * scale, total) for part, total in zip(parts, totals, strict=True)]
+            found.append([w.packed(*totals[i : i + 2]) for i in range(0, len(totals), 2)])
         return found
 
 

@@ -1,8 +1,8 @@
 """The Hopper kernel of products with few rows: warps load codes straight into operand A of the tensor cores.
 
-A block makes the digits of its rows of x once and keeps them in shared memory; codes never pass through it. Sixteen rows of w are a
-tile: the warps of a block share its K, a few pieces of 128 at a time, and the loads of the next pieces are on their way while the tensor
-cores work. Blocks stay on their multiprocessor and take tiles in turn.
+Sixteen rows of w are a tile: the warps of a block share its K, a few pieces of 128 at a time, and the loads of the next pieces are on
+their way while the tensor cores work. A warp meets the same pieces in every tile: it makes their digits while it works on its first one,
+for itself alone, and keeps them in shared memory; codes never pass through it. Blocks stay on their multiprocessor and take tiles in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from .direct_rows import Rows, norm_of, write_norms
+from .direct_rows import Rows, norm_of, write_norms, write_nothing
 from .direct_shape import TILE, Shape, shape_of
 from .mosaic import LANE
 from .tiles import PIECE, SHARED_BYTES, Direct
@@ -47,25 +47,30 @@ def multiply(
     flat = (w.integer(tiles + each - 1) - begin) // each * s.rounds
     source = _Source(w, s, first, codes, scales)
     ahead = source.load(begin, w.integer(0), w.integer(0) < flat)
+    write_nothing(w, s, shared)
     if wait is not None:
         wait()
-    (Rows(w, s, first, x) if rows is None else rows(first)).write(shared)
-    w.barrier()
-    if s.norm is not None:
-        write_norms(w, s, shared)  # read behind the first tile's barrier
+    own = Rows(w, s, first, x) if rows is None else rows(first)
 
-    def step(i: Int, carry: list[Any]) -> list[Any]:
+    def step(i: Int, carry: list[Any], new: bool) -> list[Any]:
+        """Turn i; in a `new` block digits are still to be made."""
         now, sums = carry[: source.count], carry[source.count :]
         turn, tile = i % s.rounds, i // s.rounds
         ahead = source.load(begin + ((i + 1) // s.rounds) * each, (i + 1) % s.rounds, i + 1 < flat)
         sums = [w.where(turn == 0, w.real(0.0), total) for total in sums]
-        piece = w.minimum((turn * s.warps + (w.thread >> 5)) * s.turn, s.held - s.turn)
+        piece = (turn * s.warps + (w.thread >> 5)) * s.turn
+        if new:
+            w.when(piece < s.own, lambda: own.write(shared, piece))
+            w.warp_barrier()
+        piece = w.minimum(piece, s.held - s.turn)
         for u in range(s.turn):
             sums = _piece(w, s, shared, piece + u, *source.taken(now, u), sums)
-        w.when(turn == s.rounds - 1, lambda: _finish(w, s, shared, tile, part, begin + tile * each, sums, bias, y))
+        w.when(turn == s.rounds - 1, lambda: _finish(w, s, shared, tile, part, begin + tile * each, sums, bias, y, new))
         return [*ahead, *sums]
 
-    w.loop(flat, [*ahead, *[w.real(0.0)] * (2 * s.quads)], step)
+    first_tile = w.minimum(flat, s.rounds)
+    carry = w.loop(first_tile, [*ahead, *[w.real(0.0)] * (2 * s.quads)], lambda i, carry: step(i, carry, True))
+    w.loop(flat - first_tile, carry, lambda i, carry: step(i + s.rounds, carry, False))
 
 
 class _Source:
@@ -147,10 +152,10 @@ def _piece(
         left = [[upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]] for i in range(4)]
     new = list(sums)
     for quad in range(s.quads):
-        # Columns behind the last row of x repeat it; their sums are not stored.
+        # Columns behind the last row of x repeat it; their sums are not stored. Low digits come first in the second half.
         column = w.minimum((lane >> 2) + 8 * quad, 2 * s.m - 1)
         at = shared + (piece * (4 * s.m) + column) * 64 + (lane & 3) * 16
-        right = w.load_shared(at, 4) + w.load_shared(at + 2 * s.m * 64, 4)
+        right = w.load_shared(at, 4) + w.load_shared(at + (2 * s.m + 1) * 64 - (column & 1) * 128, 4)
         total = [w.integer(0)] * 4
         for i in range(4):
             total = w.product(left[i], right[2 * i : 2 * i + 2], total)
@@ -162,13 +167,21 @@ def _piece(
     return new
 
 
-def _finish(w: Warps, s: Shape, shared: Int, number: Int, part: Int, tile: Int, sums: list[Real], bias: Long, y: Long) -> None:
-    """Adds what the warps have of a tile, in their order, and writes it. Sums lie in two places in turn: one barrier a tile suffices."""
+def _finish(
+    w: Warps, s: Shape, shared: Int, number: Int, part: Int, tile: Int, sums: list[Real], bias: Long, y: Long, new: bool
+) -> None:
+    """Adds what the warps have of a tile, in their order, and writes it. Sums lie in two places in turn: one barrier a tile suffices.
+
+    Behind the first barrier of a `new` block all squares of x are there, behind another one its norms.
+    """
     warp, lane = w.thread >> 5, w.thread & 31
     place = shared + s.places.sums + (number & 1) * (s.warps * s.quads * 256) + lane * 8
     for quad in range(s.quads):
         w.store_shared(place + (warp * s.quads + quad) * 256, sums[2 * quad], sums[2 * quad + 1])
     w.barrier()
+    if new and s.norm is not None:
+        write_norms(w, s, shared)
+        w.barrier()
 
     def write(quad: int) -> None:
         parts = [w.load_shared(place + (other * s.quads + quad) * 256, 2) for other in range(s.warps)]

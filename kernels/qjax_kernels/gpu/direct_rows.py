@@ -1,4 +1,4 @@
-"""The first part of the kernel that loads weights directly: a block's rows of x as digits in shared memory."""
+"""The part of the kernel that loads weights directly that makes digits of x: a warp those of the pieces that it multiplies itself."""
 
 from __future__ import annotations
 
@@ -9,99 +9,136 @@ from .direct_shape import Shape
 from .tiles import FRACTION, PIECE
 from .warps import Int, Long, Real, Warps
 
-AHEAD = 8  # pieces of x whose elements are loaded at once
+LANES = 8  # of a piece of a row: a thread takes sixteen elements
+AT_ONCE = 32 // LANES  # pieces of a row that a warp takes in one go
+AHEAD = 2  # goes whose elements are loaded before the first digits are made
+_WHOLE = 1.5 * 2**23  # added to it a number is rounded to a whole one, to even in the middle, which stands in the lower 16 bits
 
 
 class Rows:
     """Rows of x on their way to shared memory.
 
-    A warp takes a piece of a row, a thread four elements of it: those that meet half the nibbles of a word (`order`), which are two
-    neighbours and the two that are sixteen further on. Codes of eight bits take four in a row.
+    A thread takes the elements that meet two words of codes (`order`): four neighbours, the four that are eight further on, and the eight
+    that are sixteen beyond these. Codes of eight bits take sixteen in a row.
     """
 
     def __init__(self, w: Warps, s: Shape, first: Int, x: Long) -> None:
         """The rows that begin at `x`; `first` is the block's first piece."""
         self.w, self.s, self.first, self.x = w, s, first, x
-        self.total = s.held * s.m
-        self.each = min(AHEAD, math.ceil(self.total / s.warps))  # pieces of a warp at once
+        self.lane = w.thread & (LANES - 1)
 
-    def _places(self, turn: Int) -> list[tuple[Int, Int]]:
-        """Pieces and rows of a turn."""
-        w, s = self.w, self.s
-        numbers = [w.minimum((turn * self.each + j) * s.warps + (w.thread >> 5), self.total - 1) for j in range(self.each)]
-        return [(number // s.m, number % s.m) for number in numbers]
-
-    def load(self, turn: Int) -> list[Int]:
-        """The elements of a turn, two in a word."""
+    def load(self, places: list[tuple[Int, Int]]) -> list[list[Int]]:
+        """A thread's elements of pieces and rows, two in a word."""
         w, s, found = self.w, self.s, []
-        for piece, row in self._places(turn):
+        for piece, row in places:
             inside = w.minimum(self.first + piece, s.pieces - 1)
-            found += self.words(self.x.times(row, s.k * 2) + (inside * PIECE + self.element) * 2)
+            found.append(self.words(self.x.times(row, s.k * 2) + (inside * PIECE + self.element) * 2))
         return found
 
     @property
     def element(self) -> Int:
         """Which of a piece is a thread's first."""
-        lane = self.w.thread & 31
-        return (lane >> 3) * 32 + (lane & 7) * 2 if self.s.bits == 4 else lane * 4
+        return (self.lane >> 1) * 32 + (self.lane & 1) * 4 if self.s.bits == 4 else self.lane * 16
+
+    @property
+    def half(self) -> Int:
+        """Which half of a piece's bytes they go to: even or odd words of four bits, columns from 64 on of eight."""
+        return self.lane & 1 if self.s.bits == 4 else self.lane >> 2
 
     def words(self, at: Long) -> list[Int]:
-        """A thread's four elements of 16 bits, where the first is at an address."""
+        """A thread's elements of 16 bits, where the first is at an address: pairs of words whose digits are four bytes."""
         w = self.w
-        return w.load_shared_by_all(at, 1) + w.load_shared_by_all(at + 32, 1) if self.s.bits == 4 else w.load_shared_by_all(at, 2)
+        if self.s.bits == 8:
+            return w.load_shared_by_all(at, 4) + w.load_shared_by_all(at + 16, 4)
+        near, next_, far, last = (w.load_shared_by_all(at + distance, 2) for distance in (0, 16, 32, 48))
+        return [near[0], far[0], next_[0], last[0], near[1], far[1], next_[1], last[1]]
 
-    def write(self, shared: Int) -> None:
-        """Writes digits of x, in the order in which threads hold nibbles, units and sums of squares. What lies behind K has units of 0.
+    def write(self, shared: Int, begin: Int) -> None:
+        """Writes digits, units and sums of squares of `turn` pieces of all rows. What lies behind K has units of 0.
+
+        Digits lie in the order in which threads hold nibbles: a piece in two halves, in which a row has 64 high digits and 64 low ones, the
+        low ones first in the second half. So eight threads that write sixteen bytes each meet all banks.
 
         Args:
           shared: where the block's shared memory begins.
+          begin: the first of the pieces.
         """
+        w, s = self.w, self.s
+        wanted = s.turn * s.m
+        each = min(AHEAD, math.ceil(wanted / AT_ONCE))
 
         def some(i: Int, carry: list[Any]) -> list[Any]:
-            self._write(shared, i, self.load(i))
+            places = []
+            for j in range(each):
+                number = w.minimum((i * each + j) * AT_ONCE + ((w.thread & 31) >> 3), wanted - 1)
+                places.append((begin + number // s.m, number % s.m))
+            for place, words in zip(places, self.load(places), strict=True):
+                self._write(shared, *place, words)
             return carry
 
-        self.w.loop(self.w.integer(math.ceil(self.total / (self.s.warps * self.each))), [], some)
+        w.loop(w.integer(math.ceil(wanted / (AT_ONCE * each))), [], some)
 
-    def _write(self, shared: Int, turn: Int, loaded: list[Int]) -> None:
-        """What `write` writes of a turn."""
-        w, s, lane = self.w, self.s, self.w.thread & 31
-        half = 2 * s.m * 64
-        if s.bits == 4:
-            # The words of 32 columns are steps 0 to 3; steps lie in halves of two, even nibbles before odd ones.
-            own = (lane >> 3) * 16 + ((lane >> 1) & 1) * half + (lane & 1) * 8 + ((lane >> 2) & 1) * 4
-        else:  # words as they are, sixteen bytes of four lanes, in halves of 64 columns
-            own = ((lane >> 2) & 3) * 16 + (lane >> 4) * half + (lane & 3) * 4
-        for j, (piece, row) in enumerate(self._places(turn)):
-            place = shared + s.places.units + (piece * s.m + row) * 4
-            at = shared + (piece * (4 * s.m) + row * 2) * 64 + own
-            _piece(w, s, at, place, self.first + piece < s.pieces, *loaded[2 * j : 2 * j + 2])
+    def _write(self, shared: Int, piece: Int, row: Int, words: list[Int]) -> None:
+        """What `write` writes of a piece of a row."""
+        w, s, half = self.w, self.s, self.half
+        column = self.lane >> 1 if s.bits == 4 else self.lane & 3
+        at = shared + (piece * (4 * s.m) + row * 2) * 64 + half * (2 * s.m * 64) + column * 16
+        inside = self.first + piece < s.pieces
+        unit, inverse = self._unit(words, inside)
+        elements = [w.as_real(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)]
+        high, low = _digits(w, elements, inverse, ((0, 2), (1, 3)) if s.bits == 4 else ((0, 1), (2, 3)))
+        w.store_shared(at + half * 64, *high)
+        w.store_shared(at + 64 - half * 64, *low)
+        place, first = shared + s.places.units + (piece * s.m + row) * 4, self.lane == 0
+        w.when(first, lambda: w.store_shared(place, unit))
+        if s.norm is not None:
+            squares = elements[0] * elements[0]
+            for element in elements[1:]:
+                squares = w.fma(element, element, squares)
+            for distance in (4, 2, 1):
+                squares = squares + w.neighbour(squares, distance)
+            squares = w.where(inside, squares, w.real(0.0))
+            w.when(first, lambda: w.store_shared(place + (s.places.squares - s.places.units), squares))
+
+    def _unit(self, words: list[Int], inside: Any) -> tuple[Int, Real]:
+        """The bits of a piece's unit (`digits_kernel.units`), and the inverse; shifted by one, only exponents are compared."""
+        w, tops = self.w, [word << 1 for word in words]
+        while len(tops) > 1:
+            tops = [w.larger_halves(a, b) for a, b in zip(tops[::2], tops[1::2], strict=True)]
+        top = tops[0]
+        for distance in (4, 2, 1):
+            top = w.larger_halves(top, w.as_integer(w.neighbour(w.as_real(top), distance)))
+        top = w.maximum(top >> 24, (top >> 8) & 255)
+        field = w.maximum(top, FRACTION + 1) - FRACTION
+        unit = w.where(top == 255, w.integer(0x7FC00000), field << 23)
+        return w.where(inside, unit, w.integer(0)), w.as_real((w.integer(254) - field) << 23)
 
 
-def _piece(w: Warps, s: Shape, at: Int, at_unit: Int, inside: Any, a: Int, b: Int) -> None:
-    """The digits of four elements, and the unit of their piece; see `digits_kernel.units` and `digits`."""
-    lane = w.thread & 31
-    top = w.larger_halves(a & 0x7FFF7FFF, b & 0x7FFF7FFF)
-    top = w.warp_maximum(w.maximum(top >> 16, top & 0xFFFF)) >> 7
-    field = w.maximum(top, FRACTION + 1) - FRACTION
-    unit = w.where(top == 255, w.integer(0x7FC00000), field << 23)
-    unit = w.where(inside, unit, w.integer(0))
-    inverse = w.as_real((w.integer(254) - field) << 23)
-    elements = [w.as_real(bits) for bits in (a << 16, a & 0xFFFF0000, b << 16, b & 0xFFFF0000)]
-    # Added to 1.5 x 2^23 a number is rounded to a whole one, to even in the middle, which stands in the lower 16 bits: no more is used.
-    values = [w.as_integer(w.fma(element, inverse, w.real(1.5 * 2**23))) for element in elements]
-    high = [value + 128 for value in values]
-    pairs = ((0, 2), (1, 3)) if s.bits == 4 else ((0, 1), (2, 3))
-    for place, digit, byte in ((at, high, 0x0051), (at + 64, values, 0x0040)):
-        near, far = (w.permute(digit[i], digit[j], byte) for i, j in pairs)
-        w.store_shared(place, w.permute(near, far, 0x5410))
-    w.when(lane == 0, lambda: w.store_shared(at_unit, unit))
-    if s.norm is not None:
-        squares = elements[0] * elements[0]
-        for element in elements[1:]:
-            squares = w.fma(element, element, squares)
-        squares = w.where(inside, w.warp_sum(squares), w.real(0.0))
-        w.when(lane == 0, lambda: w.store_shared(at_unit + (s.places.squares - s.places.units), squares))
+def _digits(w: Warps, elements: list[Real], inverse: Real, pairs: tuple[tuple[int, int], ...]) -> tuple[list[Int], list[Int]]:
+    """Words of high and of low digits (`digits_kernel.digits`), of four elements each in the order of two pairs."""
+    high, low = [], []
+    values = [w.as_integer(w.fma(element, inverse, w.real(_WHOLE + 128))) for element in elements]
+    for start in range(0, len(values), 4):
+        near, far = (w.permute(values[start + i], values[start + j], 0x5410) for i, j in pairs)
+        high.append(w.permute(near, far, 0x7531))
+        low.append(w.permute(near, far, 0x6420) ^ 0x80808080)  # 128 more than it is
+    return high, low
+
+
+def write_nothing(w: Warps, s: Shape, shared: Int) -> None:
+    """Zeros where warps read that have nothing to multiply: pieces behind the block's own (`Shape.held`)."""
+    behind = (s.held - s.own) * s.m
+    if behind == 0:
+        return
+    digits, units = shared + s.own * 4 * s.m * 64, shared + s.places.units + s.own * s.m * 4
+    zeros, threads = [w.integer(0)] * 4, 32 * s.warps
+    for start in range(0, behind * 16, threads):  # sixteen bytes at a time
+        number = w.thread + start
+        w.when(number < behind * 16, lambda number=number: w.store_shared(digits + number * 16, *zeros))
+    for start in range(0, behind, threads):
+        number = w.thread + start
+        w.when(number < behind, lambda number=number: w.store_shared(units + number * 4, zeros[0]))
+    w.barrier()
 
 
 def write_norms(w: Warps, s: Shape, shared: Int) -> None:
@@ -110,10 +147,10 @@ def write_norms(w: Warps, s: Shape, shared: Int) -> None:
 
     def norm(row: int) -> None:
         total = w.real(0.0)
-        for turn in range(math.ceil(s.held / 32)):
-            piece = w.minimum(lane + 32 * turn, s.held - 1)
+        for turn in range(math.ceil(s.own / 32)):
+            piece = w.minimum(lane + 32 * turn, s.own - 1)
             part = w.as_real(w.load_shared(shared + s.places.squares + (piece * s.m + row) * 4, 1)[0])
-            total = total + w.where(lane + 32 * turn < s.held, part, w.real(0.0))
+            total = total + w.where(lane + 32 * turn < s.own, part, w.real(0.0))
         root = w.inverse_root(w.fma(w.warp_sum(total), w.real(1 / s.k), least))
         w.when(lane == 0, lambda: w.store_shared(shared + s.places.norms + 4 * row, root))
 

@@ -25,6 +25,8 @@ class Simulator:
         self.shared, self.written = np.zeros(shared, np.uint8), np.zeros(shared, bool)
         # Behind how many barriers each byte was written and read last, and by which warp (several: -2).
         self.barriers, self.touched = 0, {kind: (np.full(shared, -1), np.full(shared, -1)) for kind in ("written", "read")}
+        # Which thread wrote each byte last, and behind how many barriers of its warp: others of the warp read it behind the next.
+        self.warp_barriers, self.author = np.zeros(threads // 32, int), (np.full(shared, -1), np.full(shared, -1))
         self.stored = np.full(threads // 32, -1)  # behind how many barriers each warp wrote to device memory last
         self.met = None  # behind how many barriers which warp has seen that others wrote
         self.loads = 0  # bytes of device memory, past the first-level cache
@@ -95,7 +97,7 @@ class Simulator:
         return each.astype(np.uint32)
 
     def inverse(self, a):
-        return (1 / a.astype(np.float64)).astype(np.float32)
+        return (1 / np.where(self.active, a, 1).astype(np.float64)).astype(np.float32)
 
     def rounded(self, a):
         return a.astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -141,6 +143,10 @@ class Simulator:
         at = self._at(offset, 4 * words)[self.active]
         assert self.written[at].all(), "shared memory is read before it is written"
         self._touch("read", "written", at)
+        thread, (author, when) = self.thread[self.active].astype(int)[:, None], (part[at] for part in self.author)
+        same = (author != thread) & (author >> 5 == thread >> 5)
+        early = same & (when == self.warp_barriers[thread >> 5])
+        assert not early.any(), "a thread reads what another of its warp wrote without a barrier"
         found = np.zeros((self.threads, 4 * words), np.uint8)
         found[self.active] = self.shared[at]
         return list(found.view(np.uint32).T.copy())
@@ -170,6 +176,12 @@ class Simulator:
     def barrier(self):
         assert self.active.all(), "a barrier inside of a branch"
         self.barriers += 1
+        self.warp_barriers += 1
+
+    def warp_barrier(self):
+        whole = self.active.reshape(-1, 32)
+        assert (whole.all(1) | ~whole.any(1)).all(), "a barrier inside of a branch of a warp"
+        self.warp_barriers[whole.all(1)] += 1
 
     def arrive(self, counter):
         own = self.thread[self.active] >> 5
@@ -227,6 +239,8 @@ class Simulator:
         at = self._at(offset, values.shape[1])[self.active]
         self._touch("written", "read", at)
         self.shared[at], self.written[at] = values[self.active], True
+        thread = np.broadcast_to(self.thread[self.active].astype(int)[:, None], at.shape)
+        self.author[0][at], self.author[1][at] = thread, self.warp_barriers[thread >> 5]
 
     def _touch(self, what, other, at):
         """Notes who reads or writes; what another warp did the other way since the last barrier is a race."""

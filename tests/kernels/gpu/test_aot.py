@@ -25,9 +25,10 @@ def rows(rows_of):
 def test_next_to_nothing_is_spilled_and_shared_memory_suffices(rows):
     assert len(rows) > 10
     for row in ours(rows):
-        # The widest blocks leave no room: what is known of a piece is put aside, with four bits some of it within the loop.
+        # The widest blocks leave no room: what is known of a piece is put aside, with four bits some of it within the loop. How much
+        # it is, is chance: of six ways to wait for 64 bits in place of 32, all cost 80 to 190 bytes more.
         wide = row["tiles"].startswith("128x256") and "warpgroups" in row["tiles"]
-        allowed = 0 if not wide else 528 if row["kernel"].startswith("W4") else 136
+        allowed = 0 if not wide else 672 if row["kernel"].startswith("W4") else 256
         assert row["spills"] <= allowed and row["registers"] <= 255, row
         assert row["shared"] <= SHARED_BYTES and (row["products"] > 0 or row["kernel"].startswith("rows")), row
 
@@ -48,7 +49,7 @@ def test_no_float_weight_is_written_to_memory(rows):
 
 
 def handed_over(row) -> int:
-    """Bytes of the float32 sums of 132 thread blocks that stay, and of their counters."""
+    """Bytes of the float32 sums of 132 thread blocks that stay, and of the signs that they are there."""
     if "warpgroups" not in row["tiles"]:
         return 0
     block_m, block_n = (int(size) for size in row["tiles"].split(" ")[0].split("x")[:2])
