@@ -11,7 +11,7 @@ from qjax_kernels.gpu.order import BLOCK, by_threads, in_order
 from qjax_kernels.gpu.tiles import padded_rows
 from qjax_kernels.request import Request, Weight
 
-from qjax.core import ActSpec, encode_activation
+from qjax.core import ActSpec, FloatSpec, encode_activation
 from qjax.runtime.kernels import Codes, Kernel, Layout
 from qjax.runtime.request import Operands
 
@@ -71,13 +71,35 @@ def _by_groups(request: Request, operands: Operands, act: ActSpec | None) -> jax
 
 @_once
 def _eight_bit(request: Request, operands: Operands, act: ActSpec | None) -> jax.Array:
-    """Rows are rounded as the spec says, which the kernel's own rounding need not do."""
     if act is None:
         raise ValueError("`act` must say how rows are rounded")
-    x, laid, m = operands.x, operands.laid, request.m
-    codes, scale, _ = encode_activation(jnp.pad(x, ((0, padded_rows(m) - m), (0, 0))), act, (1,))
+    laid, m = operands.laid, request.m
+    x = jnp.pad(operands.x, ((0, padded_rows(m) - m), (0, 0)))
+    top = _top(act)
+    room = -(-m // 256) * 256  # scales to the end of the largest blocks, so that nobody has to make them longer
+    rounded = None if top is None else eight_bit.rounded_by_kernel(x, dtype=laid["codes"].dtype, top=top, room=room)
+    if rounded is None:
+        codes, scale, _ = encode_activation(x, act, (1,))
+        rounded = codes, scale[:, 0]
     how = {"out_dtype": jnp.dtype(request.dtype), "cores": _cores(request)}
-    return eight_bit.scaled_product(codes, scale[:, 0], laid["codes"], laid["scale"], **how)[:m]
+    return eight_bit.scaled_product(*rounded, laid["codes"], laid["scale"], **how)[:m]
+
+
+def _top(act: ActSpec) -> float | None:
+    """The largest magnitude over the scale, where the kernel rounds rows as the spec says, to the bit; None where it does not.
+
+    >>> from qjax.core import dynamic, fp8_e4m3, int8
+    >>> [_top(dynamic(spec)) for spec in (int8(), int8(scale_rule="full"), fp8_e4m3(), int8(scale_dtype="bfloat16"))]
+    [127.5, 127.0, 448.0, None]
+    """
+    spec = act.spec
+    if spec.scale_dtype != "float32":
+        return None
+    if isinstance(spec, FloatSpec):
+        return eight_bit.E4M3_MAX if spec.element == "e4m3" else None
+    if spec.bits != 8 or not (spec.signed and spec.symmetric):
+        return None
+    return spec.qmax + (0.5 if spec.scale_rule == "half" else 0.0)
 
 
 def _cores(request: Request) -> int:

@@ -126,6 +126,18 @@ def test_rounded_rows_go_to_hopper_padded_to_the_blocks_that_are_copied(monkeypa
     assert {(rows, scales) for rows, scales, _ in seen} == {((264, 512), (512,))} and all(tiles.cluster == 2 for *_, tiles in seen)
 
 
+@pytest.mark.parametrize("spec", [qjax.int8(), qjax.int8(scale_rule="full"), qjax.fp8_e4m3(), qjax.int8(scale_dtype="bfloat16")], ids=str)
+def test_rows_are_rounded_by_a_kernel_where_it_rounds_as_the_spec_says(spec):
+    pytest.importorskip("absl")
+    device, x = Device("cuda", "sm_90a", 132), jnp.ones((261, 512), jnp.bfloat16)
+    weight = quantize(jnp.ones((512, 256), jnp.bfloat16), spec, (0,))
+    params = {"w": dataclasses.replace(weight, act=qjax.dynamic(spec))}
+    laid = qjax.prepack(product, device=device)(params, x)
+    traced = jax.jit(qjax.quantized(product, device=device, kernel="hopper 8 bit")).trace(laid, x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == (1 if spec.scale_dtype == "bfloat16" else 2), "rounding is one kernel, the product another"
+
+
 
 
 def test_gpus_that_no_kernel_is_written_for_multiply_by_groups():

@@ -72,8 +72,8 @@ class Rows:
             for j in range(each):
                 number = w.minimum((i * each + j) * AT_ONCE + ((w.thread & 31) >> 3), wanted - 1)
                 places.append((begin + number // s.m, number % s.m))
-            for place, words in zip(places, self.load(places), strict=True):
-                self._write(shared, *place, words)
+            for (piece, row), words in zip(places, self.load(places), strict=True):
+                self._write(shared, piece, row, words)
             return carry
 
         w.loop(w.integer(math.ceil(wanted / (AT_ONCE * each))), [], some)

@@ -43,7 +43,7 @@ def why_not(request: Request) -> str:
 def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """Rows of x as eight bits and a float32 scale each.
 
-    s_m = max_k |x_mk| / q_max and 1 for a row of zeros; c_mk = round(x_mk / s_m); NaN for a row that has one
+    s_m = max_k |x_mk| / q_max, 1 where that is no normal number; c_mk = round(x_mk / s_m); NaN for a row that has one
 
     Args:
       x: (M, K) floating.
@@ -54,8 +54,8 @@ def rounded_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """
     x = x.astype(jnp.float32)
     top = 127.0 if dtype == jnp.int8 else E4M3_MAX
-    largest = jnp.max(jnp.abs(x), axis=1)
-    scale = jnp.where(largest == 0, 1.0, largest / top)
+    scale = jnp.max(jnp.abs(x), axis=1) / top
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
     scaled = x / scale[:, None]
     codes = jnp.clip(jnp.round(scaled), -127, 127) if dtype == jnp.int8 else jnp.clip(scaled, -top, top)
     return codes.astype(dtype), scale
@@ -117,14 +117,29 @@ def _scale_entries(m: int, tiles: Tiles) -> int:
     return max(32, -(-m // block) * block)
 
 
-# A program of its own, so that layers with the same shapes are traced and lowered once.
-@functools.partial(jax.jit, static_argnames=("dtype", "tiles", "interpret"))
 def _rounded(x: jax.Array, *, dtype, tiles: Tiles, interpret) -> tuple[jax.Array, jax.Array]:
+    top = 127.0 if dtype == jnp.int8 else E4M3_MAX
+    found = None if interpret is not None else rounded_by_kernel(x, dtype=dtype, top=top, room=_scale_entries(x.shape[0], tiles))
+    return rounded_rows(x, dtype) if found is None else found  # an interpreter knows no single warps
+
+
+# A program of its own, so that layers with the same shapes are traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("dtype", "top", "room"))
+def rounded_by_kernel(x: jax.Array, *, dtype, top: float, room: int = 0) -> tuple[jax.Array, jax.Array] | None:
+    """Rows as eight bits and a scale each, s_m = max_k |x_mk| / top correctly rounded, 1 where that is no normal number, on a Hopper GPU.
+
+    Args:
+      x: (M, K) floating.
+      dtype: int8 or float8_e4m3fn.
+      top: 127; 127.5, of which -128 and 127 are the codes; or 448.
+      room: entries of the scales, if there are to be more than M; those behind M are whatever was there.
+
+    Returns:
+      Codes (M, K) and scales; None where the kernel does not take such rows.
+    """
     from .rounding_kernel import can_round, round_rows
 
-    if interpret is not None or not can_round(x):  # an interpreter knows no single warps
-        return rounded_rows(x, dtype)
-    return round_rows(x, dtype, 127.0 if dtype == jnp.int8 else E4M3_MAX, _scale_entries(x.shape[0], tiles))
+    return round_rows(x, dtype, top, max(room, x.shape[0])) if can_round(x) else None
 
 
 def plain(x: jax.Array, bias: jax.Array | None, codes: jax.Array, scales: jax.Array, activation: Activation | None) -> jax.Array:

@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
       k: elements, a multiple of 8.
-      top: the largest code.
+      top: the largest magnitude over the scale: 448, 127, or 127.5, of which -128 and 127 are the codes.
       floats: codes are e4m3; else int8.
     """
 
@@ -50,7 +50,7 @@ def can_round(x: jax.Array) -> bool:
 
 
 def round_row(w: Warps, row: Row, shared: Int, x: Long, codes: Long, scales: Long) -> None:
-    """The work of one block: s = max |x| / top, 1 for a row of zeros, and x / s to the nearest code, ties to even.
+    """The work of one block: s = max |x| / top, 1 where that is no normal number, and x / s to the nearest code, ties to even.
 
     Args:
       w: the instructions.
@@ -64,7 +64,8 @@ def round_row(w: Warps, row: Row, shared: Int, x: Long, codes: Long, scales: Lon
     last = row.k // VECTOR - 1
     held = [w.load_shared_by_all(x.times(w.block, 2 * row.k) + w.minimum(place, last) * 16, 4) for place in places]
     largest = _largest(w, row, shared, [word for words in held for word in words])
-    scale = w.where(largest == 0, w.real(1.0), w.divided(w.as_real(largest << 16), w.real(row.top)))
+    scale = w.divided(w.as_real(largest << 16), w.real(row.top))
+    scale = w.where(w.as_integer(scale) < 1 << 23, w.real(1.0), scale)
     w.when(w.thread == 0, lambda: w.store_real(scales.times(w.block, 4), scale))
     for place, words in zip(places, held, strict=True):
         packed = [_codes(w, row, scale, *words[i : i + 2]) for i in (0, 2)]
@@ -93,6 +94,8 @@ def _codes(w: Warps, row: Row, scale: Real, a: Int, b: Int) -> Int:
     else:
         # Added to 1.5 x 2^23 a number is rounded to a whole one, to even in the middle, which stands in the lower bits.
         whole = [w.as_integer(value + 1.5 * 2**23) for value in values]
+        if row.top > 127:
+            whole = [w.minimum(code, 0x4B400000 + 127) for code in whole]
         near, far = (w.permute(whole[i], whole[i + 1], 0x0040) for i in (0, 2))
     return w.permute(near, far, 0x5410)
 
@@ -103,7 +106,7 @@ def round_rows(x: jax.Array, dtype: Any, top: float, room: int) -> tuple[jax.Arr
     Args:
       x: (M, K) as `can_round` wants it.
       dtype: int8 or float8_e4m3fn.
-      top: the largest code.
+      top: the largest magnitude over the scale, see `Row`.
       room: entries of the scales, M or more; those behind M are whatever was there.
 
     Returns:

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from qjax_kernels.gpu.eight_bit import E4M3_MAX, rounded_rows
 
+import qjax
+from qjax.core import encode_activation
+from qjax.runtime.on_cuda import _top
+
 pytest.importorskip("absl")
 
 from qjax_kernels.gpu.rounding_kernel import HELD, Row, can_round, round_row
@@ -15,9 +19,9 @@ from tests.kernels.gpu.simulator import launch
 BF16, FP8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 
 
-def ran(x, dtype):
+def ran(x, dtype, top=None):
     """Codes and scales of all blocks; what nobody writes stays 99 and NaN."""
-    (m, k), top = x.shape, 127.0 if dtype == np.int8 else E4M3_MAX
+    (m, k), top = x.shape, top or (127.0 if dtype == np.int8 else E4M3_MAX)
     row = Row(k, top, dtype != np.int8)
     codes, scales = np.full((m, k), 99, np.int8).view(dtype), np.full(m, np.nan, np.float32)
     launch(lambda w, *given: round_row(w, row, *given), m, 32 * row.warps, [x, codes, scales], 4 * row.warps)
@@ -42,6 +46,21 @@ def test_codes_and_scales_are_those_of_the_formula(dtype, k):
     wanted, wanted_scales = rounded_rows(jnp.asarray(x), jnp.dtype(dtype))
     np.testing.assert_allclose(scales, wanted_scales, rtol=3e-7)
     assert (codes.view(np.int8) != np.asarray(wanted).view(np.int8)).mean() < 0.01
+
+
+@pytest.mark.parametrize("spec", [qjax.int8(), qjax.int8(scale_rule="full"), qjax.fp8_e4m3()], ids=str)
+def test_rows_are_rounded_as_specs_say(spec):
+    draw, k = np.random.default_rng(0), 1000
+    x = (draw.normal(size=(64, k)) * np.exp(3 * draw.normal(size=(64, 1)))).astype(BF16)
+    x[0], x[1, 1:], x[2] = 0, 0, np.float32(1e-39)  # scales that are no normal numbers
+    x[3] = (np.arange(k) % 256 - 127.5) / 2
+    act = qjax.dynamic(spec)
+    wanted, scale, _ = encode_activation(jnp.asarray(x), act, (1,))
+    codes, scales = ran(x, np.dtype(wanted.dtype), _top(act))
+    np.testing.assert_array_equal(scales, scale[:, 0])
+    np.testing.assert_array_equal(codes.view(np.int8), np.asarray(wanted).view(np.int8))
+    if wanted.dtype == jnp.int8:
+        assert (codes.min(), codes.max()) == (-127 if spec.scale_rule == "full" else -128, 127)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, FP8])
