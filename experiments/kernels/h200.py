@@ -3,8 +3,9 @@
     python experiments/kernels/h200.py --out results --budget 480
     python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
 
-Parts (`--parts`): correct, ceilings, times, search; decode; and again, which times a few tiles that were chosen beforehand beside bfloat16.
-Everything is written to `--out` as it is found, and a second call with the same folder goes on where the first ended.
+Parts (`--parts`): correct, ceilings, decode, times, search; and again, which times a few tiles that were chosen beforehand beside bfloat16.
+Everything is written to `--out` as it is found, and a second call with the same folder goes on where the first ended: all parts take more
+than one call.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(pathlib.Path(__file__).parent)]
 
 from h200_decode import decode, right  # noqa: E402
-from h200_programs import PROGRAMS, Job, bf16, ours, rows, short, weights  # noqa: E402
+from h200_programs import GROUP, PROGRAMS, Job, bf16, ours, rows, short, unrolled, weights  # noqa: E402
 from h200_tiles import candidates, cases, chosen, spread_out  # noqa: E402
 from h200_timing import Bench, Broken, Clock, Record, measured  # noqa: E402
 from qjax_kernels.gpu.eight_bit import rounded_rows  # noqa: E402
@@ -34,6 +34,7 @@ from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER as SHAPES  # noqa: E402
 
 ROWS = (1, 8, 16, 32, 64, 128, 512, 4096)
+BROKEN = 75  # the status of a process in which the device refuses further work
 
 
 def reference(x, codes, scales, group: int | None) -> np.ndarray:
@@ -45,7 +46,7 @@ def reference(x, codes, scales, group: int | None) -> np.ndarray:
 
 def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int) -> None:
     """Every kernel on fresh inputs against float64; device memory is filled with NaN first, so that what is not written shows."""
-    seed = int(time.time())
+    seed = record.seed()
     for i, (kind, m, n, k, group, tiles) in enumerate(cases(dry)[:limit]):
         if clock.left() < 0:
             print(f"correct: the budget was spent before {kind} {m}x{n}x{k}", flush=True)
@@ -86,6 +87,27 @@ def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int) -> N
         record.add("correct", row)
         if broken:
             raise Broken
+
+
+def several(record: Record, clock: Clock) -> None:
+    """Products that follow one another in a program, of shapes whose tiles blocks share: each against float64."""
+    for i, (name, m, (k, n)) in enumerate((("W4A16", 256, (4096, 4096)), ("W4A16", 500, (8192, 8192)), ("W8A8", 512, (4096, 4096)))):
+        job, row = Job(name, m, k, n), {"kind": f"{name}, three in a program", "m": m, "n": n, "k": k}
+        if clock.left() < 0 or record.known("correct", row):
+            continue
+        record.begin("correct", row)
+        xs = [rows(m, k, record.seed() + 10 * i + j) for j in range(3)]
+        ws = [weights(job.kind, n, k, record.seed() + 10 * i + j) for j in range(3)]
+        program, errors = unrolled(job).lower(xs, ws).compile(), []
+        for y, x, (codes, scales) in zip(program(xs, ws), xs, ws, strict=True):
+            if name == "W8A8":
+                q, s = rounded_rows(x, codes.dtype)
+                left = np.asarray(q.astype(jnp.float32), np.float64) * np.asarray(s, np.float64)[:, None]
+                expected = reference(left, codes, scales, None)
+            else:
+                expected = reference(np.asarray(x.astype(jnp.float32), np.float64), in_order(codes), scales, GROUP)
+            errors.append(float(np.linalg.norm(np.asarray(y.astype(jnp.float32), np.float64) - expected) / np.linalg.norm(expected)))
+        record.add("correct", row | {"error": max(errors), "right": bool(max(errors) < 4e-3)})
 
 
 def ceilings(record: Record, clock: Clock, dry: bool) -> None:
@@ -162,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--budget", type=float, default=480, help="seconds")
-    parser.add_argument("--parts", default="correct,ceilings,times,search")
+    parser.add_argument("--parts", default="correct,ceilings,decode,times,search")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES), help="K x N")
     parser.add_argument("--names", default=",".join(PROGRAMS))
@@ -179,16 +201,21 @@ def main() -> None:
         try:
             work(options)
         except Broken:
-            sys.exit(75)
+            sys.exit(BROKEN)
         return
-    # A failed kernel takes its process with it: another one goes on from what is on the disk.
+    # A failed kernel, or one that hangs (the watchdog's status is 1), takes its process with it: another one goes on from what is on the
+    # disk. A process that ends otherwise without a finding would end so again.
     clock = Clock(options.budget)
     arguments = [word for word in sys.argv[1:] if word != "--child"]
+    running, status = options.out / "running.json", 0
     while clock.left() > 15:
-        done = subprocess.run([sys.executable, __file__, *arguments, "--child", "--budget", str(clock.left())], check=False)
-        if done.returncode == 0:
+        status = subprocess.run([sys.executable, __file__, *arguments, "--child", "--budget", str(clock.left())], check=False).returncode
+        if status == 0:
             return
-        print("process ended with", done.returncode, flush=True)
+        print("process ended with", status, flush=True)
+        if status != BROKEN and not running.exists():
+            break
+    sys.exit(status)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -208,6 +235,8 @@ def work(options: argparse.Namespace) -> None:
     with scope:
         if "correct" in parts:
             correct(record, clock, options.dry, interpret, options.cases)
+            if not options.dry:
+                several(record, clock)
             right(record, clock, options.dry)
         if "ceilings" in parts:
             ceilings(record, clock, options.dry)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, direct_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, direct_tiles, eight_bit_tiles, weight_only_tiles
 
 
 def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:
@@ -67,9 +67,10 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
 
 
 def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
-    """Tiles worth a try, the likeliest first."""
+    """Tiles worth a try, the likeliest first: those that are the default."""
     bits = 4 if name == "W4A16" else 8
     eight = name in ("W8A8", "FP8")
+    default = eight_bit_tiles(m, n, k) if eight else weight_only_tiles(m, n, k, bits)
     block_m = max(8, -(-m // 8) * 8)
     found: list[Tiles] = []
     direct: list[Direct] = []
@@ -78,6 +79,8 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
         for (warps, blocks), turn in itertools.product(((8, 2), (16, 1), (8, 1), (12, 1), (4, 4)), turns):
             if m * k // split * 2 <= 220 * 1024 // blocks:
                 direct.append(Direct(warps, turn, blocks, split))
+    if bits == 4 and 8 < m <= 32:
+        found += [Tiles(block_m, block_n, 512, 2, digits=True) for block_n in (128, 64)]
     if m <= 64:
         for split, block_n, block_k, stages in itertools.product((1, 2, 4, 8), (64, 128), (256, 128, 512), (4, 3, 2, 6)):
             blocks = -(-n // block_n) * split
@@ -91,12 +94,16 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
             if block_m_ * block_n <= 128 * 256 and (cluster == 1 or m > block_m_):
                 found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, x_left=True, cluster=cluster))
     else:
+        for cluster, stages in itertools.product((2, 1), (4, 3)):
+            if -(-n // 192) % cluster == 0:
+                found.append(Tiles(min(block_m, 128), 192, 128, stages, warpgroups=3, scale_first=True, cluster=cluster))
         for block_m_, block_n, stages, first, cluster in itertools.product((64, 128, 256), (128, 256), (3, 4, 2), (True, False), (1, 2)):
             # Sums of their own for a group and 128 columns of them do not fit into registers.
             if block_m_ * block_n <= (128 if first else 64) * 256 and block_m_ <= block_m:
                 found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, scale_first=first, cluster=cluster))
     scale_bytes, x_bytes = (0, 1) if eight else (2, 2)
-    return [*direct, *(tiles for tiles in found if tiles.shared_bytes(bits, scale_bytes, x_bytes) <= SHARED_BYTES)]
+    fitting = [tiles for tiles in found if tiles.shared_bytes(bits, scale_bytes, x_bytes) <= SHARED_BYTES]
+    return list(dict.fromkeys([default, *direct, *fitting]))
 
 
 def spread_out(found: list, limit: int) -> list:

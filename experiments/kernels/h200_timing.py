@@ -42,6 +42,12 @@ class Record:
         self.running.write_text(json.dumps([part, row]))
         faulthandler.dump_traceback_later(40, exit=True)
 
+    def seed(self) -> int:
+        """Of the draws: another one for every folder, kept with its findings."""
+        if "seed" not in self.found:
+            self.add("seed", {"seed": int(time.time())})
+        return self.found["seed"][0]["seed"]
+
     def known(self, part: str, row: dict) -> dict | None:
         """The row that an earlier process found for the same thing."""
         return next((old for old in self.found.get(part, []) if row.items() <= old.items()), None)
@@ -91,15 +97,14 @@ def measured(compiled, args, calls: int, clock: Clock) -> dict:
 
 
 def on_device(compiled, args, calls: int) -> float:
-    """Microseconds of a product by the device's own clock: its kernels added up, without what lies between them."""
-    runs, total = 3, 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(runs):
+    """Microseconds of a product by the device's own clock: its kernels added up, without what lies between; the median of three runs."""
+    totals = []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
                 jax.block_until_ready(compiled(*args))
-        for _, nanoseconds in kernel_times(folder):
-            total += nanoseconds
-    return round(total / runs / calls / 1e3, 2)
+            totals.append(sum(nanoseconds for _, nanoseconds in kernel_times(folder)))
+    return round(statistics.median(totals) / calls / 1e3, 2)
 
 
 def kernel_times(folder: str):

@@ -8,7 +8,8 @@ from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "experiments" / "kernels"))
 
-from h200_tiles import candidates, chosen
+from h200_programs import Job
+from h200_tiles import candidates, chosen, spread_out
 
 
 def test_those_chosen_beforehand_fit():
@@ -22,3 +23,4 @@ def test_those_chosen_beforehand_fit():
 def test_those_searched_are_many_and_different(name, m):
     found = candidates(name, m, 4096, 4096)
     assert len(found) >= 4 and len(set(found)) == len(found)
+    assert spread_out(found, 3)[0] == Job(name, m, 4096, 4096).chosen()  # a search tries what is shipped

@@ -1,10 +1,11 @@
 """What a product would cost on an H200, from counts alone: tensor core instructions, bytes, and the longer of the two. An estimate, never a
 measurement.
 
-    seconds = max(waves x instructions of a block x cycles of one / clock, bytes / bandwidth)
+    seconds = max(waves x instructions of a tile x cycles of one / clock, bytes / bandwidth)
 
-It knows nothing of conversions, waiting and launches. What was measured (experiments/kernels): at few rows 1.3x to 1.4x of it for
-8192 x 28672, three times for 4096 x 4096, whose launches take as long as the product.
+Waves are whole where a thread block takes one tile, and parts of one where blocks stay and share what does not fill them. It knows nothing
+of conversions, waiting and launches. What was measured (experiments/kernels): 1.0x to 1.3x of it for up to 16 rows of 8192 x 28672, 1.4x for
+512; 2.2x to 3.2x for 4096 x 4096, whose launches take as long as the product.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from ..request import Request
 from . import eight_bit, weight_only
 from .direct_shape import TILE, shape_of
-from .tiles import Direct, Tiles, blocks, eight_bit_tiles, padded_rows, weight_only_tiles
+from .schedule import Schedule
+from .tiles import Direct, Tiles, blocks, eight_bit_tiles, padded_rows, stays, weight_only_tiles
 
 CLOCK = 1.755e9  # of the multiprocessors under load
 BANDWIDTH = 4.18e12  # bytes a second that a copy reached, read and written
@@ -29,8 +31,8 @@ class Estimate:
     Attributes:
       kernel: "bf16" or the widths of both sides.
       blocks: thread blocks.
-      products: tensor core instructions of a thread block.
-      bytes: read and written, sums of a split K too.
+      products: tensor core instructions of a tile, or of all that a block of few rows computes.
+      bytes: read and written, sums that are added by others too.
       compute: seconds that the instructions take.
       memory: seconds that the bytes take.
       shared: bytes of shared memory of a thread block; 0 for bfloat16, which is not ours.
@@ -99,9 +101,17 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     products = (tiles.block_m if tiles.x_left else tiles.block_n) // 64 * (depth // step)
     work = tiles.block_m * tiles.block_n * depth * (2 if tiles.digits else 1)
     count = blocks(m, n, tiles)
+    waves = math.ceil(count / cores)
+    if stays(tiles, None if eight else group):
+        across, down = math.ceil(m / tiles.block_m), math.ceil(n / tiles.block_n)
+        across, down = (math.ceil(across / tiles.cluster), down) if eight else (across, math.ceil(down / tiles.cluster))
+        stages = depth // tiles.block_k
+        schedule = Schedule.of(across, down, stages, min(tiles.stages, stages), max(1, cores // tiles.cluster))
+        waves, count = schedule.waves, schedule.groups * tiles.cluster
+        if schedule.shared:
+            moved += 2 * 4 * count * tiles.block_m * tiles.block_n
     rate = 2 * MACS if eight or tiles.digits else MACS
-    compute = math.ceil(count / cores) * work / rate / CLOCK
-    return Estimate(name, count, products, moved, compute, moved / BANDWIDTH, shared)
+    return Estimate(name, count, products, moved, waves * work / rate / CLOCK, moved / BANDWIDTH, shared)
 
 
 def why_not(request: Request) -> str:

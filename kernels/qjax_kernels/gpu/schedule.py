@@ -69,8 +69,13 @@ class Schedule:
     @property
     def longest(self) -> float:
         """Stages that pass until the last group is done, about."""
-        tiles = self.across * self.down
-        return tiles * self.stages / self.groups + HANDED_OVER if self.shared else math.ceil(tiles / self.groups) * self.stages
+        return self.waves * self.stages + (HANDED_OVER if self.shared else 0)
+
+    @property
+    def waves(self) -> float:
+        """Tiles that the busiest group computes."""
+        each = self.across * self.down / self.groups
+        return each if self.shared else math.ceil(each)
 
     @property
     def turns(self) -> int:

@@ -29,6 +29,15 @@ def test_many_rows_are_bound_by_arithmetic_and_eight_bits_take_half():
     assert estimate(wide, "bf16").compute <= estimate(wide).compute
 
 
+def test_blocks_that_stay_share_the_last_wave():
+    cost = estimate(dataclasses.replace(DECODE, m=512, n=28672, k=8192))
+    least = 28672 * 8192 // 2 + 28672 * 64 * 4 + 2 * 512 * (8192 + 28672)
+    assert cost.blocks == 132 and cost.bytes == least + 2 * 4 * 132 * 128 * 256  # a sum of each block is written, and read by another
+    assert cost.compute == pytest.approx(512 * 28672 * 8192 / (2048 * 132 * 1.755e9))
+    alone = dataclasses.replace(DECODE, m=512, device=dataclasses.replace(DECODE.device, cores=1))
+    assert estimate(alone).blocks == 2  # a cluster at least
+
+
 def test_what_no_kernel_takes_is_refused():
     with pytest.raises(ValueError, match="int3"):
         estimate(dataclasses.replace(DECODE, weight=Weight("int", 3, 128)))
