@@ -4,8 +4,8 @@ measurement.
     seconds = max(waves x instructions of a tile x cycles of one / clock, bytes / bandwidth)
 
 Waves are whole where a thread block takes one tile, and parts of one where blocks stay and share what does not fill them. It knows nothing
-of conversions, waiting and launches. What was measured (experiments/kernels): 1.0x to 1.3x of it for up to 16 rows of 8192 x 28672, 1.4x for
-512; 2.2x to 3.2x for 4096 x 4096, whose launches take as long as the product.
+of conversions, waiting and launches. What was measured (experiments/kernels): 1.0x to 1.3x of it for up to 16 rows of 8192 x 28672, 1.4x
+for 512; 2.2x to 3.2x for 4096 x 4096, whose launches take as long as the product.
 """
 
 import dataclasses
