@@ -20,13 +20,15 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {_WHOLE} {_
 
 # Blocks of an interpreted GPU kernel wait for each other inside callbacks, each of which holds a thread of XLA's pool: with as many threads
 # as there are cores, two that wait keep out the one they wait for, and the run stands still.
-os.environ["NPROC"] = "16"
+_GIVEN_THREADS = os.environ.get("NPROC")
+os.environ["NPROC"] = _GIVEN_THREADS or "16"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.devices()  # makes the pool; processes that tests start are as those of users
-del os.environ["NPROC"]
+if _GIVEN_THREADS is None:
+    del os.environ["NPROC"]
 
 # Tracing makes cycles by the thousand; looking for them that often takes a twentieth of a run.
 gc.set_threshold(50_000, 20, 50)

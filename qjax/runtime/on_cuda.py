@@ -86,7 +86,7 @@ def _eight_bit(request: Request, operands: Operands, act: ActSpec | None) -> jax
 
 
 def _top(act: ActSpec) -> float | None:
-    """The largest magnitude over the scale, where the kernel rounds rows as the spec says, to the bit; None where it does not.
+    """The largest magnitude over the scale, where the kernel rounds finite rows as the spec says; None where it does not.
 
     >>> from qjax.core import dynamic, fp8_e4m3, int8
     >>> [_top(dynamic(spec)) for spec in (int8(), int8(scale_rule="full"), fp8_e4m3(), int8(scale_dtype="bfloat16"))]

@@ -80,11 +80,11 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     reason = why_not(request)
     if reason:
         raise ValueError(f"no Hopper kernel takes the `request`: {reason}")
-    eight = request.activation is not None
+    eight, wide = request.activation is not None, jnp.dtype(request.dtype).itemsize
     bits, group = request.weight.bits, request.weight.group_size
-    tiles = eight_bit_tiles(m, n, k, cores) if eight else weight_only_tiles(m, n, k, bits, cores, group)
+    tiles = eight_bit_tiles(m, n, k, cores, wide) if eight else weight_only_tiles(m, n, k, bits, cores, group)
     scales = 4 * n * (k // group if group else 1)
-    moved = n * k * bits // 8 + scales + 2 * padded_rows(m) * k + 2 * m * n
+    moved = n * k * bits // 8 + scales + wide * (padded_rows(m) * k + m * n)
     if tiles.split_k > 1:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
     name = f"W{bits}A{8 if eight else 16}"
@@ -95,7 +95,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.places.end)
     if eight or tiles.digits:
         moved += 2 * m * k * (2 if tiles.digits else 1)  # rows in another form
-    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2)
+    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2, wide)
     depth = math.ceil(k / (tiles.block_k * tiles.split_k)) * tiles.block_k
     step = 32 if eight or tiles.digits else 16  # k of an instruction, which takes 64 rows of its left side
     products = (tiles.block_m if tiles.x_left else tiles.block_n) // 64 * (depth // step)

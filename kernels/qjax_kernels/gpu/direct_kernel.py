@@ -47,9 +47,9 @@ def multiply(
     flat = (w.integer(tiles + each - 1) - begin) // each * s.rounds
     source = _Source(w, s, first, codes, scales)
     ahead = source.load(begin, w.integer(0), w.integer(0) < flat)
-    write_nothing(w, s, shared)
     if wait is not None:
-        wait()
+        wait()  # attention has the same shared memory
+    write_nothing(w, s, shared)
     own = Rows(w, s, first, x) if rows is None else rows(first)
 
     def step(i: Int, carry: list[Any], new: bool) -> list[Any]:

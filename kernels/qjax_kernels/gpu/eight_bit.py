@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up, check_vectors
-from .tiles import PIECE, SHARED_BYTES, Tiles, eight_bit_tiles, padded_rows
+from .tiles import PIECE, ROWS, SHARED_BYTES, Tiles, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
 
@@ -96,19 +96,21 @@ def eight_bit_matmul(
         how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
-    _check(x.shape, codes, scales, bias)
+    _check(x.shape, codes, scales, bias, ROWS if interpret is None else 8)
     return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
 
 
-def _check(x: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None) -> None:
+def _check(x: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None, rows: int) -> None:
     """Raises ValueError where a kernel would read or leave out what it must not."""
     if codes.dtype not in (jnp.int8, jnp.float8_e4m3fn):
         raise ValueError(f"`codes` are {codes.dtype}; they must be int8 or float8_e4m3fn")
     if len(x) != 2 or codes.ndim != 2 or codes.shape[1] != x[1]:
         raise ValueError(f"rows are {x} and `codes` {codes.shape}; they must be (M, K) and (N, K)")
-    if x[1] % PIECE or codes.shape[0] % 8:
-        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of 8 and K of {PIECE}: pad the weight")
-    check_vectors(codes.shape[0], 1, scales, bias)
+    if x[1] % PIECE or codes.shape[0] % rows:
+        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}: pad the weight")
+    check_vectors(codes.shape[0], 1, scales[:, None] if scales.ndim == 1 else scales, bias)
+    if scales.size != codes.shape[0]:
+        raise ValueError(f"`scales` are {scales.shape}; they must be one a row, ({codes.shape[0]}, 1) or ({codes.shape[0]},)")
 
 
 def _scale_entries(m: int, tiles: Tiles) -> int:
@@ -127,6 +129,8 @@ def _rounded(x: jax.Array, *, dtype, tiles: Tiles, interpret) -> tuple[jax.Array
 @functools.partial(jax.jit, static_argnames=("dtype", "top", "room"))
 def rounded_by_kernel(x: jax.Array, *, dtype, top: float, room: int = 0) -> tuple[jax.Array, jax.Array] | None:
     """Rows as eight bits and a scale each, s_m = max_k |x_mk| / top correctly rounded, 1 where that is no normal number, on a Hopper GPU.
+
+    Of a row that is not finite neither is the scale; its codes are any.
 
     Args:
       x: (M, K) floating.
@@ -176,10 +180,14 @@ def scaled_product(
     """
     from .eight_bit_kernel import eight_bit
 
-    _check(rows.shape, codes, scales, bias)
+    _check(rows.shape, codes, scales, bias, ROWS if interpret is None else 8)
     (m, k), n, wide = rows.shape, codes.shape[0], jnp.dtype(out_dtype).itemsize
     if rows.dtype != codes.dtype:
         raise ValueError(f"`rows` are {rows.dtype} and `codes` {codes.dtype}; they must be of one type")
+    if m != padded_rows(m):
+        raise ValueError(f"`rows` are {rows.shape}; above 8 they must be a multiple of 8 (`tiles.padded_rows`): pad them")
+    if row_scales.ndim != 1 or row_scales.shape[0] < m or row_scales.dtype != jnp.float32:
+        raise ValueError(f"`row_scales` are {row_scales.dtype} {row_scales.shape}; they must be float32 ({m},), or longer")
     if m == 0:
         return jnp.zeros((0, n), out_dtype)
     tiles = eight_bit_tiles(m, n, k, cores, wide) if tiles is None else tiles

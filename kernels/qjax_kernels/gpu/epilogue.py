@@ -61,14 +61,13 @@ def check_vectors(n: int, groups: int, scales: jax.Array, bias: jax.Array | None
     Args:
       n: rows of w.
       groups: scales of a row.
-      scales: (N, G) or more columns; with one scale a row (N,), too.
+      scales: (N, G) or more columns.
       bias: (N,) or None.
 
     Raises:
       ValueError: another shape, or no type of 16 or 32 bits.
     """
-    shape = scales.shape if scales.ndim == 2 or groups > 1 else (*scales.shape, 1)
-    if len(shape) != 2 or shape[0] != n or shape[1] < groups or scales.dtype not in _REAL:
+    if scales.ndim != 2 or scales.shape[0] != n or scales.shape[1] < groups or scales.dtype not in _REAL:
         raise ValueError(f"`scales` are {scales.dtype} {scales.shape}; they must be bfloat16, float16 or float32 ({n}, {groups})")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in _REAL):
         raise ValueError(f"`bias` is {bias.dtype} {bias.shape}; it must be bfloat16, float16 or float32 ({n},)")

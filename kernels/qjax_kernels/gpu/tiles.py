@@ -5,6 +5,7 @@ import math
 
 from .schedule import Schedule
 
+ROWS = 64  # of w: those of a weight are a multiple of it
 PIECE = 128  # k that share a scale of x as digits, and that one run of tensor-core instructions takes
 FRACTION = 13  # bits of digits below the leading one of the largest element of a piece
 COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies

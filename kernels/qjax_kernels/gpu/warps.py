@@ -275,10 +275,6 @@ class Warps:
         text = f"st.shared{self._vector(len(values))}.b32 [$0], {{{named}}};"
         self._asm(text, None, f"r,{kinds},~{{memory}}", offset, *values, effects=True)
 
-    def store_shared_half(self, offset: Int, value: Int) -> None:
-        """The lower 16 bits to shared memory."""
-        self._asm("st.shared.u16 [$0], $1;", None, "r,r,~{memory}", offset, value, effects=True)
-
     def product(self, a: Sequence[Int], b: Sequence[Int], c: Sequence[Int]) -> list[Int]:
         """c + a b of 16 x 32 by 32 x 8 signed bytes (mma.m16n8k32)."""
         result = _type("!llvm.struct<(i32, i32, i32, i32)>")

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from ..gradient import like
 from ..request import Request
-from .direct_shape import TILE
 from .epilogue import Activation, activated, added_up, check_vectors
 from .order import in_order
-from .tiles import PIECE, SHARED_BYTES, Direct, Tiles, padded_rows, pipelined_tiles, stays, weight_only_tiles
+from .tiles import PIECE, ROWS, SHARED_BYTES, Direct, Tiles, padded_rows, pipelined_tiles, stays, weight_only_tiles
 
 
 def why_not(request: Request) -> str:
@@ -90,21 +89,22 @@ def weight_only_matmul(
     Raises:
       ValueError: operands that do not fit together; tiles that cannot be used for these codes; an unknown activation.
     """
-    _check(x, codes, scales, bias, group_size)
+    _check(x, codes, scales, bias, group_size, ROWS if interpret is None else 8)
+    scales = scales if group_size is not None else scales[:, :1]
     run = functools.partial(_run, group_size=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores, interpret=interpret)
     same = functools.partial(plain, group_size=group_size, activation=activation, norm=norm)
     return like(run, same)(x, bias, codes, scales)
 
 
-def _check(x: jax.Array, codes: jax.Array, scales: jax.Array, bias: jax.Array | None, group: int | None) -> None:
+def _check(x: jax.Array, codes: jax.Array, scales: jax.Array, bias: jax.Array | None, group: int | None, rows: int) -> None:
     """Raises ValueError where a kernel would read or leave out what it must not."""
     if x.ndim != 2 or x.dtype != jnp.bfloat16:
         raise ValueError(f"`x` is {x.dtype} {x.shape}; it must be bfloat16 (M, K)")
     k = x.shape[1]
     if codes.ndim != 2 or codes.shape[1] != k or codes.dtype not in (jnp.int4, jnp.int8):
         raise ValueError(f"`codes` are {codes.dtype} {codes.shape}; they must be int4 or int8 (N, {k}), as wide as `x`")
-    if k % PIECE or codes.shape[0] % 8:
-        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of 8 and K of {PIECE}: pad the weight")
+    if k % PIECE or codes.shape[0] % rows:
+        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}: pad the weight")
     if group is not None and (group < PIECE or group % PIECE or k % group):
         raise ValueError(f"`group_size` is {group}; it must be a multiple of {PIECE} that divides K = {k}, or None")
     check_vectors(codes.shape[0], 1 if group is None else k // group, scales, bias)
@@ -156,8 +156,6 @@ def _direct(x, bias, codes, scales, *, group, activation, norm, tiles, cores) ->
 
     how: dict[str, Any] = {"group": group or x.shape[1], "tiles": tiles, "cores": cores}
     scales = scales if group is None else whole_rows(scales)
-    if codes.shape[0] % TILE:
-        raise ValueError(f"`codes` have {codes.shape[0]} rows; {tiles} take a multiple of {TILE}: pad the weight, or take Tiles(...)")
     if activation is None and tiles.split_k == 1:
         return direct(x, codes, scales, bias=bias, norm=norm, **how)
     y = direct(x, codes, scales, whole=False, **how).reshape(-1, x.shape[0], codes.shape[0])

@@ -154,9 +154,6 @@ class Simulator:
     def store_shared(self, offset, *values):
         self._share(offset, np.stack([value.view(np.uint32) for value in values], -1).view(np.uint8))
 
-    def store_shared_half(self, offset, value):
-        self._share(offset, value.astype(np.uint16).reshape(-1, 1).view(np.uint8))
-
     def product(self, a, b, c):
         """By the layouts of the PTX manual, mma.m16n8k32 of .s8: operand A by rows, operand B by columns."""
         lane = np.arange(32)

@@ -112,6 +112,16 @@ def test_very_large_scores_are_told_from_none():
     assert np.isfinite(y.astype(np.float32)).all()
 
 
+@pytest.mark.parametrize(("heads", "width"), [(12, 64), (6, 128)])
+def test_a_row_that_is_not_finite_stays_alone(heads, width):
+    """Six pieces for sixteen warps: what those read that have none lies where attention had its sums."""
+    a = Attention(heads, 2 if width == 128 else 4, width, splits=1)
+    qkv, past = made(2, a, 96, 1, [96, 96], False)
+    qkv[1] = np.nan
+    (y,), _ = ran(qkv, past, a, identity(768), [Link(0)], Direct(16, 2, 1), 3, np.zeros((2, 768), BF16))
+    assert np.isfinite(y[0].astype(np.float32)).all() and np.isnan(y[1].astype(np.float32)).all()
+
+
 def identity(width):
     """A weight whose product with a row is the row."""
     codes = np.zeros((width, width), np.int64)

@@ -198,8 +198,8 @@ def test_float_results_of_eight_bits_fit_into_shared_memory(m, n, k):
         ({"x": jnp.zeros((2, 3, 256), jnp.bfloat16)}, "`x` is bfloat16"),
         ({"x": jnp.zeros((2, 512), jnp.bfloat16)}, "`codes` are int4"),
         ({"codes": jnp.zeros((64, 256), jnp.uint4)}, "`codes` are uint4"),
-        ({"codes": jnp.zeros((65, 256), jnp.int4)}, "multiple of 8"),
-        ({"codes": jnp.zeros((72, 256), jnp.int4), "scales": jnp.ones((72, 2))}, "multiple of 16"),
+        ({"codes": jnp.zeros((72, 256), jnp.int4), "scales": jnp.ones((72, 2))}, "multiple of 64"),
+        ({"scales": jnp.ones(64), "group_size": None}, "`scales` are float32"),
         ({"codes": jnp.zeros((64, 272), jnp.int4), "x": jnp.zeros((2, 272), jnp.bfloat16)}, "K of 128"),
         ({"group_size": 64}, "`group_size` is 64"),
         ({"group_size": 384}, "`group_size` is 384"),
@@ -217,12 +217,26 @@ def test_operands_that_do_not_fit_together_are_refused(changed, named):
 
 
 @pytest.mark.parametrize(
+    ("rows", "scales", "named"),
+    [
+        (jnp.zeros((9, 256), jnp.int8), jnp.ones(9), "multiple of 8"),
+        (jnp.zeros((8, 256), jnp.int8), jnp.ones(3), "`row_scales` are float32"),
+        (jnp.zeros((8, 256), jnp.float8_e4m3fn), jnp.ones(8), "of one type"),
+    ],
+)
+def test_rounded_rows_that_do_not_fit_are_refused(rows, scales, named):
+    with pytest.raises(ValueError, match=named):
+        eight_bit.scaled_product(rows, scales, jnp.zeros((64, 256), jnp.int8), jnp.ones(64), out_dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
     ("codes", "scales", "bias", "named"),
     [
         (jnp.zeros((64, 256), jnp.int4), jnp.ones(64), None, "`codes` are int4"),
         (jnp.zeros((64, 128), jnp.int8), jnp.ones(64), None, r"rows are \(2, 256\)"),
-        (jnp.zeros((60, 256), jnp.int8), jnp.ones(60), None, "multiple of 8"),
+        (jnp.zeros((72, 256), jnp.int8), jnp.ones(72), None, "multiple of 64"),
         (jnp.zeros((64, 256), jnp.int8), jnp.ones(63), None, "`scales` are float32"),
+        (jnp.zeros((64, 256), jnp.int8), jnp.ones((64, 2)), None, "one a row"),
         (jnp.zeros((64, 256), jnp.int8), jnp.ones(64), jnp.ones((1, 64)), "`bias` is float32"),
     ],
 )
