@@ -44,6 +44,14 @@ def reference(x, codes, scales, group: int | None) -> np.ndarray:
     return x @ (np.asarray(codes.astype(jnp.float32), np.float64) * factors).T
 
 
+def multiplied(kind: str, x, codes) -> np.ndarray:
+    """Rows as the kernel multiplies them, in float64: rounded to eight bits where the codes meet such rows."""
+    if kind not in ("int8c", "fp8"):
+        return np.asarray(x.astype(jnp.float32), np.float64)
+    q, s = rounded_rows(x, codes.dtype)
+    return np.asarray(q.astype(jnp.float32), np.float64) * np.asarray(s, np.float64)[:, None]
+
+
 def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int) -> None:
     """Every kernel on fresh inputs against float64; device memory is filled with NaN first, so that what is not written shows."""
     seed = record.seed()
@@ -58,12 +66,10 @@ def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int) -> N
         broken = False
         codes, scales = weights(kind, n, k, seed + i, group)
         x = rows(m, k, seed + i)
+        left = multiplied(kind, x, codes)
         if kind in ("int8c", "fp8"):
-            q, s = rounded_rows(x, codes.dtype)
-            left = np.asarray(q.astype(jnp.float32), np.float64) * np.asarray(s, np.float64)[:, None]
             function = ours(kind, tiles, interpret)
         else:
-            left = np.asarray(x.astype(jnp.float32), np.float64)
 
             def function(x, w, s, group=group, tiles=tiles):
                 return weight_only_matmul(x, w, s, group_size=group, tiles=tiles, interpret=interpret)
@@ -100,12 +106,8 @@ def several(record: Record, clock: Clock) -> None:
         ws = [weights(job.kind, n, k, record.seed() + 10 * i + j) for j in range(3)]
         program, errors = unrolled(job).lower(xs, ws).compile(), []
         for y, x, (codes, scales) in zip(program(xs, ws), xs, ws, strict=True):
-            if name == "W8A8":
-                q, s = rounded_rows(x, codes.dtype)
-                left = np.asarray(q.astype(jnp.float32), np.float64) * np.asarray(s, np.float64)[:, None]
-                expected = reference(left, codes, scales, None)
-            else:
-                expected = reference(np.asarray(x.astype(jnp.float32), np.float64), in_order(codes), scales, GROUP)
+            w, group = (in_order(codes), GROUP) if job.kind == "int4" else (codes, None)
+            expected = reference(multiplied(job.kind, x, codes), w, scales, group)
             errors.append(float(np.linalg.norm(np.asarray(y.astype(jnp.float32), np.float64) - expected) / np.linalg.norm(expected)))
         record.add("correct", row | {"error": max(errors), "right": bool(max(errors) < 4e-3)})
 

@@ -106,7 +106,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         across, down = math.ceil(m / tiles.block_m), math.ceil(n / tiles.block_n)
         across, down = (math.ceil(across / tiles.cluster), down) if eight else (across, math.ceil(down / tiles.cluster))
         stages = depth // tiles.block_k
-        schedule = Schedule.of(across, down, stages, min(tiles.stages, stages), max(1, cores // tiles.cluster))
+        schedule = Schedule.of(across, down, stages, min(tiles.stages, stages), cores // tiles.cluster)
         waves, count = schedule.waves, schedule.groups * tiles.cluster
         if schedule.shared:
             moved += 2 * 4 * count * tiles.block_m * tiles.block_n

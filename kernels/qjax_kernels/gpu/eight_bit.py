@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from ..gradient import like
 from ..request import Request
-from .epilogue import Activation, activated, added_up, check_vectors
-from .tiles import PIECE, ROWS, SHARED_BYTES, Tiles, eight_bit_tiles, padded_rows
+from .epilogue import Activation, activated, added_up
+from .operands import check_codes, check_vectors
+from .tiles import Tiles, check_launch, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
 
@@ -96,18 +97,17 @@ def eight_bit_matmul(
         how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
-    _check(x.shape, codes, scales, bias, ROWS if interpret is None else 8)
+    _check(x.shape, codes, scales, bias, interpret)
     return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
 
 
-def _check(x: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None, rows: int) -> None:
-    """Raises ValueError where a kernel would read or leave out what it must not."""
+def _check(rows: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None, interpret) -> None:
+    """Raises ValueError where operands do not fit together."""
     if codes.dtype not in (jnp.int8, jnp.float8_e4m3fn):
         raise ValueError(f"`codes` are {codes.dtype}; they must be int8 or float8_e4m3fn")
-    if len(x) != 2 or codes.ndim != 2 or codes.shape[1] != x[1]:
-        raise ValueError(f"rows are {x} and `codes` {codes.shape}; they must be (M, K) and (N, K)")
-    if x[1] % PIECE or codes.shape[0] % rows:
-        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}: pad the weight")
+    if len(rows) != 2 or codes.ndim != 2 or codes.shape[1] != rows[1]:
+        raise ValueError(f"rows are {rows} and `codes` {codes.shape}; they must be (M, K) and (N, K)")
+    check_codes(codes, interpret is not None)
     check_vectors(codes.shape[0], 1, scales[:, None] if scales.ndim == 1 else scales, bias)
     if scales.size != codes.shape[0]:
         raise ValueError(f"`scales` are {scales.shape}; they must be one a row, ({codes.shape[0]}, 1) or ({codes.shape[0]},)")
@@ -180,7 +180,7 @@ def scaled_product(
     """
     from .eight_bit_kernel import eight_bit
 
-    _check(rows.shape, codes, scales, bias, ROWS if interpret is None else 8)
+    _check(rows.shape, codes, scales, bias, interpret)
     (m, k), n, wide = rows.shape, codes.shape[0], jnp.dtype(out_dtype).itemsize
     if rows.dtype != codes.dtype:
         raise ValueError(f"`rows` are {rows.dtype} and `codes` {codes.dtype}; they must be of one type")
@@ -191,10 +191,7 @@ def scaled_product(
     if m == 0:
         return jnp.zeros((0, n), out_dtype)
     tiles = eight_bit_tiles(m, n, k, cores, wide) if tiles is None else tiles
-    if tiles.split_k > 1 and tiles.x_left and tiles.warpgroups > 1:
-        raise ValueError(f"`tiles.split_k` is {tiles.split_k}: blocks of {tiles.warpgroups} warpgroups share K by themselves; leave it 1")
-    if (used := tiles.shared_bytes(8, 0, 1, wide)) > SHARED_BYTES:
-        raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
+    check_launch(tiles, tiles.x_left and tiles.warpgroups > 1, tiles.shared_bytes(8, 0, 1, wide))
     row_scales = jnp.pad(row_scales, (0, max(0, _scale_entries(m, tiles) - row_scales.shape[0])))
     end: dict[str, Any] = {"bias": bias, "activation": activation, "out_dtype": out_dtype, "interpret": interpret}
     y = eight_bit(rows, row_scales, codes, scales.reshape(n), tiles=tiles, cores=cores, **end)

@@ -48,8 +48,7 @@ def eight_bit(
     sums_dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     together = tiles.cluster
     down, across = -(-n // bn), -(-m // (bm * together))
-    stay, groups = tiles.x_left and workers > 1, max(1, cores // together)
-    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), groups) if stay else None
+    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), cores // together) if tiles.x_left and workers > 1 else None
 
     end = Epilogue.of(bias, activation, split)
     handed = room(schedule, together, workers, shape, sums_dtype)

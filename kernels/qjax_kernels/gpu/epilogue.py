@@ -1,4 +1,4 @@
-"""What a product does with its sums before they are rounded: y = f(sum + b); and whether scales and b are what it can read."""
+"""What a product does with its sums before they are rounded: y = f(sum + b)."""
 
 from typing import Literal
 
@@ -50,24 +50,3 @@ def added_up(parts: jax.Array, bias: jax.Array | None, activation: Activation | 
     """
     y = parts.sum(0)
     return activated(y if bias is None else y + bias.astype(jnp.float32), activation).astype(dtype)
-
-
-_REAL = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-def check_vectors(n: int, groups: int, scales: jax.Array, bias: jax.Array | None) -> None:
-    """Whether a kernel can read scales and bias of a weight.
-
-    Args:
-      n: rows of w.
-      groups: scales of a row.
-      scales: (N, G) or more columns.
-      bias: (N,) or None.
-
-    Raises:
-      ValueError: another shape, or no type of 16 or 32 bits.
-    """
-    if scales.ndim != 2 or scales.shape[0] != n or scales.shape[1] < groups or scales.dtype not in _REAL:
-        raise ValueError(f"`scales` are {scales.dtype} {scales.shape}; they must be bfloat16, float16 or float32 ({n}, {groups})")
-    if bias is not None and (bias.shape != (n,) or bias.dtype not in _REAL):
-        raise ValueError(f"`bias` is {bias.dtype} {bias.shape}; it must be bfloat16, float16 or float32 ({n},)")

@@ -59,7 +59,7 @@ class Schedule:
     @staticmethod
     def of(across: int, down: int, stages: int, slots: int, groups: int) -> "Schedule":
         """With no more groups than have work; few tiles are cut into equal parts, if that leaves next to none of the groups idle."""
-        tiles = across * down
+        tiles, groups = across * down, max(1, groups)  # one, if a single one does not fit
         every = Schedule(across, down, stages, slots, min(groups, tiles * -(-stages // slots)))
         if not every.shared:
             return dataclasses.replace(every, groups=min(groups, tiles))

@@ -143,6 +143,14 @@ SHARED_BYTES = 227 * 1024
 """Shared memory that a thread block of a Hopper GPU may take."""
 
 
+def check_launch(tiles: Tiles, staying: bool, used: int) -> None:
+    """Raises ValueError where tiles cannot be launched: K is split for blocks that stay (`stays`), or shared memory is too small."""
+    if tiles.split_k > 1 and staying:
+        raise ValueError(f"`tiles.split_k` is {tiles.split_k}: blocks of {tiles.warpgroups} warpgroups share K by themselves; leave it 1")
+    if used > SHARED_BYTES:
+        raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
+
+
 def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
     """Whether weight-only tiles fit into so much shared memory."""
     return tiles.shared_bytes(bits) <= room
@@ -269,7 +277,7 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
 def _time(m: int, n: int, k: int, tiles: Tiles, cores: int) -> float:
     """About how many microseconds a product takes whose thread blocks stay on their multiprocessors."""
     across, down = math.ceil(m / tiles.block_m), math.ceil(n / (tiles.block_n * tiles.cluster))
-    schedule = Schedule.of(across, down, math.ceil(k / 128), tiles.stages, max(1, cores // tiles.cluster))
+    schedule = Schedule.of(across, down, math.ceil(k / 128), tiles.stages, cores // tiles.cluster)
     turns = math.ceil(across * down / schedule.groups)
     return (turns * 2000 + schedule.longest * (tiles.block_m * tiles.block_n / 16 + _IDLE)) / _CYCLES
 

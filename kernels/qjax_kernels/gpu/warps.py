@@ -304,9 +304,7 @@ class Warps:
 
     def await_count(self, counter: Long, count: Int) -> None:
         """Waits until a word of device memory has reached a count. After seconds the launch ends with an error: it never hangs."""
-        text = ("{.reg .pred p; .reg .u32 v, n; mov.u32 n, 0; WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.ge.u32 p, v, $1; @p bra MET; "
-                "add.u32 n, n, 1; setp.lt.u32 p, n, 0x1000000; @p bra WAIT; trap; MET: mov.u32 n, 0;}")  # fmt: skip
-        self._asm(text, None, "l,r,~{memory}", counter, count, effects=True)
+        self._await("u32", "ge.u32 p, v, $1", "mov.u32 n, 0", "l,r", counter, count)
 
     def show(self, address: Long, sign: int) -> None:
         """Writes 64 bits; who sees them (`await_sign`) sees all that this warpgroup wrote before its last barrier."""
@@ -314,10 +312,7 @@ class Warps:
 
     def await_sign(self, address: Long, sign: int) -> None:
         """Waits for 64 bits and clears them. After seconds the launch ends with an error: it never hangs."""
-        text = ("{.reg .pred p; .reg .b64 v; .reg .u32 n; mov.u32 n, 0; WAIT: ld.acquire.gpu.global.b64 v, [$0]; "
-                f"setp.eq.s64 p, v, {sign}; @p bra MET; add.u32 n, n, 1; setp.lt.u32 p, n, 0x1000000; @p bra WAIT; trap; "
-                "MET: st.relaxed.gpu.global.b64 [$0], 0;}")  # fmt: skip
-        self._asm(text, None, "l,~{memory}", address, effects=True)
+        self._await("b64", f"eq.s64 p, v, {sign}", "st.relaxed.gpu.global.b64 [$0], 0", "l", address)
 
     def store_word(self, address: Long, value: Int) -> None:
         """32 bits."""
@@ -357,6 +352,12 @@ class Warps:
         with ir.InsertionPoint(chosen.else_block):  # pyright: ignore[reportArgumentType, reportCallIssue]
             scf.YieldOp([zero] * count)
         return [Int(value) for value in chosen.results]
+
+    def _await(self, kind: str, met: str, then: str, constraints: str, *operands: Any) -> None:
+        """Reads a value v of device memory until a condition on it holds, for seconds at most, then does something."""
+        text = (f"{{.reg .pred p; .reg .{kind} v; .reg .u32 n; mov.u32 n, 0; WAIT: ld.acquire.gpu.global.{kind} v, [$0]; setp.{met}; "
+                f"@p bra MET; add.u32 n, n, 1; setp.lt.u32 p, n, 0x1000000; @p bra WAIT; trap; MET: {then};}}")  # fmt: skip
+        self._asm(text, None, f"{constraints},~{{memory}}", *operands, effects=True)
 
     def _vector(self, words: int) -> str:
         return "" if words == 1 else f".v{words}"

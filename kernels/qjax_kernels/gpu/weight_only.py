@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from ..gradient import like
 from ..request import Request
-from .epilogue import Activation, activated, added_up, check_vectors
+from .epilogue import Activation, activated, added_up
+from .operands import check_codes, check_vectors
 from .order import in_order
-from .tiles import PIECE, ROWS, SHARED_BYTES, Direct, Tiles, padded_rows, pipelined_tiles, stays, weight_only_tiles
+from .tiles import PIECE, Direct, Tiles, check_launch, padded_rows, pipelined_tiles, stays, weight_only_tiles
 
 
 def why_not(request: Request) -> str:
@@ -89,25 +90,24 @@ def weight_only_matmul(
     Raises:
       ValueError: operands that do not fit together; tiles that cannot be used for these codes; an unknown activation.
     """
-    _check(x, codes, scales, bias, group_size, ROWS if interpret is None else 8)
+    _check(x, codes, group_size, interpret)
+    check_vectors(codes.shape[0], 1 if group_size is None else x.shape[1] // group_size, scales, bias)
     scales = scales if group_size is not None else scales[:, :1]
     run = functools.partial(_run, group_size=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores, interpret=interpret)
     same = functools.partial(plain, group_size=group_size, activation=activation, norm=norm)
     return like(run, same)(x, bias, codes, scales)
 
 
-def _check(x: jax.Array, codes: jax.Array, scales: jax.Array, bias: jax.Array | None, group: int | None, rows: int) -> None:
-    """Raises ValueError where a kernel would read or leave out what it must not."""
+def _check(x: jax.Array, codes: jax.Array, group: int | None, interpret) -> None:
+    """Raises ValueError where rows, codes and groups do not fit together."""
     if x.ndim != 2 or x.dtype != jnp.bfloat16:
         raise ValueError(f"`x` is {x.dtype} {x.shape}; it must be bfloat16 (M, K)")
     k = x.shape[1]
     if codes.ndim != 2 or codes.shape[1] != k or codes.dtype not in (jnp.int4, jnp.int8):
         raise ValueError(f"`codes` are {codes.dtype} {codes.shape}; they must be int4 or int8 (N, {k}), as wide as `x`")
-    if k % PIECE or codes.shape[0] % rows:
-        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}: pad the weight")
+    check_codes(codes, interpret is not None)
     if group is not None and (group < PIECE or group % PIECE or k % group):
         raise ValueError(f"`group_size` is {group}; it must be a multiple of {PIECE} that divides K = {k}, or None")
-    check_vectors(codes.shape[0], 1 if group is None else k // group, scales, bias)
 
 
 def plain(
@@ -175,10 +175,7 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
         raise ValueError(
             f"`tiles.block_k` is {tiles.block_k}; it must divide {group_size * per_copy}, the k whose scales are copied at once"
         )
-    if tiles.split_k > 1 and stays(tiles, group_size):
-        raise ValueError(f"`tiles.split_k` is {tiles.split_k}: blocks of {tiles.warpgroups} warpgroups share K by themselves; leave it 1")
-    if (used := tiles.shared_bytes(bits)) > SHARED_BYTES:
-        raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
+    check_launch(tiles, stays(tiles, group_size), tiles.shared_bytes(bits))
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
     if tiles.digits:

@@ -106,7 +106,7 @@ def weight_only(
     after = group is not None and not tiles.scale_first
     stay = stays(tiles, group)
     down, across = -(-n // (bn * together)), -(-m // bm)
-    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), max(1, cores // together)) if stay else None
+    schedule = Schedule.of(across, down, steps, min(tiles.stages, steps), cores // together) if stay else None
     # Two parts are in registers at once, beside the sums.
     width = PIECE if bits == 8 or (rows == 64 and workers < 3) else PIECE // 2
 

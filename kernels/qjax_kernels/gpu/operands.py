@@ -1,0 +1,41 @@
+"""Whether the operands of a weight fit together: what a kernel would read beyond its end, leave out, or read as other bits is refused."""
+
+import jax
+import jax.numpy as jnp
+
+from .tiles import PIECE, ROWS
+
+_REAL = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def check_codes(codes: jax.Array, interpreted: bool) -> None:
+    """Whether tiles cover a weight.
+
+    Args:
+      codes: (N, K).
+      interpreted: the kernel does not run on a GPU, which writes 64 columns of y at a time.
+
+    Raises:
+      ValueError: N or K is no multiple of what a tile takes.
+    """
+    rows = 8 if interpreted else ROWS
+    if codes.shape[1] % PIECE or codes.shape[0] % rows:
+        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}: pad the weight")
+
+
+def check_vectors(n: int, groups: int, scales: jax.Array, bias: jax.Array | None) -> None:
+    """Whether a kernel can read scales and bias of a weight.
+
+    Args:
+      n: rows of w.
+      groups: scales of a row.
+      scales: (N, G) or more columns.
+      bias: (N,) or None.
+
+    Raises:
+      ValueError: another shape, or no type of 16 or 32 bits.
+    """
+    if scales.ndim != 2 or scales.shape[0] != n or scales.shape[1] < groups or scales.dtype not in _REAL:
+        raise ValueError(f"`scales` are {scales.dtype} {scales.shape}; they must be bfloat16, float16 or float32 ({n}, {groups})")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in _REAL):
+        raise ValueError(f"`bias` is {bias.dtype} {bias.shape}; it must be bfloat16, float16 or float32 ({n},)")
