@@ -59,6 +59,9 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 16, LARGE, None),
         ("W4A16 g128", 1, LARGE, None),
         ("W4A16 g128", 8, LARGE, None),
+        ("W4A16 g128", 8, LARGE, Direct(16, 2, 1)),
+        ("W4A16 g128", 3, (8192, 8192), None),
+        ("W4A16 g128", 16, (8192, 8192), None),
         ("W4A16 g128", 1, SMALL, Direct(16, 2, 1, early=True)),
         ("W4A16 g128 bias", 8, (*SMALL[:1], 14336), None),
         ("W4A16 g128", 21, LARGE, None),
@@ -115,7 +118,8 @@ def shared(tiles: Tiles | Direct, sizes: tuple[int, int, int], m: int, n: int, k
     if isinstance(tiles, Tiles):
         return tiles.shared_bytes(*sizes)
     group = GROUP if sizes[1] else k
-    return shape_of(m, n, k, group=group, columns=k // group, dtype=jnp.float32, tiles=tiles, cores=132, bits=sizes[0]).places.end
+    s = shape_of(m, n, k, group=group, columns=k // group, dtype=jnp.float32, tiles=tiles, cores=132, bits=sizes[0])
+    return s.together(tiles.blocks) * s.places.end
 
 
 def compiled(function, arguments, chip: str):
@@ -234,7 +238,8 @@ def _short(tiles: Tiles | Direct) -> str:
     """Blocks, stages, and what is switched on."""
     if isinstance(tiles, Direct):
         text = f"direct: {tiles.warps} warps, {tiles.turn} pieces, {tiles.blocks} blocks"
-        return text + (f" split_k {tiles.split_k}" if tiles.split_k > 1 else "") + (" early" if tiles.early else "")
+        text += f" split_k {tiles.split_k}" if tiles.split_k > 1 else ""
+        return text + (" early" if tiles.early else "") + (" wide" if tiles.wide else "")
     text = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k} stages {tiles.stages}"
     for name, least in (("split_k", 1), ("warpgroups", 1), ("cluster", 1)):
         text += f" {name} {getattr(tiles, name)}" if getattr(tiles, name) > least else ""

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, direct_tiles, eight_bit_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, weight_only_tiles
 
 
 def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:
@@ -18,13 +18,24 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
     return [
         ("int4", 1, 4096, 4096, 128, None),
         ("int4", 1, 4096, 4096, 128, Direct(early=True)),
-        ("int4", 13, 1088, 2048, 128, None),
         ("int4", 16, 4096, 8192, 128, Direct(16, 2, 1, split_k=2)),
         ("int4", 5, 1088, 1408, 128, Direct(8, 4, 1)),
         ("int4", 3, 1088, 2048, 256, Direct(4, 1, 4)),
         ("int4", 1, 4096, 4096, 128, Direct(16, 8, 1)),
         ("int4", 1, 28672, 4096, 128, None),
         ("int4", 8, 4096, 14336, 128, None),
+        ("int4", 8, 28672, 8192, 128, Direct(16, 2, 1)),
+        ("int4", 4, 8192, 8192, 128, None),
+        ("int4", 8, 8192, 8192, 128, None),
+        ("int4", 16, 8192, 8192, 128, None),
+        ("int4", 7, 1088, 1408, 128, None),
+        ("int4", 6, 1024, 2048, None, None),
+        ("int4", 13, 1984, 2048, 256, Direct(8, 2, 2, split_k=3, wide=True)),
+        ("int8", 12, 1024, 4096, 128, Direct(16, 1, 1, split_k=2, wide=True)),
+        ("int8", 1, 1088, 4096, 128, None),
+        ("int8", 8, 4096, 14336, 128, None),
+        ("int8", 3, 1088, 1408, None, Direct(4, 2, 2)),
+        ("int4", 13, 1088, 2048, 128, None),
         *small,
         ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, digits=True)),
         ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 2, split_k=2, digits=True)),
@@ -50,9 +61,6 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 512, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True)),
         ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 3, warpgroups=2)),
         ("int4", 16, 1024, 2048, None, None),
-        ("int8", 1, 1088, 4096, 128, None),
-        ("int8", 8, 4096, 14336, 128, None),
-        ("int8", 3, 1088, 1408, None, Direct(4, 2, 2)),
         ("int8", 3, 1088, 4096, 128, Tiles(8, 64, 256, 3)),
         ("int8", 100, 1024, 2048, None, None),
         ("int8", 256, 4096, 8192, 128, None),
@@ -75,10 +83,10 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
     found: list[Tiles] = []
     direct: list[Direct] = []
     if m <= 16 and name in ("W4A16", "W8A16"):
-        split, turns = direct_tiles(m, k).split_k, (4, 2, 1) if m <= 8 and bits == 4 else (2, 1)
-        for (warps, blocks), turn in itertools.product(((8, 2), (16, 1), (8, 1), (12, 1), (4, 4)), turns):
-            if m * k // split * 2 <= 220 * 1024 // blocks:
-                direct.append(Direct(warps, turn, blocks, split))
+        turns = (4, 2, 1) if m <= 8 and bits == 4 else (2, 1)
+        for wide, split, (warps, blocks), turn in itertools.product((False, True), (1, 2, 4), ((8, 2), (16, 1), (12, 1)), turns):
+            if m * k // split * 2 <= 180 * 1024 // blocks:
+                direct.append(Direct(warps, turn, blocks, split, wide=wide))
     if bits == 4 and 8 < m <= 32:
         found += [Tiles(block_m, block_n, 512, 2, digits=True) for block_n in (128, 64)]
     if m <= 64:
@@ -114,7 +122,7 @@ def spread_out(found: list, limit: int) -> list:
 def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
     """Tiles that reasoning ahead of time puts first, by (K, N) and rows."""
     few = [Direct(8, 4, 2), Direct(8, 4, 1), Direct(16, 4, 1), Direct(16, 2, 1), Direct(8, 4, 2, early=True)]
-    more = [Direct(16, 2, 1), Direct(8, 4, 1), Direct(8, 2, 1)]
+    more = [Direct(16, 2, 1), Direct(16, 2, 1, 4, wide=True), Direct(16, 4, 1, 4, wide=True), Direct(16, 2, 1, 2, wide=True)]
     fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
     pair = Tiles(64, 256, 128, 4, warpgroups=2, cluster=2)
     wide = dataclasses.replace(fast, block_n=256, stages=3)
@@ -130,11 +138,11 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
         (8192, 28672): {
             1: few,
             8: more,
-            16: [*(dataclasses.replace(tiles, split_k=2) for tiles in more), digits],
+            16: [*more[1:], digits],
             64: [pair, dataclasses.replace(pair, scale_first=True)],
             512: [Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, cluster=2), dataclasses.replace(wide, cluster=2)],
         },
         (4096, 6144): {1: few, 8: more},
-        (14336, 4096): {1: few, 8: [dataclasses.replace(tiles, split_k=2) for tiles in more]},
+        (14336, 4096): {1: few, 8: more[1:]},
         (4096, 28672): {1: few, 8: more, 16: [*more, digits]},
     }

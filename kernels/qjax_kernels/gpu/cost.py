@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ..request import Request
 from . import eight_bit, weight_only
-from .direct_shape import TILE, shape_of
+from .direct_shape import shape_of
 from .schedule import Schedule
 from .tiles import Direct, Tiles, blocks, eight_bit_tiles, padded_rows, stays, weight_only_tiles
 
@@ -86,11 +86,11 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     scales = 4 * n * (k // group if group else 1)
     moved = n * k * bits // 8 + scales + wide * (padded_rows(m) * k + m * n)
     if tiles.split_k > 1:
-        moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
+        moved += 2 * 4 * (tiles.split_k - isinstance(tiles, Direct)) * m * n  # written by one block or program, read by the next
     name = f"W{bits}A{8 if eight else 16}"
     if isinstance(tiles, Direct):
         s = shape_of(m, n, k, group=group or k, columns=k // (group or k), dtype=jnp.bfloat16, tiles=tiles, cores=cores, bits=bits)
-        products = math.ceil(n // TILE / (s.blocks // s.parts)) * s.own * 4 * s.quads  # 16 x 32 by 32 x 8
+        products = s.most * s.high * s.own * 4 * s.quads  # 16 x 32 by 32 x 8
         compute = math.ceil(s.blocks / cores) * products * 16 * 32 * 8 / (2 * MACS) / CLOCK
         return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.places.end)
     if eight or tiles.digits:

@@ -1,12 +1,14 @@
 """The Hopper kernel of products with few rows: warps load codes straight into operand A of the tensor cores.
 
-Sixteen rows of w are a tile: the warps of a block share its K, a few pieces of 128 at a time, and the loads of the next pieces are on
+Sixteen or 64 rows of w are a tile: the warps of a block share its K, each for itself or four together, a few pieces of 128 at a time, and the loads of the next pieces are on
 their way while the tensor cores work. A warp meets the same pieces in every tile: it makes their digits while it works on its first one,
 for itself alone, and keeps them in shared memory; codes never pass through it. Blocks stay on their multiprocessor and take tiles in turn.
+Where x is long, blocks share K as well (`direct_parts`), so that each reads and rounds a part of it alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +19,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from .direct_rows import Rows, norm_of, write_norms, write_nothing
+from .direct_codes import Codes, piece_of
+from .direct_parts import Handed, Order, Room, room
+from .direct_rows import Rows, inverse_root, write_nothing, write_squares
 from .direct_shape import TILE, Shape, shape_of
 from .mosaic import LANE
-from .tiles import PIECE, SHARED_BYTES, Direct
+from .tiles import SHARED_BYTES, Direct
 from .warps import Int, Long, Real, Warps
 
 
 def multiply(
     w: Warps, s: Shape, shared: Int, x: Long, codes: Long, scales: Long, *rest: Long, wait: Callable[[], None] | None = None,
-    rows: Callable[[Int], Rows] | None = None,
+    rows: Callable[[Int], Rows] | None = None, room: Room | None = None,
 ) -> None:  # fmt: skip
     """The work of one block.
 
@@ -40,100 +44,36 @@ def multiply(
       *rest: where the bias begins, if there is one, and y.
       wait: what is done before x is read, while the first codes are on their way.
       rows: what x is, of the first piece of the block; None: bfloat16 as it lies.
+      room: where sums are handed over, if blocks share K.
     """
-    bias, y = rest[0], rest[-1]
-    part, begin, each = w.block % s.parts, w.block // s.parts, s.blocks // s.parts
-    tiles, first = s.n // TILE, part * s.own
-    flat = (w.integer(tiles + each - 1) - begin) // each * s.rounds
-    source = _Source(w, s, first, codes, scales)
-    ahead = source.load(begin, w.integer(0), w.integer(0) < flat)
+    order = Order(w, s)
+    source, flat = Codes(w, s, order, codes, scales), order.count * s.rounds
+    ahead = source.load(w.integer(0))
     if wait is not None:
         wait()  # attention has the same shared memory
     write_nothing(w, s, shared)
-    own = Rows(w, s, first, x) if rows is None else rows(first)
+    own = Rows(w, s, order.member * s.own, x) if rows is None else rows(order.member * s.own)
+    end = _End(w, s, shared, order, None if room is None else Handed(w, s, order, room), rest[0], rest[-1])
 
     def step(i: Int, carry: list[Any], new: bool) -> list[Any]:
         """Turn i; in a `new` block digits are still to be made."""
         now, sums = carry[: source.count], carry[source.count :]
-        turn, tile = i % s.rounds, i // s.rounds
-        ahead = source.load(begin + ((i + 1) // s.rounds) * each, (i + 1) % s.rounds, i + 1 < flat)
-        sums = [w.where(turn == 0, w.real(0.0), total) for total in sums]
-        piece = (turn * s.warps + (w.thread >> 5)) * s.turn
-        if new:
+        turn, position = i % s.rounds, i // s.rounds
+        piece = piece_of(w, s, turn)
+        if new:  # before further codes are asked for, which would take registers
             w.when(piece < s.own, lambda: own.write(shared, piece))
-            w.warp_barrier()
+            w.meet_tensor_cores() if s.wide else w.warp_barrier()
+        ahead = source.load(i + 1)
+        sums = [w.where(turn == 0, w.real(0.0), total) for total in sums]
         piece = w.minimum(piece, s.held - s.turn)
         for u in range(s.turn):
             sums = _piece(w, s, shared, piece + u, *source.taken(now, u), sums)
-        w.when(turn == s.rounds - 1, lambda: _finish(w, s, shared, tile, part, begin + tile * each, sums, bias, y, new))
+        w.when(turn == s.rounds - 1, lambda: end.finish(position, sums, new))
         return [*ahead, *sums]
 
     first_tile = w.minimum(flat, s.rounds)
     carry = w.loop(first_tile, [*ahead, *[w.real(0.0)] * (2 * s.quads)], lambda i, carry: step(i, carry, True))
     w.loop(flat - first_tile, carry, lambda i, carry: step(i + s.rounds, carry, False))
-
-
-class _Source:
-    """Loads of codes and scales: of a piece a thread takes 16 bytes (32 with eight bits) of rows g and g + 8; four lanes share a row."""
-
-    def __init__(self, w: Warps, s: Shape, first: Int, codes: Long, scales: Long):
-        self.w, self.s, self.first = w, s, first
-        lane = w.thread & 31
-        self.codes = codes.times(lane >> 2, s.k * s.bits // 8) + (lane & 3) * 16
-        self.scales = scales.times(lane >> 2, s.columns * self.width)
-        # Scales of neighbouring groups in one load, where they fill words.
-        self.words = s.turn * self.width // 4 if s.group == PIECE and s.turn * self.width in (4, 8, 16) else 0
-        self.count = s.words * s.turn + 2 * (self.words or s.turn)
-
-    @property
-    def width(self) -> int:
-        """Bytes of a scale."""
-        return jnp.dtype(self.s.dtype).itemsize
-
-    def load(self, tile: Int, turn: Int, wanted: Any) -> list[Int]:
-        """Codes of rows g and g + 8, then their scales; zeros where they are not wanted and behind the end of K."""
-        w, s = self.w, self.s
-        piece = (turn * s.warps + (w.thread >> 5)) * s.turn
-        wanted = w.both(w.both(wanted, piece < s.own), self.first + piece < s.pieces)
-        return w.only_where(wanted, lambda: self._load(tile, self.first + piece), self.count)
-
-    def _load(self, tile: Int, first: Int) -> list[Int]:
-        w, s = self.w, self.s
-        pieces = [first + u if s.pieces % s.turn == 0 else w.minimum(first + u, s.pieces - 1) for u in range(s.turn)]
-        found: list[Int] = []
-        row = s.k * s.bits // 8  # bytes
-        near = self.codes.times(tile, TILE * row)
-        for piece in pieces:
-            at = near + piece * (PIECE * s.bits // 8)
-            for place in (at, at + 8 * row):
-                for stretch in range(s.bits // 4):
-                    found += w.load(place + 64 * stretch, 4)
-        near = self.scales.times(tile, TILE * s.columns * self.width)
-        for half in (0, 1):
-            at = near + half * 8 * s.columns * self.width
-            if self.words:
-                found += w.load_shared_by_all(at + first * self.width, self.words)
-                continue
-            for piece in pieces:
-                column = at + (piece * PIECE // s.group) * self.width
-                found += [w.load_half(column)] if self.width == 2 else w.load_shared_by_all(column, 1)
-        return found
-
-    def taken(self, found: list[Int], u: int) -> tuple[list[Int], list[Int], list[Real]]:
-        """Codes of rows g and g + 8 of piece u, and their scales."""
-        s, w = self.s, self.w
-        codes, rest = found[s.words * u : s.words * (u + 1)], found[s.words * s.turn :]
-        scales = []
-        for half in (0, 1):
-            words = rest[half * (self.words or s.turn) :]
-            if self.width == 4:
-                scales.append(w.as_real(words[u]))
-            elif self.words:
-                word = words[u // 2]
-                scales.append(w.half_as_real(word >> 16 if u % 2 else word & 0xFFFF, s.dtype))
-            else:
-                scales.append(w.half_as_real(words[u], s.dtype))
-        return codes[: s.bits], codes[s.bits :], scales
 
 
 def _piece(
@@ -145,62 +85,116 @@ def _piece(
     the even nibbles, moved up, and the odd ones, each sixteen times itself; of eight-bit codes it takes two words. Digits of x lie in the
     same order.
     """
-    lane = w.thread & 31
     if s.bits == 4:
         left = [[(a << 4) & 0xF0F0F0F0, (b << 4) & 0xF0F0F0F0, a & 0xF0F0F0F0, b & 0xF0F0F0F0] for a, b in zip(upper, lower, strict=True)]
     else:
         left = [[upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]] for i in range(4)]
-    new = list(sums)
+    whole = w.group_products(left, shared + piece * s.piece_bytes, 8 * s.quads) if s.wide else []
+    lane, new = w.thread & 31, list(sums)
     for quad in range(s.quads):
-        # Columns behind the last row of x repeat it; their sums are not stored. Low digits come first in the second half.
-        column = w.minimum((lane >> 2) + 8 * quad, 2 * s.m - 1)
-        at = shared + (piece * (4 * s.m) + column) * 64 + (lane & 3) * 16
-        right = w.load_shared(at, 4) + w.load_shared(at + (2 * s.m + 1) * 64 - (column & 1) * 128, 4)
-        total = [w.integer(0)] * 4
-        for i in range(4):
-            total = w.product(left[i], right[2 * i : 2 * i + 2], total)
+        total = whole[4 * quad : 4 * quad + 4] if s.wide else _quad_products(w, s, shared, piece, quad, left)
         row = w.minimum((lane & 3) + 4 * quad, s.m - 1)
         unit = w.as_real(w.load_shared(shared + s.places.units + (piece * s.m + row) * 4, 1)[0])
         for half in (0, 1):
-            whole = w.to_real((total[2 * half] << 8) + total[2 * half + 1])
-            new[2 * quad + half] = w.fma(whole, scales[half] * unit, new[2 * quad + half])
+            both = w.to_real((total[2 * half] << 8) + total[2 * half + 1])
+            new[2 * quad + half] = w.fma(both, scales[half] * unit, new[2 * quad + half])
     return new
 
 
-def _finish(
-    w: Warps, s: Shape, shared: Int, number: Int, part: Int, tile: Int, sums: list[Real], bias: Long, y: Long, new: bool
-) -> None:
-    """Adds what the warps have of a tile, in their order, and writes it. Sums lie in two places in turn: one barrier a tile suffices.
+def _quad_products(w: Warps, s: Shape, shared: Int, piece: Int, quad: int, left: list[list[Int]]) -> list[Int]:
+    """What one warp multiplies of four rows of x. Columns behind the last row repeat it; their sums are not stored."""
+    lane = w.thread & 31
+    column = w.minimum((lane >> 2) + 8 * quad, 2 * s.m - 1)
+    at = shared + (piece * (4 * s.m) + column) * 64 + (lane & 3) * 16
+    # Low digits come first in the second half.
+    right = w.load_shared(at, 4) + w.load_shared(at + (2 * s.m + 1) * 64 - (column & 1) * 128, 4)
+    total = [w.integer(0)] * 4
+    for i in range(4):
+        total = w.product(left[i], right[2 * i : 2 * i + 2], total)
+    return total
 
-    Behind the first barrier of a `new` block all squares of x are there, behind another one its norms.
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """The end of a tile: what its warps and the other blocks of the group have of it is added, and written.
+
+    Attributes:
+      w: the instructions.
+      s: what is multiplied.
+      shared: where shared memory begins.
+      order: of the tiles.
+      handed: sums between blocks; None where they do not share K.
+      added: where the bias begins, if there is one.
+      y: where y begins.
     """
-    warp, lane = w.thread >> 5, w.thread & 31
-    place = shared + s.places.sums + (number & 1) * (s.warps * s.quads * 256) + lane * 8
-    for quad in range(s.quads):
-        w.store_shared(place + (warp * s.quads + quad) * 256, sums[2 * quad], sums[2 * quad + 1])
-    w.barrier()
-    if new and s.norm is not None:
-        write_norms(w, s, shared)
-        w.barrier()
 
-    def write(quad: int) -> None:
-        parts = [w.load_shared(place + (other * s.quads + quad) * 256, 2) for other in range(s.warps)]
-        row, totals = (lane & 3) + 4 * quad, []
+    w: Warps
+    s: Shape
+    shared: Int
+    order: Order
+    handed: Handed | None
+    added: Long
+    y: Long
+
+    def finish(self, position: Int, sums: list[Real], new: bool) -> None:
+        """Adds what the warps have of a tile, in their order. Sums lie in two places in turn: one barrier a tile suffices.
+
+        Behind the first barrier of a `new` block all squares of its part of x are there, behind another one their sums.
+        """
+        w, s = self.w, self.s
+        warp, lane = w.thread >> 5, w.thread & 31
+        place = self.shared + s.places.sums + (position & 1) * (s.sharers * s.units * 256) + lane * 8
+        for quad in range(s.quads):  # warps that multiply rows of their own stand side by side
+            w.store_shared(place + (warp * s.quads + quad) * 256, sums[2 * quad], sums[2 * quad + 1])
+        w.barrier()
+        if new and s.norm is not None:
+            write_squares(w, s, self.shared, self._write_squares)
+            w.barrier()
+        for begin in range(0, s.units, s.warps):
+            unit = (warp + s.warps - position % s.warps) % s.warps + begin  # warps take turns
+            w.when(unit < s.units, lambda unit=unit: self._unit(position, place, unit))
+
+    def _unit(self, position: Int, place: Int, unit: Int) -> None:
+        """One warp adds what all have of four rows of x and sixteen of w."""
+        w, s, handed = self.w, self.s, self.handed
+        place = place + unit * 256
+        parts = [w.load_shared(place + other * s.units * 256, 2) for other in range(s.sharers)]
+        totals = []
         for half in (0, 1):
             total = w.as_real(parts[0][half])
             for other in parts[1:]:
                 total = total + w.as_real(other[half])
-            if s.bits == 4:
-                total = total * 0.0625  # codes are sixteen times themselves
-            totals.append(total if s.norm is None else total * norm_of(w, s, shared, row))
-        _store(w, s, part, row, tile, totals, bias, y)
+            totals.append(total * 0.0625 if s.bits == 4 else total)  # codes are sixteen times themselves
+        if handed is None:
+            self._write(position, unit, totals)
+            return
+        w.when(self.order.given(position), lambda: handed.give(position, unit, totals))
+        w.when(self.order.kept(position), lambda: self._write(position, unit, handed.take(position, unit, totals)))
 
-    for quad in range(s.quads):
-        w.when(warp == (number + quad) % s.warps, lambda quad=quad: write(quad))
+    def _write(self, position: Int, unit: Int, totals: list[Real]) -> None:
+        w, s = self.w, self.s
+        row = (w.thread & 3) + unit % s.quads * 4
+        if s.norm is not None:
+            root = self._root(w.minimum(row, s.m - 1))
+            totals = [total * root for total in totals]
+        tile = self.order.tile(position)
+        _store(w, s, row, tile if s.high == 1 else tile * s.high + unit // s.quads, totals, self.added, self.y)
+
+    def _write_squares(self, row: int, total: Real) -> None:
+        w, s = self.w, self.s
+        if self.handed is not None:
+            self.handed.give_squares(row, total)
+        w.store_shared(self.shared + s.places.norms + 4 * row, total if self.handed else inverse_root(w, s, total))
+
+    def _root(self, row: Int) -> Real:
+        """1 / sqrt(mean x^2 + norm) of a row."""
+        w, s = self.w, self.s
+        found = w.as_real(w.load_shared(self.shared + s.places.norms + row * 4, 1)[0])
+        return found if self.handed is None else inverse_root(w, s, self.handed.take_squares(row, found))
 
 
-def _store(w: Warps, s: Shape, part: Int, row: Int, tile: Int, totals: list[Real], added: Long, y: Long) -> None:
-    """What a product does with the sums of rows g and g + 8 of a tile, and their place in y."""
+def _store(w: Warps, s: Shape, row: Int, tile: Int, totals: list[Real], added: Long, y: Long) -> None:
+    """What a product does with the sums of rows g and g + 8 of sixteen rows of w, and their place in y."""
     if s.gated:
         totals = [totals[0] * w.logistic(totals[0]) * totals[1]]
     store, size = (w.store_bfloat16, 2) if s.whole else (w.store_real, 4)
@@ -209,7 +203,7 @@ def _store(w: Warps, s: Shape, part: Int, row: Int, tile: Int, totals: list[Real
         if s.bias is not None:
             width = s.out * jnp.dtype(s.bias).itemsize if s.by_row else 0
             total = total + _element(w, added.times(w.minimum(row, s.m - 1), width), column, s.bias)
-        at = y.times(part * s.m + row, s.out * size) + column * size
+        at = y.times(row, s.out * size) + column * size
         w.when(row < s.m, lambda at=at, total=total: store(at, total))
 
 
@@ -244,39 +238,41 @@ def direct(
       whole: y is bfloat16, else float32.
 
     Returns:
-      (M, N); with a split K (split_k, M, N) float32, without norm and bias.
+      (M, N).
 
     Raises:
-      ValueError: the digits of x do not fit into shared memory; a split K with norm or bias.
+      ValueError: the digits of x do not fit into shared memory.
     """
-    (m, k), n, parts = x.shape, codes.shape[0], tiles.split_k
-    if parts > 1 and not (bias is None and norm is None):
-        raise ValueError(f"`tiles.split_k` is {parts}: bias and norm belong behind the sum of the parts")
+    (m, k), n = x.shape, codes.shape[0]
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores,
-                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole and parts == 1,
+                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole,
                  bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
-    if s.places.end > SHARED_BYTES:
-        raise ValueError(f"`tiles` need {s.places.end} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K")
-    operands = [x, codes, scales, *([] if bias is None else [bias])]
+    together = s.together(tiles.blocks)
+    each = -(-s.places.end // 128) * 128
+    if together * each > SHARED_BYTES:
+        raise ValueError(f"`tiles` need {together * each} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K")
+    operands, met = [x, codes, scales, *([] if bias is None else [bias])], room(s)
 
     def hopper_direct(*references):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(operands) + 2))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(operands) + len(met) + 2))
         def work(_, *own):
             addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
             start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
-            w = Warps()
-            multiply(w, s, start, *addresses, wait=(lambda: _early(w)) if s.early else None)
+            w = Warps(together, tiles.warps)
+            start = start + w.part * each
+            given, handed = addresses[: len(operands) + 1], addresses[len(operands) + 1 :]
+            multiply(w, s, start, *given, wait=(lambda: _early(w)) if s.early else None, room=Room(*handed) if handed else None)
 
         work(*references)  # pyright: ignore[reportCallIssue]
 
-    warpgroups = tiles.warps // 4
+    warpgroups = together * tiles.warps // 4
     kernel = plgpu.kernel(
         hopper_direct,
-        out_type=jax.ShapeDtypeStruct((parts, m, n) if parts > 1 else (m, n), jnp.bfloat16 if s.whole else jnp.float32),
-        scratch_types=[plgpu.SMEM((s.places.end,), jnp.int8)],
-        grid=(s.blocks,),
+        out_type=(jax.ShapeDtypeStruct((m, n), jnp.bfloat16 if s.whole else jnp.float32), *met),
+        scratch_types=[plgpu.SMEM((together * each,), jnp.int8)],
+        grid=(s.blocks // together,),
         grid_names=("n",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         **({} if warpgroups == 1 else {"num_threads": warpgroups, "thread_name": "wg"}),
     )
-    return kernel(*operands)
+    return kernel(*operands)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from .direct_shape import Shape
@@ -10,7 +11,6 @@ from .tiles import FRACTION, PIECE
 from .warps import Int, Long, Real, Warps
 
 LANES = 8  # of a piece of a row: a thread takes sixteen elements
-AT_ONCE = 32 // LANES  # pieces of a row that a warp takes in one go
 AHEAD = 2  # goes whose elements are loaded before the first digits are made
 _WHOLE = 1.5 * 2**23  # added to it a number is rounded to a whole one, to even in the middle, which stands in the lower 16 bits
 
@@ -57,38 +57,44 @@ class Rows:
         """Writes digits, units and sums of squares of `turn` pieces of all rows. What lies behind K has units of 0.
 
         Digits lie in the order in which threads hold nibbles: a piece in two halves, in which a row has 64 high digits and 64 low ones, the
-        low ones first in the second half. So eight threads that write sixteen bytes each meet all banks.
+        low ones first in the second half. So eight threads that write sixteen bytes each meet all banks. Those that the tensor cores read
+        by themselves lie as these want them (`_spread`).
 
         Args:
           shared: where the block's shared memory begins.
           begin: the first of the pieces.
         """
         w, s = self.w, self.s
-        wanted = s.turn * s.m
-        each = min(AHEAD, math.ceil(wanted / AT_ONCE))
+        wanted, threads = s.turn * s.m, 32 * s.high  # four warps that multiply together make digits together
+        at_once = threads // LANES
+        each = min(AHEAD, math.ceil(wanted / at_once))
 
         def some(i: Int, carry: list[Any]) -> list[Any]:
             places = []
             for j in range(each):
-                number = w.minimum((i * each + j) * AT_ONCE + ((w.thread & 31) >> 3), wanted - 1)
+                number = w.minimum((i * each + j) * at_once + ((w.thread & (threads - 1)) >> 3), wanted - 1)
                 places.append((begin + number // s.m, number % s.m))
             for (piece, row), words in zip(places, self.load(places), strict=True):
                 self._write(shared, piece, row, words)
             return carry
 
-        w.loop(w.integer(math.ceil(wanted / (AT_ONCE * each))), [], some)
+        w.loop(w.integer(math.ceil(wanted / (at_once * each))), [], some)
 
     def _write(self, shared: Int, piece: Int, row: Int, words: list[Int]) -> None:
         """What `write` writes of a piece of a row."""
         w, s, half = self.w, self.s, self.half
-        column = self.lane >> 1 if s.bits == 4 else self.lane & 3
-        at = shared + (piece * (4 * s.m) + row * 2) * 64 + half * (2 * s.m * 64) + column * 16
         inside = self.first + piece < s.pieces
         unit, inverse = self._unit(words, inside)
         elements = [w.as_real(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)]
         high, low = _digits(w, elements, inverse, ((0, 2), (1, 3)) if s.bits == 4 else ((0, 1), (2, 3)))
-        w.store_shared(at + half * 64, *high)
-        w.store_shared(at + 64 - half * 64, *low)
+        column, at = self.lane >> 1 if s.bits == 4 else self.lane & 3, shared + piece * s.piece_bytes
+        if s.wide:
+            self._spread(at + column * 4, row * 2, high)
+            self._spread(at + column * 4, row * 2 + 1, low)
+        else:
+            at = at + row * 128 + half * (2 * s.m * 64) + column * 16
+            w.store_shared(at + half * 64, *high)
+            w.store_shared(at + 64 - half * 64, *low)
         place, first = shared + s.places.units + (piece * s.m + row) * 4, self.lane == 0
         w.when(first, lambda: w.store_shared(place, unit))
         if s.norm is not None:
@@ -99,6 +105,12 @@ class Rows:
                 squares = squares + w.neighbour(squares, distance)
             squares = w.where(inside, squares, w.real(0.0))
             w.when(first, lambda: w.store_shared(place + (s.places.squares - s.places.units), squares))
+
+    def _spread(self, at: Int, column: Int, words: list[Int]) -> None:
+        """Words where `wgmma` looks for them: a product of 32 has two halves, eight columns of sixteen bytes each beside each other."""
+        near = at + (column >> 3) * 128 + (column & 7) * 16 + self.half * (4 * self.s.quads * 128)
+        for i, word in enumerate(words):
+            self.w.store_shared(near + i * (self.s.quads * 128), word)
 
     def _unit(self, words: list[Int], inside: Any) -> tuple[Int, Real]:
         """The bits of a piece's unit (`digits_kernel.units`), and the inverse; shifted by one, only exponents are compared."""
@@ -126,38 +138,39 @@ def _digits(w: Warps, elements: list[Real], inverse: Real, pairs: tuple[tuple[in
 
 
 def write_nothing(w: Warps, s: Shape, shared: Int) -> None:
-    """Zeros where warps read that have nothing to multiply: pieces behind the block's own (`Shape.held`)."""
-    behind = (s.held - s.own) * s.m
-    if behind == 0:
+    """Zeros where nobody writes what warps read: pieces behind the block's own (`Shape.held`), columns behind the last row."""
+    behind, spare = (s.held - s.own) * s.m, s.wide and s.m % 4 > 0
+    if behind == 0 and not spare:
         return
-    digits, units = shared + s.own * 4 * s.m * 64, shared + s.places.units + s.own * s.m * 4
+    begin, units = 0 if spare else s.own, shared + s.places.units + s.own * s.m * 4
+    digits, count = shared + begin * s.piece_bytes, (s.held - begin) * s.piece_bytes // 16  # sixteen bytes at a time
     zeros, threads = [w.integer(0)] * 4, 32 * s.warps
-    for start in range(0, behind * 16, threads):  # sixteen bytes at a time
+    for start in range(0, count, threads):
         number = w.thread + start
-        w.when(number < behind * 16, lambda number=number: w.store_shared(digits + number * 16, *zeros))
+        w.when(number < count, lambda number=number: w.store_shared(digits + number * 16, *zeros))
     for start in range(0, behind, threads):
         number = w.thread + start
         w.when(number < behind, lambda number=number: w.store_shared(units + number * 4, zeros[0]))
     w.barrier()
 
 
-def write_norms(w: Warps, s: Shape, shared: Int) -> None:
-    """1 / sqrt(mean x^2 + norm) of every row, by the first warps, from the sums of squares of its pieces."""
-    warp, lane, least = w.thread >> 5, w.thread & 31, w.real(s.norm or 0.0)
+def write_squares(w: Warps, s: Shape, shared: Int, write: Callable[[int, Real], None]) -> None:
+    """The sum of squares of every row, from those of the block's pieces, each by one thread."""
+    warp, lane = w.thread >> 5, w.thread & 31
 
-    def norm(row: int) -> None:
+    def add(row: int) -> None:
         total = w.real(0.0)
         for turn in range(math.ceil(s.own / 32)):
             piece = w.minimum(lane + 32 * turn, s.own - 1)
             part = w.as_real(w.load_shared(shared + s.places.squares + (piece * s.m + row) * 4, 1)[0])
             total = total + w.where(lane + 32 * turn < s.own, part, w.real(0.0))
-        root = w.inverse_root(w.fma(w.warp_sum(total), w.real(1 / s.k), least))
-        w.when(lane == 0, lambda: w.store_shared(shared + s.places.norms + 4 * row, root))
+        total = w.warp_sum(total)
+        w.when(lane == 0, lambda: write(row, total))
 
     for row in range(s.m):
-        w.when(warp == row % s.warps, lambda row=row: norm(row))
+        w.when(warp == row % s.warps, lambda row=row: add(row))
 
 
-def norm_of(w: Warps, s: Shape, shared: Int, row: Int) -> Real:
-    """What `write_norms` found for a row."""
-    return w.as_real(w.load_shared(shared + s.places.norms + w.minimum(row, s.m - 1) * 4, 1)[0])
+def inverse_root(w: Warps, s: Shape, squares: Real) -> Real:
+    """1 / sqrt(mean x^2 + norm) of a row."""
+    return w.inverse_root(w.fma(squares, w.real(1 / s.k), w.real(s.norm or 0.0)))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .tiles import PIECE, Direct
 
-TILE = 16  # rows of w
+TILE = 16  # rows of w that the tensor cores take at once
 
 
 class Places(NamedTuple):
@@ -33,7 +33,7 @@ class Shape:
       warps: of a block.
       turn: pieces that a warp takes at once.
       blocks: of the launch.
-      parts: of K, each with blocks of its own.
+      parts: of K: as many blocks are a group, which work on the same tiles.
       early: the launch begins while the one before it ends.
       bias: the dtype of what is added; None where nothing is.
       by_row: what is added differs from row to row of x.
@@ -41,6 +41,7 @@ class Shape:
       whole: y is bfloat16; else float32.
       bits: of a code, 4 or 8.
       gated: tiles hold eight rows of a gate and the eight of what it multiplies: y = silu(gate) other, half as wide.
+      wide: four warps multiply 64 rows of w together; else each 16.
     """
 
     m: int
@@ -60,11 +61,45 @@ class Shape:
     bits: int = 4
     by_row: bool = False
     gated: bool = False
+    wide: bool = False
 
     @property
     def out(self) -> int:
         """Columns of y."""
         return self.n // 2 if self.gated else self.n
+
+    @property
+    def high(self) -> int:
+        """Warps that multiply rows of w of their own: a tile has sixteen for each."""
+        return 4 if self.wide else 1
+
+    @property
+    def sharers(self) -> int:
+        """Of the K of a tile in a block: warps, or four of them together."""
+        return self.warps // self.high
+
+    @property
+    def tiles(self) -> int:
+        """Of w."""
+        return self.n // (TILE * self.high)
+
+    @property
+    def groups(self) -> int:
+        """Of blocks."""
+        return self.blocks // self.parts
+
+    @property
+    def most(self) -> int:
+        """Tiles that a group works on, at most."""
+        return math.ceil(self.tiles / self.groups)
+
+    def together(self, blocks: int) -> int:
+        """Blocks that are launched as parts of one, so that they live together whatever registers they would take.
+
+        Args:
+          blocks: that are to live on a multiprocessor, which has registers for 16 warps of 128 each.
+        """
+        return blocks if blocks * self.warps <= 16 and self.blocks % blocks == 0 else 1
 
     @property
     def words(self) -> int:
@@ -84,12 +119,12 @@ class Shape:
     @property
     def rounds(self) -> int:
         """Turns of a warp in a tile."""
-        return math.ceil(self.own / (self.turn * self.warps))
+        return math.ceil(self.own / (self.turn * self.sharers))
 
     @property
     def held(self) -> int:
         """Pieces in shared memory: a part, and as many behind it as a warp takes, for those that have nothing left to do."""
-        return self.own + (0 if self.own == self.rounds * self.turn * self.warps else self.turn)
+        return self.own + (0 if self.own == self.rounds * self.turn * self.sharers else self.turn)
 
     @property
     def quads(self) -> int:
@@ -97,20 +132,31 @@ class Shape:
         return math.ceil(self.m / 4)
 
     @property
+    def units(self) -> int:
+        """Of a tile: four rows of x and sixteen of w."""
+        return self.quads * self.high
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of the digits of a piece of all rows; `wgmma` reads whole eights of columns."""
+        return 2 * PIECE * (4 * self.quads if self.wide else self.m)
+
+    @property
     def places(self) -> Places:
         """Where things lie in shared memory."""
-        units = self.held * 2 * self.m * PIECE
+        units = self.held * self.piece_bytes
         squares = units + self.held * self.m * 4
         norms = squares + (0 if self.norm is None else self.held * self.m * 4)
         sums = norms + (0 if self.norm is None else self.m * 4)
         sums = -(-sums // 16) * 16
-        return Places(units, squares, norms, sums, sums + 2 * self.warps * self.quads * 32 * 8)
+        return Places(units, squares, norms, sums, sums + 2 * self.sharers * self.units * 32 * 8)
 
 
 def shape_of(
     m: int, n: int, k: int, *, group: int, columns: int, dtype: Any, tiles: Direct, cores: int, bias: Any = None, norm: float | None = None,
     whole: bool = True, bits: int = 4,
 ) -> Shape:  # fmt: skip
-    """The launch of a product: no more blocks than tiles, and as many for every part of K."""
-    blocks = min(n // TILE, cores * tiles.blocks // tiles.split_k) * tiles.split_k
-    return Shape(m, n, k, group, columns, dtype, tiles.warps, tiles.turn, blocks, tiles.split_k, tiles.early, bias, norm, whole, bits)
+    """The launch of a product: no more groups of blocks than tiles."""
+    blocks = min(n // (TILE * (4 if tiles.wide else 1)), cores * tiles.blocks // tiles.split_k) * tiles.split_k
+    return Shape(m, n, k, group, columns, dtype, tiles.warps, tiles.turn, blocks, tiles.split_k, tiles.early, bias, norm, whole, bits,
+                 wide=tiles.wide)  # fmt: skip

@@ -21,7 +21,7 @@ from .warps import Int, Long, Real, Warps
 
 STRETCH = 64  # columns of a sum that are in registers beside it
 THREADS = 128  # of a warpgroup
-_SIGN = 0x53A8B16E5D41F2C7  # says that a sum is there
+SIGN = 0x53A8B16E5D41F2C7  # says that a sum is there
 
 
 def room(schedule: Schedule | None, members: int, warpgroups: int, shape: tuple[int, int], dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -136,7 +136,7 @@ class Parts:
         def tell(_, sign):
             mgpu_utils.warpgroup_barrier()  # all threads have written
             with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
-                Warps().show(_address(sign), _SIGN)
+                Warps().show(_address(sign), SIGN)
 
         tell(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]
 
@@ -147,7 +147,7 @@ class Parts:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def await_(_, sign):
             with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
-                Warps().await_sign(_address(sign), _SIGN)
+                Warps().await_sign(_address(sign), SIGN)
             mgpu_utils.warpgroup_barrier()
 
         await_(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]

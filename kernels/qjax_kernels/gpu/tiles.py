@@ -93,15 +93,17 @@ class Tiles:
 class Direct:
     """The cut of a product of few rows whose codes go straight from device memory into registers.
 
-    Sixteen rows of w are a tile; the warps of a thread block share its K, and a block takes one tile after the other.
+    The warps of a thread block share the K of a tile, a few rows of w, and a block takes one tile after the other.
 
     Attributes:
       warps: of a thread block: 4, 8, 12 or 16.
       turn: pieces of 128 codes a row that a warp loads at once: 1, 2, 4 or 8.
       blocks: that live on a multiprocessor; each makes the digits of x for itself.
-      split_k: parts of K, each with thread blocks of its own; their float32 sums are added by a second program.
+      split_k: thread blocks that share the K of their tiles: each reads that part of x alone, and finishes its share of the tiles, for
+        which the others hand their sums over (`direct_parts`).
       early: the launch begins while the one before it ends (programmatic dependent launch) and loads its first codes meanwhile: for codes
         that the program right before does not write.
+      wide: four warps multiply 64 rows of w together (`wgmma`), whose digits of x the tensor cores read by themselves; else each warp 16.
     """
 
     warps: int = 8
@@ -109,6 +111,7 @@ class Direct:
     blocks: int = 2
     split_k: int = 1
     early: bool = False
+    wide: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where no kernel has such tiles."""
@@ -159,7 +162,8 @@ def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
-    With 1 to 8 rows codes go straight into registers (`direct_tiles`), with more through a pipeline (`pipelined_tiles`).
+    With 1 to 8 rows codes go straight into registers (`direct_tiles`), up to 16 where a four-bit weight in groups is large and still leaves
+    a pipeline without enough blocks; else through a pipeline (`pipelined_tiles`).
 
     Args:
       m: rows of x.
@@ -175,22 +179,24 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
     Example:
       >>> weight_only_tiles(1, 28672, 8192, 4), weight_only_tiles(16, 4096, 4096, 4).split_k
-      (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False), 8)
+      (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 8)
     """
-    if m <= DIRECT_ROWS:
+    large = bits == 4 and group is not None and n * k >= _LARGE and n < 128 * cores
+    if m <= DIRECT_ROWS or (m <= 2 * DIRECT_ROWS and large):
         return direct_tiles(m, k, bits, scale_bytes)
     return pipelined_tiles(m, n, k, bits, cores, group)
 
 
-DIRECT_ROWS = 8  # of x; 16 were slower than a pipeline at 4096 x 4096 (9.1 for 7.7 us): making digits takes longer than the weight
+DIRECT_ROWS = 8  # of x; 16 were slower than a pipeline at 4096 x 4096 (7.7 for 7.0 us) and 8192 x 28672 (42 for 39.5)
+_LARGE = 1 << 26  # codes: 8192 x 8192 with 16 rows took 16.8 for 18.9 us, 14336 x 4096 as long
 
 
 def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
     """The tiles of few rows.
 
     Digits of x take 256 bytes of shared memory for a row and a piece, and time that nothing else fills: where they are many, one block of
-    sixteen warps makes them for a whole multiprocessor. With scales of four bytes a turn of four pieces takes a few registers more than two
-    blocks of eight warps have.
+    sixteen warps makes them for a whole multiprocessor; of five rows and more blocks share K besides, and warps multiply 64 rows of w
+    together. With scales of four bytes a turn of four pieces takes more registers than there are.
 
     Args:
       m: rows of x.
@@ -201,10 +207,19 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
     Returns:
       Tiles that fit into shared memory.
     """
-    wide = bits == 8 or scale_bytes == 4
-    tiles = Direct(turn=2 if wide else 4) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1 if bits == 8 else 2, blocks=1)
-    # Digits, unit and sum of squares of a piece take 264 bytes a row; sums of warps lie in two places.
-    while m * math.ceil(k / (128 * tiles.split_k)) * 264 + 2 * tiles.warps * math.ceil(m / 4) * 256 > 220 * 1024 // tiles.blocks:
+    if bits == 8:
+        tiles = Direct(turn=2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1, blocks=1)
+    elif m <= 2:
+        tiles = Direct(turn=2 if scale_bytes == 4 else 4)
+    elif m <= 4:
+        tiles = Direct(warps=16, turn=2, blocks=1)
+    else:
+        long = m <= 8 and k >= 8192 and scale_bytes < 4
+        tiles = Direct(warps=16, turn=4 if long else 2, blocks=1, split_k=min(4, max(1, k // 1024)), wide=True)
+    # Digits of a piece take 256 bytes a row, its unit and sum of squares 8; sums of warps lie in two places.
+    quads = math.ceil(m / 4)
+    each = (4 * quads if tiles.wide else m) * 264
+    while math.ceil(k / (128 * tiles.split_k)) * each + 2 * tiles.warps * quads * 256 > 220 * 1024 // tiles.blocks:
         tiles = dataclasses.replace(tiles, split_k=2 * tiles.split_k)
     return tiles
 

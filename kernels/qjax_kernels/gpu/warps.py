@@ -124,6 +124,7 @@ class Warps:
     def __init__(self, parts: int = 1, warps: int = 0) -> None:
         """All of a block; or one of its `parts`, of so many `warps` each."""
         self.thread = Int(mgpu_utils.thread_idx())
+        self._group = self.thread >> 7  # of four warps
         self.block = Int(self._asm("mov.u32 $0, %ctaid.x;", "i32", "=r"))
         self.part, self._parts, self._threads = self.integer(0), parts, 32 * warps
         if parts > 1:
@@ -282,6 +283,38 @@ class Warps:
                 "{$10, $11, $12, $13};")  # fmt: skip
         found = self._asm(text, result, "=r,=r,=r,=r" + ",r" * 10, *a, *b, *c)
         return [Int(llvm.extractvalue(_type("i32"), found, [i])) for i in range(4)]
+
+    def group_products(self, left: Sequence[Sequence[Int]], right: Int, columns: int) -> list[Int]:
+        """The sum of products of 64 x 32 by 32 x columns signed bytes (wgmma.m64nNk32), of four warps with sixteen rows each.
+
+        Args:
+          left: operands A, as `product` takes them.
+          right: where operands B begin in shared memory, one after the other: a column has two stretches of 16 bytes, 16 columns apart
+            in units of 16 bytes where there are 16 (`Rows`).
+          columns: a multiple of 8.
+
+        Returns:
+          Four sums for every eight columns, as `product` gives them.
+        """
+        eights, count = columns // 8, columns // 2
+        begin = ((right & 0x3FFFF) >> 4) | (eights * 128 >> 4 << 16)  # and how far it is from one stretch to the next
+        sums = ", ".join(f"${i}" for i in range(count))
+        lines = [f".reg .pred p, q; .reg .b32 a<{len(left)}>; .reg .b64 d<{len(left)}>; setp.ne.b32 p, 0, 0; setp.eq.b32 q, 0, 0; "
+                 "wgmma.fence.sync.aligned;"]  # fmt: skip
+        at = count + 4 * len(left)
+        for i in range(len(left)):
+            own = ", ".join(f"${count + 4 * i + j}" for j in range(4))
+            lines.append(f"add.u32 a{i}, ${at}, {i * columns * 32 >> 4}; mov.b64 d{i}, {{a{i}, {128 >> 4}}}; wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{sums}}}, "
+                         f"{{{own}}}, d{i}, {'q' if i else 'p'};")  # fmt: skip
+        text = "{" + " ".join(lines) + " wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}"
+        result = _type(f"!llvm.struct<({', '.join(['i32'] * count)})>")
+        constraints = ",".join(["=r"] * count + ["r"] * (4 * len(left) + 1))
+        found = self._asm(text, result, constraints, *(word for words in left for word in words), begin, effects=True)
+        return [Int(llvm.extractvalue(_type("i32"), found, [i])) for i in range(count)]
+
+    def meet_tensor_cores(self) -> None:
+        """Waits for the four warps that multiply together; what they wrote to shared memory is there for the tensor cores."""
+        self._asm("fence.proxy.async.shared::cta; bar.sync $0, 128;", None, "r,~{memory}", self._group + 8, effects=True)
 
     def barrier(self) -> None:
         """Waits for all threads of the block, and for what they wrote to shared memory."""

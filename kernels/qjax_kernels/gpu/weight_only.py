@@ -156,10 +156,9 @@ def _direct(x, bias, codes, scales, *, group, activation, norm, tiles, cores) ->
 
     how: dict[str, Any] = {"group": group or x.shape[1], "tiles": tiles, "cores": cores}
     scales = scales if group is None else whole_rows(scales)
-    if activation is None and tiles.split_k == 1:
+    if activation is None:
         return direct(x, codes, scales, bias=bias, norm=norm, **how)
-    y = direct(x, codes, scales, whole=False, **how).reshape(-1, x.shape[0], codes.shape[0])
-    return added_up(y if norm is None else y * inverse_norms(x, norm), bias, activation, x.dtype)
+    return added_up(direct(x, codes, scales, norm=norm, whole=False, **how)[None], bias, activation, x.dtype)
 
 
 def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, bias, activation) -> jax.Array:

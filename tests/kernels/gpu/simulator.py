@@ -27,8 +27,13 @@ class Simulator:
         self.barriers, self.touched = 0, {kind: (np.full(shared, -1), np.full(shared, -1)) for kind in ("written", "read")}
         # Which thread wrote each byte last, and behind how many barriers of its warp: others of the warp read it behind the next.
         self.warp_barriers, self.author = np.zeros(threads // 32, int), (np.full(shared, -1), np.full(shared, -1))
+        # The same of four warps: of which each byte was written and read last (several: -2), and behind how many barriers of theirs.
+        self.group_barriers = np.zeros(max(threads // 128, 1), int)
+        self.grouped = {kind: (np.full(shared, -1), np.full(shared, -1)) for kind in ("written", "read")}
         self.stored = np.full(threads // 32, -1)  # behind how many barriers each warp wrote to device memory last
         self.met = None  # behind how many barriers which warp has seen that others wrote
+        # Behind how many barriers of its warp each wrote to device memory last, and saw a sign of others.
+        self.put, self.seen = np.full(threads // 32, -1), np.full(threads // 32, -1)
         self.loads = 0  # bytes of device memory, past the first-level cache
 
     def addresses(self) -> list:
@@ -123,6 +128,8 @@ class Simulator:
         return self._global(address, words)
 
     def _behind_a_barrier(self):
+        own = self.thread[self.active] >> 5
+        assert (self.seen[own] < self.warp_barriers[own]).all(), "what other blocks wrote is read without a barrier of the warp"
         others = self.met is not None and ((self.thread[self.active] >> 5) != self.met[1]).any()
         assert not others or self.met[0] < self.barriers, "what other blocks wrote is read without a barrier"
 
@@ -170,9 +177,34 @@ class Simulator:
         found = [total[:, row + 8 * (r // 2), 2 * t + r % 2].reshape(-1) + start[r] for r in range(4)]
         return [each.astype(np.int32).view(np.uint32) for each in found]
 
+    def group_products(self, left, right, columns):
+        """By the layouts of the PTX manual, wgmma.m64nNk32 of .s8: operand A in registers, B in shared memory without a swizzle."""
+        assert self.active.all() and self.threads % 128 == 0, "warps multiply together inside of a branch"
+        sums = [[self.integer(0)] * 4 for _ in range(columns // 8)]
+        lane, group = self.thread & 31, self.thread >> 7
+        for number, words in enumerate(left):
+            base = right.astype(np.int64) + number * columns * 32
+            for eight in range(columns // 8):
+                pair = []
+                for stretch in (0, 1):
+                    at = base + stretch * columns * 16 + eight * 128 + (lane >> 2) * 16 + (lane & 3) * 4
+                    at = at[:, None] + np.arange(4)
+                    assert self.written[at].all(), "shared memory is read before it is written"
+                    assert not self._late("written", at, group[:, None]).any(), "the tensor cores read what was written without a barrier"
+                    pair.append(self.shared[at].view(np.uint32)[:, 0])
+                sums[eight] = self.product(words, pair, sums[eight])
+        return [each for four in sums for each in four]
+
+    def meet_tensor_cores(self):
+        whole = self.active.reshape(-1, 128)
+        assert (whole.all(1) | ~whole.any(1)).all(), "a barrier inside of a branch of four warps"
+        self.group_barriers[whole.all(1)] += 1
+        self.warp_barriers[np.repeat(whole.all(1), 4)] += 1
+
     def barrier(self):
         assert self.active.all(), "a barrier inside of a branch"
         self.barriers += 1
+        self.group_barriers += 1
         self.warp_barriers += 1
 
     def warp_barrier(self):
@@ -198,6 +230,24 @@ class Simulator:
             assert time.monotonic() < end, "blocks wait for one that does not come"
             time.sleep(1e-3)
         self.met = self.barriers, (self.thread[self.active] >> 5).item()
+
+    def show(self, address, sign):
+        own = self.thread[self.active] >> 5
+        assert len(np.unique(own)) == len(own), "one thread announces what its warp wrote"
+        assert (self.put[own] < self.warp_barriers[own]).all(), "what a warp wrote is announced without a barrier"
+        array, at = self._place(address, 8)
+        with LOCK:
+            array[at] = np.array([sign], np.uint64).view(np.uint8)
+
+    def await_sign(self, address, sign):
+        array, at = self._place(address, 8)
+        end = time.monotonic() + 60
+        while (array[at].view(np.uint64) != np.uint64(sign)).any():
+            assert time.monotonic() < end, "blocks wait for one that does not come"
+            time.sleep(1e-3)
+        array[at] = 0
+        own = np.unique(self.thread[self.active] >> 5)
+        self.seen[own] = self.warp_barriers[own]
 
     def store_word(self, address, value):
         self._put(address, value.view(np.uint8).reshape(-1, 4))
@@ -243,9 +293,8 @@ class Simulator:
         """Notes who reads or writes; what another warp did the other way since the last barrier is a race."""
         warp = np.broadcast_to((self.thread[self.active] >> 5).astype(int)[:, None], at.shape)
         when, who = (part[at] for part in self.touched[other])
-        assert not ((when == self.barriers) & (who != warp)).any(), (
-            f"shared memory is {what} by one warp and {other} by another without a barrier"
-        )
+        late = (when == self.barriers) & (who != warp) & self._late(other, at, warp >> 2)
+        assert not late.any(), f"shared memory is {what} by one warp and {other} by another without a barrier"
         when, who = self.touched[what]
         several = (when[at] == self.barriers) & (who[at] != warp)
         # Warps that touch a byte in one instruction are several, too: the least and the largest of them differ.
@@ -253,7 +302,15 @@ class Simulator:
         least = who.copy()
         least[at[::-1]] = warp[::-1]
         who[at] = np.where(several | (least[at] != who[at]), -2, who[at])
+        groups, counts = self.grouped[what]
+        groups[at] = np.where((when[at] == self.barriers) & (groups[at] != warp >> 2), -2, warp >> 2)
+        counts[at] = self.group_barriers[warp >> 2]
         when[at] = self.barriers
+
+    def _late(self, what, at, group):
+        """Whether bytes were touched behind the last barrier of the block, and, by the same four warps, behind the last one of these."""
+        groups, counts = (part[at] for part in self.grouped[what])
+        return (self.touched[what][0][at] == self.barriers) & ((groups != group) | (counts == self.group_barriers[group]))
 
     def _global(self, address, words):
         return list(self._bytes(address, 4 * words).view(np.uint32).T.copy())
@@ -265,7 +322,8 @@ class Simulator:
         return found
 
     def _put(self, address, values):
-        self.stored[self.thread[self.active] >> 5] = self.barriers
+        own = self.thread[self.active] >> 5
+        self.stored[own], self.put[own] = self.barriers, self.warp_barriers[own]
         array, at = self._place(address, values.shape[1])
         array[at] = values[self.active]
 
