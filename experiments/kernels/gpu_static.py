@@ -47,7 +47,10 @@ SMALL, LARGE = HOPPER[0][::-1], HOPPER[-1][::-1]  # N, K
 
 
 def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
-    """(kernel, rows, (N, K), tiles; None for the default ones): each path once, and the tiles whose figures are asked for."""
+    """(kernel, rows, (N, K), tiles; None for the default ones): each path once, and the tiles whose figures are asked for.
+
+    Scales are float32; those of "bf16" are bfloat16, as they are timed.
+    """
     wide = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
     return [
         ("W4A16 g128", 16, SMALL, Tiles(16, 128, 256, 3)),
@@ -60,7 +63,9 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 1, LARGE, None),
         ("W4A16 g128", 8, LARGE, None),
         ("W4A16 g128", 8, LARGE, Direct(16, 2, 1)),
-        ("W4A16 g128", 3, (8192, 8192), None),
+        ("W4A16 g128 bf16", 1, LARGE, None),
+        ("W4A16 g128 bf16", 4, LARGE, None),
+        ("W4A16 g128 bf16", 8, LARGE, None),
         ("W4A16 g128", 16, (8192, 8192), None),
         ("W4A16 g128", 1, SMALL, Direct(16, 2, 1, early=True)),
         ("W4A16 g128 bias", 8, (*SMALL[:1], 14336), None),
@@ -93,7 +98,8 @@ def operands(kernel: str, m: int, n: int, k: int) -> list[tuple[tuple[int, ...],
     bias = [((n,), jnp.float32)] if "bias" in kernel else []
     if kernel in ("W8A8", "FP8"):  # of rows that are rounded, which is a kernel of its own (`roundings`)
         return [((m, k), kind), ((n, k), kind), ((n, 1), jnp.float32), ((m,), jnp.float32)]
-    return [((m, k), jnp.bfloat16), ((n, k), kind), ((n, groups), jnp.float32), *bias]
+    scale = jnp.bfloat16 if "bf16" in kernel else jnp.float32
+    return [((m, k), jnp.bfloat16), ((n, k), kind), ((n, groups), scale), *bias]
 
 
 def function(kernel: str, tiles: Tiles | Direct | None):
@@ -109,7 +115,7 @@ def chosen(kernel: str, m: int, n: int, k: int) -> tuple[Tiles | Direct, tuple[i
     if kernel in ("W8A8", "FP8"):
         return eight_bit_tiles(m, n, k), (8, 0, 1)
     bits, grouped = int(kernel[1]), "g128" in kernel
-    tiles = weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None, scale_bytes=4)
+    tiles = weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None, scale_bytes=2 if "bf16" in kernel else 4)
     return tiles, (bits, 2 if grouped else 0, 2)
 
 

@@ -1,9 +1,9 @@
 """The Hopper kernel of products with few rows: warps load codes straight into operand A of the tensor cores.
 
-Sixteen or 64 rows of w are a tile: the warps of a block share its K, each for itself or four together, a few pieces of 128 at a time, and the loads of the next pieces are on
-their way while the tensor cores work. A warp meets the same pieces in every tile: it makes their digits while it works on its first one,
-for itself alone, and keeps them in shared memory; codes never pass through it. Blocks stay on their multiprocessor and take tiles in turn.
-Where x is long, blocks share K as well (`direct_parts`), so that each reads and rounds a part of it alone.
+Sixteen rows of w, or 64, are a tile: the warps of a block share its K, each for itself or four together, a few pieces of 128 at a time, and
+the loads of the next pieces are on their way while the tensor cores work. Warps meet the same pieces in every tile: they make their digits
+while they work on the first one and keep them in shared memory; codes never pass through it. Blocks stay on their multiprocessor and take
+tiles in turn. Where digits are many, blocks share K as well (`direct_parts`): each reads and rounds a part of x alone.
 """
 
 from __future__ import annotations
@@ -244,13 +244,11 @@ def direct(
       ValueError: the digits of x do not fit into shared memory.
     """
     (m, k), n = x.shape, codes.shape[0]
-    s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores,
-                 bias=None if bias is None else bias.dtype, norm=norm, whole=whole,
-                 bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
-    together = s.together(tiles.blocks)
-    each = -(-s.places.end // 128) * 128
-    if together * each > SHARED_BYTES:
-        raise ValueError(f"`tiles` need {together * each} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K")
+    s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores, norm=norm, whole=whole,
+                 bias=None if bias is None else bias.dtype, bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
+    together, each = s.together(tiles.blocks), -(-s.places.end // 128) * 128
+    if (used := together * each) > SHARED_BYTES:
+        raise ValueError(f"`tiles` need {used} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K")
     operands, met = [x, codes, scales, *([] if bias is None else [bias])], room(s)
 
     def hopper_direct(*references):
@@ -259,9 +257,9 @@ def direct(
             addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
             start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
             w = Warps(together, tiles.warps)
-            start = start + w.part * each
             given, handed = addresses[: len(operands) + 1], addresses[len(operands) + 1 :]
-            multiply(w, s, start, *given, wait=(lambda: _early(w)) if s.early else None, room=Room(*handed) if handed else None)
+            multiply(w, s, start + w.part * each, *given, wait=(lambda: _early(w)) if s.early else None,
+                     room=Room(*handed) if handed else None)  # fmt: skip
 
         work(*references)  # pyright: ignore[reportCallIssue]
 
@@ -269,7 +267,7 @@ def direct(
     kernel = plgpu.kernel(
         hopper_direct,
         out_type=(jax.ShapeDtypeStruct((m, n), jnp.bfloat16 if s.whole else jnp.float32), *met),
-        scratch_types=[plgpu.SMEM((together * each,), jnp.int8)],
+        scratch_types=[plgpu.SMEM((used,), jnp.int8)],
         grid=(s.blocks // together,),
         grid_names=("n",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),

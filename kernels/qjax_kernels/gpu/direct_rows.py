@@ -107,10 +107,10 @@ class Rows:
             w.when(first, lambda: w.store_shared(place + (s.places.squares - s.places.units), squares))
 
     def _spread(self, at: Int, column: Int, words: list[Int]) -> None:
-        """Words where `wgmma` looks for them: a product of 32 has two halves, eight columns of sixteen bytes each beside each other."""
-        near = at + (column >> 3) * 128 + (column & 7) * 16 + self.half * (4 * self.s.quads * 128)
+        """Four bytes each of the four stretches of 16 k that a thread has digits of, where `group_products` looks for them."""
+        stretch = 8 * self.s.quads * 16
         for i, word in enumerate(words):
-            self.w.store_shared(near + i * (self.s.quads * 128), word)
+            self.w.store_shared(at + column * 16 + (self.half * 4 + i) * stretch, word)
 
     def _unit(self, words: list[Int], inside: Any) -> tuple[Int, Real]:
         """The bits of a piece's unit (`digits_kernel.units`), and the inverse; shifted by one, only exponents are compared."""

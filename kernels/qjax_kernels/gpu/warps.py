@@ -285,31 +285,30 @@ class Warps:
         return [Int(llvm.extractvalue(_type("i32"), found, [i])) for i in range(4)]
 
     def group_products(self, left: Sequence[Sequence[Int]], right: Int, columns: int) -> list[Int]:
-        """The sum of products of 64 x 32 by 32 x columns signed bytes (wgmma.m64nNk32), of four warps with sixteen rows each.
+        """The sum of products of 64 x 32 by 32 x columns signed bytes (wgmma.m64nNk32), by four warps of sixteen rows each.
 
         Args:
-          left: operands A, as `product` takes them.
-          right: where operands B begin in shared memory, one after the other: a column has two stretches of 16 bytes, 16 columns apart
-            in units of 16 bytes where there are 16 (`Rows`).
+          left: operands A, each as `product` takes it.
+          right: where operands B begin in shared memory, one behind the other. In each the first 16 k of all columns lie side by side, 16
+            bytes a column, then the others (the layout without a swizzle).
           columns: a multiple of 8.
 
         Returns:
           Four sums for every eight columns, as `product` gives them.
         """
-        eights, count = columns // 8, columns // 2
-        begin = ((right & 0x3FFFF) >> 4) | (eights * 128 >> 4 << 16)  # and how far it is from one stretch to the next
+        count, begin = columns // 2, ((right & 0x3FFFF) >> 4) | (columns << 16)  # how far it is to the other k, in units of 16 bytes
         sums = ", ".join(f"${i}" for i in range(count))
-        lines = [f".reg .pred p, q; .reg .b32 a<{len(left)}>; .reg .b64 d<{len(left)}>; setp.ne.b32 p, 0, 0; setp.eq.b32 q, 0, 0; "
-                 "wgmma.fence.sync.aligned;"]  # fmt: skip
-        at = count + 4 * len(left)
+        lines = ["{.reg .pred no, yes; .reg .b32 a; .reg .b64 d; setp.ne.b32 no, 0, 0; setp.eq.b32 yes, 0, 0; wgmma.fence.sync.aligned;"]
         for i in range(len(left)):
             own = ", ".join(f"${count + 4 * i + j}" for j in range(4))
-            lines.append(f"add.u32 a{i}, ${at}, {i * columns * 32 >> 4}; mov.b64 d{i}, {{a{i}, {128 >> 4}}}; wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{sums}}}, "
-                         f"{{{own}}}, d{i}, {'q' if i else 'p'};")  # fmt: skip
-        text = "{" + " ".join(lines) + " wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}"
+            lines += [
+                f"add.u32 a, ${count + 4 * len(left)}, {i * columns * 32 >> 4}; mov.b64 d, {{a, 8}};",  # eight columns are 8 units
+                f"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{sums}}}, {{{own}}}, d, {'yes' if i else 'no'};",
+            ]
+        lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}")
         result = _type(f"!llvm.struct<({', '.join(['i32'] * count)})>")
         constraints = ",".join(["=r"] * count + ["r"] * (4 * len(left) + 1))
-        found = self._asm(text, result, constraints, *(word for words in left for word in words), begin, effects=True)
+        found = self._asm(" ".join(lines), result, constraints, *(word for words in left for word in words), begin, effects=True)
         return [Int(llvm.extractvalue(_type("i32"), found, [i])) for i in range(count)]
 
     def meet_tensor_cores(self) -> None:

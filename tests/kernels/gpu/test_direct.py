@@ -118,7 +118,16 @@ def test_a_bfloat16_result_is_the_float_one_rounded():
     np.testing.assert_array_equal(y, wide.astype(BF16).astype(np.float64))
 
 
-@pytest.mark.parametrize(("m", "tiles", "bias"), [(1, Direct(16, 4, 1), F32), (5, Direct(8, 2, 1), BF16), (3, Direct(4, 1, 1), F16), (6, Direct(4, 1, 2, split_k=4, wide=True), F32)])
+@pytest.mark.parametrize(
+    ("m", "tiles", "bias"),
+    [
+        (1, Direct(16, 4, 1), F32),
+        (5, Direct(8, 2, 1), BF16),
+        (3, Direct(4, 1, 1), F16),
+        (6, Direct(4, 1, 2, split_k=4, wide=True), F32),
+        (2, Direct(4, 2, 1, split_k=2), BF16),
+    ],
+)
 def test_norm_and_bias(m, tiles, bias):
     x, codes, scales = drawn(m, 64, 1792, 128, BF16)
     added = np.random.default_rng(1).normal(size=64).astype(bias)
