@@ -62,7 +62,6 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 16, LARGE, None),
         ("W4A16 g128", 1, LARGE, None),
         ("W4A16 g128", 8, LARGE, None),
-        ("W4A16 g128", 8, LARGE, Direct(16, 2, 1)),
         ("W4A16 g128 bf16", 1, LARGE, None),
         ("W4A16 g128 bf16", 4, LARGE, None),
         ("W4A16 g128 bf16", 8, LARGE, None),

@@ -196,7 +196,7 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
 
     Digits of x take 256 bytes of shared memory for a row and a piece, and time that nothing else fills: where they are many, one block of
     sixteen warps makes them for a whole multiprocessor; of five rows and more blocks share K besides, and warps multiply 64 rows of w
-    together. With scales of four bytes a turn of four pieces takes more registers than there are.
+    together. With scales of four bytes a turn of four pieces takes more registers than there are, and of two pieces it is faster alone.
 
     Args:
       m: rows of x.
@@ -211,11 +211,10 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
         tiles = Direct(turn=2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1, blocks=1)
     elif m <= 2:
         tiles = Direct(turn=2 if scale_bytes == 4 else 4)
-    elif m <= 4:
+    elif m <= 4 or (m <= 8 and k >= 8192 and scale_bytes == 4):
         tiles = Direct(warps=16, turn=2, blocks=1)
     else:
-        long = m <= 8 and k >= 8192 and scale_bytes < 4
-        tiles = Direct(warps=16, turn=4 if long else 2, blocks=1, split_k=min(4, max(1, k // 1024)), wide=True)
+        tiles = Direct(warps=16, turn=4 if m <= 8 and k >= 8192 else 2, blocks=1, split_k=min(4, max(1, k // 1024)), wide=True)
     # Digits of a piece take 256 bytes a row, its unit and sum of squares 8; sums of warps lie in two places.
     quads = math.ceil(m / 4)
     each = (4 * quads if tiles.wide else m) * 264
