@@ -64,10 +64,10 @@ def shapes_of(
       A shape for every product, of as many blocks each.
 
     Raises:
-      ValueError: tiles of a split or early launch, too much shared memory.
+      ValueError: tiles of a split, wide or early launch, too much shared memory.
     """
-    if tiles.split_k > 1 or tiles.early:
-        raise ValueError(f"`tiles` are {tiles}: the products of a chain neither split K nor begin early")
+    if tiles.split_k > 1 or tiles.early or tiles.wide:
+        raise ValueError(f"`tiles` are {tiles}: the products of a chain neither split K nor begin early, and none is wide")
     if tiles.blocks * tiles.warps > 16:  # as parts of one thread block they live together, whatever registers they take
         raise ValueError(f"`tiles` are {tiles}: the blocks of a chain wait for each other, those of a multiprocessor share 16 warps")
     m = inputs[0][0]

@@ -241,9 +241,12 @@ def direct(
       (M, N).
 
     Raises:
-      ValueError: the digits of x do not fit into shared memory.
+      ValueError: the digits of x do not fit into shared memory; more blocks share K than live together.
     """
     (m, k), n = x.shape, codes.shape[0]
+    if tiles.split_k > cores * tiles.blocks:
+        raise ValueError(f"`tiles.split_k` is {tiles.split_k}: so many blocks wait for each other, {cores} multiprocessors hold "
+                         f"{cores * tiles.blocks}; take fewer")  # fmt: skip
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores, norm=norm, whole=whole,
                  bias=None if bias is None else bias.dtype, bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
     together, each = s.together(tiles.blocks), -(-s.places.end // 128) * 128

@@ -157,6 +157,6 @@ def shape_of(
     whole: bool = True, bits: int = 4,
 ) -> Shape:  # fmt: skip
     """The launch of a product: no more groups of blocks than tiles."""
-    blocks = min(n // (TILE * (4 if tiles.wide else 1)), cores * tiles.blocks // tiles.split_k) * tiles.split_k
+    blocks = max(1, min(n // (TILE * (4 if tiles.wide else 1)), cores * tiles.blocks // tiles.split_k)) * tiles.split_k
     return Shape(m, n, k, group, columns, dtype, tiles.warps, tiles.turn, blocks, tiles.split_k, tiles.early, bias, norm, whole, bits,
                  wide=tiles.wide)  # fmt: skip

@@ -118,8 +118,8 @@ class Direct:
         for name, allowed in (("warps", (4, 8, 12, 16)), ("turn", (1, 2, 4, 8))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be one of {allowed}")
-        if not 1 <= self.blocks <= 32 or self.split_k < 1:
-            raise ValueError(f"`blocks` is {self.blocks} and `split_k` {self.split_k}; they begin at 1, and at most 32 live together")
+        if not 1 <= self.blocks <= 32 or not 1 <= self.split_k <= 32:
+            raise ValueError(f"`blocks` is {self.blocks} and `split_k` {self.split_k}; from 1 to 32 live or wait together")
 
 
 def blocks(m: int, n: int, tiles: Tiles) -> int:
@@ -215,10 +215,11 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
         tiles = Direct(warps=16, turn=2, blocks=1)
     else:
         tiles = Direct(warps=16, turn=4 if m <= 8 and k >= 8192 else 2, blocks=1, split_k=min(4, max(1, k // 1024)), wide=True)
-    # Digits of a piece take 256 bytes a row, its unit and sum of squares 8; sums of warps lie in two places.
+    # Digits of a piece take 256 bytes a row, its unit and sum of squares 8; sums of warps lie in two places. A part is whole turns, and
+    # another one may lie behind it.
     quads = math.ceil(m / 4)
-    each = (4 * quads if tiles.wide else m) * 264
-    while math.ceil(k / (128 * tiles.split_k)) * each + 2 * tiles.warps * quads * 256 > 220 * 1024 // tiles.blocks:
+    each = (4 * quads if tiles.wide else m) * 264 * tiles.turn
+    while (math.ceil(k / (128 * tiles.turn * tiles.split_k)) + 1) * each + 2 * tiles.warps * quads * 256 > 220 * 1024 // tiles.blocks:
         tiles = dataclasses.replace(tiles, split_k=2 * tiles.split_k)
     return tiles
 

@@ -127,6 +127,7 @@ def given(m=1, width=256):
         ({"cores": 0}, "`cores` is 0"),
         ({"tiles": Direct(split_k=2)}, "neither split K"),
         ({"tiles": Direct(early=True)}, "nor begin early"),
+        ({"tiles": Direct(wide=True)}, "none is wide"),
         ({"tiles": Direct(16, 2, 2)}, "share 16 warps"),
     ],
 )
