@@ -241,17 +241,22 @@ def direct(
       (M, N).
 
     Raises:
-      ValueError: the digits of x do not fit into shared memory; more blocks share K than live together.
+      ValueError: the digits of x do not fit into shared memory; more blocks share K than live together; wide tiles of more than 16 rows.
     """
     (m, k), n = x.shape, codes.shape[0]
     if tiles.split_k > cores * tiles.blocks:
         raise ValueError(f"`tiles.split_k` is {tiles.split_k}: so many blocks wait for each other, {cores} multiprocessors hold "
                          f"{cores * tiles.blocks}; take fewer")  # fmt: skip
+    if tiles.split_k > 1 and tiles.blocks * tiles.warps > 16:
+        raise ValueError(f"`tiles` are {tiles}: blocks that share K wait for each other, those of a multiprocessor share 16 warps")
+    if tiles.wide and m > 16:
+        raise ValueError(f"`tiles` are {tiles}, x has {m} rows: wide ones take up to 16; leave `wide` False, or take Tiles(...)")
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores, norm=norm, whole=whole,
                  bias=None if bias is None else bias.dtype, bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
     together, each = s.together(tiles.blocks), -(-s.places.end // 128) * 128
     if (used := together * each) > SHARED_BYTES:
-        raise ValueError(f"`tiles` need {used} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K")
+        raise ValueError(f"`tiles` need {used} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K, or "
+                         "take fewer `blocks`")  # fmt: skip
     operands, met = [x, codes, scales, *([] if bias is None else [bias])], room(s)
 
     def hopper_direct(*references):

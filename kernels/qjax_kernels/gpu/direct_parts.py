@@ -34,7 +34,8 @@ class Order:
     """The tiles of a block, by their position in its work.
 
     The blocks of a group work on the same tiles, each on its part of K, and each finishes a stretch of them. A block comes to its own last:
-    the sums of the others are there by then.
+    the sums of the others are there by then. Giving waits for nobody, and the blocks of a group are neighbours, so that whoever is waited
+    for has begun, or begins when a group before it ends: the launch has no more blocks than live together, and GPUs begin them in order.
     """
 
     def __init__(self, w: Warps, s: Shape) -> None:

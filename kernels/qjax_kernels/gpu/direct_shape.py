@@ -156,7 +156,9 @@ def shape_of(
     m: int, n: int, k: int, *, group: int, columns: int, dtype: Any, tiles: Direct, cores: int, bias: Any = None, norm: float | None = None,
     whole: bool = True, bits: int = 4,
 ) -> Shape:  # fmt: skip
-    """The launch of a product: no more groups of blocks than tiles."""
-    blocks = max(1, min(n // (TILE * (4 if tiles.wide else 1)), cores * tiles.blocks // tiles.split_k)) * tiles.split_k
+    """The launch of a product: no more groups of blocks than tiles, and as many as blocks are launched together (`Shape.together`)."""
+    groups = max(1, min(n // (TILE * (4 if tiles.wide else 1)), cores * tiles.blocks // tiles.split_k))
+    step = tiles.blocks // math.gcd(tiles.blocks, tiles.split_k)
+    blocks = (groups if groups < step else groups // step * step) * tiles.split_k
     return Shape(m, n, k, group, columns, dtype, tiles.warps, tiles.turn, blocks, tiles.split_k, tiles.early, bias, norm, whole, bits,
                  wide=tiles.wide)  # fmt: skip

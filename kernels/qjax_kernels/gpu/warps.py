@@ -291,7 +291,7 @@ class Warps:
           left: operands A, each as `product` takes it.
           right: where operands B begin in shared memory, one behind the other. In each the first 16 k of all columns lie side by side, 16
             bytes a column, then the others (the layout without a swizzle).
-          columns: a multiple of 8.
+          columns: 8, 16, 24 or 32.
 
         Returns:
           Four sums for every eight columns, as `product` gives them.

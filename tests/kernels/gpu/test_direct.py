@@ -160,6 +160,14 @@ def test_default_tiles_fit_into_shared_memory(dtype, bits):
 def test_few_rows_go_this_way_and_no_others(bits, group):
     direct = [m for m in range(1, 65) if isinstance(weight_only_tiles(m, 4096, 4096, bits, group=group), Direct)]
     assert direct == [*range(1, 9)]
+    large = [m for m in range(1, 65) if isinstance(weight_only_tiles(m, 8192, 8192, bits, group=group), Direct)]
+    assert large == [*range(1, 17 if bits == 4 and group else 9)]
+
+
+@pytest.mark.parametrize(("n", "tiles"), [(4096, Direct()), (4288, Direct(8, 4, 2, split_k=3, wide=True)), (4160, Direct(4, 2, 4))])
+def test_blocks_of_a_multiprocessor_are_one_thread_block(n, tiles):
+    s = shape_of(8, n, 4096, group=128, columns=32, dtype=BF16, tiles=tiles, cores=132)
+    assert s.together(tiles.blocks) == tiles.blocks and s.blocks <= 132 * tiles.blocks
 
 
 @pytest.mark.parametrize("fields", [{"warps": 6}, {"turn": 3}, {"blocks": 0}, {"split_k": 0}, {"split_k": 33}])
@@ -174,6 +182,8 @@ def test_tiles_refuse_what_no_kernel_has(fields):
         (16, Direct(), None, 132, "split K"),
         (1, Direct(), "interpreter", 132, "on a GPU"),
         (1, Direct(split_k=4, blocks=1), None, 3, "`tiles.split_k` is 4.*take fewer"),
+        (1, Direct(16, split_k=2), None, 132, "share 16 warps"),
+        (17, Direct(16, 2, 1, split_k=4, wide=True), None, 132, "x has 17 rows"),
     ],
 )
 def test_a_forced_way_that_cannot_be_gone_is_refused(m, tiles, interpret, cores, named):
