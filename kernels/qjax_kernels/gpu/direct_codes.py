@@ -20,8 +20,9 @@ class Codes:
         row = (lane >> 2) + (w.thread >> 5 & 3) * TILE if s.wide else lane >> 2
         self.codes = codes.times(row, s.k * s.bits // 8) + (lane & 3) * 16
         self.scales = scales.times(row, s.columns * self.width)
-        # Words of scales of neighbouring groups in one load, where they fill words.
-        self.packed = s.turn * self.width // 4 if s.group == PIECE and s.turn * self.width in (4, 8, 16) else 0
+        # Words of scales of neighbouring groups in one load, where they fill words; a scale a row has no neighbours, even of K = 128.
+        neighbours = s.group == PIECE and s.columns * self.width % 16 == 0
+        self.packed = s.turn * self.width // 4 if neighbours and s.turn * self.width in (4, 8, 16) else 0
 
     @property
     def width(self) -> int:

@@ -72,8 +72,8 @@ def weight_only_matmul(
     Args:
       x: (M, K) bfloat16.
       codes: (N, K) int8, or int4 in the order `order.by_threads` gives them.
-      scales: (N, K / group_size), or (N, 1) per channel: bfloat16, float16 or float32. Further columns are not used: the copy engine takes
-        rows of a multiple of 16 bytes (`whole_rows`), and others are padded in the call.
+      scales: (N, K / group_size), or (N, 1) per channel: bfloat16, float16 or float32. Further columns must be finite, and change
+        nothing: the copy engine takes rows of a multiple of 16 bytes (`whole_rows`), and others are padded in the call.
       group_size: consecutive k that share a scale; None per channel.
       bias: (N,) floating, added to the float32 sums; or None.
       activation: f, "relu", "silu" or "gelu" (by tanh), of the float32 sums; or None.

@@ -111,6 +111,16 @@ def test_every_thread_computes_its_part_of_the_product(m, n, k, bits, group, dty
     assert n * k * bits // 8 <= read <= n * math.ceil(k // 128 / tiles.turn) * tiles.turn * 16 * bits
 
 
+@pytest.mark.parametrize(("m", "bits", "dtype"), [(1, 4, BF16), (3, 4, F32), (8, 4, BF16), (2, 8, BF16)])
+def test_a_row_of_one_piece_may_have_one_scale(m, bits, dtype):
+    """Whose rows are not of 16 bytes."""
+    x, codes, scales = drawn(m, 64, 128, 128, dtype, bits)
+    scales = np.ascontiguousarray(scales[:, :1])
+    y, _ = ran(x, codes, scales, 128, direct_tiles(m, 128, bits, np.dtype(dtype).itemsize), bits, whole=False)
+    expected, magnitude = exact(x, codes, scales, 128)
+    assert np.all(np.abs(y - expected) <= 2**-20 * magnitude)
+
+
 def test_a_bfloat16_result_is_the_float_one_rounded():
     x, codes, scales = drawn(2, 64, 1024, 128, BF16)
     y, _ = ran(x, codes, scales, 128, Direct())
