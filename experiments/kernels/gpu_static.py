@@ -124,7 +124,7 @@ def shared(tiles: Tiles | Direct, sizes: tuple[int, int, int], m: int, n: int, k
         return tiles.shared_bytes(*sizes)
     group = GROUP if sizes[1] else k
     s = shape_of(m, n, k, group=group, columns=k // group, dtype=jnp.float32, tiles=tiles, cores=132, bits=sizes[0])
-    return s.together(tiles.blocks) * s.places.end
+    return s.together(tiles.blocks, 132) * s.bytes
 
 
 def compiled(function, arguments, chip: str):

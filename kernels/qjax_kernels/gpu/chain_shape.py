@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from .direct_shape import TILE, Shape
-from .tiles import PIECE, SHARED_BYTES, Direct
+from .tiles import PIECE, SHARED_BYTES, Direct, check_waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Link:
 
 def shared_bytes(shapes: Sequence[Shape]) -> int:
     """Bytes of shared memory that a block, or a part of one, takes: the products use the same ones in turn."""
-    return -(-max(s.places.end for s in shapes) // 128) * 128
+    return max(s.bytes for s in shapes)
 
 
 def shapes_of(
@@ -68,8 +68,7 @@ def shapes_of(
     """
     if tiles.split_k > 1 or tiles.early or tiles.wide:
         raise ValueError(f"`tiles` are {tiles}: the products of a chain neither split K nor begin early, and none is wide")
-    if tiles.blocks * tiles.warps > 16:  # as parts of one thread block they live together, whatever registers they take
-        raise ValueError(f"`tiles` are {tiles}: the blocks of a chain wait for each other, those of a multiprocessor share 16 warps")
+    check_waiting(tiles)
     m = inputs[0][0]
     blocks = min(max(n for n, _ in weights) // TILE // tiles.blocks, cores) * tiles.blocks
     shapes = []

@@ -85,14 +85,15 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
     tiles = eight_bit_tiles(m, n, k, cores, wide) if eight else weight_only_tiles(m, n, k, bits, cores, group)
     scales = 4 * n * (k // group if group else 1)
     moved = n * k * bits // 8 + scales + wide * (padded_rows(m) * k + m * n)
-    if tiles.split_k > 1:
-        moved += 2 * 4 * (tiles.split_k - isinstance(tiles, Direct)) * m * n  # written by one block or program, read by the next
     name = f"W{bits}A{8 if eight else 16}"
     if isinstance(tiles, Direct):
         s = shape_of(m, n, k, group=group or k, columns=k // (group or k), dtype=jnp.bfloat16, tiles=tiles, cores=cores, bits=bits)
+        moved += 2 * 4 * (s.parts - 1) * m * n  # sums that one block writes and another reads
         products = s.most * s.high * s.own * 4 * s.quads  # 16 x 32 by 32 x 8
         compute = math.ceil(s.blocks / cores) * products * 16 * 32 * 8 / (2 * MACS) / CLOCK
         return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.places.end)
+    if tiles.split_k > 1:
+        moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
     if eight or tiles.digits:
         moved += 2 * m * k * (2 if tiles.digits else 1)  # rows in another form
     shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2, wide)

@@ -24,7 +24,7 @@ from .direct_parts import Handed, Order, Room, room
 from .direct_rows import Rows, inverse_root, write_nothing, write_squares
 from .direct_shape import TILE, Shape, shape_of
 from .mosaic import LANE
-from .tiles import SHARED_BYTES, Direct
+from .tiles import SHARED_BYTES, Direct, check_waiting
 from .warps import Int, Long, Real, Warps
 
 
@@ -247,14 +247,14 @@ def direct(
     if tiles.split_k > cores * tiles.blocks:
         raise ValueError(f"`tiles.split_k` is {tiles.split_k}: so many blocks wait for each other, {cores} multiprocessors hold "
                          f"{cores * tiles.blocks}; take fewer")  # fmt: skip
-    if tiles.split_k > 1 and tiles.blocks * tiles.warps > 16:
-        raise ValueError(f"`tiles` are {tiles}: blocks that share K wait for each other, those of a multiprocessor share 16 warps")
+    if tiles.split_k > 1:
+        check_waiting(tiles)
     if tiles.wide and m > 16:
         raise ValueError(f"`tiles` are {tiles}, x has {m} rows: wide ones take up to 16; leave `wide` False, or take Tiles(...)")
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores, norm=norm, whole=whole,
                  bias=None if bias is None else bias.dtype, bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
-    together, each = s.together(tiles.blocks), -(-s.places.end // 128) * 128
-    if (used := together * each) > SHARED_BYTES:
+    together = s.together(tiles.blocks, cores)
+    if (used := together * s.bytes) > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K, or "
                          "take fewer `blocks`")  # fmt: skip
     operands, met = [x, codes, scales, *([] if bias is None else [bias])], room(s)
@@ -266,7 +266,7 @@ def direct(
             start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
             w = Warps(together, tiles.warps)
             given, handed = addresses[: len(operands) + 1], addresses[len(operands) + 1 :]
-            multiply(w, s, start + w.part * each, *given, wait=(lambda: _early(w)) if s.early else None,
+            multiply(w, s, start + w.part * s.bytes, *given, wait=(lambda: _early(w)) if s.early else None,
                      room=Room(*handed) if handed else None)  # fmt: skip
 
         work(*references)  # pyright: ignore[reportCallIssue]

@@ -6,13 +6,14 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from .tiles import PIECE, Direct
+from .tiles import CORE_WARPS, PIECE, Direct
 
 TILE = 16  # rows of w that the tensor cores take at once
 
 
 class Places(NamedTuple):
-    """Bytes of shared memory: digits begin at 0, then units, sums of squares, norms of rows, sums of warps; and where it ends."""
+    """Bytes of shared memory: digits begin at 0, then units, sums of squares, norms of rows (of a part of K: their squares), sums of warps;
+    and where it ends."""
 
     units: int
     squares: int
@@ -93,13 +94,14 @@ class Shape:
         """Tiles that a group works on, at most."""
         return math.ceil(self.tiles / self.groups)
 
-    def together(self, blocks: int) -> int:
+    def together(self, blocks: int, cores: int) -> int:
         """Blocks that are launched as parts of one, so that they live together whatever registers they would take.
 
         Args:
-          blocks: that are to live on a multiprocessor, which has registers for 16 warps of 128 each.
+          blocks: that are to live on a multiprocessor, which has registers for `CORE_WARPS`.
+          cores: multiprocessors; blocks that are no more than these have one each.
         """
-        return blocks if blocks * self.warps <= 16 and self.blocks % blocks == 0 else 1
+        return blocks if self.blocks > cores and blocks * self.warps <= CORE_WARPS and self.blocks % blocks == 0 else 1
 
     @property
     def words(self) -> int:
@@ -150,6 +152,11 @@ class Shape:
         sums = norms + (0 if self.norm is None else self.m * 4)
         sums = -(-sums // 16) * 16
         return Places(units, squares, norms, sums, sums + 2 * self.sharers * self.units * 32 * 8)
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory that a block takes, or a part of one, each of which begins at a multiple of 128."""
+        return -(-self.places.end // 128) * 128
 
 
 def shape_of(

@@ -122,6 +122,15 @@ class Direct:
             raise ValueError(f"`blocks` is {self.blocks} and `split_k` {self.split_k}; from 1 to 32 live or wait together")
 
 
+CORE_WARPS = 16  # of 128 registers a thread, which a multiprocessor has
+
+
+def check_waiting(tiles: Direct) -> None:
+    """Raises ValueError where blocks that wait for each other may not live together: as parts of one thread block they do."""
+    if tiles.blocks * tiles.warps > CORE_WARPS:
+        raise ValueError(f"`tiles` are {tiles}: their blocks wait for each other, those of a multiprocessor share {CORE_WARPS} warps")
+
+
 def blocks(m: int, n: int, tiles: Tiles) -> int:
     """Thread blocks of a launch."""
     return math.ceil(m / tiles.block_m) * math.ceil(n / tiles.block_n) * tiles.split_k

@@ -339,7 +339,7 @@ class Warps:
         self._await("u32", "ge.u32 p, v, $1", "mov.u32 n, 0", "l,r", counter, count)
 
     def show(self, address: Long, sign: int) -> None:
-        """Writes 64 bits; who sees them (`await_sign`) sees all that this warpgroup wrote before its last barrier."""
+        """Writes 64 bits; who sees them (`await_sign`) sees all that was written before the last barrier of this thread."""
         self._asm(f"st.release.gpu.global.b64 [$0], {sign};", None, "l,~{memory}", address, effects=True)
 
     def await_sign(self, address: Long, sign: int) -> None:

@@ -161,7 +161,7 @@ def test_default_tiles_fit_into_shared_memory(dtype, bits):
         for k in (128, 1408, 4096, 8192, 14336, 22656, 28672, 45312, 49280):
             tiles = direct_tiles(m, k, bits, np.dtype(dtype).itemsize)
             s = shape_of(m, 4096, k, group=128, columns=k // 128, dtype=dtype, tiles=tiles, cores=132, norm=1e-5, bits=bits)
-            assert -(-s.places.end // 128) * 128 * tiles.blocks <= SHARED_BYTES, (m, k, tiles)
+            assert s.bytes * tiles.blocks <= SHARED_BYTES and s.bytes >= s.places.end, (m, k, tiles)
             assert s.blocks % tiles.split_k == 0 and s.own * tiles.split_k >= k // 128
 
 
@@ -177,7 +177,12 @@ def test_few_rows_go_this_way_and_no_others(bits, group):
 @pytest.mark.parametrize(("n", "tiles"), [(4096, Direct()), (4288, Direct(8, 4, 2, split_k=3, wide=True)), (4160, Direct(4, 2, 4))])
 def test_blocks_of_a_multiprocessor_are_one_thread_block(n, tiles):
     s = shape_of(8, n, 4096, group=128, columns=32, dtype=BF16, tiles=tiles, cores=132)
-    assert s.together(tiles.blocks) == tiles.blocks and s.blocks <= 132 * tiles.blocks
+    assert s.together(tiles.blocks, 132) == tiles.blocks and s.blocks <= 132 * tiles.blocks
+
+
+def test_a_few_blocks_have_a_multiprocessor_each():
+    s = shape_of(1, 1024, 4096, group=128, columns=32, dtype=BF16, tiles=Direct(), cores=132)
+    assert s.blocks == 64 and s.together(2, 132) == 1
 
 
 @pytest.mark.parametrize("fields", [{"warps": 6}, {"turn": 3}, {"blocks": 0}, {"split_k": 0}, {"split_k": 33}])
