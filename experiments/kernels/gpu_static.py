@@ -79,6 +79,9 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W8A16 g128", 1, LARGE, None),
         ("W8A16 column", 8, SMALL, None),
         ("W8A16 g128", 16, LARGE, None),
+        ("W8A16 g128", 16, SMALL, None),
+        ("W8A16 g128", 64, LARGE, None),
+        ("W8A16 g128", 128, LARGE, None),
         ("W8A16 g128", 512, LARGE, None),
         ("W4A16 column", 16, LARGE, None),
         ("W4A16 g128 bias silu", 16, SMALL, Tiles(16, 128, 256, 3)),
@@ -86,6 +89,7 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W8A8", 512, LARGE, None),
         ("W8A8", 64, LARGE, None),
         ("FP8", 512, LARGE, None),
+        ("W8A8", 128, SMALL, None),
         ("W8A8", 4096, SMALL, None),
     ]
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, weight_only_tiles
+from h200_programs import Job
+from qjax_kernels.gpu.direct_shape import shape_of
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, pipelined_tiles, weight_only_tiles
 
 
 def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:
@@ -64,59 +67,103 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int8", 3, 1088, 4096, 128, Tiles(8, 64, 256, 3)),
         ("int8", 100, 1024, 2048, None, None),
         ("int8", 256, 4096, 8192, 128, None),
+        ("int8", 64, 28672, 1024, 128, None),
+        ("int8", 40, 17408, 1408, None, None),
+        ("int8", 128, 28672, 1024, 128, None),
+        ("int8", 500, 8192, 4096, 128, None),
+        ("int8", 520, 8640, 2048, None, None),
+        ("int8", 1000, 4096, 4096, 128, None),
         ("int8c", 1, 4096, 4096, None, None),
         ("int8c", 17, 1088, 2048, None, None),
         ("int8c", 300, 1088, 2048, None, None),
         ("int8c", 512, 4096, 4096, None, None),
+        ("int8c", 512, 8192, 8192, None, None),
+        ("int8c", 128, 4096, 4096, None, None),
+        ("int8c", 100, 8192, 14336, None, None),
+        ("fp8", 72, 1088, 4096, None, None),
         ("int8c", 512, 1024, 2048, None, Tiles(128, 256, 128, 3, warpgroups=2, x_left=True)),
         ("fp8", 5, 1024, 2048, None, None),
         ("fp8", 300, 1088, 2048, None, None),
     ]
 
 
+def meeting(dry: bool) -> list[Job]:
+    """Products whose blocks hand sums to each other, or share what they read: the default tiles of every way, and tall ones."""
+    if dry:
+        return [Job("W4A16", 8, 256, 64, Tiles(8, 64, 128, 2))]
+    tall = Tiles(256, 128, 128, 4, warpgroups=2, x_left=True, cluster=2)
+    shapes = (
+        ("W8A8", 512, 4096, 4096), ("W8A8", 512, 8192, 28672), ("W8A8", 100, 14336, 8192), ("FP8", 128, 4096, 4096),
+        ("W4A16", 256, 4096, 4096), ("W4A16", 128, 8192, 8192), ("W4A16", 512, 8192, 28672), ("W4A16", 64, 8192, 28672),
+        ("W8A16", 520, 2048, 8192), ("W8A16", 64, 8192, 28672), ("W8A16", 128, 8192, 28672), ("W8A16", 16, 8192, 28672),
+        ("W4A16", 8, 8192, 8192), ("W4A16", 16, 8192, 8192),
+    )  # fmt: skip
+    return [Job("W8A8", 512, 4096, 4096, tall), *(Job(name, m, k, n) for name, m, k, n in shapes)]
+
+
 def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
-    """Tiles worth a try, the likeliest first: those that are the default."""
-    bits = 4 if name == "W4A16" else 8
-    eight = name in ("W8A8", "FP8")
+    """Tiles worth a try, the likeliest first: those that are the default, then one or two of every kind that may live."""
+    bits, eight = (4 if name == "W4A16" else 8), name in ("W8A8", "FP8")
     default = eight_bit_tiles(m, n, k) if eight else weight_only_tiles(m, n, k, bits)
+    found: list[Tiles | Direct] = [default]
+    if m <= 16 and not eight:
+        found += [tiles for tiles in _few(m) if _fits(tiles, m, n, k, bits)] + [pipelined_tiles(m, n, k, bits)]
+    sizes = (bits, 0, 1) if eight else (bits, 2, 2)
+    staged = [*(_narrow(m, n, bits, eight) if m <= 64 else ()), *(_many(m, n, eight) if m > 32 else ())]
+    for tiles in staged:
+        # Narrow blocks leave room for others on their multiprocessor.
+        room = SHARED_BYTES // (3 if tiles.warpgroups == 1 and not tiles.digits else 1)
+        deep = (dataclasses.replace(tiles, stages=stages) for stages in range(tiles.stages, 1, -1) if stages * tiles.block_k <= k)
+        found += [next((each for each in deep if each.shared_bytes(*sizes) <= room), dataclasses.replace(tiles, stages=2))]
+    return [tiles for tiles in dict.fromkeys(found) if isinstance(tiles, Direct) or tiles.shared_bytes(*sizes) <= SHARED_BYTES]
+
+
+def _fits(tiles: Direct, m: int, n: int, k: int, bits: int) -> bool:
+    s = shape_of(m, n, k, group=128, columns=k // 128, dtype="bfloat16", tiles=tiles, cores=132, bits=bits)
+    return s.together(tiles.blocks, 132) * s.bytes <= SHARED_BYTES
+
+
+def _few(m: int) -> Iterator[Direct]:
+    """Codes go straight into registers: one row is read as it is, of more rows blocks share the digits' work."""
+    for (split, wide), (warps, turn, blocks) in itertools.product(
+        ((1, False), (4, m > 2), (2, m > 2)), ((16, 2, 1), (8, 2, 2), (8, 4, 2), (16, 1, 1), (16, 4, 1), (12, 2, 1))
+    ):
+        yield Direct(warps, turn, blocks, split, wide=wide)
+
+
+def _narrow(m: int, n: int, bits: int, eight: bool) -> Iterator[Tiles]:
+    """Blocks of few rows of w, of which several live on a multiprocessor; digits of x; pairs of warpgroups."""
     block_m = max(8, -(-m // 8) * 8)
-    found: list[Tiles] = []
-    direct: list[Direct] = []
-    if m <= 16 and name in ("W4A16", "W8A16"):
-        turns = (4, 2, 1) if m <= 8 and bits == 4 else (2, 1)
-        for wide, split, (warps, blocks), turn in itertools.product((False, True), (1, 2, 4), ((8, 2), (16, 1), (12, 1)), turns):
-            if m * k // split * 2 <= 180 * 1024 // blocks:
-                direct.append(Direct(warps, turn, blocks, split, wide=wide))
-    if bits == 4 and 8 < m <= 32:
-        found += [Tiles(block_m, block_n, 512, 2, digits=True) for block_n in (128, 64)]
-    if m <= 64:
-        for split, block_n, block_k, stages in itertools.product((1, 2, 4, 8), (64, 128), (256, 128, 512), (4, 3, 2, 6)):
-            blocks = -(-n // block_n) * split
-            if 132 <= blocks <= 132 * 7 and k // (block_k * split) >= 2 and stages <= k // (block_k * split):
-                found.append(Tiles(block_m, block_n, block_k, stages, split))
-        for split, (block_n, warpgroups) in itertools.product((1, 2, 4), ((128, 2), (256, 2))):
-            if not eight and 100 <= -(-n // block_n) * split <= 132 * 4:
-                found.append(Tiles(block_m, block_n, 256 if m <= 32 else 128, 4, split, warpgroups=warpgroups))
-    elif eight:
-        for block_m_, block_n, stages, cluster in itertools.product((128, 256), (128, 256), (3, 4), (1, 2)):
-            if block_m_ * block_n <= 128 * 256 and (cluster == 1 or m > block_m_):
-                found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, x_left=True, cluster=cluster))
-    else:
-        for cluster, stages in itertools.product((2, 1), (4, 3)):
-            if -(-n // 192) % cluster == 0:
-                found.append(Tiles(min(block_m, 128), 192, 128, stages, warpgroups=3, scale_first=True, cluster=cluster))
-        for block_m_, block_n, stages, first, cluster in itertools.product((64, 128, 256), (128, 256), (3, 4, 2), (True, False), (1, 2)):
-            # Sums of their own for a group and 128 columns of them do not fit into registers.
-            if block_m_ * block_n <= (128 if first else 64) * 256 and block_m_ <= block_m:
-                found.append(Tiles(block_m_, block_n, 128, stages, warpgroups=2, scale_first=first, cluster=cluster))
-    scale_bytes, x_bytes = (0, 1) if eight else (2, 2)
-    fitting = [tiles for tiles in found if tiles.shared_bytes(bits, scale_bytes, x_bytes) <= SHARED_BYTES]
-    return list(dict.fromkeys([default, *direct, *fitting]))
+    if bits == 4 and m <= 32:
+        yield from (Tiles(block_m, block_n, 512, 2, digits=True) for block_n in (128, 64))
+    for block_k, block_n, split in itertools.product((256, 128), (64, 128), (1, 2, 4, 8)):
+        if 132 <= -(-n // block_n) * split <= 132 * 5:
+            yield Tiles(block_m, block_n, block_k, 6, split)
+    if not eight:
+        for block_n, cluster, split in itertools.product((128, 256), (1, 2), (1, 2, 4)):
+            if -(-n // block_n) % cluster == 0 and 66 <= -(-n // block_n) * split <= 132 * 2 and (cluster == 1 or block_m % 16 == 0):
+                yield Tiles(block_m, block_n, 128, 4, split, warpgroups=2, cluster=cluster)
 
 
-def spread_out(found: list, limit: int) -> list:
-    """At most `limit` of a list, evenly spaced, so that all kinds of candidates are tried."""
-    return found if len(found) <= limit else [found[i * len(found) // limit] for i in range(limit)]
+def _many(m: int, n: int, eight: bool) -> Iterator[Tiles]:
+    """Two or three warpgroups multiply, blocks stay on their multiprocessor: wide ones, narrow ones, those that share what they read."""
+    if eight:
+        for (block_m, block_n), cluster in itertools.product(((128, 256), (128, 128), (256, 128), (128, 64), (128, 192)), (2, 1)):
+            if block_m <= max(128, m) and (cluster == 1 or m > block_m):
+                yield Tiles(block_m, block_n, 128, 4, warpgroups=2, x_left=True, cluster=cluster)
+        if m <= 256:
+            for block_n, split in itertools.product((64, 128), (1, 2, 4)):
+                if 66 <= -(-n // block_n) * split <= 132 * 3:
+                    yield Tiles(128, block_n, 128, 6, split)
+        return
+    block_m = -(-m // -(-m // 128) // 16) * 16
+    for (block_n, warpgroups), cluster in itertools.product(((256, 2), (192, 3), (128, 2)), (2, 1)):
+        if -(-n // block_n) % cluster == 0:
+            yield Tiles(block_m, block_n, 128, 4, warpgroups=warpgroups, scale_first=True, cluster=cluster)
+    if m > 128:
+        for most in (192, 256):
+            yield Tiles(-(-m // -(-m // most) // 16) * 16, 128, 128, 4, warpgroups=2, scale_first=True)
+        yield from (Tiles(64, 256, 128, 4, warpgroups=2, scale_first=first) for first in (True, False))
 
 
 def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:

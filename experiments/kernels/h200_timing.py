@@ -7,6 +7,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -115,6 +116,14 @@ def kernel_times(folder: str):
                 for line in plane.lines:
                     if line.name.startswith("Stream"):
                         yield from ((event.name, event.duration_ns) for event in line.events)
+
+
+def side_by_side(programs: Sequence[tuple[Callable, Sequence]], threads: int) -> list[concurrent.futures.Future]:
+    """Functions compiled for their arguments in threads; all are done."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(lambda f, a: jax.jit(f).lower(*a).compile(), function, arguments) for function, arguments in programs]
+        concurrent.futures.wait(waiting)
+    return waiting
 
 
 class Bench:

@@ -171,8 +171,8 @@ def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
-    With 1 to 8 rows codes go straight into registers (`direct_tiles`), up to 16 where a four-bit weight in groups is large and still leaves
-    a pipeline without enough blocks; else through a pipeline (`pipelined_tiles`).
+    With 1 to 8 rows codes go straight into registers (`direct_tiles`), up to 16 where a weight in groups is large and, of four bits, still
+    leaves a pipeline without enough blocks; else through a pipeline (`pipelined_tiles`).
 
     Args:
       m: rows of x.
@@ -190,14 +190,14 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
       >>> weight_only_tiles(1, 28672, 8192, 4), weight_only_tiles(16, 4096, 4096, 4).split_k
       (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 8)
     """
-    large = bits == 4 and group is not None and n * k >= _LARGE and n < 128 * cores
+    large = group is not None and n * k >= _LARGE and (bits == 8 or n < 128 * cores)
     if m <= DIRECT_ROWS or (m <= 2 * DIRECT_ROWS and large):
         return direct_tiles(m, k, bits, scale_bytes)
     return pipelined_tiles(m, n, k, bits, cores, group)
 
 
 DIRECT_ROWS = 8  # of x; 16 were slower than a pipeline at 4096 x 4096 (7.7 for 7.0 us) and 8192 x 28672 (42 for 39.5)
-_LARGE = 1 << 26  # codes: 8192 x 8192 with 16 rows took 16.8 for 18.9 us, 14336 x 4096 as long
+_LARGE = 1 << 26  # codes: 8192 x 8192 with 16 rows took 16.8 for 18.9 us, of eight bits 22.5 for 23.5, 14336 x 4096 as long
 
 
 def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
@@ -216,7 +216,9 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
     Returns:
       Tiles that fit into shared memory.
     """
-    if bits == 8:
+    if bits == 8 and m > DIRECT_ROWS:
+        tiles = Direct(warps=16, turn=2, blocks=1, split_k=2, wide=True)
+    elif bits == 8:
         tiles = Direct(turn=2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1, blocks=1)
     elif m <= 2:
         tiles = Direct(turn=2 if scale_bytes == 4 else 4)
@@ -264,15 +266,27 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     if packed and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 128, 128, 4, warpgroups=2)
         return pair if stays(pair, group) else dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
-    block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= 2 * cores else 64
+    if m > _DIGIT_ROWS and n >= 64 * 2 * cores:
+        wide = Tiles(block_m, 256, 128, 3, warpgroups=2, scale_first=True)
+        return dataclasses.replace(wide, cluster=2 if n % 512 == 0 and block_m % 16 == 0 else 1)
+    enough = 2 * cores if packed else _ENOUGH * cores
+    block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= enough else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
-    split = 1
-    while blocks(m, n, narrow) * split < 2 * cores and k // narrow.block_k >= 4 * split:
-        split *= 2
+    narrow = dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough))
     # A third of the shared memory for a thread block, so that three of them live on a multiprocessor.
-    narrow = dataclasses.replace(narrow, split_k=split)
     fitting = (s for s in (6, 5, 4, 3) if fits(dataclasses.replace(narrow, stages=s), bits, SHARED_BYTES // 3))
     return dataclasses.replace(narrow, stages=next(fitting, 2))
+
+
+_ENOUGH = 1.5  # thread blocks of eight-bit codes for a multiprocessor: 256 took 21.4 us, 512 of half the K 23 (8192 x 8192, one row)
+
+
+def _narrow_parts(m: int, n: int, k: int, tiles: Tiles, enough: float) -> int:
+    """Of K, until there are thread blocks enough."""
+    split = 1
+    while blocks(m, n, tiles) * split < enough and k // tiles.block_k >= 4 * split:
+        split *= 2
+    return split
 
 
 _DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
@@ -283,12 +297,21 @@ _CYCLES = 1600  # of the tensor cores in a microsecond, at the clock that the po
 _IDLE = 250  # cycles of 128 columns in which they stand still
 
 
+def _even(m: int, most: int) -> int:
+    """Rows of blocks of at most so many, in sixteens: a cluster halves its copies, eight rows at a time."""
+    return math.ceil(m / math.ceil(m / most) / 16) * 16
+
+
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
+    block_m = _even(m, 128)
     if bits == 8:
-        wide = Tiles(block_m=128, block_n=256, block_k=128, stages=3, warpgroups=2, scale_first=True)
-        wide = wide if blocks(m, n, wide) >= cores else dataclasses.replace(wide, block_n=128)
-        return dataclasses.replace(wide, stages=next((s for s in (4, 3) if fits(dataclasses.replace(wide, stages=s), bits)), 2))
-    block_m = math.ceil(m / math.ceil(m / 128) / 16) * 16  # a cluster halves its copies, eight rows at a time
+        # Codes of a byte take longest to become floats: the more rows of x they meet the better, if all multiprocessors have blocks.
+        tall = Tiles(_even(m, 256), 128, 128, 2, warpgroups=2, scale_first=True)
+        if m > 128 and blocks(m, n, tall) >= 0.9 * cores:
+            return tall
+        three = m <= 128 and n >= 192 * cores
+        tiles = Tiles(block_m, 192 if three else 128, 128, 2, warpgroups=3 if three else 2, scale_first=True)
+        return dataclasses.replace(tiles, stages=next((s for s in (4, 3) if fits(dataclasses.replace(tiles, stages=s), bits)), 2))
     found: list[Tiles] = []
     for block_n, warpgroups in _BLOCKS:
         pairs = math.ceil(n / block_n) % 2 == 0 and block_n > 128
@@ -331,15 +354,15 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132, out_bytes: int = 2
         wide = Tiles(block_m=128, block_n=256, block_k=128, stages=4, warpgroups=2, x_left=True)
         if m >= 4096 and n >= 128 * cores:
             return dataclasses.replace(wide, stages=3)
+        if m <= 128 or 2 * blocks(m, n, wide) <= cores:
+            narrow = dataclasses.replace(wide, block_n=128)
+            return narrow if 3 * blocks(m, n, narrow) >= cores else dataclasses.replace(wide, block_n=64)
         wide = wide if wide.shared_bytes(8, 0, 1, out_bytes) <= SHARED_BYTES else dataclasses.replace(wide, stages=3)
-        return dataclasses.replace(wide, cluster=2 if m > 128 else 1)
+        return dataclasses.replace(wide, cluster=2)
     block_m = max(8, math.ceil(m / 8) * 8)
     if n >= 128 * cores:
-        return Tiles(block_m, 64 if 8 < m <= 16 else 128, 256, 4 if 8 < m <= 16 else 3)
+        return Tiles(block_m, 128, 256, 2 if 8 < m <= 32 else 3)
     narrow = Tiles(block_m, 64, block_k=256 if block_m <= 32 else 128, stages=1)
-    split = 1
-    while blocks(m, n, narrow) * split < 2 * cores and k // narrow.block_k >= 4 * split:
-        split *= 2
-    narrow = dataclasses.replace(narrow, split_k=split)
+    narrow = dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, _ENOUGH * cores))
     fitting = (s for s in (6, 5, 4, 3) if dataclasses.replace(narrow, stages=s).shared_bytes(8, 0, 1, out_bytes) <= SHARED_BYTES // 3)
     return dataclasses.replace(narrow, stages=next(fitting, 2))

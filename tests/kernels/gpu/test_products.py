@@ -46,6 +46,8 @@ def near(y, x, w, scale_first: bool = False) -> None:
         (16, 200, 4, 128, Tiles(16, 192, 128, 2, warpgroups=3, scale_first=True)),
         (100, 128, 4, 128, Tiles(80, 128, 128, 3, warpgroups=2, scale_first=True)),  # a turn of the ring that is not whole, 64 + 16 rows
         (20, 320, 4, 128, Tiles(16, 256, 128, 3, warpgroups=2, scale_first=True)),
+        (20, 512, 8, 128, Tiles(16, 256, 128, 3, warpgroups=2, scale_first=True, cluster=2)),
+        (264, 192, 8, 128, Tiles(256, 128, 128, 2, warpgroups=2, scale_first=True)),
     ],
 )
 def test_weight_only_is_the_product_in_float64(m, n, bits, group, tiles):
@@ -87,26 +89,28 @@ def test_shared_shapes_with_default_tiles(case):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("m", "n", "group", "tiles", "cores"),
+    ("m", "n", "bits", "group", "tiles", "cores"),
     [
-        (40, 384, 128, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True), 7),  # nine tiles among seven blocks
-        (20, 384, 128, Tiles(16, 192, 128, 3, warpgroups=3, scale_first=True, cluster=2), 8),  # two pairs among four
-        (40, 256, None, Tiles(16, 128, 128, 3, warpgroups=2, scale_first=True), 5),
-        (16, 128, 128, Tiles(16, 128, 128, 4, warpgroups=2, scale_first=True), 4),  # one tile in four parts
+        (40, 384, 4, 128, Tiles(16, 128, 128, 2, warpgroups=2, scale_first=True), 7),  # nine tiles among seven blocks
+        (20, 384, 4, 128, Tiles(16, 192, 128, 3, warpgroups=3, scale_first=True, cluster=2), 8),  # two pairs among four
+        (40, 256, 4, None, Tiles(16, 128, 128, 3, warpgroups=2, scale_first=True), 5),
+        (16, 128, 4, 128, Tiles(16, 128, 128, 4, warpgroups=2, scale_first=True), 4),  # one tile in four parts
+        (140, 384, 8, 128, Tiles(80, 128, 128, 2, warpgroups=2, scale_first=True), 5),  # a stretch of 64 columns and one of 16
     ],
 )
-def test_tiles_that_blocks_share(m, n, group, tiles, cores):
+def test_tiles_that_blocks_share(m, n, bits, group, tiles, cores):
     pytest.importorskip("absl")
     from tests.kernels.gpu.interpreter import interpreter, register_operands
 
     draw, k = np.random.default_rng(0), 2048
     blocks_of_w = -(-n // (tiles.block_n * tiles.cluster))
     assert Schedule.of(-(-m // tiles.block_m), blocks_of_w, k // 128, tiles.stages, cores // tiles.cluster).shared
-    codes = draw.integers(-8, 8, (n, k))
+    codes = draw.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k))
     scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group if group else 1)), jnp.bfloat16)
     x, bias = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16), jnp.asarray(draw.normal(size=n), jnp.float32)
     with register_operands():
-        stored, how = jnp.asarray(by_threads(codes), jnp.int4), {"group_size": group, "tiles": tiles, "cores": cores}
+        stored = jnp.asarray(by_threads(codes), jnp.int4) if bits == 4 else jnp.asarray(codes, jnp.int8)
+        how = {"group_size": group, "tiles": tiles, "cores": cores}
         y = weight_only.weight_only_matmul(x, stored, scales, bias=bias, activation="relu", interpret=interpreter(), **how)
     w = codes * np.repeat(np.float64(scales), group or k, 1)
     expected, magnitude = np.float64(x) @ w.T + np.float64(bias), np.abs(np.float64(x)) @ np.abs(w.T)
@@ -364,12 +368,13 @@ def test_default_tiles_fit_into_shared_memory(m):
         assert eight_bit_tiles(m, n, k).shared_bytes(8, 0, 1) <= SHARED_BYTES
 
 
-@pytest.mark.parametrize(("m", "n"), [(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096)])
-def test_default_tiles_of_rows_that_are_no_power_of_two_are_lowered(m, n):
+@pytest.mark.parametrize(("m", "n"), [(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096), (500, 17408)])
+@pytest.mark.parametrize(("codes", "group"), [(jnp.int4, 128), (jnp.int8, 128), (jnp.int8, None)])
+def test_default_tiles_of_rows_that_are_no_power_of_two_are_lowered(m, n, codes, group):
     pytest.importorskip("absl")
-    x, codes = jax.ShapeDtypeStruct((m, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((n, 1024), jnp.int4)
-    scales = jax.ShapeDtypeStruct((n, 8), jnp.bfloat16)
-    run = jax.jit(lambda x, codes, scales: weight_only.weight_only_matmul(x, codes, scales, group_size=128))
+    x, codes = jax.ShapeDtypeStruct((m, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((n, 1024), codes)
+    scales = jax.ShapeDtypeStruct((n, 1024 // group if group else 1), jnp.bfloat16)
+    run = jax.jit(lambda x, codes, scales: weight_only.weight_only_matmul(x, codes, scales, group_size=group))
     assert "mosaic_gpu" in run.trace(x, codes, scales).lower(lowering_platforms=("cuda",)).as_text()
 
 
