@@ -13,6 +13,7 @@ from .attention import Attention, Past, attended
 from .attention import check as check_attention
 from .chain_shape import Link, shapes_of
 from .chain_shape import check as check_link
+from .operands import check_cut
 from .tiles import PIECE, Direct
 from .weight_only import plain, whole_rows
 
@@ -131,10 +132,7 @@ def _refused(primals, tangents):
 
 
 def _check_launch(counters, stages, tiles, cores) -> None:
-    if not isinstance(tiles, Direct | None):
-        raise TypeError(f"`tiles` are {tiles}; the products of a chain take Direct(...), or None")
-    if type(cores) is not int or cores < 1:
-        raise ValueError(f"`cores` is {cores!r}; it must be the number of multiprocessors of the GPU, 132 of an H100 or H200")
+    check_cut(tiles, (Direct,), cores)
     if counters.ndim != 1 or counters.size < stages or counters.dtype != jnp.int32:
         raise ValueError(f"`counters` are {counters.shape} {counters.dtype}; make them by counters({stages})")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
-from .operands import check_codes, check_vectors
+from .operands import check_codes, check_cut, check_vectors
 from .tiles import Tiles, check_launch, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
@@ -77,7 +77,7 @@ def eight_bit_matmul(
       bias: (N,) floating, or None.
       activation: f, "relu", "silu" or "gelu" (by tanh), or None.
       tiles: the cut; None for the one that suits the shape.
-      cores: multiprocessors of the GPU.
+      cores: multiprocessors of the GPU; where blocks wait for each other the launch fails with fewer than this.
       interpret: an interpreter's parameters, for tests without a GPU.
 
     Returns:
@@ -86,6 +86,7 @@ def eight_bit_matmul(
 
     Raises:
       ValueError: operands that do not fit together; tiles that need more shared memory than there is; an unknown activation.
+      TypeError: `tiles` of another type.
     """
 
     def run(x, bias, codes, scales):
@@ -97,12 +98,13 @@ def eight_bit_matmul(
         how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
-    _check(x.shape, codes, scales, bias, interpret)
+    _check(x.shape, codes, scales, bias, tiles, cores, interpret)
     return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
 
 
-def _check(rows: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None, interpret) -> None:
-    """Raises ValueError where operands do not fit together."""
+def _check(rows: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None, tiles, cores: int, interpret) -> None:
+    """Raises ValueError where operands do not fit together, TypeError where tiles are of another kernel."""
+    check_cut(tiles, (Tiles,), cores)
     if codes.dtype not in (jnp.int8, jnp.float8_e4m3fn):
         raise ValueError(f"`codes` are {codes.dtype}; they must be int8 or float8_e4m3fn")
     if len(rows) != 2 or codes.ndim != 2 or codes.shape[1] != rows[1]:
@@ -177,10 +179,11 @@ def scaled_product(
 
     Raises:
       ValueError: operands that do not fit together; tiles that split K or need more shared memory than there is.
+      TypeError: `tiles` of another type.
     """
     from .eight_bit_kernel import eight_bit
 
-    _check(rows.shape, codes, scales, bias, interpret)
+    _check(rows.shape, codes, scales, bias, tiles, cores, interpret)
     (m, k), n, wide = rows.shape, codes.shape[0], jnp.dtype(out_dtype).itemsize
     if rows.dtype != codes.dtype:
         raise ValueError(f"`rows` are {rows.dtype} and `codes` {codes.dtype}; they must be of one type")

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .tiles import PIECE, ROWS
+from .tiles import PIECE, ROWS, Direct, Tiles
 
 _REAL = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -19,8 +19,26 @@ def check_codes(codes: jax.Array, interpreted: bool) -> None:
       ValueError: N or K is no multiple of what a tile takes.
     """
     rows = 8 if interpreted else ROWS
-    if codes.shape[1] % PIECE or codes.shape[0] % rows:
-        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}: pad the weight")
+    if codes.shape[1] % PIECE or codes.shape[0] % rows or not codes.size:
+        raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}, neither 0: pad the weight")
+
+
+def check_cut(tiles: Tiles | Direct | None, kinds: tuple[type, ...], cores: int) -> None:
+    """Whether tiles are of a kind that a kernel has, and `cores` counts something.
+
+    Args:
+      tiles: the cut, or None.
+      kinds: that the kernel has.
+      cores: multiprocessors of the GPU.
+
+    Raises:
+      TypeError: tiles of another type.
+      ValueError: `cores` is no positive int.
+    """
+    if tiles is not None and not isinstance(tiles, kinds):
+        raise TypeError(f"`tiles` are {tiles!r}; take {' or '.join(f'{kind.__name__}(...)' for kind in kinds)}, or None")
+    if type(cores) is not int or cores < 1:
+        raise ValueError(f"`cores` is {cores!r}; it must be the number of multiprocessors of the GPU, 132 of an H100 or H200")
 
 
 def check_vectors(n: int, groups: int, scales: jax.Array, bias: jax.Array | None) -> None:

@@ -21,6 +21,13 @@ def launched_registers(warpgroups: int) -> int:
     return (warpgroups + 1) * (512 // (warpgroups + 1) // 8 * 8)
 
 
+def _check_ints(tiles: "Tiles | Direct") -> None:
+    for field in dataclasses.fields(tiles):
+        value, wanted = getattr(tiles, field.name), bool if isinstance(field.default, bool) else int
+        if type(value) is not wanted:
+            raise TypeError(f"`{field.name}` is {value!r}; it must be {'an int' if wanted is int else 'True or False'}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """The cut of a product y (M, N) = x (M, K) w (N, K)^T.
@@ -55,7 +62,8 @@ class Tiles:
     digits: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError where no kernel has such tiles."""
+        """Raises ValueError where no kernel has such tiles, TypeError where a number is no int."""
+        _check_ints(self)
         if self.block_m % 8 or not 8 <= self.block_m <= 256:
             raise ValueError(f"`block_m` is {self.block_m}; it must be a multiple of 8 from 8 to 256")
         left, name = (self.block_m, "block_m") if self.x_left else (self.block_n, "block_n")
@@ -114,12 +122,14 @@ class Direct:
     wide: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError where no kernel has such tiles."""
+        """Raises ValueError where no kernel has such tiles, TypeError where a number is no int."""
+        _check_ints(self)
         for name, allowed in (("warps", (4, 8, 12, 16)), ("turn", (1, 2, 4, 8))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be one of {allowed}")
-        if not 1 <= self.blocks <= 32 or not 1 <= self.split_k <= 32:
-            raise ValueError(f"`blocks` is {self.blocks} and `split_k` {self.split_k}; from 1 to 32 live or wait together")
+        for name, together in (("blocks", "live on a multiprocessor"), ("split_k", "share K")):
+            if not 1 <= getattr(self, name) <= 32:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; 1 to 32 blocks {together}")
 
 
 CORE_WARPS = 16  # of 128 registers a thread, which a multiprocessor has

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import numbers
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
-from .operands import check_codes, check_vectors
+from .operands import check_codes, check_cut, check_vectors
 from .order import in_order
 from .tiles import PIECE, Direct, Tiles, check_launch, padded_rows, pipelined_tiles, stays, weight_only_tiles
 
@@ -80,7 +81,7 @@ def weight_only_matmul(
       norm: the row is divided by the root of its mean square and this; None: it is not. A norm's gain belongs to the weight's columns, or
         to x. Of more than eight rows the product is rounded to bfloat16 before.
       tiles: the cut; None for the one that suits the shape.
-      cores: multiprocessors of the GPU.
+      cores: multiprocessors of the GPU; where blocks wait for each other the launch fails with fewer than this.
       interpret: an interpreter's parameters, for tests without a GPU.
 
     Returns:
@@ -88,9 +89,15 @@ def weight_only_matmul(
       Gradients reach x and the bias, as those of the same product in float32 by XLA; codes and scales are constants. Forward mode has none.
 
     Raises:
-      ValueError: operands that do not fit together; tiles that cannot be used for these codes; an unknown activation.
+      ValueError: operands that do not fit together; tiles that cannot be used for these codes; an unknown activation; a negative `norm`.
+      TypeError: `tiles` or `norm` of another type.
     """
     _check(x, codes, group_size, interpret)
+    check_cut(tiles, (Tiles, Direct), cores)
+    if norm is not None and not isinstance(norm, numbers.Real):
+        raise TypeError(f"`norm` is {norm!r}; it must be a number that is added to the mean square, or None")
+    if norm is not None and not norm >= 0:
+        raise ValueError(f"`norm` is {norm!r}; what is added to the mean square must not be negative")
     check_vectors(codes.shape[0], 1 if group_size is None else x.shape[1] // group_size, scales, bias)
     scales = scales if group_size is not None else scales[:, :1]
     run = functools.partial(_run, group_size=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores, interpret=interpret)

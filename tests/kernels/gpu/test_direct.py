@@ -189,7 +189,14 @@ def test_a_few_blocks_have_a_multiprocessor_each():
 
 @pytest.mark.parametrize("fields", [{"warps": 6}, {"turn": 3}, {"blocks": 0}, {"split_k": 0}, {"split_k": 33}])
 def test_tiles_refuse_what_no_kernel_has(fields):
-    with pytest.raises(ValueError, match="`"):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"`{name}` is {fields[name]}; "):
+        Direct(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"warps": 8.0}, {"split_k": 2.0}, {"blocks": True}, {"wide": 1}])
+def test_fields_of_another_type_are_refused(fields):
+    with pytest.raises(TypeError, match="it must be"):
         Direct(**fields)
 
 

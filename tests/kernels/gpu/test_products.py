@@ -12,7 +12,7 @@ from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.epilogue import activated
 from qjax_kernels.gpu.order import by_threads, in_order
 from qjax_kernels.gpu.schedule import Schedule
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Tiles, eight_bit_tiles, pipelined_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, pipelined_tiles, weight_only_tiles
 from qjax_kernels.request import Device, Request, Weight
 
 from qjax.program import compat
@@ -402,6 +402,52 @@ def test_why_not_names_the_obstacle(request_, named):
 def test_tiles_refuse_what_no_kernel_has(fields):
     with pytest.raises(ValueError, match="`"):
         Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
+
+
+@pytest.mark.parametrize("fields", [{"block_m": 8.0}, {"stages": True}, {"x_left": 1}, {"cluster": "2"}])
+def test_fields_of_tiles_that_are_of_another_type_are_refused(fields):
+    (name,) = fields
+    with pytest.raises(TypeError, match=f"`{name}` is {fields[name]!r}; it must be"):
+        Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "named"),
+    [
+        ({"tiles": "fast"}, TypeError, "`tiles` are 'fast'; take"),
+        ({"cores": 0}, ValueError, "`cores` is 0"),
+        ({"cores": 132.0}, ValueError, "`cores` is 132.0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weight-only", "eight bits"])
+def test_a_cut_that_is_none_is_refused(name, changed, error, named):
+    x, w = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8)
+    with pytest.raises(error, match=named):
+        if name == "weight-only":
+            weight_only.weight_only_matmul(x, w, jnp.ones((64, 2), jnp.bfloat16), group_size=128, **changed)
+        else:
+            eight_bit.eight_bit_matmul(x, w, jnp.ones(64, jnp.bfloat16), **changed)
+
+
+def test_tiles_of_single_warps_are_refused_for_eight_bits_on_both_sides():
+    with pytest.raises(TypeError, match=r"take Tiles\(...\), or None"):
+        eight_bit.eight_bit_matmul(jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones(64), tiles=Direct())
+
+
+@pytest.mark.parametrize(("norm", "error"), [("1e-5", TypeError), (-1e-5, ValueError), (float("nan"), ValueError)])
+def test_a_norm_that_is_none_is_refused(norm, error):
+    x, w, s = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 2), jnp.bfloat16)
+    with pytest.raises(error, match="`norm` is"):
+        weight_only.weight_only_matmul(x, w, s, group_size=128, norm=norm)
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 256), (64, 0)])
+def test_weights_of_nothing_are_refused(n, k):
+    x, w = jnp.ones((1, k), jnp.bfloat16), jnp.ones((n, k), jnp.int8)
+    with pytest.raises(ValueError, match="neither 0"):
+        weight_only.weight_only_matmul(x, w, jnp.ones((n, 1), jnp.bfloat16))
+    with pytest.raises(ValueError, match="neither 0"):
+        eight_bit.eight_bit_matmul(x, w, jnp.ones(n))
 
 
 @pytest.mark.parametrize("name", ["weight-only", "eight bits"])
