@@ -128,7 +128,7 @@ def shared(tiles: Tiles | Direct, sizes: tuple[int, int, int], m: int, n: int, k
         return tiles.shared_bytes(*sizes)
     group = GROUP if sizes[1] else k
     s = shape_of(m, n, k, group=group, columns=k // group, dtype=jnp.float32, tiles=tiles, cores=132, bits=sizes[0])
-    return s.together(tiles.blocks, 132) * s.bytes
+    return s.launched_bytes(tiles.blocks, 132)
 
 
 def compiled(function, arguments, chip: str):

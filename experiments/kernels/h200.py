@@ -55,7 +55,9 @@ def search(bench: Bench, names: list[str], shapes, row_counts, limit: int) -> No
         if bench.clock.left() < 20:
             print(f"search: the budget was spent before {name} M={m} {k}x{n}", flush=True)
             continue
-        bench.run([Job(name, m, k, n, tiles) for tiles in candidates(name, m, n, k)[:limit]], "search")
+        found = candidates(name, m, n, k)
+        print(f"search: {name} M={m} {k}x{n}, {min(limit, len(found))} of {len(found)} candidates", flush=True)
+        bench.run([Job(name, m, k, n, tiles) for tiles in found[:limit]], "search")
         (bench.record.folder / "tiles.json").write_text(json.dumps(fastest(bench.record.found.get("search", [])), indent=1) + "\n")
 
 
@@ -65,7 +67,7 @@ def fastest(found: list[dict]) -> dict[str, dict]:
     By the device's clock: the launches of a small product take as long as the product, and vary more.
     """
     table: dict[str, dict] = {}
-    for row in sorted((row for row in found if "us" in row), key=lambda row: row["device us"]):
+    for row in sorted((row for row in found if "device us" in row), key=lambda row: row["device us"]):
         kept = {key: row[key] for key in ("tiles", "us", "device us")}
         table.setdefault(row["name"], {}).setdefault(f"{row['m']},{row['k']},{row['n']}", kept)
     return table

@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from h200_programs import Job
 from qjax_kernels.gpu.direct_shape import shape_of
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, pipelined_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, even_rows, pipelined_tiles, weight_only_tiles
 
 
 def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:
@@ -102,47 +102,64 @@ def meeting(dry: bool) -> list[Job]:
 
 
 def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
-    """Tiles worth a try, the likeliest first: those that are the default, then one or two of every kind that may live."""
+    """Tiles worth a try: those that are the default, then of every kind one after the other, so that the first ones are of all kinds."""
     bits, eight = (4 if name == "W4A16" else 8), name in ("W8A8", "FP8")
     default = eight_bit_tiles(m, n, k) if eight else weight_only_tiles(m, n, k, bits)
-    found: list[Tiles | Direct] = [default]
+    kinds: list[Iterable[Tiles | Direct]] = []
     if m <= 16 and not eight:
-        found += [tiles for tiles in _few(m) if _fits(tiles, m, n, k, bits)] + [pipelined_tiles(m, n, k, bits)]
-    sizes = (bits, 0, 1) if eight else (bits, 2, 2)
-    staged = [*(_narrow(m, n, bits, eight) if m <= 64 else ()), *(_many(m, n, eight) if m > 32 else ())]
-    for tiles in staged:
-        # Narrow blocks leave room for others on their multiprocessor.
-        room = SHARED_BYTES // (3 if tiles.warpgroups == 1 and not tiles.digits else 1)
-        deep = (dataclasses.replace(tiles, stages=stages) for stages in range(tiles.stages, 1, -1) if stages * tiles.block_k <= k)
-        found += [next((each for each in deep if each.shared_bytes(*sizes) <= room), dataclasses.replace(tiles, stages=2))]
-    return [tiles for tiles in dict.fromkeys(found) if isinstance(tiles, Direct) or tiles.shared_bytes(*sizes) <= SHARED_BYTES]
+        kinds += [_few(m), [pipelined_tiles(m, n, k, bits)]]
+    kinds += [(_staged(tiles, k, bits, eight) for tiles in kind) for kind in _narrow(m, n, bits, eight) if m <= 64]
+    kinds += [(_staged(tiles, k, bits, eight) for tiles in _many(m, n, eight))] if m > 32 else []
+    turns = (tiles for turn in itertools.zip_longest(*kinds) for tiles in turn if tiles is not None)
+    return [tiles for tiles in dict.fromkeys([default, *turns]) if _used(tiles, m, n, k, bits, eight) <= SHARED_BYTES]
 
 
-def _fits(tiles: Direct, m: int, n: int, k: int, bits: int) -> bool:
+def _staged(tiles: Tiles, k: int, bits: int, eight: bool) -> Tiles:
+    """With as many of its stages as fit; narrow blocks leave room for others on their multiprocessor."""
+    room = SHARED_BYTES // (3 if tiles.warpgroups == 1 and not tiles.digits else 1)
+    deep = (dataclasses.replace(tiles, stages=stages) for stages in range(tiles.stages, 1, -1) if stages * tiles.block_k <= k)
+    return next((each for each in deep if each.shared_bytes(*_sizes(bits, eight)) <= room), dataclasses.replace(tiles, stages=2))
+
+
+def _sizes(bits: int, eight: bool) -> tuple[int, int, int]:
+    """Of a code, and bytes of a scale and of an element of x in a stage."""
+    return (bits, 0, 1) if eight else (bits, 2, 2)
+
+
+def _used(tiles: Tiles | Direct, m: int, n: int, k: int, bits: int, eight: bool) -> int:
+    """Bytes of shared memory."""
+    if isinstance(tiles, Tiles):
+        return tiles.shared_bytes(*_sizes(bits, eight))
     s = shape_of(m, n, k, group=128, columns=k // 128, dtype="bfloat16", tiles=tiles, cores=132, bits=bits)
-    return s.together(tiles.blocks, 132) * s.bytes <= SHARED_BYTES
+    return s.launched_bytes(tiles.blocks, 132)
 
 
 def _few(m: int) -> Iterator[Direct]:
-    """Codes go straight into registers: one row is read as it is, of more rows blocks share the digits' work."""
-    for (split, wide), (warps, turn, blocks) in itertools.product(
-        ((1, False), (4, m > 2), (2, m > 2)), ((16, 2, 1), (8, 2, 2), (8, 4, 2), (16, 1, 1), (16, 4, 1), (12, 2, 1))
-    ):
+    """Codes go straight into registers: one or two rows are read by every block, of more rows blocks may share K."""
+    cuts, ways = ((16, 2, 1), (8, 2, 2), (8, 4, 2), (16, 1, 1), (16, 4, 1), (12, 2, 1)), ((1, False), (4, m > 2), (2, m > 2))
+    for (warps, turn, blocks), (split, wide) in itertools.product(cuts, ways):
         yield Direct(warps, turn, blocks, split, wide=wide)
 
 
-def _narrow(m: int, n: int, bits: int, eight: bool) -> Iterator[Tiles]:
-    """Blocks of few rows of w, of which several live on a multiprocessor; digits of x; pairs of warpgroups."""
+def _narrow(m: int, n: int, bits: int, eight: bool) -> list[Iterator[Tiles]]:
+    """Digits of x; blocks of few rows of w, of which several live on a multiprocessor; pairs of warpgroups."""
     block_m = max(8, -(-m // 8) * 8)
-    if bits == 4 and m <= 32:
-        yield from (Tiles(block_m, block_n, 512, 2, digits=True) for block_n in (128, 64))
-    for block_k, block_n, split in itertools.product((256, 128), (64, 128), (1, 2, 4, 8)):
-        if 132 <= -(-n // block_n) * split <= 132 * 5:
-            yield Tiles(block_m, block_n, block_k, 6, split)
-    if not eight:
+
+    def digits() -> Iterator[Tiles]:
+        if bits == 4 and m <= 32:
+            yield from (Tiles(block_m, block_n, 512, 2, digits=True) for block_n in (128, 64))
+
+    def several() -> Iterator[Tiles]:
+        for block_k, block_n, split in itertools.product((256, 128), (64, 128), (1, 2, 4, 8)):
+            if 132 <= -(-n // block_n) * split <= 132 * 5:
+                yield Tiles(block_m, block_n, block_k, 6, split)
+
+    def pairs() -> Iterator[Tiles]:
         for block_n, cluster, split in itertools.product((128, 256), (1, 2), (1, 2, 4)):
             if -(-n // block_n) % cluster == 0 and 66 <= -(-n // block_n) * split <= 132 * 2 and (cluster == 1 or block_m % 16 == 0):
                 yield Tiles(block_m, block_n, 128, 4, split, warpgroups=2, cluster=cluster)
+
+    return [digits(), several(), *([] if eight else [pairs()])]
 
 
 def _many(m: int, n: int, eight: bool) -> Iterator[Tiles]:
@@ -156,13 +173,11 @@ def _many(m: int, n: int, eight: bool) -> Iterator[Tiles]:
                 if 66 <= -(-n // block_n) * split <= 132 * 3:
                     yield Tiles(128, block_n, 128, 6, split)
         return
-    block_m = -(-m // -(-m // 128) // 16) * 16
     for (block_n, warpgroups), cluster in itertools.product(((256, 2), (192, 3), (128, 2)), (2, 1)):
         if -(-n // block_n) % cluster == 0:
-            yield Tiles(block_m, block_n, 128, 4, warpgroups=warpgroups, scale_first=True, cluster=cluster)
+            yield Tiles(even_rows(m, 128), block_n, 128, 4, warpgroups=warpgroups, scale_first=True, cluster=cluster)
     if m > 128:
-        for most in (192, 256):
-            yield Tiles(-(-m // -(-m // most) // 16) * 16, 128, 128, 4, warpgroups=2, scale_first=True)
+        yield from (Tiles(even_rows(m, most), 128, 128, 4, warpgroups=2, scale_first=True) for most in (192, 256))
         yield from (Tiles(64, 256, 128, 4, warpgroups=2, scale_first=first) for first in (True, False))
 
 

@@ -77,7 +77,7 @@ def chain(
         and clears them.
       links: what the products multiply and add.
       group_size: consecutive k that share a scale, a multiple of 128.
-      tiles: the cut, of at most 16 warps a multiprocessor; None for the default.
+      tiles: the cut, of at most `tiles.CORE_WARPS` warps a multiprocessor; None for the default.
       cores: multiprocessors of the GPU; with fewer than this the launch fails.
       attention: what stands in front: inputs[0] is then q, k and v of this token, and value 0 what attention gives of them, which can be
         multiplied and not be added.

@@ -91,7 +91,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         moved += 2 * 4 * (s.parts - 1) * m * n  # sums that one block writes and another reads
         products = s.most * s.high * s.own * 4 * s.quads  # 16 x 32 by 32 x 8
         compute = math.ceil(s.blocks / cores) * products * 16 * 32 * 8 / (2 * MACS) / CLOCK
-        return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.places.end)
+        return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.launched_bytes(tiles.blocks, cores))
     if tiles.split_k > 1:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
     if eight or tiles.digits:

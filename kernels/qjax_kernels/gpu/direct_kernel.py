@@ -253,8 +253,11 @@ def direct(
         raise ValueError(f"`tiles` are {tiles}, x has {m} rows: wide ones take up to 16; leave `wide` False, or take Tiles(...)")
     s = shape_of(m, n, k, group=group, columns=scales.shape[1], dtype=scales.dtype, tiles=tiles, cores=cores, norm=norm, whole=whole,
                  bias=None if bias is None else bias.dtype, bits=4 if codes.dtype == jnp.int4 else 8)  # fmt: skip
-    together = s.together(tiles.blocks, cores)
-    if (used := together * s.bytes) > SHARED_BYTES:
+    together, used = s.together(tiles.blocks, cores), s.launched_bytes(tiles.blocks, cores)
+    if s.parts > 1 and together == 1 and s.blocks > cores:
+        raise ValueError(f"`tiles` are {tiles}: {s.blocks} blocks wait for each other on {cores} multiprocessors, which is no whole number "
+                         "of `blocks` each; leave `blocks` 1, or take another `split_k`")  # fmt: skip
+    if used > SHARED_BYTES:
         raise ValueError(f"`tiles` need {used} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K, or "
                          "take fewer `blocks`")  # fmt: skip
     operands, met = [x, codes, scales, *([] if bias is None else [bias])], room(s)

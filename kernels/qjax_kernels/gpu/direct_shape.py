@@ -103,6 +103,10 @@ class Shape:
         """
         return blocks if self.blocks > cores and blocks * self.warps <= CORE_WARPS and self.blocks % blocks == 0 else 1
 
+    def launched_bytes(self, blocks: int, cores: int) -> int:
+        """Shared memory of a thread block of the launch, whose parts have their own (`together`)."""
+        return self.together(blocks, cores) * self.bytes
+
     @property
     def words(self) -> int:
         """Words of codes that a thread loads of a piece, half of them of row g and half of row g + 8."""
@@ -163,7 +167,7 @@ def shape_of(
     m: int, n: int, k: int, *, group: int, columns: int, dtype: Any, tiles: Direct, cores: int, bias: Any = None, norm: float | None = None,
     whole: bool = True, bits: int = 4,
 ) -> Shape:  # fmt: skip
-    """The launch of a product: no more groups of blocks than tiles, and as many as blocks are launched together (`Shape.together`)."""
+    """The launch of a product: no more groups of blocks than tiles, and so many that blocks may be launched together (`Shape.together`)."""
     groups = max(1, min(n // (TILE * (4 if tiles.wide else 1)), cores * tiles.blocks // tiles.split_k))
     step = tiles.blocks // math.gcd(tiles.blocks, tiles.split_k)
     blocks = (groups if groups < step else groups // step * step) * tiles.split_k

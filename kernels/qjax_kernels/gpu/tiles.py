@@ -91,10 +91,16 @@ class Tiles:
         return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + units
 
     def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, out_bytes: int = 2) -> int:
-        """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, scales of channels, barriers."""
+        """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, vectors and barriers.
+
+        Each warpgroup has its own stretches of scales of channels and bias, and of scales of x where that has eight bits; with or without a
+        bias the bytes are the same.
+        """
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
         out = left * min(right, 64) * (4 if self.split_k > 1 else out_bytes)
-        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + self.block_n * 4 + 1024
+        of_w, of_x = (self.warpgroups * right, left) if self.x_left else (left, self.warpgroups * right)
+        vectors = 4 * (2 * of_w + (of_x if x_bytes == 1 else 0))
+        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + vectors + 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +179,6 @@ def check_launch(tiles: Tiles, staying: bool, used: int) -> None:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
 
 
-def fits(tiles: Tiles, bits: int, room: int = SHARED_BYTES) -> bool:
-    """Whether weight-only tiles fit into so much shared memory."""
-    return tiles.shared_bytes(bits) <= room
-
-
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
@@ -202,12 +203,14 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
     """
     large = group is not None and n * k >= _LARGE and (bits == 8 or n < 128 * cores)
     if m <= DIRECT_ROWS or (m <= 2 * DIRECT_ROWS and large):
-        return direct_tiles(m, k, bits, scale_bytes)
+        tiles = direct_tiles(m, k, bits, scale_bytes)
+        if tiles.split_k <= cores * tiles.blocks:  # so many wait for each other
+            return tiles
     return pipelined_tiles(m, n, k, bits, cores, group)
 
 
-DIRECT_ROWS = 8  # of x; 16 were slower than a pipeline at 4096 x 4096 (7.7 for 7.0 us) and 8192 x 28672 (42 for 39.5)
-_LARGE = 1 << 26  # codes: 8192 x 8192 with 16 rows took 16.8 for 18.9 us, of eight bits 22.5 for 23.5, 14336 x 4096 as long
+DIRECT_ROWS = 8  # of x; 16, of four bits, were slower than a pipeline at 4096 x 4096 (7.7 for 7.0 us) and 8192 x 28672 (42 for 39.5)
+_LARGE = 1 << 26  # codes, at 16 rows: 8192 x 8192 took 16.8 for 18.9 us, of eight bits 22.5 for 23.5; smaller ones, of four, as long
 
 
 def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
@@ -250,8 +253,9 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
     have work. Up to 32 rows meet digits where a four-bit weight in groups keeps the multiprocessors busy without a split. Many rows are
-    bound by the tensor cores: two or three warpgroups share them, and another copies; thread blocks stay on their multiprocessors
-    (`schedule`), and are those that take the least time by their stages and ends (`_time`).
+    bound by the tensor cores: two or three warpgroups share them, and another copies (of eight bits from 33 rows of a wide weight on);
+    thread blocks stay on their multiprocessors (`schedule`), and are, of four bits, those that take the least time by their stages and
+    ends (`_time`).
 
     Args:
       m: rows of x.
@@ -269,23 +273,30 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     if m > 64:
         return _many_rows(m, n, k, bits, cores)
     if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
-        pair = Tiles(block_m, 256, 128, 4, warpgroups=2)
-        return dataclasses.replace(pair, cluster=2 if n % 512 == 0 and block_m % 16 == 0 else 1)
+        return Tiles(block_m, 256, 128, 4, warpgroups=2, cluster=_pairs(n, block_m))
     if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
         return Tiles(block_m, 128, 512, 2, digits=True)
     if packed and m > _DIGIT_ROWS:
         pair = Tiles(block_m, 128, 128, 4, warpgroups=2)
         return pair if stays(pair, group) else dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
     if m > _DIGIT_ROWS and n >= 64 * 2 * cores:
-        wide = Tiles(block_m, 256, 128, 3, warpgroups=2, scale_first=True)
-        return dataclasses.replace(wide, cluster=2 if n % 512 == 0 and block_m % 16 == 0 else 1)
+        return Tiles(block_m, 256, 128, 3, warpgroups=2, scale_first=True, cluster=_pairs(n, block_m))
     enough = 2 * cores if packed else _ENOUGH * cores
     block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= enough else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
-    narrow = dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough))
     # A third of the shared memory for a thread block, so that three of them live on a multiprocessor.
-    fitting = (s for s in (6, 5, 4, 3) if fits(dataclasses.replace(narrow, stages=s), bits, SHARED_BYTES // 3))
-    return dataclasses.replace(narrow, stages=next(fitting, 2))
+    return _deep(dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough)), 6, SHARED_BYTES // 3, bits)
+
+
+def _pairs(n: int, block_m: int) -> int:
+    """Blocks of 256 rows of w that receive rows of x together, eight rows at a time."""
+    return 2 if n % 512 == 0 and block_m % 16 == 0 else 1
+
+
+def _deep(tiles: Tiles, most: int, room: int, *sizes: int) -> Tiles:
+    """The tiles with as many stages, up to so many, as fit into so much shared memory, and no fewer than two."""
+    deep = (dataclasses.replace(tiles, stages=stages) for stages in range(most, 2, -1))
+    return next((each for each in deep if each.shared_bytes(*sizes) <= room), dataclasses.replace(tiles, stages=2))
 
 
 _ENOUGH = 1.5  # thread blocks of eight-bit codes for a multiprocessor: 256 took 21.4 us, 512 of half the K 23 (8192 x 8192, one row)
@@ -296,7 +307,8 @@ def _narrow_parts(m: int, n: int, k: int, tiles: Tiles, enough: float) -> int:
     split = 1
     while blocks(m, n, tiles) * split < enough and k // tiles.block_k >= 4 * split:
         split *= 2
-    return split
+    steps = math.ceil(k / tiles.block_k)
+    return math.ceil(steps / math.ceil(steps / split))  # no part is empty
 
 
 _DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
@@ -307,27 +319,27 @@ _CYCLES = 1600  # of the tensor cores in a microsecond, at the clock that the po
 _IDLE = 250  # cycles of 128 columns in which they stand still
 
 
-def _even(m: int, most: int) -> int:
+def even_rows(m: int, most: int) -> int:
     """Rows of blocks of at most so many, in sixteens: a cluster halves its copies, eight rows at a time."""
     return math.ceil(m / math.ceil(m / most) / 16) * 16
 
 
 def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
-    block_m = _even(m, 128)
+    block_m = even_rows(m, 128)
     if bits == 8:
-        # Codes of a byte take longest to become floats: the more rows of x they meet the better, if all multiprocessors have blocks.
-        tall = Tiles(_even(m, 256), 128, 128, 2, warpgroups=2, scale_first=True)
+        # Codes of a byte take longest to become floats: they meet more rows of x where all multiprocessors have blocks then (measured at
+        # 512 and 4096 rows).
+        tall = Tiles(even_rows(m, 256), 128, 128, 2, warpgroups=2, scale_first=True)
         if m > 128 and blocks(m, n, tall) >= 0.9 * cores:
             return tall
         three = m <= 128 and n >= 192 * cores
         tiles = Tiles(block_m, 192 if three else 128, 128, 2, warpgroups=3 if three else 2, scale_first=True)
-        return dataclasses.replace(tiles, stages=next((s for s in (4, 3) if fits(dataclasses.replace(tiles, stages=s), bits)), 2))
+        return _deep(tiles, 4, SHARED_BYTES, bits)
     found: list[Tiles] = []
     for block_n, warpgroups in _BLOCKS:
         pairs = math.ceil(n / block_n) % 2 == 0 and block_n > 128
         tiles = Tiles(block_m, block_n, 128, 2, warpgroups=warpgroups, scale_first=True, cluster=2 if pairs else 1)
-        stages = next((s for s in (4, 3) if fits(dataclasses.replace(tiles, stages=s), bits)), 2)
-        found.append(dataclasses.replace(tiles, stages=stages))
+        found.append(_deep(tiles, 4, SHARED_BYTES, bits))
     return min(found, key=lambda each: _time(m, n, k, each, cores))
 
 
@@ -374,5 +386,4 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132, out_bytes: int = 2
         return Tiles(block_m, 128, 256, 2 if 8 < m <= 32 else 3)
     narrow = Tiles(block_m, 64, block_k=256 if block_m <= 32 else 128, stages=1)
     narrow = dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, _ENOUGH * cores))
-    fitting = (s for s in (6, 5, 4, 3) if dataclasses.replace(narrow, stages=s).shared_bytes(8, 0, 1, out_bytes) <= SHARED_BYTES // 3)
-    return dataclasses.replace(narrow, stages=next(fitting, 2))
+    return _deep(narrow, 6, SHARED_BYTES // 3, 8, 0, 1, out_bytes)

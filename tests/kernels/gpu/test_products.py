@@ -188,11 +188,22 @@ def test_one_multiprocessor_is_one_group():
     assert len(kernels_of(functools.partial(eight_bit.eight_bit_matmul, cores=1), x, w, s)) == 2  # rows are rounded, then multiplied
 
 
-@pytest.mark.parametrize("m", [1, 50, 100, 512, 4096])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (28672, 8192)])
+@pytest.mark.parametrize("m", [1, 50, 100, 300, 512, 4096])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (8192, 8192), (28672, 8192)])
 def test_float_results_of_eight_bits_fit_into_shared_memory(m, n, k):
     tiles = eight_bit_tiles(m, n, k, out_bytes=4)
     assert tiles.shared_bytes(8, 0, 1, 4) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("bias", [None, jnp.float32])
+@pytest.mark.parametrize(("m", "n"), [(100, 4096), (300, 28672), (512, 8192), (4096, 4096)])
+def test_float_rows_of_eight_bits_are_lowered(m, n, bias):
+    """jax counts the shared memory of a kernel itself, and refuses what is too much."""
+    pytest.importorskip("absl")
+    shapes = [((m, 1024), jnp.float32), ((n, 1024), jnp.int8), ((n, 1), jnp.float32), *([((n,), bias)] if bias else [])]
+    run = jax.jit(lambda x, codes, scales, bias=None: eight_bit.eight_bit_matmul(x, codes, scales, bias=bias))
+    given = [jax.ShapeDtypeStruct(*each) for each in shapes]
+    assert "mosaic_gpu" in run.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
