@@ -117,7 +117,7 @@ def test_rounded_rows_go_to_hopper_padded_to_the_blocks_that_are_copied(monkeypa
         return kernel(rows, scales, *args, tiles=tiles, **settings)
 
     monkeypatch.setattr(eight_bit_kernel, "eight_bit", spy)
-    device, x = Device("cuda", "sm_90a", 132), jnp.ones((261, 512), jnp.bfloat16)
+    device, x = Device("cuda", "sm_90a", 4), jnp.ones((261, 512), jnp.bfloat16)  # so few that blocks of 256 rows of w occupy them
     weight = quantize(jnp.ones((512, 256), jnp.bfloat16), qjax.int8(), (0,))
     params = {"w": dataclasses.replace(weight, act=qjax.dynamic(qjax.int8()))}
     laid = qjax.prepack(product, device=device)(params, x)
