@@ -1,7 +1,7 @@
 """Kernels for Hopper on a Hopper GPU: are they right, how fast is the chip, how fast are they, which tiles are best.
 
     python experiments/kernels/h200.py --out results --budget 480
-    python experiments/kernels/h200.py --out results --dry        # on a CPU, tiny shapes, through the interpreter: does the script run?
+    python experiments/kernels/h200.py --out dry --dry        # on a CPU, tiny shapes, jax 0.11 or newer: does it run?
 
 Parts (`--parts`): correct, stress, ceilings, decode, times, search; and again, which times a few tiles that were chosen beforehand beside
 bfloat16.
@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ BROKEN = 75  # the status of a process in which the device refuses further work
 
 def ceilings(record: Record, clock: Clock, dry: bool) -> None:
     """What the chip does at best: a copy, counting bytes read and written, and a bfloat16 product on random data."""
-    if "ceilings" in record.found:
+    if len(record.found.get("ceilings", [])) == 2:
         return
     size = 2**16 if dry else 2**31
     source = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
@@ -95,41 +97,96 @@ def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
 
 
 def markdown(record: Record) -> str:
-    """The timed programs as a table: microseconds, and how often faster than bfloat16."""
-    timed = [row for part in ("times", "search", "again") for row in record.found.get(part, []) if "us" in row]
-    best: dict[tuple, dict[str, float]] = {}
-    for row in timed:
-        at = best.setdefault((row["k"], row["n"], row["m"]), {})
-        at[row["name"]] = min(at.get(row["name"], float("inf")), row["us"])
-    names = [name for name in PROGRAMS if any(name in at for at in best.values())]
+    """The timed programs as two tables, by the device's clock and by the wall's: microseconds, and how often faster than bfloat16."""
+    return "\n\n".join(f"{title}:\n\n{_table(record, key)}" for title, key in (("device, us", "device us"), ("whole, us", "us")))
+
+
+def _table(record: Record, key: str) -> str:
+    at: dict[tuple, dict[str, float]] = {}
+    for row in (row for part in ("times", "again") for row in record.found.get(part, []) if key in row):
+        found = at.setdefault((row["k"], row["n"], row["m"]), {})
+        found[row["name"]] = min(found.get(row["name"], float("inf")), row[key])
+    names = [name for name in PROGRAMS if any(name in found for found in at.values())]
     lines = ["| K x N | M | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
-    for (k, n, m), at in sorted(best.items()):
-        base = at.get("bf16")
-        ratios = {name: f" ({base / us:.2f}x)" if base and name != "bf16" else "" for name, us in at.items()}
-        cells = [f"{at[name]:.1f}{ratios[name]}" if name in at else "" for name in names]
+    for (k, n, m), found in sorted(at.items()):
+        base = found.get("bf16")
+        ratios = {name: f" ({base / us:.2f}x)" if base and us and name != "bf16" else "" for name, us in found.items()}
+        cells = [f"{found[name]:.1f}{ratios[name]}" if name in found else "-" for name in names]
         lines.append(f"| {k} x {n} | {m} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Runs the parts asked for."""
+def wrong(found: dict) -> list[str]:
+    """What a folder has of results that are not right, and of programs that failed: one line each."""
+    bad = [(part, row) for part in ("correct", "stress") for row in found.get(part, []) if not row.get("right", row.get("different") == 0)]
+    failed = [(part, row) for part, rows in found.items() if part not in ("correct", "stress") for row in rows if "failed" in row]
+    return [f"{part}: {json.dumps(row)}" for part, row in bad + failed]
+
+
+def several_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """A list by commas, of words that are known."""
+
+    def read(text: str) -> list[str]:
+        words = [word.strip() for word in text.split(",")]
+        if unknown := [word for word in words if word not in allowed]:
+            raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))} of {text!r}; known are {', '.join(allowed)}")
+        return words
+
+    return read
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of rows by commas."""
+    words = [word.strip() for word in text.split(",")]
+    if unknown := [word for word in words if not word.isdecimal() or int(word) < 1]:
+        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))} of {text!r}; rows are numbers from 1 on")
+    return [int(word) for word in words]
+
+
+def sizes(text: str) -> list[tuple[int, int]]:
+    """K x N by commas, of which kernels have tiles."""
+    found = []
+    for word in text.split(","):
+        k, _, n = word.strip().partition("x")
+        if not (k.isdecimal() and n.isdecimal()) or int(k) % 128 or int(n) % 64 or not int(k) * int(n):
+            raise argparse.ArgumentTypeError(f"{word!r} of {text!r}; shapes are K x N as in 4096x14336, multiples of 128 and of 64")
+        found.append((int(k), int(n)))
+    return found
+
+
+PARTS = ("correct", "stress", "ceilings", "decode", "times", "search", "again")
+LEAST = 15  # seconds that a process needs
+SEARCHED = ("W4A16", "W8A16", "W8A8", "FP8")
+
+
+def read_options() -> argparse.Namespace:
+    """What is asked for; what is unknown ends the script with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--budget", type=float, default=480, help="seconds")
-    parser.add_argument("--parts", default="correct,stress,ceilings,decode,times,search")
-    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
-    parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES), help="K x N")
-    parser.add_argument("--names", default=",".join(PROGRAMS))
-    parser.add_argument("--search-rows", default="1,16,64,512,4096")
-    parser.add_argument("--search-names", default="W4A16,W8A8")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder for findings, of one kind of device")
+    parser.add_argument("--budget", type=float, default=480, help=f"seconds, more than {LEAST}")
+    parser.add_argument("--parts", type=several_of(PARTS), default=list(PARTS[:-1]), help=", ".join(PARTS))
+    parser.add_argument("--rows", type=counts, default=list(ROWS), help="of times and again")
+    parser.add_argument("--shapes", type=sizes, default=list(SHAPES), help="K x N, of times and search")
+    parser.add_argument("--names", type=several_of(tuple(PROGRAMS)), default=list(PROGRAMS), help="of times")
+    parser.add_argument("--search-rows", type=counts, default=[1, 16, 64, 512, 4096])
+    parser.add_argument("--search-names", type=several_of(SEARCHED), default=list(SEARCHED[:-1]))
     parser.add_argument("--limit", type=int, default=12, help="tiles tried for one kernel at one shape")
     parser.add_argument("--cases", type=int, default=100, help="of correctness, the first ones")
-    parser.add_argument("--launches", type=int, default=20000, help="of stress, a kernel")
+    parser.add_argument("--launches", type=int, help="of stress, a kernel: 20000, 3 of a dry run")
     parser.add_argument("--threads", type=int, default=4, help="that compile")
     parser.add_argument("--profile", action="store_true", help="which kernels take how long in a step of decode")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes through the interpreter on a CPU")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes of its own through the interpreter on a CPU; no search")
     parser.add_argument("--child", action="store_true", help="internal: work in this process")
     options = parser.parse_args()
+    options.launches = options.launches or (3 if options.dry else 20000)
+    if options.budget <= LEAST and not options.child:
+        parser.error(f"argument --budget: {options.budget}; a process needs more than {LEAST} seconds")
+    return options
+
+
+def main() -> None:
+    """Runs the parts asked for; its status is 1 where a result is wrong or a program failed."""
+    options = read_options()
     if options.child:
         try:
             work(options)
@@ -140,30 +197,45 @@ def main() -> None:
     # disk. A process that ends otherwise without a finding would end so again.
     clock = Clock(options.budget)
     arguments = [word for word in sys.argv[1:] if word != "--child"]
-    running, status = options.out / "running.json", 1  # unless a process ends well
-    while clock.left() > 15:
-        status = subprocess.run([sys.executable, __file__, *arguments, "--child", "--budget", str(clock.left())], check=False).returncode
+    file, running, status = options.out / "h200.json", options.out / "running.json", 1  # unless a process ends well
+    # Interpreted blocks wait for each other inside callbacks, each of which holds a thread.
+    environment = os.environ | ({"NPROC": "16"} if options.dry else {})
+    while clock.left() > LEAST:
+        command = [sys.executable, __file__, *arguments, "--child", "--budget", str(clock.left())]
+        status = subprocess.run(command, check=False, env=environment).returncode
         if status == 0:
-            return
+            break
         print("process ended with", status, flush=True)
         if status != BROKEN and not running.exists():
             break
-    sys.exit(status)
+    lines = wrong(json.loads(file.read_text())) if file.exists() else []
+    for line in lines:
+        print("not right:", line, flush=True)
+    sys.exit(status or bool(lines))
+
+
+def check_device(record: Record, dry: bool) -> None:
+    """Ends the script where the device is none that kernels run on, or not that of the folder's findings."""
+    device = jax.devices()[0]
+    here = {"kind": device.device_kind, "jax": jax.__version__} | ({"dry": True} if dry else {})
+    if not dry and getattr(device, "compute_capability", "") != "9.0":
+        sys.exit(f"h200.py needs a Hopper GPU, the first device is {device}: pass --dry to see whether the script runs")
+    for row in record.found.get("device", []):
+        if {key: value for key, value in row.items() if key != "device"} != here:
+            sys.exit(f"`--out` {record.folder} has findings of {row}, this is {here}: take another folder")
+    if "device" not in record.found:
+        record.add("device", {"device": str(device), **here})
 
 
 def work(options: argparse.Namespace) -> None:
     """Runs the parts in this process."""
     clock, record = Clock(options.budget), Record(options.out)
-    device = jax.devices()[0]
-    if "device" not in record.found:
-        record.add("device", {"device": str(device), "kind": device.device_kind, "jax": jax.__version__})
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
-    parts, interpret, scope = options.parts.split(","), None, contextlib.nullcontext()
+    check_device(record, options.dry)
+    parts, interpret, scope = options.parts, None, contextlib.nullcontext()
     if options.dry:
         from tests.kernels.gpu.interpreter import interpreter, register_operands
 
         interpret, scope = interpreter(), register_operands()
-    row_counts = [int(m) for m in options.rows.split(",")]
     bench = Bench(clock, record, options.threads)
     with scope:
         if "correct" in parts:
@@ -178,12 +250,12 @@ def work(options: argparse.Namespace) -> None:
         if "decode" in parts:
             decode(record, clock, options.dry, options.profile)
         if "times" in parts:
-            names = ["bf16", "W4A16 XLA"] if options.dry else options.names.split(",")
-            times(bench, names, [(256, 128)] if options.dry else shapes, [1, 8] if options.dry else row_counts)
+            names = ["bf16", "W4A16 XLA"] if options.dry else options.names
+            times(bench, names, [(256, 128)] if options.dry else options.shapes, [1, 8] if options.dry else options.rows)
         if "again" in parts and not options.dry:
-            again(bench, row_counts)
+            again(bench, options.rows)
         if "search" in parts and not options.dry:
-            search(bench, options.search_names.split(","), shapes, [int(m) for m in options.search_rows.split(",")], options.limit)
+            search(bench, options.search_names, options.shapes, options.search_rows, options.limit)
     table = markdown(record)
     (record.folder / "h200.md").write_text(table + "\n")
     print(table, flush=True)

@@ -98,13 +98,16 @@ def eight_bit_matmul(
         how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"`x` is {x.dtype} {x.shape}; it must be bfloat16, float16 or float32 (M, K): rows that are rounded already go to "
+                         "scaled_product")  # fmt: skip
     _check(x.shape, codes, scales, bias, tiles, cores, interpret)
     return like(run, functools.partial(plain, activation=activation))(x, bias, codes, scales)
 
 
 def _check(rows: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None, tiles, cores: int, interpret) -> None:
     """Raises ValueError where operands do not fit together, TypeError where tiles are of another kernel."""
-    check_cut(tiles, (Tiles,), cores)
+    check_cut(tiles, (Tiles,), cores, foreign=("digits", "scale_first"))
     if codes.dtype not in (jnp.int8, jnp.float8_e4m3fn):
         raise ValueError(f"`codes` are {codes.dtype}; they must be int8 or float8_e4m3fn")
     if len(rows) != 2 or codes.ndim != 2 or codes.shape[1] != rows[1]:

@@ -23,22 +23,25 @@ def check_codes(codes: jax.Array, interpreted: bool) -> None:
         raise ValueError(f"`codes` are {codes.shape}; N must be a multiple of {rows} and K of {PIECE}, neither 0: pad the weight")
 
 
-def check_cut(tiles: Tiles | Direct | None, kinds: tuple[type, ...], cores: int) -> None:
+def check_cut(tiles: Tiles | Direct | None, kinds: tuple[type, ...], cores: int, foreign: tuple[str, ...] = ()) -> None:
     """Whether tiles are of a kind that a kernel has, and `cores` counts something.
 
     Args:
       tiles: the cut, or None.
       kinds: that the kernel has.
       cores: multiprocessors of the GPU.
+      foreign: switches of `Tiles` that are of other kernels.
 
     Raises:
       TypeError: tiles of another type.
-      ValueError: `cores` is no positive int.
+      ValueError: `cores` is no positive int, or a switch of another kernel is on.
     """
     if tiles is not None and not isinstance(tiles, kinds):
         raise TypeError(f"`tiles` are {tiles!r}; take {' or '.join(f'{kind.__name__}(...)' for kind in kinds)}, or None")
     if type(cores) is not int or cores < 1:
-        raise ValueError(f"`cores` is {cores!r}; it must be the number of multiprocessors of the GPU, 132 of an H100 or H200")
+        raise ValueError(f"`cores` is {cores!r}; it must be an int, the number of multiprocessors of the GPU, 132 of an H100 or H200")
+    if on := [name for name in foreign if getattr(tiles, name, False)]:
+        raise ValueError(f"`tiles.{on[0]}` is True, which is for another kernel; leave it False")
 
 
 def check_vectors(n: int, groups: int, scales: jax.Array, bias: jax.Array | None) -> None:

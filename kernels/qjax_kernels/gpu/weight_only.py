@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..gradient import like
 from ..request import Request
@@ -93,12 +94,11 @@ def weight_only_matmul(
       TypeError: `tiles` or `norm` of another type.
     """
     _check(x, codes, group_size, interpret)
-    check_cut(tiles, (Tiles, Direct), cores)
-    if norm is not None and not isinstance(norm, numbers.Real):
-        raise TypeError(f"`norm` is {norm!r}; it must be a number that is added to the mean square, or None")
-    if norm is not None and not norm >= 0:
-        raise ValueError(f"`norm` is {norm!r}; what is added to the mean square must not be negative")
+    check_cut(tiles, (Tiles, Direct), cores, foreign=("x_left",))
+    _check_norm(norm)
     check_vectors(codes.shape[0], 1 if group_size is None else x.shape[1] // group_size, scales, bias)
+    if group_size is None and scales.shape[1] > 16 // scales.dtype.itemsize:  # of more than a row of 16 bytes
+        raise ValueError(f"`scales` have {scales.shape[1]} columns and `group_size` is None; give it, or one scale a row")
     scales = scales if group_size is not None else scales[:, :1]
     run = functools.partial(_run, group_size=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores, interpret=interpret)
     same = functools.partial(plain, group_size=group_size, activation=activation, norm=norm)
@@ -113,8 +113,18 @@ def _check(x: jax.Array, codes: jax.Array, group: int | None, interpret) -> None
     if codes.ndim != 2 or codes.shape[1] != k or codes.dtype not in (jnp.int4, jnp.int8):
         raise ValueError(f"`codes` are {codes.dtype} {codes.shape}; they must be int4 or int8 (N, {k}), as wide as `x`")
     check_codes(codes, interpret is not None)
-    if group is not None and (group < PIECE or group % PIECE or k % group):
-        raise ValueError(f"`group_size` is {group}; it must be a multiple of {PIECE} that divides K = {k}, or None")
+    if group is not None and (not isinstance(group, int | np.integer) or group < PIECE or group % PIECE or k % group):
+        raise ValueError(f"`group_size` is {group!r}; it must be an int, a multiple of {PIECE} that divides K = {k}, or None")
+
+
+def _check_norm(norm: float | None) -> None:
+    """Raises where it cannot be added to a mean square."""
+    if norm is None:
+        return
+    if isinstance(norm, bool) or not isinstance(norm, numbers.Real):
+        raise TypeError(f"`norm` is {norm!r}; it must be a Python number that is added to the mean square, or None")
+    if not 0 <= norm < float("inf"):
+        raise ValueError(f"`norm` is {norm!r}; what is added to the mean square must be finite and not negative")
 
 
 def plain(

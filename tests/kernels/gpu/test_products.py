@@ -1,6 +1,7 @@
 """Hopper kernels through the interpreter against float64."""
 
 import functools
+import pathlib
 import re
 
 import jax
@@ -445,11 +446,41 @@ def test_tiles_of_single_warps_are_refused_for_eight_bits_on_both_sides():
         eight_bit.eight_bit_matmul(jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones(64), tiles=Direct())
 
 
-@pytest.mark.parametrize(("norm", "error"), [("1e-5", TypeError), (-1e-5, ValueError), (float("nan"), ValueError)])
+@pytest.mark.parametrize(
+    ("norm", "error"), [("1e-5", TypeError), (True, TypeError), (-1e-5, ValueError), (float("nan"), ValueError), (float("inf"), ValueError)]
+)
 def test_a_norm_that_is_none_is_refused(norm, error):
     x, w, s = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 2), jnp.bfloat16)
     with pytest.raises(error, match="`norm` is"):
         weight_only.weight_only_matmul(x, w, s, group_size=128, norm=norm)
+
+
+def test_switches_of_other_kernels_are_refused():
+    x, w = jnp.ones((64, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8)
+    with pytest.raises(ValueError, match=r"`tiles\.x_left` is True"):
+        weight_only.weight_only_matmul(x, w, jnp.ones((64, 1)), tiles=Tiles(64, 64, 128, 2, x_left=True))
+    for name in ("digits", "scale_first"):
+        with pytest.raises(ValueError, match=rf"`tiles\.{name}` is True"):
+            eight_bit.eight_bit_matmul(x, w, jnp.ones(64), tiles=Tiles(64, 64, 128, 2, **{name: True}))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.bool_, jnp.float8_e4m3fn, jnp.complex64])
+def test_rows_of_eight_bits_that_are_no_floats_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"`x` is .*must be bfloat16, float16 or float32"):
+        eight_bit.eight_bit_matmul(jnp.ones((1, 256), dtype), jnp.ones((64, 256), jnp.int8), jnp.ones(64))
+
+
+@pytest.mark.parametrize("group", [128.0, "128", 64])
+def test_groups_that_are_none_are_refused(group):
+    x, w = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8)
+    with pytest.raises(ValueError, match=f"`group_size` is {group!r}"):
+        weight_only.weight_only_matmul(x, w, jnp.ones((64, 2)), group_size=group)
+
+
+def test_a_forgotten_group_size_is_named():
+    x, w = jnp.ones((1, 2048), jnp.bfloat16), jnp.ones((64, 2048), jnp.int8)
+    with pytest.raises(ValueError, match="16 columns and `group_size` is None"):
+        weight_only.weight_only_matmul(x, w, jnp.ones((64, 16), jnp.bfloat16))
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 256), (64, 0)])
@@ -478,3 +509,22 @@ def test_layers_of_the_same_shapes_are_one_program(name):
 
     found = list(programs(jax.make_jaxpr(lambda x, w, s: one(x, w, s) + one(x, w, s))(x, w, s).jaxpr))
     assert len(found) == 2 and found[0] is found[1]
+
+
+def test_the_example_of_the_readme_is_lowered():
+    pytest.importorskip("absl")
+    page = (pathlib.Path(__file__).parents[3] / "kernels" / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def laid_out" in block]
+    scope: dict = {}
+    exec(compile(code, "kernels/README.md", "exec"), scope)
+    x, scales = jax.ShapeDtypeStruct((4, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((4096, 32), jnp.bfloat16)
+    four, eight = (jax.ShapeDtypeStruct((4096, 4096), dtype) for dtype in (jnp.int4, jnp.int8))
+    rows = jax.ShapeDtypeStruct((20, 4096), jnp.bfloat16)
+    for function, *given in (
+        (lambda x, w, s: scope["four"](x, scope["laid_out"](w), s), x, four, scales),
+        (scope["four"], x, eight, scales),
+        (scope["eight"], x, eight, jax.ShapeDtypeStruct((4096, 1), jnp.bfloat16)),
+        (scope["chosen"], x, four, scales),
+        (scope["chosen"], rows, four, scales),
+    ):
+        assert "mosaic_gpu" in jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()

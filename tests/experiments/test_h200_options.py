@@ -1,0 +1,39 @@
+"""What the script for an H200 is asked is checked before a device is."""
+
+import argparse
+import pathlib
+import sys
+
+import pytest
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "experiments" / "kernels"))
+
+from h200 import PARTS, counts, several_of, sizes, wrong
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "named"),
+    [
+        (several_of(PARTS), "correct,speed", "'speed' of 'correct,speed'; known are correct"),
+        (counts, "8,0", "'0' of '8,0'"),
+        (counts, "-3", "'-3'"),
+        (sizes, "4096", "K x N"),
+        (sizes, "4096x100", "multiples of 128 and of 64"),
+        (sizes, "0x64", "K x N"),
+    ],
+)
+def test_what_is_unknown_is_named(read, text, named):
+    with pytest.raises(argparse.ArgumentTypeError, match=named):
+        read(text)
+
+
+def test_lists_may_have_spaces():
+    assert several_of(PARTS)("correct, times") == ["correct", "times"]
+    assert counts("1, 8") == [1, 8] and sizes("128x64, 4096x14336") == [(128, 64), (4096, 14336)]
+
+
+def test_results_that_are_not_right_are_listed():
+    good = {"correct": [{"kind": "int4", "right": True}], "stress": [{"name": "W8A8", "different": 0}], "times": [{"us": 1.0}]}
+    assert wrong(good) == []
+    bad = {"correct": [{"right": False}, {"failed": "run"}], "stress": [{"different": 3}, {"failed": "run"}], "search": [{"failed": "no"}]}
+    assert len(wrong({part: good.get(part, []) + rows for part, rows in bad.items()})) == 5
