@@ -54,7 +54,7 @@ def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int, thre
                 record.add("correct", row | {"failed": f"{type(error).__name__}: {error}"[:300]})
                 continue
             try:
-                record.add("correct", row | _compared(future.result(), case, given, 1 if dry else 3))
+                record.add("correct", row | _compared(future.result()[0], case, given, 1 if dry else 3))
             except jax.errors.JaxRuntimeError as failure:
                 record.add("correct", row | {"failed": f"run: {failure}"[:300]})
                 raise Broken from failure
@@ -146,7 +146,8 @@ def stress(record: Record, clock: Clock, dry: bool, interpret, launches: int, th
             record.add("stress", row | {"failed": f"{type(error).__name__}: {error}"[:300]})
             continue
         try:
-            record.add("stress", row | {"different": int(future.result()(*each))})
+            program, _ = future.result()
+            record.add("stress", row | {"different": int(program(*each))})
         except jax.errors.JaxRuntimeError as failure:
             record.add("stress", row | {"failed": f"run: {failure}"[:300]})
             raise Broken from failure

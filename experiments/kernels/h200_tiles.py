@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from h200_programs import Job
 from qjax_kernels.gpu.direct_shape import shape_of
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, even_rows, pipelined_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, even_rows, pipelined_tiles, staged, weight_only_tiles
 
 
 def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:
@@ -117,8 +117,7 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
 def _staged(tiles: Tiles, k: int, bits: int, eight: bool) -> Tiles:
     """With as many of its stages as fit; narrow blocks leave room for others on their multiprocessor."""
     room = SHARED_BYTES // (3 if tiles.warpgroups == 1 and not tiles.digits else 1)
-    deep = (dataclasses.replace(tiles, stages=stages) for stages in range(tiles.stages, 1, -1) if stages * tiles.block_k <= k)
-    return next((each for each in deep if each.shared_bytes(*_sizes(bits, eight)) <= room), dataclasses.replace(tiles, stages=2))
+    return staged(tiles, min(tiles.stages, k // tiles.block_k), room, *_sizes(bits, eight))
 
 
 def _sizes(bits: int, eight: bool) -> tuple[int, int, int]:

@@ -119,9 +119,14 @@ def kernel_times(folder: str):
 
 
 def side_by_side(programs: Sequence[tuple[Callable, Sequence]], threads: int) -> list[concurrent.futures.Future]:
-    """Functions compiled for their arguments in threads; all are done."""
+    """Functions compiled for their arguments in threads: of each the program and the seconds that it took, all of them done."""
+
+    def compile_one(function, arguments):
+        start = time.perf_counter()
+        return jax.jit(function).lower(*arguments).compile(), time.perf_counter() - start
+
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(lambda f, a: jax.jit(f).lower(*a).compile(), function, arguments) for function, arguments in programs]
+        waiting = [pool.submit(compile_one, *each) for each in programs]
         concurrent.futures.wait(waiting)
     return waiting
 
@@ -156,15 +161,7 @@ class Bench:
         prepared = [(job, *self.operands(job)) for job, _ in named]
         rows_found = [row for row in old if row is not None]
 
-        def compile_one(item):
-            job, xs, ws = item
-            start = time.perf_counter()
-            program = unrolled(job).lower(xs, ws).compile()
-            return program, time.perf_counter() - start
-
-        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-            waiting = [pool.submit(compile_one, item) for item in prepared]
-            concurrent.futures.wait(waiting)
+        waiting = side_by_side([(unrolled(job), (xs, ws)) for job, xs, ws in prepared], self.threads)
         for (job, row), (_, xs, ws), future in zip(named, prepared, waiting, strict=True):
             broken = False
             if self.clock.left() < 0:

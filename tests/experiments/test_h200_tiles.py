@@ -40,19 +40,18 @@ def test_the_first_of_them_are_of_every_kind(name, m):
     assert {kind(tiles) for tiles in found[:12]} == {kind(tiles) for tiles in found}
 
 
-def searched() -> dict[tuple, list[dict]]:
-    """What was timed beside each other on the device, by name, rows, K and N."""
-    found: dict[tuple, list[dict]] = {}
-    for file in ("fourteenth", "fifteenth"):
-        for row in json.loads((FOUND / f"{file}.json").read_text())["search"]:
-            if "device us" in row:
-                found.setdefault((file, row["name"], row["m"], row["k"], row["n"]), []).append(row)
-    return found
+def searched() -> dict[str, list[dict]]:
+    """What was timed on the device, beside each other in each of two records."""
+    return {file: json.loads((FOUND / f"{file}.json").read_text())["search"] for file in ("fourteenth", "fifteenth")}
 
 
 def test_the_rules_choose_tiles_that_a_search_found_fast():
     """Between two searches a program took up to 7 % longer or shorter."""
-    found, unknown = searched(), set()
+    found, unknown = {}, set()
+    for file, rows in searched().items():
+        for row in rows:
+            if "device us" in row:
+                found.setdefault((file, row["name"], row["m"], row["k"], row["n"]), []).append(row)
     for (_, name, m, k, n), rows in found.items():
         chosen = Job(name, m, k, n).row()["tiles"]
         taken = [row["device us"] for row in rows if row["tiles"] == chosen]
@@ -64,6 +63,6 @@ def test_the_rules_choose_tiles_that_a_search_found_fast():
 
 
 def test_the_tuning_table_is_the_fastest_of_what_was_searched():
-    rows = [row for file in ("fourteenth", "fifteenth") for row in json.loads((FOUND / f"{file}.json").read_text())["search"]]
+    rows = [row for found in searched().values() for row in found]
     failed = {"name": "W8A8", "m": 1, "k": 4096, "n": 4096, "tiles": {}, "us": 0.1, "failed": "the trace"}
     assert json.loads((FOUND / "tiles.json").read_text()) == fastest([*rows, failed])

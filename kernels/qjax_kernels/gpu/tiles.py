@@ -285,7 +285,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= enough else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
     # A third of the shared memory for a thread block, so that three of them live on a multiprocessor.
-    return _deep(dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough)), 6, SHARED_BYTES // 3, bits)
+    return staged(dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough)), 6, SHARED_BYTES // 3, bits)
 
 
 def _pairs(n: int, block_m: int) -> int:
@@ -293,7 +293,7 @@ def _pairs(n: int, block_m: int) -> int:
     return 2 if n % 512 == 0 and block_m % 16 == 0 else 1
 
 
-def _deep(tiles: Tiles, most: int, room: int, *sizes: int) -> Tiles:
+def staged(tiles: Tiles, most: int, room: int, *sizes: int) -> Tiles:
     """The tiles with as many stages, up to so many, as fit into so much shared memory, and no fewer than two."""
     deep = (dataclasses.replace(tiles, stages=stages) for stages in range(most, 2, -1))
     return next((each for each in deep if each.shared_bytes(*sizes) <= room), dataclasses.replace(tiles, stages=2))
@@ -334,12 +334,12 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
             return tall
         three = m <= 128 and n >= 192 * cores
         tiles = Tiles(block_m, 192 if three else 128, 128, 2, warpgroups=3 if three else 2, scale_first=True)
-        return _deep(tiles, 4, SHARED_BYTES, bits)
+        return staged(tiles, 4, SHARED_BYTES, bits)
     found: list[Tiles] = []
     for block_n, warpgroups in _BLOCKS:
         pairs = math.ceil(n / block_n) % 2 == 0 and block_n > 128
         tiles = Tiles(block_m, block_n, 128, 2, warpgroups=warpgroups, scale_first=True, cluster=2 if pairs else 1)
-        found.append(_deep(tiles, 4, SHARED_BYTES, bits))
+        found.append(staged(tiles, 4, SHARED_BYTES, bits))
     return min(found, key=lambda each: _time(m, n, k, each, cores))
 
 
@@ -386,4 +386,4 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132, out_bytes: int = 2
         return Tiles(block_m, 128, 256, 2 if 8 < m <= 32 else 3)
     narrow = Tiles(block_m, 64, block_k=256 if block_m <= 32 else 128, stages=1)
     narrow = dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, _ENOUGH * cores))
-    return _deep(narrow, 6, SHARED_BYTES // 3, 8, 0, 1, out_bytes)
+    return staged(narrow, 6, SHARED_BYTES // 3, 8, 0, 1, out_bytes)

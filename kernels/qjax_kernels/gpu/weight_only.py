@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..gradient import like
 from ..request import Request
@@ -113,7 +112,7 @@ def _check(x: jax.Array, codes: jax.Array, group: int | None, interpret) -> None
     if codes.ndim != 2 or codes.shape[1] != k or codes.dtype not in (jnp.int4, jnp.int8):
         raise ValueError(f"`codes` are {codes.dtype} {codes.shape}; they must be int4 or int8 (N, {k}), as wide as `x`")
     check_codes(codes, interpret is not None)
-    if group is not None and (not isinstance(group, int | np.integer) or group < PIECE or group % PIECE or k % group):
+    if group is not None and (not isinstance(group, numbers.Integral) or group < PIECE or group % PIECE or k % group):
         raise ValueError(f"`group_size` is {group!r}; it must be an int, a multiple of {PIECE} that divides K = {k}, or None")
 
 
