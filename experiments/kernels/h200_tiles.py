@@ -88,17 +88,19 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
 
 
 def meeting(dry: bool) -> list[Job]:
-    """Products whose blocks hand sums to each other, or share what they read: the default tiles of every way, and tall ones."""
+    """Products whose blocks hand sums to each other, or share what they read: the default tiles of every way, tall and uneven ones."""
     if dry:
         return [Job("W4A16", 8, 256, 64, Tiles(8, 64, 128, 2))]
-    tall = Tiles(256, 128, 128, 4, warpgroups=2, x_left=True, cluster=2)
+    tall = Tiles(256, 128, 128, 3, warpgroups=2, x_left=True, cluster=2)
+    uneven = Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True)
     shapes = (
-        ("W8A8", 512, 4096, 4096), ("W8A8", 512, 8192, 28672), ("W8A8", 100, 14336, 8192), ("FP8", 128, 4096, 4096),
+        ("W8A8", 512, 8192, 28672), ("W8A8", 100, 14336, 8192), ("FP8", 128, 4096, 4096),
         ("W4A16", 256, 4096, 4096), ("W4A16", 128, 8192, 8192), ("W4A16", 512, 8192, 28672), ("W4A16", 64, 8192, 28672),
         ("W8A16", 520, 2048, 8192), ("W8A16", 64, 8192, 28672), ("W8A16", 128, 8192, 28672), ("W8A16", 16, 8192, 28672),
         ("W4A16", 8, 8192, 8192), ("W4A16", 16, 8192, 8192),
     )  # fmt: skip
-    return [Job("W8A8", 512, 4096, 4096, tall), *(Job(name, m, k, n) for name, m, k, n in shapes)]
+    chosen = [Job("W8A8", 512, 4096, 4096, tall), Job("W4A16", 512, 4096, 8640, uneven)]
+    return [*chosen, *(Job(name, m, k, n) for name, m, k, n in shapes)]
 
 
 def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:

@@ -135,7 +135,7 @@ class Parts:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def tell(_, sign):
             mgpu_utils.warpgroup_barrier()  # all threads have written
-            with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
+            with _one_thread():
                 Warps().show(_address(sign), SIGN)
 
         tell(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]
@@ -146,11 +146,20 @@ class Parts:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def await_(_, sign):
-            with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
+            with _one_thread():
                 Warps().await_sign(_address(sign), SIGN)
             mgpu_utils.warpgroup_barrier()
 
         await_(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]
+
+
+def _one_thread() -> Any:
+    """What one thread of the warpgroup runs.
+
+    Mosaic's `single_thread` notes in a global variable of Python that it was entered: another thread that lowers a kernel meanwhile would
+    leave the choice out, and all 128 would write a sign, or wait for it.
+    """
+    return mgpu_utils.when(mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP))
 
 
 def _thread_place(reference: Any) -> Long:
