@@ -31,6 +31,8 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 4, 8192, 8192, 128, None),
         ("int4", 8, 8192, 8192, 128, None),
         ("int4", 16, 8192, 8192, 128, None),
+        ("int4", 32, 4096, 8192, 128, None),
+        ("int4", 27, 17408, 1408, 128, None),
         ("int4", 7, 1088, 1408, 128, None),
         ("int4", 6, 1024, 2048, None, None),
         ("int4", 13, 1984, 2048, 256, Direct(8, 2, 2, split_k=3, wide=True)),
@@ -93,13 +95,14 @@ def meeting(dry: bool) -> list[Job]:
         return [Job("W4A16", 8, 256, 64, Tiles(8, 64, 128, 2))]
     tall = Tiles(256, 128, 128, 3, warpgroups=2, x_left=True, cluster=2)
     uneven = Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True)
+    shared = Direct(16, 2, 1, split_k=4, wide=True)
     shapes = (
         ("W8A8", 512, 8192, 28672), ("W8A8", 100, 14336, 8192), ("FP8", 128, 4096, 4096),
         ("W4A16", 256, 4096, 4096), ("W4A16", 128, 8192, 8192), ("W4A16", 512, 8192, 28672), ("W4A16", 64, 8192, 28672),
         ("W8A16", 520, 2048, 8192), ("W8A16", 64, 8192, 28672), ("W8A16", 128, 8192, 28672), ("W8A16", 16, 8192, 28672),
-        ("W4A16", 8, 8192, 8192), ("W4A16", 16, 8192, 8192),
+        ("W4A16", 8, 8192, 8192),
     )  # fmt: skip
-    chosen = [Job("W8A8", 512, 4096, 4096, tall), Job("W4A16", 512, 4096, 8640, uneven)]
+    chosen = [Job("W8A8", 512, 4096, 4096, tall), Job("W4A16", 512, 4096, 8640, uneven), Job("W4A16", 16, 8192, 8192, shared)]
     return [*chosen, *(Job(name, m, k, n) for name, m, k, n in shapes)]
 
 

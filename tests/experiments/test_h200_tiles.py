@@ -48,13 +48,13 @@ def test_the_first_of_them_are_of_every_kind(name, m):
 
 
 def searched() -> dict[str, list[dict]]:
-    """What was timed on the device, beside each other in each of two records."""
-    return {file: json.loads((FOUND / f"{file}.json").read_text())["search"] for file in ("fourteenth", "fifteenth")}
+    """What was timed on the device, beside each other in each of three records."""
+    return {file: json.loads((FOUND / f"{file}.json").read_text())["search"] for file in ("fourteenth", "fifteenth", "sixteenth")}
 
 
 def test_the_rules_choose_tiles_that_a_search_found_fast():
     """Between two searches a program took up to 7 % longer or shorter."""
-    found, unknown = {}, set()
+    found, timed = {}, set()
     for file, rows in searched().items():
         for row in rows:
             if "device us" in row:
@@ -64,9 +64,8 @@ def test_the_rules_choose_tiles_that_a_search_found_fast():
         taken = [row["device us"] for row in rows if row["tiles"] == chosen]
         if taken:
             assert taken[0] <= 1.07 * min(row["device us"] for row in rows), (name, m, k, n, chosen)
-        else:
-            unknown.add((name, m, k, n))
-    assert len(found) > 40 and unknown == {("W8A16", 16, 4096, 4096)}  # of which half as many blocks as were timed is taken, as of 32 rows
+            timed.add((name, m, k, n))
+    assert len(found) > 60 and timed == {key[1:] for key in found}
 
 
 def test_the_tuning_table_is_the_fastest_of_what_was_searched():

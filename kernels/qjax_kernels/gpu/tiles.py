@@ -182,8 +182,8 @@ def check_launch(tiles: Tiles, staying: bool, used: int) -> None:
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
-    With 1 to 8 rows codes go straight into registers (`direct_tiles`), up to 16 where a weight in groups is large and, of four bits, still
-    leaves a pipeline without enough blocks; else through a pipeline (`pipelined_tiles`).
+    With 1 to 8 rows codes go straight into registers (`direct_tiles`), of eight bits up to 16 where a weight in groups is large; else
+    through a pipeline (`pipelined_tiles`).
 
     Args:
       m: rows of x.
@@ -199,9 +199,9 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
     Example:
       >>> weight_only_tiles(1, 28672, 8192, 4), weight_only_tiles(16, 4096, 4096, 4).split_k
-      (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 8)
+      (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 4)
     """
-    large = group is not None and n * k >= _LARGE and (bits == 8 or n < 128 * cores)
+    large = bits == 8 and group is not None and n * k >= _LARGE
     if m <= DIRECT_ROWS or (m <= 2 * DIRECT_ROWS and large):
         tiles = direct_tiles(m, k, bits, scale_bytes)
         if tiles.split_k <= cores * tiles.blocks:  # so many wait for each other
@@ -210,7 +210,7 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
 
 DIRECT_ROWS = 8  # of x; 16, of four bits, were slower than a pipeline at 4096 x 4096 (7.7 for 7.0 us) and 8192 x 28672 (42 for 39.5)
-_LARGE = 1 << 26  # codes, at 16 rows: 8192 x 8192 took 16.8 for 18.9 us, of eight bits 22.5 for 23.5; smaller ones, of four, as long
+_LARGE = 1 << 26  # codes of eight bits, at 16 rows: 8192 x 8192 took 22.5 for 23.5 us, 4096 x 4096 9.2 for 8.8
 
 
 def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
@@ -252,7 +252,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     """The tiles of products whose codes pass through shared memory.
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. Up to 32 rows meet digits where a four-bit weight in groups keeps the multiprocessors busy without a split. Many rows are
+    have work. Up to 16 rows meet digits where a four-bit weight in groups keeps the multiprocessors busy without a split. Many rows are
     bound by the tensor cores: two or three warpgroups share them, and another copies (of eight bits from 33 rows of a wide weight on);
     thread blocks stay on their multiprocessors (`schedule`), and are, of four bits, those that take the least time by their stages and
     ends (`_time`).
@@ -272,17 +272,17 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     packed = bits == 4
     if m > 64:
         return _many_rows(m, n, k, bits, cores)
-    if packed and n >= 64 * 2 * cores and m > _DIGIT_ROWS:
+    if packed and n >= 64 * 2 * cores and m > _NARROW_ROWS:
         return Tiles(block_m, 256, 128, 4, warpgroups=2, cluster=_pairs(n, block_m))
     if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
         return Tiles(block_m, 128, 512, 2, digits=True)
-    if packed and m > _DIGIT_ROWS:
+    if packed and m > _NARROW_ROWS:
         pair = Tiles(block_m, 128, 128, 4, warpgroups=2)
         return pair if stays(pair, group) else dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
-    if m > _DIGIT_ROWS and n >= 64 * 2 * cores:
+    if m > _NARROW_ROWS and n >= 64 * 2 * cores:
         return Tiles(block_m, 256, 128, 3, warpgroups=2, scale_first=True, cluster=_pairs(n, block_m))
-    enough = 2 * cores if packed else _ENOUGH * cores
-    block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) >= enough else 64
+    enough, parts = _ENOUGH * cores, 4 if packed else 1  # of four bits wide blocks of a part of K are faster than narrow ones of more of it
+    block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) * parts >= enough else 64
     narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
     # A third of the shared memory for a thread block, so that three of them live on a multiprocessor.
     return staged(dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough)), 6, SHARED_BYTES // 3, bits)
@@ -299,7 +299,9 @@ def staged(tiles: Tiles, most: int, room: int, *sizes: int) -> Tiles:
     return next((each for each in deep if each.shared_bytes(*sizes) <= room), dataclasses.replace(tiles, stages=2))
 
 
-_ENOUGH = 1.5  # thread blocks of eight-bit codes for a multiprocessor: 256 took 21.4 us, 512 of half the K 23 (8192 x 8192, one row)
+# Thread blocks for a multiprocessor: 8192 x 8192 took 21.4 us in 256 and 23 in 512 of half the K (eight bits, one row), 16.7 and 20.4 (four
+# bits, 32 rows).
+_ENOUGH = 1.5
 
 
 def _narrow_parts(m: int, n: int, k: int, tiles: Tiles, enough: float) -> int:
@@ -311,7 +313,8 @@ def _narrow_parts(m: int, n: int, k: int, tiles: Tiles, enough: float) -> int:
     return math.ceil(steps / math.ceil(steps / split))  # no part is empty
 
 
-_DIGIT_ROWS = 32  # of x up to which digits were measured to win, or nearly: their sums take twice the registers
+_DIGIT_ROWS = 16  # of x up to which digits win: 40.1 for 42.0 us; 58.4 for 47.5 at 32 rows, whose sums take twice the registers
+_NARROW_ROWS = 32  # of x that small thread blocks take
 
 
 _BLOCKS = ((128, 2), (256, 2), (192, 3))  # rows of w and warpgroups of blocks of up to 128 rows of x
