@@ -221,7 +221,7 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
     together. With scales of four bytes a turn of four pieces takes more registers than there are, and of two pieces it is faster alone.
 
     Args:
-      m: rows of x.
+      m: rows of x, up to 8, of eight bits up to 16.
       k: the contracted length.
       bits: of a code, 4 or 8.
       scale_bytes: of a scale.
@@ -235,10 +235,10 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
         tiles = Direct(turn=2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1, blocks=1)
     elif m <= 2:
         tiles = Direct(turn=2 if scale_bytes == 4 else 4)
-    elif m <= 4 or (m <= 8 and k >= 8192 and scale_bytes == 4):
+    elif m <= 4 or (k >= 8192 and scale_bytes == 4):
         tiles = Direct(warps=16, turn=2, blocks=1)
     else:
-        tiles = Direct(warps=16, turn=4 if m <= 8 and k >= 8192 else 2, blocks=1, split_k=min(4, max(1, k // 1024)), wide=True)
+        tiles = Direct(warps=16, turn=4 if k >= 8192 else 2, blocks=1, split_k=min(4, max(1, k // 1024)), wide=True)
     # Digits of a piece take 256 bytes a row, its unit and sum of squares 8; sums of warps lie in two places. A part is whole turns, and
     # another one may lie behind it.
     quads = math.ceil(m / 4)
@@ -281,11 +281,20 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
         return pair if stays(pair, group) else dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
     if m > _NARROW_ROWS and n >= 64 * 2 * cores:
         return Tiles(block_m, 256, 128, 3, warpgroups=2, scale_first=True, cluster=_pairs(n, block_m))
-    enough, parts = _ENOUGH * cores, 4 if packed else 1  # of four bits wide blocks of a part of K are faster than narrow ones of more of it
-    block_n = 128 if blocks(m, n, Tiles(block_m, 128, 256, 1)) * parts >= enough else 64
-    narrow = Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1)
-    # A third of the shared memory for a thread block, so that three of them live on a multiprocessor.
-    return staged(dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough)), 6, SHARED_BYTES // 3, bits)
+    # A third of the shared memory for a thread block: three of them live on a multiprocessor (two of those of 32 rows that are wide).
+    return staged(_small(m, n, k, block_m, packed, _ENOUGH * cores), 6, SHARED_BYTES // 3, bits)
+
+
+def _small(m: int, n: int, k: int, block_m: int, packed: bool, enough: float) -> Tiles:
+    """Blocks of 128 rows of w if there are enough of them, or of 64; else they share K, wide ones of four bits in up to four parts."""
+    wide, narrow = (Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1) for block_n in (128, 64))
+    for tiles in (wide, narrow):
+        if blocks(m, n, tiles) >= enough:
+            return tiles
+    parts = _narrow_parts(m, n, k, wide, enough)
+    if packed and parts <= 4 and blocks(m, n, wide) * parts >= enough:
+        return dataclasses.replace(wide, split_k=parts)
+    return dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough))
 
 
 def _pairs(n: int, block_m: int) -> int:
@@ -299,7 +308,7 @@ def staged(tiles: Tiles, most: int, room: int, *sizes: int) -> Tiles:
     return next((each for each in deep if each.shared_bytes(*sizes) <= room), dataclasses.replace(tiles, stages=2))
 
 
-# Thread blocks for a multiprocessor: 8192 x 8192 took 21.4 us in 256 and 23 in 512 of half the K (eight bits, one row), 16.7 and 20.4 (four
+# Thread blocks for a multiprocessor: 8192 x 8192 took 21.4 us in 256 and 23 in 512 of half the K (eight bits, one row), 16.7 and 20.2 (four
 # bits, 32 rows).
 _ENOUGH = 1.5
 
@@ -313,7 +322,9 @@ def _narrow_parts(m: int, n: int, k: int, tiles: Tiles, enough: float) -> int:
     return math.ceil(steps / math.ceil(steps / split))  # no part is empty
 
 
-_DIGIT_ROWS = 16  # of x up to which digits win: 40.1 for 42.0 us; 58.4 for 47.5 at 32 rows, whose sums take twice the registers
+# Rows of x up to which digits win at 8192 x 28672: 40.1 us for 42.0 at 16; 58.4 for 47.5 at 32, whose sums take twice the registers. What
+# lies between was not timed.
+_DIGIT_ROWS = 16
 _NARROW_ROWS = 32  # of x that small thread blocks take
 
 

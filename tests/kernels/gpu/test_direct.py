@@ -157,7 +157,7 @@ def test_what_is_not_finite_stays_in_its_row():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_default_tiles_fit_into_shared_memory(dtype, bits):
-    for m in range(1, 17):
+    for m in range(1, 17 if bits == 8 else 9):
         for k in (128, 1408, 4096, 8192, 14336, 22656, 28672, 45312, 49280):
             tiles = direct_tiles(m, k, bits, np.dtype(dtype).itemsize)
             s = shape_of(m, 4096, k, group=128, columns=k // 128, dtype=dtype, tiles=tiles, cores=132, norm=1e-5, bits=bits)

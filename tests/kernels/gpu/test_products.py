@@ -372,12 +372,24 @@ def test_gradients_reach_rows_and_bias(activation, monkeypatch):
         np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("m", [1, 8, 16, 33, 64, 65, 128, 512, 4096])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 24, 32, 33, 64, 65, 128, 512, 4096])
 def test_default_tiles_fit_into_shared_memory(m):
-    for k, n in ((4096, 4096), (8192, 8192), (8192, 28672), (1024, 64)):
+    for k, n in ((4096, 4096), (8192, 8192), (8192, 28672), (1024, 64), (1152, 6912), (5120, 17408)):
         assert pipelined_tiles(m, n, k, 4).shared_bytes(4) <= SHARED_BYTES
         assert pipelined_tiles(m, n, k, 8).shared_bytes(8) <= SHARED_BYTES
         assert eight_bit_tiles(m, n, k).shared_bytes(8, 0, 1) <= SHARED_BYTES
+
+
+def test_few_rows_have_blocks_enough_and_share_k_only_where_they_must():
+    """Measured at 4096 x 4096, 8192 x 8192 and 8192 x 28672; a short K has no parts to share."""
+    for n, k in ((4096, 4096), (8192, 8192), (28672, 8192), (6912, 1152), (8192, 1024), (8960, 1536), (16384, 896), (17408, 5120)):
+        for m in (16, 32):
+            tiles = pipelined_tiles(m, n, k, 4)
+            if not tiles.digits:
+                count = n // tiles.block_n
+                assert count * tiles.split_k >= 1.5 * 132 and (tiles.split_k == 1 or count < 1.5 * 132), (m, n, k, tiles)
+    found = [pipelined_tiles(32, n, k, 4) for n, k in ((4096, 4096), (8192, 8192), (28672, 8192), (17408, 5120), (8192, 1024))]
+    assert [(tiles.block_n, tiles.split_k) for tiles in found] == [(64, 4), (128, 4), (128, 1), (64, 1), (64, 2)]
 
 
 @pytest.mark.parametrize(("m", "n"), [(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096), (500, 17408)])

@@ -19,7 +19,7 @@ from qjax_kernels.gpu.weight_only import weight_only_matmul
 PAIR = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
 CUT = Tiles(128, 192, 128, 2, warpgroups=3, scale_first=True)
 LEFT = Tiles(128, 128, 128, 2, warpgroups=2, x_left=True, cluster=2)
-CASES = [  # blocks hand each other sums in all of them: bits, M, N, K, tiles
+CASES = [  # blocks hand each other sums in all of them: bits, M, N, K, tiles; the last has no part of Mosaic in it that chooses a thread
     (4, 256, 1024, 4096, PAIR),
     (4, 384, 1984, 2048, CUT),
     (8, 256, 1024, 2048, PAIR),
