@@ -138,6 +138,13 @@ def several_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return read
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on: none of anything would check nothing and find nothing wrong."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; give a whole number from 1 on")
+    return int(text)
+
+
 def counts(text: str) -> list[int]:
     """Numbers of rows by commas."""
     words = [word.strip() for word in text.split(",")]
@@ -168,15 +175,21 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--names", type=several_of(tuple(PROGRAMS)), default=list(PROGRAMS), help="of times")
     parser.add_argument("--search-rows", type=counts, default=[1, 16, 64, 512, 4096])
     parser.add_argument("--search-names", type=several_of(SEARCHED), default=list(SEARCHED[:-1]))
-    parser.add_argument("--limit", type=int, default=12, help="tiles tried for one kernel at one shape")
-    parser.add_argument("--cases", type=int, default=100, help="of correctness, the first ones")
-    parser.add_argument("--launches", type=int, help="of stress, a kernel: 20000, 3 of a dry run")
-    parser.add_argument("--threads", type=int, default=4, help="that compile")
+    parser.add_argument("--limit", type=positive, default=12, help="tiles tried for one kernel at one shape")
+    parser.add_argument("--cases", type=positive, default=100, help="of correctness, the first ones")
+    parser.add_argument("--launches", type=positive, help="of stress, a kernel: 20000, 3 of a dry run")
+    parser.add_argument("--threads", type=positive, default=4, help="that compile")
     parser.add_argument("--profile", action="store_true", help="which kernels take how long in a step of decode")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes of its own through the interpreter on a CPU; no search")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes of its own, interpreted on a CPU; neither search nor again")
     parser.add_argument("--child", action="store_true", help="internal: work in this process")
     options = parser.parse_args()
     options.launches = options.launches or (3 if options.dry else 20000)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"argument --out: {options.out} is a file; give a folder")
+    if options.dry and jax.__version_info__ < (0, 11):
+        parser.error(f"argument --dry: the interpreter needs jax 0.11 or newer, this is {jax.__version__}")
+    if options.dry and set(options.parts) <= {"search", "again"}:
+        parser.error(f"argument --parts: {', '.join(options.parts)} of a dry run; it has neither search nor again")
     if options.budget <= LEAST and not options.child:
         parser.error(f"argument --budget: {options.budget}; a process needs more than {LEAST} seconds")
     return options

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "experiments" / "kernels"))
 
-from h200 import PARTS, counts, several_of, sizes, wrong
+from h200 import PARTS, counts, positive, read_options, several_of, sizes, wrong
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,8 @@ from h200 import PARTS, counts, several_of, sizes, wrong
         (several_of(PARTS), "correct,speed", "'speed' of 'correct,speed'; known are correct"),
         (counts, "8,0", "'0' of '8,0'"),
         (counts, "-3", "'-3'"),
+        (positive, "0", "'0'; give a whole number from 1 on"),
+        (positive, "-1", "'-1'"),
         (sizes, "4096", "K x N"),
         (sizes, "4096x100", "multiples of 128 and of 64"),
         (sizes, "0x64", "K x N"),
@@ -25,6 +27,23 @@ from h200 import PARTS, counts, several_of, sizes, wrong
 def test_what_is_unknown_is_named(read, text, named):
     with pytest.raises(argparse.ArgumentTypeError, match=named):
         read(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "version", "named"),
+    [
+        (["--dry", "--parts", "search,again"], (0, 11, 2), "neither search nor again"),
+        (["--dry"], (0, 10, 2), "jax 0.11 or newer"),
+        (["--cases", "0"], (0, 11, 2), "--cases: '0'"),
+        (["--out", __file__], (0, 11, 2), "is a file; give a folder"),
+    ],
+)
+def test_what_would_check_nothing_is_refused(arguments, version, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["h200.py", "--out", str(tmp_path), *arguments])
+    monkeypatch.setattr("jax.__version_info__", version)
+    with pytest.raises(SystemExit):
+        read_options()
+    assert named in capsys.readouterr().err
 
 
 def test_lists_may_have_spaces():
