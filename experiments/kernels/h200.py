@@ -138,9 +138,13 @@ def several_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return read
 
 
+def _from_one_on(word: str) -> bool:
+    return word.isdecimal() and int(word) >= 1
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on: none of anything would check nothing and find nothing wrong."""
-    if not text.isdecimal() or int(text) < 1:
+    if not _from_one_on(text):
         raise argparse.ArgumentTypeError(f"{text!r}; give a whole number from 1 on")
     return int(text)
 
@@ -148,7 +152,7 @@ def positive(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Numbers of rows by commas."""
     words = [word.strip() for word in text.split(",")]
-    if unknown := [word for word in words if not word.isdecimal() or int(word) < 1]:
+    if unknown := [word for word in words if not _from_one_on(word)]:
         raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))} of {text!r}; rows are numbers from 1 on")
     return [int(word) for word in words]
 

@@ -11,7 +11,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[2] / "experiments" / "kernels
 
 from h200 import fastest
 from h200_programs import Job
-from h200_tiles import candidates, cases, chosen, meeting
+from h200_tiles import _sizes, candidates, cases, chosen, meeting
 
 FOUND = pathlib.Path(__file__).parents[2] / "experiments" / "kernels" / "h200"
 
@@ -24,9 +24,9 @@ def test_those_chosen_beforehand_fit():
 
 def test_those_of_the_cases_and_of_the_stress_fit():
     found = [(kind, tiles) for kind, _, _, _, _, tiles in cases(False)] + [(job.kind, job.chosen()) for job in meeting(False)]
-    sizes = {"int4": (4, 2, 2), "int8": (8, 2, 2), "int8c": (8, 0, 1), "fp8": (8, 0, 1)}
+    sized = [(tiles, _sizes(4 if kind == "int4" else 8, kind in ("int8c", "fp8"))) for kind, tiles in found]
     assert len(found) > 70
-    assert all(tiles.shared_bytes(*sizes[kind]) <= SHARED_BYTES for kind, tiles in found if isinstance(tiles, Tiles))
+    assert all(tiles.shared_bytes(*sizes) <= SHARED_BYTES for tiles, sizes in sized if isinstance(tiles, Tiles))
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W8A16", "W8A8", "FP8"])

@@ -209,7 +209,8 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
     return pipelined_tiles(m, n, k, bits, cores, group)
 
 
-DIRECT_ROWS = 8  # of x; 16, of four bits, were slower than a pipeline at 4096 x 4096 (7.7 for 7.0 us) and 8192 x 28672 (42 for 39.5)
+# Rows of x; 16, of four bits, were slower than a pipeline: 4096 x 4096 7.7 for 7.0 us, 8192 x 8192 16.7 for 15.0, 8192 x 28672 42 for 39.5.
+DIRECT_ROWS = 8
 _LARGE = 1 << 26  # codes of eight bits, at 16 rows: 8192 x 8192 took 22.5 for 23.5 us, 4096 x 4096 9.2 for 8.8
 
 
@@ -398,6 +399,4 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132, out_bytes: int = 2
     block_m = max(8, math.ceil(m / 8) * 8)
     if n >= 128 * cores:
         return Tiles(block_m, 128, 256, 2 if 8 < m <= 32 else 3)
-    narrow = Tiles(block_m, 64, block_k=256 if block_m <= 32 else 128, stages=1)
-    narrow = dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, _ENOUGH * cores))
-    return staged(narrow, 6, SHARED_BYTES // 3, 8, 0, 1, out_bytes)
+    return staged(_small(m, n, k, block_m, False, _ENOUGH * cores), 6, SHARED_BYTES // 3, 8, 0, 1, out_bytes)
