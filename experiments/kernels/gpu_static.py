@@ -62,6 +62,8 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 g128", 16, LARGE, None),
         ("W4A16 g128", 1, LARGE, None),
         ("W4A16 g128", 8, LARGE, None),
+        ("W4A16 g128", 8, (8192, 8192), None),
+        ("W4A16 g128 bias", 16, (8192, 8192), Tiles(16, 128, 512, 2, warpgroups=2, digits=True)),
         ("W4A16 g128 bf16", 1, LARGE, None),
         ("W4A16 g128 bf16", 4, LARGE, None),
         ("W4A16 g128 bf16", 8, LARGE, None),

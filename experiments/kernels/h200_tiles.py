@@ -42,9 +42,12 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int8", 3, 1088, 1408, None, Direct(4, 2, 2)),
         ("int4", 13, 1088, 2048, 128, None),
         *small,
-        ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, digits=True)),
-        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 2, split_k=2, digits=True)),
-        ("int4", 50, 1088, 1408, 128, Tiles(64, 256, 128, 3, warpgroups=2, digits=True)),
+        ("int4", 1, 1088, 4096, 128, Tiles(8, 128, 512, 2, warpgroups=2, digits=True)),
+        ("int4", 16, 1024, 4096, 128, Tiles(16, 128, 512, 3, warpgroups=2, digits=True)),
+        ("int4", 50, 1088, 1408, 128, Tiles(32, 256, 128, 3, warpgroups=2, digits=True)),
+        ("int4", 16, 28672, 4096, 128, None),
+        ("int4", 7, 14336, 4096, 128, None),
+        ("int4", 12, 57344, 1024, 256, None),
         ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, cluster=2)),
         ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, cluster=2)),
         ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True)),
@@ -96,6 +99,7 @@ def meeting(dry: bool) -> list[Job]:
     tall = Tiles(256, 128, 128, 3, warpgroups=2, x_left=True, cluster=2)
     uneven = Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True)
     shared = Direct(16, 2, 1, split_k=4, wide=True)
+    digits = Tiles(16, 128, 512, 2, warpgroups=2, digits=True)
     shapes = (
         ("W8A8", 512, 8192, 28672), ("W8A8", 100, 14336, 8192), ("FP8", 128, 4096, 4096),
         ("W4A16", 256, 4096, 4096), ("W4A16", 128, 8192, 8192), ("W4A16", 512, 8192, 28672), ("W4A16", 64, 8192, 28672),
@@ -103,6 +107,7 @@ def meeting(dry: bool) -> list[Job]:
         ("W4A16", 8, 8192, 8192),
     )  # fmt: skip
     chosen = [Job("W8A8", 512, 4096, 4096, tall), Job("W4A16", 512, 4096, 8640, uneven), Job("W4A16", 16, 8192, 8192, shared)]
+    chosen += [Job("W4A16", 16, 8192, 8192, digits), Job("W4A16", 16, 8192, 28672)]
     return [*chosen, *(Job(name, m, k, n) for name, m, k, n in shapes)]
 
 
@@ -121,7 +126,7 @@ def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
 
 def _staged(tiles: Tiles, k: int, bits: int, eight: bool) -> Tiles:
     """With as many of its stages as fit; narrow blocks leave room for others on their multiprocessor."""
-    room = SHARED_BYTES // (3 if tiles.warpgroups == 1 and not tiles.digits else 1)
+    room = SHARED_BYTES // (3 if tiles.warpgroups == 1 else 1)
     return staged(tiles, min(tiles.stages, k // tiles.block_k), room, *_sizes(bits, eight))
 
 
@@ -151,7 +156,8 @@ def _narrow(m: int, n: int, bits: int, eight: bool) -> list[Iterator[Tiles]]:
 
     def digits() -> Iterator[Tiles]:
         if bits == 4 and m <= 32:
-            yield from (Tiles(block_m, block_n, 512, 2, digits=True) for block_n in (128, 64))
+            for block_n, stages in itertools.product((256, 128), (2, 3)):
+                yield Tiles(block_m, block_n, 512, stages, warpgroups=2, digits=True)
 
     def several() -> Iterator[Tiles]:
         for block_k, block_n, split in itertools.product((256, 128), (64, 128), (1, 2, 4, 8)):
@@ -192,7 +198,7 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
     fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
     pair = Tiles(64, 256, 128, 4, warpgroups=2, cluster=2)
     wide = dataclasses.replace(fast, block_n=256, stages=3)
-    digits = Tiles(16, 128, 512, 2, digits=True)
+    digits = Tiles(16, 256, 512, 2, warpgroups=2, digits=True)
     return {
         (4096, 4096): {
             1: few,

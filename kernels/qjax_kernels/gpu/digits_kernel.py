@@ -9,14 +9,18 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, llvm
 
+from .digits_ring import digits_ring
 from .epilogue import Activation
+from .made_digits import make
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .order import in_order
-from .pipeline import Epilogue, column_values, over_columns, over_rows, row_values, staging, store, stream
-from .schedule import Piece
+from .parts import Parts, room
+from .pipeline import Epilogue, column_values, launch, over_columns, over_rows, row_values, staging, store
+from .schedule import Piece, Schedule
 from .tiles import FRACTION, PIECE, Tiles
+from .warps import Int, Warps
 
 
 def as_met(x: jax.Array) -> jax.Array:
@@ -96,9 +100,9 @@ def _codes(codes_ref, interpreted: bool) -> jax.Array:
 
 def digit_products(
     x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: int, tiles: Tiles, bias: jax.Array | None = None,
-    activation: Activation | None = None, interpret=None,
+    activation: Activation | None = None, cores: int = 132, interpret=None,
 ) -> jax.Array:  # fmt: skip
-    """The kernel, with what goes before it: y_mn = sum_g s_ng t_mg (256 sum_g high c + sum_g low c).
+    """The kernel: y_mn = sum_g s_ng t_mg (256 sum_g high c + sum_g low c).
 
     The tensor cores multiply integers and their sums are exact; a group's sum becomes a float32 when it is scaled.
 
@@ -109,11 +113,12 @@ def digit_products(
       group: consecutive k that share a scale of the weight, a multiple of 128.
       tiles: the cut; a thread block takes `block_m` high digits and as many low ones.
       bias: (N,) or None.
-      activation: of the sums; it and the bias wait for the sum of all parts where K is split.
+      activation: of the sums.
+      cores: multiprocessors of the GPU.
       interpret: as `pallas` takes it.
 
     Returns:
-      (M, N) bfloat16, or (split_k, M, N) float32 parts that are to be added.
+      (M, N) bfloat16.
     """
     m, k = x.shape
     n = codes.shape[0]
@@ -121,21 +126,11 @@ def digit_products(
     rows, pieces = bn // workers, bk // PIECE
     shape = (rows, bm)
     staged = staging(shape, transpose=True)
-    steps = -(-k // (bk * tiles.split_k))
-    split = tiles.split_k > 1
-    out_dtype = jnp.float32 if split else jnp.bfloat16
+    steps = -(-k // bk)
     per_copy = 16 // scales.dtype.itemsize
+    schedule = Schedule.of(-(-m // bm), -(-n // bn), steps, min(tiles.stages, steps), cores)
 
-    # Tails of K are zeros, and so are rows up to a full block. The copy engine moves 128 bytes at least: 32 of t.
-    m_blocks, width, reach = -(-m // bm), max(bm, 32), steps * tiles.split_k * bk
-    blocks_of_x = jnp.pad(x, ((0, m_blocks * bm - m), (0, reach - k))).reshape(m_blocks, bm, reach)
-    unit = units(jnp.pad(blocks_of_x, ((0, 0), (0, width - bm), (0, 0))))
-    # A block of rows: its high digits, then its low ones.
-    high_low = digits(blocks_of_x.reshape(-1, reach), unit[:, :bm].reshape(m_blocks * bm, -1))
-    sides = as_met(high_low).reshape(2, m_blocks, bm, reach).swapaxes(0, 1).reshape(m_blocks * 2 * bm, reach)
-    unit = unit.swapaxes(1, 2).reshape(m_blocks * reach // PIECE, width)
-
-    def piece(step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry):
+    def piece(step, p, w_ref, s_ref, x_ref, t_ref, first_row, carry):
         cols = slice(p * PIECE, (p + 1) * PIECE)
         own = pl.ds(first_row, rows)
         weight = _codes(w_ref.at[own, cols], interpret is not None)
@@ -148,20 +143,37 @@ def digit_products(
         exact = both[:, :bm] * 256 + both[:, bm:]
         column = lax.rem((step * bk + p * PIECE) // group, per_copy)
         scale = row_values(s_ref.at[own, column])
-        own_units = column_values(t_ref.at[p, pl.ds(0, bm)])
+        own_units = column_values(t_ref.at[p])
         return carry + exact.astype(jnp.float32) * over_rows(own_units, shape) * over_columns(scale, shape)
 
-    end = Epilogue.of(bias, activation, split)
+    def convert(x_ref, digits_ref, units_ref) -> None:
+        if interpret is not None:  # an interpreter has no single warps
+            rows_of_x = x_ref[...]
+            unit = units(rows_of_x)
+            digits_ref[...] = as_met(digits(rows_of_x, unit)).reshape(2 * bm, bk)
+            units_ref[...] = unit.T
+            return
 
-    def hopper_digits(x_gmem, w_gmem, s_gmem, t_gmem, *rest):
-        given, (out_gmem, out_smem, *b_smem) = end.taken(rest)
-        warpgroup = lax.axis_index("wg") if workers > 1 else 0
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(bk, 16)), plgpu.RefType(swizzled(PIECE, 8)), plgpu.RefType()))
+        def made(_, *own):
+            w = Warps()
+            make(w, bm, bk, *(Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(each))) for each in own))
+
+        made(x_ref, digits_ref, units_ref)  # pyright: ignore[reportCallIssue]
+
+    end = Epilogue.of(bias, activation, split=False)
+    handed = room(schedule, 1, workers, shape, jnp.float32)
+
+    def hopper_digits(x_gmem, w_gmem, s_gmem, *rest):
+        given, (out_gmem, *rest) = end.taken(rest)
+        memory, (out_smem, *b_smem) = rest[: len(handed)], rest[len(handed) :]
+        warpgroup = lax.axis_index("wg")
         first_row = warpgroup * rows
         added = end.vectors(given, b_smem, warpgroup)
 
-        def advance(step, x_ref, w_ref, s_ref, t_ref, carry):
+        def advance(step, w_ref, s_ref, x_ref, t_ref, carry):
             for p in range(pieces):
-                carry = piece(step, p, x_ref, w_ref, s_ref, t_ref, first_row, carry)
+                carry = piece(step, p, w_ref, s_ref, x_ref, t_ref, first_row, carry)
             return carry
 
         def begin(at: Piece):
@@ -173,42 +185,34 @@ def digit_products(
                 vector.arrived()
 
         def finish(at: Piece, columns):
-            out = out_gmem.at[at.part] if split else out_gmem
-
             def target(start, size):
-                return out.at[pl.ds(at.m * bm + start, size), pl.ds(at.n * bn + first_row, staged[1])]
+                return out_gmem.at[pl.ds(at.m * bm + start, size), pl.ds(at.n * bn + first_row, staged[1])]
 
             def finished(start, size):  # codes are sixteen times themselves
-                return end.rows(columns(start, size) * 0.0625, added).astype(out_dtype)
+                return end.rows(columns(start, size) * 0.0625, added).astype(jnp.bfloat16)
 
             store(finished, shape, out_smem.at[warpgroup], target, transpose=True)
 
-        def blocks(m_block, n_block, first_step):
+        def blocks(n_block):
             return [
-                plgpu.BlockSpec((2 * bm, bk), lambda i: (m_block, i + first_step), transforms=swizzled(PIECE, 8)),
-                plgpu.BlockSpec((bn, bk), lambda i: (n_block, i + first_step), transforms=swizzled(PIECE, 4)),
-                plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, (i + first_step) * bk // (group * per_copy))),
-                plgpu.BlockSpec((pieces, width), lambda i: (m_block * steps * tiles.split_k + i + first_step, 0)),
+                plgpu.BlockSpec((bn, bk), lambda i: (n_block, i), transforms=swizzled(PIECE, 4)),
+                plgpu.BlockSpec((bn, per_copy), lambda i: (n_block, i * bk // (group * per_copy))),
             ]
 
-        operands = [x_gmem, w_gmem, s_gmem, t_gmem]
-        stream(
-            advance, begin, arrived, finish, tiles=tiles, steps=steps, blocks=blocks, operands=operands, shape=shape, dtype=jnp.float32,
-            registers=True,
+        digits_ring(
+            advance, begin, arrived, finish, convert, tiles=tiles, schedule=schedule,
+            parts=Parts(memory, 0, warpgroup, interpret is not None), blocks=blocks, operands=[w_gmem, s_gmem], x=x_gmem, shape=shape,
         )  # fmt: skip
 
-    out_shape = (tiles.split_k, m, n) if split else (m, n)
     kernel = plgpu.kernel(
         hopper_digits,
-        out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+        out_type=(jax.ShapeDtypeStruct((m, n), jnp.bfloat16), *handed),
         scratch_types=[
-            plgpu.SMEM((workers, *staged), out_dtype, transforms=swizzled(64, out_dtype.dtype.itemsize * 8)),
+            plgpu.SMEM((workers, *staged), jnp.bfloat16, transforms=swizzled(64, 16)),
             *end.scratch(workers, rows),
         ],
-        grid=(tiles.split_k, -(-n // bn), m_blocks),
-        grid_names=("k", "n", "m"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
-        **({} if workers == 1 else {"num_threads": workers + 1, "thread_name": "wg"}),
+        **launch(tiles, schedule, (1, 1, 1)),
     )
-    return kernel(sides, codes, scales, unit, *end.operands)
+    return kernel(x, codes, scales, *end.operands)[0]

@@ -50,8 +50,7 @@ class Rows:
         w = self.w
         if self.s.bits == 8:
             return w.load_shared_by_all(at, 4) + w.load_shared_by_all(at + 16, 4)
-        near, next_, far, last = (w.load_shared_by_all(at + distance, 2) for distance in (0, 16, 32, 48))
-        return [near[0], far[0], next_[0], last[0], near[1], far[1], next_[1], last[1]]
+        return nibble_words(w, at)
 
     def write(self, shared: Int, begin: Int) -> None:
         """Writes digits, units and sums of squares of `turn` pieces of all rows. What lies behind K has units of 0.
@@ -84,9 +83,10 @@ class Rows:
         """What `write` writes of a piece of a row."""
         w, s, half = self.w, self.s, self.half
         inside = self.first + piece < s.pieces
-        unit, inverse = self._unit(words, inside)
+        ((unit, inverse),) = piece_units(w, [words])
+        unit = w.where(inside, unit, w.integer(0))
         elements = [w.as_real(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)]
-        high, low = _digits(w, elements, inverse, ((0, 2), (1, 3)) if s.bits == 4 else ((0, 1), (2, 3)))
+        high, low = digit_words(w, elements, inverse, NIBBLES if s.bits == 4 else ((0, 1), (2, 3)))
         column, at = self.lane >> 1 if s.bits == 4 else self.lane & 3, shared + piece * s.piece_bytes
         if s.wide:
             self._spread(at + column * 4, row * 2, high)
@@ -112,21 +112,39 @@ class Rows:
         for i, word in enumerate(words):
             self.w.store_shared(at + column * 16 + (self.half * 4 + i) * stretch, word)
 
-    def _unit(self, words: list[Int], inside: Any) -> tuple[Int, Real]:
-        """The bits of a piece's unit (`digits_kernel.units`), and the inverse; shifted by one, only exponents are compared."""
-        w, tops = self.w, [word << 1 for word in words]
-        while len(tops) > 1:
-            tops = [w.larger_halves(a, b) for a, b in zip(tops[::2], tops[1::2], strict=True)]
-        top = tops[0]
-        for distance in (4, 2, 1):
-            top = w.larger_halves(top, w.as_integer(w.neighbour(w.as_real(top), distance)))
-        top = w.maximum(top >> 24, (top >> 8) & 255)
-        field = w.maximum(top, FRACTION + 1) - FRACTION
-        unit = w.where(top == 255, w.integer(0x7FC00000), field << 23)
-        return w.where(inside, unit, w.integer(0)), w.as_real((w.integer(254) - field) << 23)
+
+def nibble_words(w: Warps, at: Long) -> list[Int]:
+    """A thread's sixteen elements that meet nibbles, where the first is at an address: pairs of words whose digits are four bytes."""
+    near, next_, far, last = (w.load_shared_by_all(at + distance, 2) for distance in (0, 16, 32, 48))
+    return [near[0], far[0], next_[0], last[0], near[1], far[1], next_[1], last[1]]
 
 
-def _digits(w: Warps, elements: list[Real], inverse: Real, pairs: tuple[tuple[int, int], ...]) -> tuple[list[Int], list[Int]]:
+def piece_units(w: Warps, pieces: list[list[Int]]) -> list[tuple[Int, Real]]:
+    """Of each piece the bits of its unit (`digits_kernel.units`), and the inverse, by the eight threads that have its elements.
+
+    Shifted by one, only exponents are compared.
+    """
+    tops = []
+    for words in pieces:
+        each = [word << 1 for word in words]
+        while len(each) > 1:
+            each = [w.larger_halves(a, b) for a, b in zip(each[::2], each[1::2], strict=True)]
+        tops += each
+    for distance in (4, 2, 1):  # one behind the other, a piece would wait for itself
+        others = [w.neighbour(w.as_real(top), distance) for top in tops]
+        tops = [w.larger_halves(top, w.as_integer(other)) for top, other in zip(tops, others, strict=True)]
+    return [_unit(w, w.maximum(top >> 24, (top >> 8) & 255)) for top in tops]
+
+
+def _unit(w: Warps, top: Int) -> tuple[Int, Real]:
+    field = w.maximum(top, FRACTION + 1) - FRACTION
+    return w.where(top == 255, w.integer(0x7FC00000), field << 23), w.as_real((w.integer(254) - field) << 23)
+
+
+NIBBLES = ((0, 2), (1, 3))  # the order of four elements whose codes are nibbles
+
+
+def digit_words(w: Warps, elements: list[Real], inverse: Real, pairs: tuple[tuple[int, int], ...]) -> tuple[list[Int], list[Int]]:
     """Words of high and of low digits (`digits_kernel.digits`), of four elements each in the order of two pairs."""
     high, low = [], []
     values = [w.as_integer(w.fma(element, inverse, w.real(_WHOLE + 128))) for element in elements]

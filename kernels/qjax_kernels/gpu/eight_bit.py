@@ -113,9 +113,9 @@ def _check(rows: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax
     if len(rows) != 2 or codes.ndim != 2 or codes.shape[1] != rows[1]:
         raise ValueError(f"rows are {rows} and `codes` {codes.shape}; they must be (M, K) and (N, K)")
     check_codes(codes, interpret is not None)
-    check_vectors(codes.shape[0], 1, scales[:, None] if scales.ndim == 1 else scales, bias)
     if scales.size != codes.shape[0]:
         raise ValueError(f"`scales` are {scales.shape}; they must be one a row, ({codes.shape[0]}, 1) or ({codes.shape[0]},)")
+    check_vectors(codes.shape[0], codes.shape[1], None, scales[:, None] if scales.ndim == 1 else scales, bias)
 
 
 def _scale_entries(m: int, tiles: Tiles) -> int:

@@ -55,7 +55,12 @@ def ring(
             @pl.loop(0, count)
             def _(number):
                 piece = schedule.piece(group, number)
-                _copy(blocks(piece.m, piece.n), operands, buffers, produced, consumed, piece)
+                specs = blocks(piece.m, piece.n)
+
+                @pl.loop(piece.first, piece.last)
+                def _(stage):  # each into a slot that has been given back
+                    plgpu.barrier_wait(consumed.at[lax.rem(stage, slots)])
+                    copy_stage(specs, operands, buffers, produced, stage)
 
             for slot in range(slots):  # nobody leaves while a neighbour may still tell of a stage
                 plgpu.barrier_wait(consumed.at[slot])
@@ -95,17 +100,12 @@ def ring(
     )
 
 
-def _copy(specs: Sequence, operands: Sequence, buffers: Sequence, produced, consumed, piece: Piece) -> None:
-    """What the warpgroup does that copies: the stages of a piece, each into a slot that has been given back."""
-    slots = buffers[0].shape[0]
-
-    @pl.loop(piece.first, piece.last)
-    def _(stage):
-        slot = lax.rem(stage, slots)
-        plgpu.barrier_wait(consumed.at[slot])
-        for spec, source, target in zip(specs, operands, buffers, strict=True):
-            at = tuple(pl.ds(index * size, size) for index, size in zip(spec.index_map(stage), spec.block_shape, strict=True))
-            plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], produced.at[slot], collective_axes=spec.collective_axes or None)
+def copy_stage(specs: Sequence, operands: Sequence, buffers: Sequence, produced, stage: Any) -> None:
+    """Asks for the blocks of a stage, into its slot."""
+    slot = lax.rem(stage, buffers[0].shape[0])
+    for spec, source, target in zip(specs, operands, buffers, strict=True):
+        at = tuple(pl.ds(index * size, size) for index, size in zip(spec.index_map(stage), spec.block_shape, strict=True))
+        plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], produced.at[slot], collective_axes=spec.collective_axes or None)
 
 
 def _through(

@@ -9,11 +9,12 @@ ROWS = 64  # of w: those of a weight are a multiple of it
 PIECE = 128  # k that share a scale of x as digits, and that one run of tensor-core instructions takes
 FRACTION = 13  # bits of digits below the leading one of the largest element of a piece
 COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
+MAKER_REGISTERS = 72  # where it makes digits besides
 
 
-def worker_registers(warpgroups: int) -> int:
+def worker_registers(warpgroups: int, copier: int = COPIER_REGISTERS) -> int:
     """Registers that a thread of a computing warpgroup asks for once the kernel runs: what is left of 512, in eights."""
-    return (512 - COPIER_REGISTERS) // warpgroups // 8 * 8
+    return (512 - copier) // warpgroups // 8 * 8
 
 
 def launched_registers(warpgroups: int) -> int:
@@ -44,8 +45,8 @@ class Tiles:
         of a group is.
       x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Only for eight bits on both
         sides.
-      digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work. Four-bit codes
-        in groups only.
+      digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work; the warpgroup
+        that copies makes them. Four-bit codes in groups, and two warpgroups or more.
       cluster: thread blocks that receive each block of one operand together: of w those with neighbouring rows of x (eight bits on both
         sides), of x those with neighbouring rows of w (weight-only). Needs two warpgroups.
     """
@@ -69,11 +70,15 @@ class Tiles:
         left, name = (self.block_m, "block_m") if self.x_left else (self.block_n, "block_n")
         if self.warpgroups < 1 or left % (64 * self.warpgroups) or left < 64:
             raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; every one takes a multiple of 64 rows")
-        wanted = self.warpgroups * worker_registers(self.warpgroups) + COPIER_REGISTERS
+        copier = MAKER_REGISTERS if self.digits else COPIER_REGISTERS
+        wanted = self.warpgroups * worker_registers(self.warpgroups, copier) + copier
         if self.warpgroups > 1 and wanted > launched_registers(self.warpgroups):
             raise ValueError(f"`warpgroups` is {self.warpgroups}: they would wait for registers that nobody gives back; take 2, 3 or 7")
         if self.digits and self.x_left:
             raise ValueError("`digits` puts rows of w on the left; leave `x_left` False")
+        if self.digits and (self.warpgroups < 2 or self.cluster > 1 or self.block_m > 32):
+            given = f"`warpgroups` {self.warpgroups}, `cluster` {self.cluster} and `block_m` {self.block_m}"
+            raise ValueError(f"`digits` with {given}: it needs two warpgroups or more, no cluster, and 32 rows of x at most")
         if self.x_left and (self.block_n % 8 or not 8 <= self.block_n <= 256):
             raise ValueError(f"`block_n` is {self.block_n}; with `x_left` it must be a multiple of 8 from 8 to 256")
         if self.cluster < 1 or (self.cluster > 1 and self.warpgroups < 2):
@@ -86,9 +91,9 @@ class Tiles:
     def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
         """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w."""
         scales = self.block_n * 16 if scale_bytes else 0
-        # One float32 for a row of x and 128 columns; the copy engine wants 32 of them at least.
-        units = self.block_k // 128 * max(self.block_m, 32) * 4 if self.digits else 0
-        return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + units
+        # Two digits an element of x, and one float32 for a row and 128 columns.
+        digits = self.block_m * self.block_k * 2 + self.block_k // 128 * self.block_m * 4 if self.digits else 0
+        return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + digits
 
     def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, out_bytes: int = 2) -> int:
         """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, vectors and barriers.
@@ -153,13 +158,14 @@ def blocks(m: int, n: int, tiles: Tiles) -> int:
 
 
 def stays(tiles: Tiles, group: int | None) -> bool:
-    """Whether thread blocks stay on their multiprocessors and take one tile after another: where sums stay with the tensor cores.
+    """Whether thread blocks stay on their multiprocessors and take one tile after another: where sums stay with the tensor cores, and with
+    digits.
 
     Args:
       tiles: the cut.
       group: consecutive k that share a scale, None per channel.
     """
-    return tiles.warpgroups > 1 and (tiles.scale_first or tiles.x_left or group is None)
+    return tiles.warpgroups > 1 and (tiles.scale_first or tiles.x_left or tiles.digits or group is None)
 
 
 def padded_rows(m: int) -> int:
@@ -179,11 +185,13 @@ def check_launch(tiles: Tiles, staying: bool, used: int) -> None:
         raise ValueError(f"`tiles` need {used} bytes of shared memory, the GPU has {SHARED_BYTES}; take fewer stages or smaller blocks")
 
 
-def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles | Direct:
+def weight_only_tiles(
+    m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2, normed: bool = False
+) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
-    With 1 to 8 rows codes go straight into registers (`direct_tiles`), of eight bits up to 16 where a weight in groups is large; else
-    through a pipeline (`pipelined_tiles`).
+    With 1 to 8 rows codes go straight into registers (`direct_tiles`), of eight bits up to 16 where a weight in groups is large, of four
+    bits up to 4 where it is wide enough for blocks that make digits; else through a pipeline (`pipelined_tiles`).
 
     Args:
       m: rows of x.
@@ -193,6 +201,7 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
       cores: multiprocessors of the GPU.
       group: consecutive k that share a scale; None per channel.
       scale_bytes: of a scale.
+      normed: rows are divided by the root of their mean square, which up to 8 of them are on their way to registers.
 
     Returns:
       Tiles that fit into shared memory.
@@ -202,6 +211,9 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
       (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 4)
     """
     large = bits == 8 and group is not None and n * k >= _LARGE
+    digits = _digits(m, n, k, cores) if bits == 4 and group is not None and m > 4 and not normed else None
+    if digits is not None and not _schedule(m, n, k, digits, cores).shared:
+        return digits
     if m <= DIRECT_ROWS or (m <= 2 * DIRECT_ROWS and large):
         tiles = direct_tiles(m, k, bits, scale_bytes)
         if tiles.split_k <= cores * tiles.blocks:  # so many wait for each other
@@ -253,7 +265,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     """The tiles of products whose codes pass through shared memory.
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. Up to 16 rows meet digits where a four-bit weight in groups keeps the multiprocessors busy without a split. Many rows are
+    have work. Up to 16 rows meet digits where a four-bit weight in groups has a block for nearly every multiprocessor. Many rows are
     bound by the tensor cores: two or three warpgroups share them, and another copies (of eight bits from 33 rows of a wide weight on);
     thread blocks stay on their multiprocessors (`schedule`), and are, of four bits, those that take the least time by their stages and
     ends (`_time`).
@@ -275,8 +287,8 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
         return _many_rows(m, n, k, bits, cores)
     if packed and n >= 64 * 2 * cores and m > _NARROW_ROWS:
         return Tiles(block_m, 256, 128, 4, warpgroups=2, cluster=_pairs(n, block_m))
-    if packed and group is not None and n >= 128 * cores and m <= _DIGIT_ROWS and k % 512 == 0:
-        return Tiles(block_m, 128, 512, 2, digits=True)
+    if packed and group is not None and (tiles := _digits(m, n, k, cores)):
+        return tiles
     if packed and m > _NARROW_ROWS:
         pair = Tiles(block_m, 128, 128, 4, warpgroups=2)
         return pair if stays(pair, group) else dataclasses.replace(pair, split_k=_parts(m, n, k, pair, cores))
@@ -284,6 +296,13 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
         return Tiles(block_m, 256, 128, 3, warpgroups=2, scale_first=True, cluster=_pairs(n, block_m))
     # A third of the shared memory for a thread block: three of them live on a multiprocessor (two of those of 32 rows that are wide).
     return staged(_small(m, n, k, block_m, packed, _ENOUGH * cores), 6, SHARED_BYTES // 3, bits)
+
+
+def _digits(m: int, n: int, k: int, cores: int) -> Tiles | None:
+    """Blocks that make digits, each for itself: as tall as leaves most multiprocessors one, since the rows of w of a block share them."""
+    if m > _DIGIT_ROWS or k % 512 or n < 0.8 * 128 * cores:
+        return None
+    return Tiles(max(8, math.ceil(m / 8) * 8), 256 if n >= 128 * cores else 128, 512, 2, warpgroups=2, digits=True)
 
 
 def _small(m: int, n: int, k: int, block_m: int, packed: bool, enough: float) -> Tiles:
@@ -323,8 +342,7 @@ def _narrow_parts(m: int, n: int, k: int, tiles: Tiles, enough: float) -> int:
     return math.ceil(steps / math.ceil(steps / split))  # no part is empty
 
 
-# Rows of x up to which digits win at 8192 x 28672: 40.1 us for 42.0 at 16; 58.4 for 47.5 at 32, whose sums take twice the registers. What
-# lies between was not timed.
+# Rows of x up to which digits win at 8192 x 28672: 34 us for 42 at 16; 59 for 47 at 32, whose sums take twice the registers.
 _DIGIT_ROWS = 16
 _NARROW_ROWS = 32  # of x that small thread blocks take
 
@@ -352,17 +370,27 @@ def _many_rows(m: int, n: int, k: int, bits: int, cores: int) -> Tiles:
         return staged(tiles, 4, SHARED_BYTES, bits)
     found: list[Tiles] = []
     for block_n, warpgroups in _BLOCKS:
-        pairs = math.ceil(n / block_n) % 2 == 0 and block_n > 128
-        tiles = Tiles(block_m, block_n, 128, 2, warpgroups=warpgroups, scale_first=True, cluster=2 if pairs else 1)
-        found.append(staged(tiles, 4, SHARED_BYTES, bits))
+        tiles = staged(Tiles(block_m, block_n, 128, 2, warpgroups=warpgroups, scale_first=True), 4, SHARED_BYTES, bits)
+        pairs = math.ceil(n / block_n) % 2 == 0 and block_n > 128 and not _one_wave(m, n, k, tiles, cores)
+        found.append(dataclasses.replace(tiles, cluster=2) if pairs else tiles)
     return min(found, key=lambda each: _time(m, n, k, each, cores))
+
+
+def _one_wave(m: int, n: int, k: int, tiles: Tiles, cores: int) -> bool:
+    """Whether every block has one tile, whole: in pairs they would wait for each other to no end (8192 x 8192 at 512 rows 90 for 87 us)."""
+    schedule = _schedule(m, n, k, tiles, cores)
+    return not schedule.shared and schedule.across * schedule.down <= schedule.groups
+
+
+def _schedule(m: int, n: int, k: int, tiles: Tiles, cores: int) -> Schedule:
+    across, down = math.ceil(m / tiles.block_m), math.ceil(n / (tiles.block_n * tiles.cluster))
+    return Schedule.of(across, down, math.ceil(k / tiles.block_k), tiles.stages, cores // tiles.cluster)
 
 
 def _time(m: int, n: int, k: int, tiles: Tiles, cores: int) -> float:
     """About how many microseconds a product takes whose thread blocks stay on their multiprocessors."""
-    across, down = math.ceil(m / tiles.block_m), math.ceil(n / (tiles.block_n * tiles.cluster))
-    schedule = Schedule.of(across, down, math.ceil(k / 128), tiles.stages, cores // tiles.cluster)
-    turns = math.ceil(across * down / schedule.groups)
+    schedule = _schedule(m, n, k, tiles, cores)
+    turns = math.ceil(schedule.across * schedule.down / schedule.groups)
     return (turns * 2000 + schedule.longest * (tiles.block_m * tiles.block_n / 16 + _IDLE)) / _CYCLES
 
 

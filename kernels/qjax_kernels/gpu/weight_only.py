@@ -73,8 +73,8 @@ def weight_only_matmul(
     Args:
       x: (M, K) bfloat16.
       codes: (N, K) int8, or int4 in the order `order.by_threads` gives them.
-      scales: (N, K / group_size), or (N, 1) per channel: bfloat16, float16 or float32. Further columns must be finite, and change
-        nothing: the copy engine takes rows of a multiple of 16 bytes (`whole_rows`), and others are padded in the call.
+      scales: (N, K / group_size), or (N, 1) per channel: bfloat16, float16 or float32. The copy engine takes rows of a multiple of 16
+        bytes: others are padded in the call, or once before (`whole_rows`). What is behind a row must be finite, and changes nothing.
       group_size: consecutive k that share a scale; None per channel.
       bias: (N,) floating, added to the float32 sums; or None.
       activation: f, "relu", "silu" or "gelu" (by tanh), of the float32 sums; or None.
@@ -95,10 +95,7 @@ def weight_only_matmul(
     _check(x, codes, group_size, interpret)
     check_cut(tiles, (Tiles, Direct), cores, foreign=("x_left",))
     _check_norm(norm)
-    check_vectors(codes.shape[0], 1 if group_size is None else x.shape[1] // group_size, scales, bias)
-    if group_size is None and scales.shape[1] > 16 // scales.dtype.itemsize:  # of more than a row of 16 bytes
-        raise ValueError(f"`scales` have {scales.shape[1]} columns and `group_size` is None; give it, or one scale a row")
-    scales = scales if group_size is not None else scales[:, :1]
+    check_vectors(codes.shape[0], codes.shape[1], group_size, scales, bias)
     run = functools.partial(_run, group_size=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores, interpret=interpret)
     same = functools.partial(plain, group_size=group_size, activation=activation, norm=norm)
     return like(run, same)(x, bias, codes, scales)
@@ -107,7 +104,7 @@ def weight_only_matmul(
 def _check(x: jax.Array, codes: jax.Array, group: int | None, interpret) -> None:
     """Raises ValueError where rows, codes and groups do not fit together."""
     if x.ndim != 2 or x.dtype != jnp.bfloat16:
-        raise ValueError(f"`x` is {x.dtype} {x.shape}; it must be bfloat16 (M, K)")
+        raise ValueError(f"`x` is {x.dtype} {x.shape}; it must be bfloat16 (M, K), as `x.astype(jnp.bfloat16)` makes it")
     k = x.shape[1]
     if codes.ndim != 2 or codes.shape[1] != k or codes.dtype not in (jnp.int4, jnp.int8):
         raise ValueError(f"`codes` are {codes.dtype} {codes.shape}; they must be int4 or int8 (N, {k}), as wide as `x`")
@@ -155,7 +152,7 @@ def _run(
     if m == 0:
         return jnp.zeros((0, n), x.dtype)
     if tiles is None and interpret is None:
-        tiles = weight_only_tiles(m, n, k, bits, cores, group_size, scales.dtype.itemsize)
+        tiles = weight_only_tiles(m, n, k, bits, cores, group_size, scales.dtype.itemsize, norm is not None)
     elif tiles is None:  # an interpreter knows no single warps
         tiles = pipelined_tiles(m, n, k, bits, cores, group_size)
     if isinstance(tiles, Direct):
@@ -181,7 +178,7 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     from .digits_kernel import digit_products
     from .weight_only_kernel import weight_only
 
-    m, k = x.shape
+    m = x.shape[0]
     if tiles.digits and (bits != 4 or group_size is None):
         raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
     per_copy = 16 // scales.dtype.itemsize
@@ -193,8 +190,8 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     check_launch(tiles, stays(tiles, group_size), tiles.shared_bytes(bits))
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
-    if tiles.digits:
-        y = digit_products(x, codes, scales, group=group_size or k, **end)
+    if tiles.digits and group_size is not None:
+        y = digit_products(x, codes, scales, group=group_size, cores=cores, **end)
     else:
         y = weight_only(x, codes, scales, bits=bits, group=group_size, cores=cores, **end)
     y = added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y

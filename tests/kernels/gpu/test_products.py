@@ -119,6 +119,54 @@ def test_tiles_that_blocks_share(m, n, bits, group, tiles, cores):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "block_k", "stages", "cores"),
+    [
+        (20, 200, 1024, 128, 256, 2, 132),  # two blocks of rows, a tail of N
+        (16, 128, 1408, 128, 256, 4, 132),  # a tail of K, turns that are not whole
+        (3, 512, 1024, 256, 512, 2, 2),  # two whole tiles a block, one after the other
+        (16, 384, 2048, 128, 128, 2, 7),  # three tiles among seven blocks
+        (20, 384, 2048, 128, 128, 3, 4),  # six among four: pieces and whole tiles
+    ],
+)
+def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores):
+    pytest.importorskip("absl")
+    from qjax_kernels.gpu.digits_kernel import digits, units
+
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw, tiles = np.random.default_rng(0), Tiles(16 if m > 8 else 8, 128, block_k, stages, warpgroups=2, digits=True)
+    codes = draw.integers(-8, 8, (n, k))
+    scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group)), jnp.float32)
+    x, bias = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16), jnp.asarray(draw.normal(size=n), jnp.float32)
+    with register_operands():
+        how = {"group_size": group, "tiles": tiles, "cores": cores, "bias": bias, "interpret": interpreter()}
+        y = weight_only.weight_only_matmul(x, jnp.asarray(by_threads(codes), jnp.int4), scales, **how)
+    unit = units(jnp.pad(x, ((0, 0), (0, -k % 128))))
+    high, low = np.float64(digits(x, unit))
+    held = (256 * high + low) * np.repeat(np.float64(unit), 128, 1)
+    assert np.abs(held - np.float64(x)).max() <= np.abs(np.float64(x)).max() * 2**-13
+    w = codes * np.repeat(np.float64(scales), group, 1)
+    expected, magnitude = held @ w.T + np.float64(bias), np.abs(held) @ np.abs(w.T)
+    assert np.all(np.abs(np.float64(y) - expected) <= 2**-8 * np.abs(expected) + k * 2**-24 * magnitude)
+
+
+@pytest.mark.parametrize(("n", "k", "block_n"), [(28672, 8192, 256), (22016, 4096, 256), (14336, 4096, 128), (13824, 5120, 128)])
+def test_five_to_sixteen_rows_of_wide_weights_are_digits_of_their_blocks(n, k, block_n):
+    tiles = [weight_only_tiles(m, n, k, 4) for m in range(1, 33)]
+    assert [isinstance(each, Tiles) and each.digits for each in tiles] == [4 < m <= 16 for m in range(1, 33)]
+    assert {each.block_n for each in tiles[4:16]} == {block_n}
+    assert all(isinstance(weight_only_tiles(m, n, k, 4, normed=True), Direct) for m in range(1, 9)), "a norm goes with the digits there"
+    assert not any(weight_only_tiles(m, n, k, 4, group=None).digits for m in range(9, 17))
+    assert not any(weight_only_tiles(m, n, k - 128, 4).digits for m in range(9, 17))
+
+
+def test_a_weight_whose_tiles_would_be_shared_goes_straight_into_registers():
+    """17408 x 8192: 68 tiles of 256 rows for 132 multiprocessors."""
+    assert isinstance(weight_only_tiles(8, 17408, 8192, 4), Direct) and weight_only_tiles(16, 17408, 8192, 4).digits
+
+
+@interpreted
 def test_eight_bits_that_blocks_share():
     pytest.importorskip("absl")
     from tests.kernels.gpu.interpreter import interpreter
@@ -219,7 +267,10 @@ def test_float_rows_of_eight_bits_are_lowered(m, n, bias):
         ({"codes": jnp.zeros((64, 272), jnp.int4), "x": jnp.zeros((2, 272), jnp.bfloat16)}, "K of 128"),
         ({"group_size": 64}, "`group_size` is 64"),
         ({"group_size": 384}, "`group_size` is 384"),
-        ({"scales": jnp.ones((64, 1))}, r"\(64, 2\)"),
+        ({"scales": jnp.ones((64, 1))}, r"\(64, 2\), K / `group_size` = 256 / 128 to a row"),
+        ({"scales": jnp.ones((64, 2)), "group_size": None}, "2 columns and `group_size` is None"),
+        ({"scales": jnp.ones((64, 2), jnp.bfloat16), "group_size": 256}, r"\(64, 1\), K / `group_size` = 256 / 256"),
+        ({"scales": jnp.ones((64, 16), jnp.bfloat16)}, r"\(64, 2\)"),  # 8 are a row of 16 bytes
         ({"scales": jnp.ones((64, 2), jnp.int8)}, "`scales` are int8"),
         ({"bias": jnp.ones((63,))}, "`bias` is float32"),
         ({"bias": jnp.ones((64,), jnp.int32)}, "`bias` is int32"),
@@ -251,7 +302,8 @@ def test_rounded_rows_that_do_not_fit_are_refused(rows, scales, named):
         (jnp.zeros((64, 256), jnp.int4), jnp.ones(64), None, "`codes` are int4"),
         (jnp.zeros((64, 128), jnp.int8), jnp.ones(64), None, r"rows are \(2, 256\)"),
         (jnp.zeros((72, 256), jnp.int8), jnp.ones(72), None, "multiple of 64"),
-        (jnp.zeros((64, 256), jnp.int8), jnp.ones(63), None, "`scales` are float32"),
+        (jnp.zeros((64, 256), jnp.int8), jnp.ones(63), None, "one a row"),
+        (jnp.zeros((64, 256), jnp.int8), jnp.ones((1, 64)), None, "`scales` are float32|64 columns"),
         (jnp.zeros((64, 256), jnp.int8), jnp.ones((64, 2)), None, "one a row"),
         (jnp.zeros((64, 256), jnp.int8), jnp.ones(64), jnp.ones((1, 64)), "`bias` is float32"),
     ],
@@ -297,7 +349,7 @@ def test_eight_bits_are_the_product_of_the_rounded_rows(m, n, dtype, tiles):
     ("kernel", "activation", "tiles"),
     [
         ("weight-only", "gelu", Tiles(8, 128, 128, 2, warpgroups=2)),
-        ("weight-only", "silu", Tiles(8, 64, 128, 2, digits=True)),
+        ("weight-only", "silu", Tiles(8, 128, 128, 2, warpgroups=2, digits=True)),
         ("weight-only", "relu", Tiles(8, 64, 128, 2, split_k=2)),
         ("eight bit", "silu", Tiles(64, 64, 128, 2, x_left=True)),
     ],
@@ -473,7 +525,7 @@ def test_switches_of_other_kernels_are_refused():
         weight_only.weight_only_matmul(x, w, jnp.ones((64, 1)), tiles=Tiles(64, 64, 128, 2, x_left=True))
     for name in ("digits", "scale_first"):
         with pytest.raises(ValueError, match=rf"`tiles\.{name}` is True"):
-            eight_bit.eight_bit_matmul(x, w, jnp.ones(64), tiles=Tiles(64, 64, 128, 2, **{name: True}))
+            eight_bit.eight_bit_matmul(x, w, jnp.ones(64), tiles=Tiles(32, 128, 128, 2, warpgroups=2, **{name: True}))
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.bool_, jnp.float8_e4m3fn, jnp.complex64])
@@ -489,10 +541,11 @@ def test_groups_that_are_none_are_refused(group):
         weight_only.weight_only_matmul(x, w, jnp.ones((64, 2)), group_size=group)
 
 
-def test_a_forgotten_group_size_is_named():
-    x, w = jnp.ones((1, 2048), jnp.bfloat16), jnp.ones((64, 2048), jnp.int8)
-    with pytest.raises(ValueError, match="16 columns and `group_size` is None"):
-        weight_only.weight_only_matmul(x, w, jnp.ones((64, 16), jnp.bfloat16))
+@pytest.mark.parametrize("k", [256, 1024, 2048])
+def test_a_forgotten_group_size_is_named(k):
+    x, w = jnp.ones((1, k), jnp.bfloat16), jnp.ones((64, k), jnp.int8)
+    with pytest.raises(ValueError, match=f"{k // 128} columns and `group_size` is None"):
+        weight_only.weight_only_matmul(x, w, jnp.ones((64, k // 128), jnp.bfloat16))
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 256), (64, 0)])

@@ -1,0 +1,166 @@
+"""The ring of stages of products of digits: the warpgroup that copies makes digits of x besides, a stage ahead of those that multiply.
+
+As in `ring`, blocks stay on their multiprocessor and compute one piece after another. Here a sum is an ordinary array, since the tensor
+cores add integers of one group alone, and a stage has two kinds of shared memory: codes and scales, and rows of x, which become digits
+beside them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .mosaic import Layout, swizzled
+from .parts import Parts
+from .ring import copy_stage
+from .schedule import Piece, Schedule
+from .tiles import MAKER_REGISTERS, PIECE, Tiles, worker_registers
+
+
+def digits_ring(
+    advance: Callable[..., jax.Array], begin: Callable[[Piece], None], arrived: Callable[[], None], finish: Callable,
+    convert: Callable[..., None], *, tiles: Tiles, schedule: Schedule, parts: Parts, blocks: Callable[[Any], Sequence],
+    operands: Sequence, x: Any, shape: tuple[int, int],
+) -> None:  # fmt: skip
+    """Computes the pieces of a thread block.
+
+    Args:
+      advance: of the number of a stage, references to its blocks, to digits (2 block_m, block_k) and units (block_k / 128, block_m), and
+        the sum: the sum after it.
+      begin: of a piece: asks for what `finish` needs, before the first stage.
+      arrived: waits for it.
+      finish: of a piece that ends a tile, and a function of a first column and how many: these columns of the sum, with what others
+        computed of it.
+      convert: of references to a tile of x, digits and units: writes the two, so that the tensor cores see them.
+      tiles: the cut, of two warpgroups or more.
+      schedule: of the pieces.
+      parts: where sums lie that others end.
+      blocks: of the block's rows of w: the blocks of a stage, whose index maps take its number.
+      operands: references in device memory, one for every block.
+      x: (M, K) in device memory.
+      shape: of the sum of a warpgroup, float32.
+    """
+    bm, bk, workers, slots, group = tiles.block_m, tiles.block_k, tiles.warpgroups, schedule.slots, lax.axis_index("group")
+    count = schedule.count(group)
+
+    def scoped(buffers: Sequence, rows, digits, units, produced, here, ready, consumed) -> None:
+        def copy() -> None:
+            plgpu.set_max_registers(MAKER_REGISTERS, action="decrease")
+
+            @pl.loop(0, count)
+            def _(number):
+                piece = schedule.piece(group, number)
+                maker = _Maker(convert, x, piece, (bm, bk), rows, digits, units, here, ready)
+                weights = blocks(piece.n)
+                ahead = jnp.minimum(piece.first + slots, piece.last)
+
+                @pl.loop(piece.first, ahead)
+                def _(stage):  # before the codes, behind which they would have to wait
+                    maker.ask(stage)
+
+                @pl.loop(piece.first, ahead)
+                def _(stage):
+                    plgpu.barrier_wait(consumed.at[lax.rem(stage, slots)])
+                    copy_stage(weights, operands, buffers, produced, stage)
+
+                @pl.loop(piece.first, ahead)
+                def _(stage):
+                    maker.make(stage)
+
+                @pl.loop(ahead, piece.last)
+                def _(stage):
+                    plgpu.barrier_wait(consumed.at[lax.rem(stage, slots)])
+                    copy_stage(weights, operands, buffers, produced, stage)
+                    maker.make(stage)
+
+        def compute() -> None:
+            plgpu.set_max_registers(worker_registers(workers, MAKER_REGISTERS), action="increase")
+            for slot in range(slots):
+                plgpu.barrier_arrive(consumed.at[slot])
+
+            @pl.loop(0, count)
+            def _(number):
+                piece = schedule.piece(group, number)
+                begin(piece)
+
+                # Turns of the ring written out take more registers than there are.
+                def add(stage, total):
+                    slot = lax.rem(stage, slots)
+                    plgpu.barrier_wait(produced.at[slot])
+                    plgpu.barrier_wait(ready.at[slot])
+                    total = advance(stage, *(buffer.at[slot] for buffer in (*buffers, digits, units)), total)
+                    plgpu.barrier_arrive(consumed.at[slot])
+                    return total
+
+                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), Layout.WGMMA)
+                total = lax.fori_loop(piece.first, piece.last, add, zeros)
+                arrived()
+                parts.end(piece, group, schedule, total, finish)
+
+        lax.cond(lax.axis_index("wg") != workers, compute, copy)
+
+    pl.run_scoped(
+        scoped,
+        [
+            plgpu.SMEM((slots, *spec.block_shape), operand.dtype, transforms=spec.transforms)
+            for spec, operand in zip(blocks(0), operands, strict=True)
+        ],
+        plgpu.SMEM((slots, bm, bk), x.dtype, transforms=swizzled(bk, 16)),
+        plgpu.SMEM((slots, 2 * bm, bk), jnp.int8, transforms=swizzled(PIECE, 8)),
+        plgpu.SMEM((slots, bk // PIECE, bm), jnp.float32),
+        plgpu.Barrier(num_arrivals=len(operands), num_barriers=slots),
+        plgpu.Barrier(num_barriers=slots),
+        plgpu.Barrier(num_barriers=slots),
+        plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
+        collective_axes="wg",
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Maker:
+    """Rows of x on their way to becoming digits, each stage in its slot.
+
+    Attributes:
+      convert: as `digits_ring` takes it.
+      x: (M, K) in device memory.
+      piece: whose stages they are.
+      tile: rows and columns of x in a stage.
+      rows: of x, in shared memory.
+      digits: theirs.
+      units: theirs.
+      here: says that rows have come.
+      ready: says that digits are there.
+    """
+
+    convert: Callable[..., None]
+    x: Any
+    piece: Piece
+    tile: tuple[int, int]
+    rows: Any
+    digits: Any
+    units: Any
+    here: Any
+    ready: Any
+
+    def ask(self, stage: Any) -> None:
+        """Asks for the rows of a stage, whose slot was made digits of."""
+        (bm, bk), slot = self.tile, lax.rem(stage, self.rows.shape[0])
+        at = (pl.ds(self.piece.m * bm, bm), pl.ds(stage * bk, bk))
+        plgpu.copy_gmem_to_smem(self.x.at[at], self.rows.at[slot], self.here.at[slot])
+
+    def make(self, stage: Any) -> None:
+        """Makes the digits of a stage, in a slot that has been given back, and asks for rows that go where its own were."""
+        slots = self.rows.shape[0]
+        slot = lax.rem(stage, slots)
+        plgpu.barrier_wait(self.here.at[slot])
+        self.convert(self.rows.at[slot], self.digits.at[slot], self.units.at[slot])
+        plgpu.barrier_arrive(self.ready.at[slot])
+
+        @pl.when(stage + slots < self.piece.last)
+        def _():
+            self.ask(stage + slots)

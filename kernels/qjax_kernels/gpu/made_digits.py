@@ -1,0 +1,60 @@
+"""Digits of a tile of x, made in shared memory by the warpgroup that copies: the tensor cores read them there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .direct_rows import LANES, NIBBLES, digit_words, piece_units
+from .tiles import PIECE
+from .warps import Int, Warps
+
+THREADS = 128  # of a warpgroup
+_AHEAD = 4  # pieces whose elements a thread has in registers at once
+
+
+def make(w: Warps, block_m: int, block_k: int, x: Int, digits: Int, units: Int) -> None:
+    """A tile of rows as two signed digits to the base 256 and a unit for 128 columns (`digits_kernel.digits`, `.units`).
+
+    Eight threads take a piece of a row, each the sixteen elements that meet two words of codes (`order`).
+
+    Args:
+      w: the instructions.
+      block_m: rows, a multiple of 8.
+      block_k: columns, a multiple of 128.
+      x: where the tile (block_m, block_k) bfloat16 begins in shared memory, as the copy engine lays it.
+      digits: where (2 block_m, block_k) int8 begin, as the tensor cores read them: the high digits, then the low ones, columns in the
+        order in which nibbles are met (`digits_kernel.as_met`).
+      units: where (block_k / 128, block_m) float32 begin.
+    """
+    thread = w.thread % THREADS
+    lane, wanted, at_once = thread & (LANES - 1), block_m * block_k // PIECE, THREADS // LANES
+    each = min(_AHEAD, math.ceil(wanted / at_once))
+
+    def some(go: Int, carry: list[Any]) -> list[Any]:
+        numbers = [w.minimum((go * each + i) * at_once + thread // LANES, wanted - 1) for i in range(each)]
+        places = [(number % block_m, number // block_m) for number in numbers]
+        taken = [_taken(w, x, block_k, lane, *place) for place in places]
+        for (row, piece), words, (unit, inverse) in zip(places, taken, piece_units(w, taken), strict=True):
+            elements = [w.as_real(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)]
+            for side, found in enumerate(digit_words(w, elements, inverse, NIBBLES)):
+                at = digits + _tile(row + side * block_m, piece, block_k // PIECE) + (lane & 1) * 8
+                for parity in (0, 1):
+                    w.store_shared(at + (((lane >> 1) * 2 + parity) ^ (row & 7)) * 16, found[parity], found[parity + 2])
+            w.when(lane == 0, lambda row=row, piece=piece, unit=unit: w.store_shared(units + (piece * block_m + row) * 4, unit))
+        return carry
+
+    w.loop(w.integer(math.ceil(wanted / (at_once * each))), [], some)
+    w.meet_tensor_cores()
+
+
+def _tile(row: Int, column: Int, columns: int) -> Int:
+    """Where a row begins in a tile of eight rows of 128 bytes, of which so many lie side by side; its sixteens are swapped by the row."""
+    return ((row >> 3) * columns + column) * 1024 + (row & 7) * 128
+
+
+def _taken(w: Warps, x: Int, block_k: int, lane: Int, row: Int, piece: Int) -> list[Int]:
+    """A thread's elements, as `direct_rows.nibble_words` gives them: four and, eight, sixteen and 24 further on, four."""
+    at, first = x + _tile(row, piece * 2 + (lane >> 2), block_k // 64) + (lane & 1) * 8, ((lane >> 1) & 1) * 4
+    near, next_, far, last = (w.load_shared(at + ((first + i) ^ (row & 7)) * 16, 2) for i in range(4))
+    return [near[0], far[0], next_[0], last[0], near[1], far[1], next_[1], last[1]]
