@@ -57,7 +57,8 @@ def _weight_only(request: Request, operands: Operands, act: ActSpec | None) -> j
     del act
     group = request.weight.group_size
     laid, cores = operands.laid, _cores(request)
-    return weight_only.weight_only_matmul(operands.x, laid["codes"], laid["scale"], group_size=group, cores=cores)
+    how = {"group_size": group, "padded_scales": group is not None, "cores": cores}
+    return weight_only.weight_only_matmul(operands.x, laid["codes"], laid["scale"], **how)
 
 
 @_once

@@ -51,7 +51,7 @@ def searched() -> dict[str, list[dict]]:
     """What was timed on the device, beside each other in each of these lists."""
     records = {file: json.loads((FOUND / f"{file}.json").read_text()) for file in ("fourteenth", "fifteenth", "sixteenth", "seventeenth")}
     found = {file: record["search"] for file, record in records.items()}
-    return found | {"beside": [row for row in records["seventeenth"]["beside"] if row["name"] != "bf16"]}
+    return found | {part: [row for row in records["seventeenth"][part] if row["name"] != "bf16"] for part in ("beside", "turns")}
 
 
 def test_the_rules_choose_tiles_that_a_search_found_fast():

@@ -36,7 +36,7 @@ def as_met(x: jax.Array) -> jax.Array:
 def units(x: jax.Array) -> jax.Array:
     """t = 2^(floor(log2 max |x|) - 13) over 128 columns; NaN where one of them is infinite or NaN.
 
-    The largest is taken of what is wanted in the end, element by element, so that a program of one reduction does it.
+    What `made_digits.make` makes in a kernel, in jax.
 
     Args:
       x: (..., K) bfloat16, K a multiple of 128.

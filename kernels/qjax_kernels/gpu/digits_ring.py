@@ -148,7 +148,7 @@ class _Maker:
     ready: Any
 
     def ask(self, stage: Any) -> None:
-        """Asks for the rows of a stage, whose slot was made digits of."""
+        """Asks for the rows of a stage, into its slot, of whose rows digits have been made."""
         (bm, bk), slot = self.tile, lax.rem(stage, self.rows.shape[0])
         at = (pl.ds(self.piece.m * bm, bm), pl.ds(stage * bk, bk))
         plgpu.copy_gmem_to_smem(self.x.at[at], self.rows.at[slot], self.here.at[slot])

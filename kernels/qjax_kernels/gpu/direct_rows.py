@@ -85,7 +85,7 @@ class Rows:
         inside = self.first + piece < s.pieces
         ((unit, inverse),) = piece_units(w, [words])
         unit = w.where(inside, unit, w.integer(0))
-        elements = [w.as_real(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)]
+        elements = as_elements(w, words)
         high, low = digit_words(w, elements, inverse, NIBBLES if s.bits == 4 else ((0, 1), (2, 3)))
         column, at = self.lane >> 1 if s.bits == 4 else self.lane & 3, shared + piece * s.piece_bytes
         if s.wide:
@@ -115,8 +115,17 @@ class Rows:
 
 def nibble_words(w: Warps, at: Long) -> list[Int]:
     """A thread's sixteen elements that meet nibbles, where the first is at an address: pairs of words whose digits are four bytes."""
-    near, next_, far, last = (w.load_shared_by_all(at + distance, 2) for distance in (0, 16, 32, 48))
+    return met_by_nibbles(*(w.load_shared_by_all(at + distance, 2) for distance in (0, 16, 32, 48)))
+
+
+def met_by_nibbles(near: list[Int], next_: list[Int], far: list[Int], last: list[Int]) -> list[Int]:
+    """Four neighbours each, eight elements from one to the next, in the order of nibbles."""
     return [near[0], far[0], next_[0], last[0], near[1], far[1], next_[1], last[1]]
+
+
+def as_elements(w: Warps, words: list[Int]) -> list[Real]:
+    """Two bfloat16 a word."""
+    return [w.as_real(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)]
 
 
 def piece_units(w: Warps, pieces: list[list[Int]]) -> list[tuple[Int, Real]]:

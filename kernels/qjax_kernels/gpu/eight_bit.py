@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
-from .operands import check_codes, check_cut, check_vectors
+from .operands import check_arrays, check_codes, check_cut, check_vectors
 from .tiles import Tiles, check_launch, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
@@ -86,7 +86,7 @@ def eight_bit_matmul(
 
     Raises:
       ValueError: operands that do not fit together; tiles that need more shared memory than there is; an unknown activation.
-      TypeError: `tiles` of another type.
+      TypeError: an operand that is no array; `tiles` of another type.
     """
 
     def run(x, bias, codes, scales):
@@ -98,6 +98,7 @@ def eight_bit_matmul(
         how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
+    check_arrays(x=x, codes=codes, scales=scales, **({} if bias is None else {"bias": bias}))
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"`x` is {x.dtype} {x.shape}; it must be bfloat16, float16 or float32 (M, K): rows that are rounded already go to "
                          "scaled_product")  # fmt: skip
@@ -113,9 +114,9 @@ def _check(rows: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax
     if len(rows) != 2 or codes.ndim != 2 or codes.shape[1] != rows[1]:
         raise ValueError(f"rows are {rows} and `codes` {codes.shape}; they must be (M, K) and (N, K)")
     check_codes(codes, interpret is not None)
-    if scales.size != codes.shape[0]:
+    if scales.shape not in ((codes.shape[0], 1), (codes.shape[0],)):
         raise ValueError(f"`scales` are {scales.shape}; they must be one a row, ({codes.shape[0]}, 1) or ({codes.shape[0]},)")
-    check_vectors(codes.shape[0], codes.shape[1], None, scales[:, None] if scales.ndim == 1 else scales, bias)
+    check_vectors(codes.shape[0], 1, scales[:, None] if scales.ndim == 1 else scales, bias)
 
 
 def _scale_entries(m: int, tiles: Tiles) -> int:
@@ -182,7 +183,7 @@ def scaled_product(
 
     Raises:
       ValueError: operands that do not fit together; tiles that split K or need more shared memory than there is.
-      TypeError: `tiles` of another type.
+      TypeError: an operand that is no array; `tiles` of another type.
     """
     from .eight_bit_kernel import eight_bit
 

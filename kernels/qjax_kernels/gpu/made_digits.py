@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .direct_rows import LANES, NIBBLES, digit_words, piece_units
+from .direct_rows import LANES, NIBBLES, as_elements, digit_words, met_by_nibbles, piece_units
+from .parts import THREADS
 from .tiles import PIECE
 from .warps import Int, Warps
 
-THREADS = 128  # of a warpgroup
 _AHEAD = 4  # pieces whose elements a thread has in registers at once
 
 
@@ -36,8 +36,7 @@ def make(w: Warps, block_m: int, block_k: int, x: Int, digits: Int, units: Int) 
         places = [(number % block_m, number // block_m) for number in numbers]
         taken = [_taken(w, x, block_k, lane, *place) for place in places]
         for (row, piece), words, (unit, inverse) in zip(places, taken, piece_units(w, taken), strict=True):
-            elements = [w.as_real(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)]
-            for side, found in enumerate(digit_words(w, elements, inverse, NIBBLES)):
+            for side, found in enumerate(digit_words(w, as_elements(w, words), inverse, NIBBLES)):
                 at = digits + _tile(row + side * block_m, piece, block_k // PIECE) + (lane & 1) * 8
                 for parity in (0, 1):
                     w.store_shared(at + (((lane >> 1) * 2 + parity) ^ (row & 7)) * 16, found[parity], found[parity + 2])
@@ -54,7 +53,6 @@ def _tile(row: Int, column: Int, columns: int) -> Int:
 
 
 def _taken(w: Warps, x: Int, block_k: int, lane: Int, row: Int, piece: Int) -> list[Int]:
-    """A thread's elements, as `direct_rows.nibble_words` gives them: four and, eight, sixteen and 24 further on, four."""
+    """A thread's elements, as `direct_rows.nibble_words` gives them."""
     at, first = x + _tile(row, piece * 2 + (lane >> 2), block_k // 64) + (lane & 1) * 8, ((lane >> 1) & 1) * 4
-    near, next_, far, last = (w.load_shared(at + ((first + i) ^ (row & 7)) * 16, 2) for i in range(4))
-    return [near[0], far[0], next_[0], last[0], near[1], far[1], next_[1], last[1]]
+    return met_by_nibbles(*(w.load_shared(at + ((first + i) ^ (row & 7)) * 16, 2) for i in range(4)))

@@ -1,11 +1,20 @@
 """Whether the operands of a weight fit together: what a kernel would read beyond its end, leave out, or read as other bits is refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from .tiles import PIECE, ROWS, Direct, Tiles
 
 _REAL = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def check_arrays(**operands: Any) -> None:
+    """Raises TypeError where one of the operands has neither shape nor type, by the name that it is given by."""
+    for name, value in operands.items():
+        if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+            raise TypeError(f"`{name}` is {type(value).__name__} {str(value)[:40]}; it must be an array")
 
 
 def check_codes(codes: jax.Array, interpreted: bool) -> None:
@@ -44,26 +53,20 @@ def check_cut(tiles: Tiles | Direct | None, kinds: tuple[type, ...], cores: int,
         raise ValueError(f"`tiles.{on[0]}` is True, which is for another kernel; leave it False")
 
 
-def check_vectors(n: int, k: int, group_size: int | None, scales: jax.Array, bias: jax.Array | None) -> None:
+def check_vectors(n: int, groups: int, scales: jax.Array, bias: jax.Array | None, wanted: str = "") -> None:
     """Whether a kernel can read scales and bias of a weight.
 
     Args:
       n: rows of w.
-      k: the contracted length.
-      group_size: consecutive k that share a scale; None: one scale a row.
-      scales: (N, K / group_size), or with what makes a row a multiple of 16 bytes.
+      groups: scales of a row.
+      scales: (N, G).
       bias: (N,) or None.
+      wanted: what a message says of the number of scales.
 
     Raises:
       ValueError: another shape, or no type of 16 or 32 bits.
     """
-    if scales.ndim == 2 and group_size is None and scales.shape[1] > 1:
-        raise ValueError(f"`scales` have {scales.shape[1]} columns and `group_size` is None; give it, or one scale a row")
-    groups = 1 if group_size is None else k // group_size
-    several = 16 // scales.dtype.itemsize  # in 16 bytes
-    allowed = (groups, groups if group_size is None else -(-groups // several) * several)
-    if scales.ndim != 2 or scales.shape[0] != n or scales.shape[1] not in allowed or scales.dtype not in _REAL:
-        wanted = f"({n}, {groups})" + (f", K / `group_size` = {k} / {group_size} to a row" if group_size is not None else "")
-        raise ValueError(f"`scales` are {scales.dtype} {scales.shape}; they must be bfloat16, float16 or float32 {wanted}")
+    if scales.shape != (n, groups) or scales.dtype not in _REAL:
+        raise ValueError(f"`scales` are {scales.dtype} {scales.shape}; they must be bfloat16, float16 or float32 ({n}, {groups}){wanted}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in _REAL):
         raise ValueError(f"`bias` is {bias.dtype} {bias.shape}; it must be bfloat16, float16 or float32 ({n},)")

@@ -7,6 +7,8 @@ Of 32 codes of a row, four threads hold eight each, one 32-bit word. Tensor core
 
 import jax
 
+from .operands import check_arrays
+
 BLOCK = 32  # codes that change places among themselves
 
 
@@ -19,11 +21,18 @@ def by_threads(codes: jax.Array) -> jax.Array:
     Returns:
       (..., K): place 8 t + 4 h + j of every 32 columns has column 8 j + 2 t + h, with t and j below 4 and h below 2.
 
+    Raises:
+      TypeError: codes that are no array.
+      ValueError: K is no multiple of 32.
+
     Example:
       >>> import jax.numpy as jnp
       >>> by_threads(jnp.arange(32))[:8].tolist()
       [0, 8, 16, 24, 1, 9, 17, 25]
     """
+    check_arrays(codes=codes)
+    if not codes.shape or codes.shape[-1] % BLOCK:
+        raise ValueError(f"`codes` are {codes.dtype} {codes.shape}; the last axis must be a multiple of {BLOCK}: pad the weight")
     *lead, k = codes.shape
     blocks = codes.reshape(*lead, k // BLOCK, 4, 4, 2)
     return blocks.transpose(*range(len(lead) + 1), -2 % blocks.ndim, -1 % blocks.ndim, -3 % blocks.ndim).reshape(*lead, k)

@@ -40,7 +40,7 @@ class Tiles:
       stages: of the pipeline, all in shared memory.
       split_k: thread blocks that share the K of one tile of y; their float32 sums are added by a second program.
       warpgroups: that compute. A single one copies too, and several thread blocks fit on a multiprocessor (few rows, bound by memory);
-        beside two or more, another warpgroup does nothing but copies (many rows, bound by the tensor cores).
+        beside two or more, another warpgroup copies, and does nothing else but make digits (many rows, bound by the tensor cores).
       scale_first: the weight is scaled before the tensor cores see it (code times scale is rounded to bfloat16); otherwise the float32 sum
         of a group is.
       x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Only for eight bits on both
@@ -73,7 +73,7 @@ class Tiles:
         copier = MAKER_REGISTERS if self.digits else COPIER_REGISTERS
         wanted = self.warpgroups * worker_registers(self.warpgroups, copier) + copier
         if self.warpgroups > 1 and wanted > launched_registers(self.warpgroups):
-            raise ValueError(f"`warpgroups` is {self.warpgroups}: they would wait for registers that nobody gives back; take 2, 3 or 7")
+            raise ValueError(f"`warpgroups` is {self.warpgroups}: they would wait for registers that nobody gives back; take 2 or 3")
         if self.digits and self.x_left:
             raise ValueError("`digits` puts rows of w on the left; leave `x_left` False")
         if self.digits and (self.warpgroups < 2 or self.cluster > 1 or self.block_m > 32):
@@ -81,6 +81,8 @@ class Tiles:
             raise ValueError(f"`digits` with {given}: it needs two warpgroups or more, no cluster, and 32 rows of x at most")
         if self.x_left and (self.block_n % 8 or not 8 <= self.block_n <= 256):
             raise ValueError(f"`block_n` is {self.block_n}; with `x_left` it must be a multiple of 8 from 8 to 256")
+        if self.block_n > 256:
+            raise ValueError(f"`block_n` is {self.block_n}; the copy engine takes 256 rows at most")
         if self.cluster < 1 or (self.cluster > 1 and self.warpgroups < 2):
             raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
         if self.block_k % 128 or self.block_k < 128:
@@ -212,7 +214,7 @@ def weight_only_tiles(
     """
     large = bits == 8 and group is not None and n * k >= _LARGE
     digits = _digits(m, n, k, cores) if bits == 4 and group is not None and m > 4 and not normed else None
-    if digits is not None and not _schedule(m, n, k, digits, cores).shared:
+    if digits is not None:
         return digits
     if m <= DIRECT_ROWS or (m <= 2 * DIRECT_ROWS and large):
         tiles = direct_tiles(m, k, bits, scale_bytes)
@@ -265,7 +267,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
     """The tiles of products whose codes pass through shared memory.
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
-    have work. Up to 16 rows meet digits where a four-bit weight in groups has a block for nearly every multiprocessor. Many rows are
+    have work. Up to 16 rows meet digits where a four-bit weight in groups has tall blocks for most of them. Many rows are
     bound by the tensor cores: two or three warpgroups share them, and another copies (of eight bits from 33 rows of a wide weight on);
     thread blocks stay on their multiprocessors (`schedule`), and are, of four bits, those that take the least time by their stages and
     ends (`_time`).
@@ -299,10 +301,25 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
 
 
 def _digits(m: int, n: int, k: int, cores: int) -> Tiles | None:
-    """Blocks that make digits, each for itself: as tall as leaves most multiprocessors one, since the rows of w of a block share them."""
-    if m > _DIGIT_ROWS or k % 512 or n < 0.8 * 128 * cores:
+    """Blocks that make digits, each for itself: 256 rows of w share them if that leaves two of three multiprocessors work, else 128.
+
+    Timed were 64 to 112 blocks of a GPU of 132 multiprocessors. With up to 8 rows nothing is gained where fewer of them have work
+    (17408 x 8192: 24.8 us for 24.5), with more of them 68 blocks that share their tiles are the fastest, too (26.5 for 33.5).
+    """
+    if m > _DIGIT_ROWS or k % 512:
         return None
-    return Tiles(max(8, math.ceil(m / 8) * 8), 256 if n >= 128 * cores else 128, 512, 2, warpgroups=2, digits=True)
+    tall, low = (Tiles(max(8, math.ceil(m / 8) * 8), block_n, 512, 2, warpgroups=2, digits=True) for block_n in (256, 128))
+    if _busy(n, tall, cores) >= 0.65:
+        return tall
+    if _busy(n, low, cores) >= 0.8:
+        return low
+    return tall if m > DIRECT_ROWS and 128 * cores <= n <= 256 * cores else None
+
+
+def _busy(n: int, tiles: Tiles, cores: int) -> float:
+    """The share of multiprocessors that compute, of few rows, whose tiles are not cut."""
+    count = math.ceil(n / tiles.block_n)
+    return count / (cores * math.ceil(count / cores))
 
 
 def _small(m: int, n: int, k: int, block_m: int, packed: bool, enough: float) -> Tiles:

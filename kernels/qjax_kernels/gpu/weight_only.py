@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
-from .operands import check_codes, check_cut, check_vectors
+from .operands import check_arrays, check_codes, check_cut, check_vectors
 from .order import in_order
 from .tiles import PIECE, Direct, Tiles, check_launch, padded_rows, pipelined_tiles, stays, weight_only_tiles
 
@@ -62,6 +62,7 @@ def weight_only_matmul(
     bias: jax.Array | None = None,
     activation: Activation | None = None,
     norm: float | None = None,
+    padded_scales: bool = False,
     tiles: Tiles | Direct | None = None,
     cores: int = 132,
     interpret=None,
@@ -73,13 +74,14 @@ def weight_only_matmul(
     Args:
       x: (M, K) bfloat16.
       codes: (N, K) int8, or int4 in the order `order.by_threads` gives them.
-      scales: (N, K / group_size), or (N, 1) per channel: bfloat16, float16 or float32. The copy engine takes rows of a multiple of 16
-        bytes: others are padded in the call, or once before (`whole_rows`). What is behind a row must be finite, and changes nothing.
+      scales: (N, K / group_size), or (N, 1) per channel: bfloat16, float16 or float32.
       group_size: consecutive k that share a scale; None per channel.
       bias: (N,) floating, added to the float32 sums; or None.
       activation: f, "relu", "silu" or "gelu" (by tanh), of the float32 sums; or None.
       norm: the row is divided by the root of its mean square and this; None: it is not. A norm's gain belongs to the weight's columns, or
         to x. Of more than eight rows the product is rounded to bfloat16 before.
+      padded_scales: scales of groups have been through `whole_rows`, since the copy engine takes rows of a multiple of 16 bytes: once,
+        where each call would pad them.
       tiles: the cut; None for the one that suits the shape.
       cores: multiprocessors of the GPU; where blocks wait for each other the launch fails with fewer than this.
       interpret: an interpreter's parameters, for tests without a GPU.
@@ -90,12 +92,13 @@ def weight_only_matmul(
 
     Raises:
       ValueError: operands that do not fit together; tiles that cannot be used for these codes; an unknown activation; a negative `norm`.
-      TypeError: `tiles` or `norm` of another type.
+      TypeError: an operand that is no array; `tiles` or `norm` of another type.
     """
+    check_arrays(x=x, codes=codes, scales=scales, **({} if bias is None else {"bias": bias}))
     _check(x, codes, group_size, interpret)
     check_cut(tiles, (Tiles, Direct), cores, foreign=("x_left",))
     _check_norm(norm)
-    check_vectors(codes.shape[0], codes.shape[1], group_size, scales, bias)
+    _check_scales(codes, scales, group_size, padded_scales, bias)
     run = functools.partial(_run, group_size=group_size, activation=activation, norm=norm, tiles=tiles, cores=cores, interpret=interpret)
     same = functools.partial(plain, group_size=group_size, activation=activation, norm=norm)
     return like(run, same)(x, bias, codes, scales)
@@ -111,6 +114,19 @@ def _check(x: jax.Array, codes: jax.Array, group: int | None, interpret) -> None
     check_codes(codes, interpret is not None)
     if group is not None and (not isinstance(group, numbers.Integral) or group < PIECE or group % PIECE or k % group):
         raise ValueError(f"`group_size` is {group!r}; it must be an int, a multiple of {PIECE} that divides K = {k}, or None")
+
+
+def _check_scales(codes: jax.Array, scales: jax.Array, group: int | None, padded: bool, bias: jax.Array | None) -> None:
+    """Raises ValueError where scales are not those of the groups, or `check_vectors` does."""
+    n, k = codes.shape
+    if group is None:
+        if scales.ndim == 2 and scales.shape[1] > 1:
+            raise ValueError(f"`scales` have {scales.shape[1]} columns and `group_size` is None; give it, or one scale a row")
+        check_vectors(n, 1, scales, bias)
+        return
+    several = 16 // scales.dtype.itemsize if padded else 1  # in 16 bytes
+    wanted = f", K / `group_size` = {k} / {group} to a row" + (f", and zeros up to a multiple of {several}" if padded else "")
+    check_vectors(n, -(-k // group // several) * several, scales, bias, wanted)
 
 
 def _check_norm(norm: float | None) -> None:
@@ -179,8 +195,6 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     from .weight_only_kernel import weight_only
 
     m = x.shape[0]
-    if tiles.digits and (bits != 4 or group_size is None):
-        raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
     per_copy = 16 // scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
     if group_size is not None and (group_size * per_copy) % tiles.block_k:
@@ -190,7 +204,9 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     check_launch(tiles, stays(tiles, group_size), tiles.shared_bytes(bits))
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
-    if tiles.digits and group_size is not None:
+    if tiles.digits:
+        if bits != 4 or group_size is None:
+            raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
         y = digit_products(x, codes, scales, group=group_size, cores=cores, **end)
     else:
         y = weight_only(x, codes, scales, bits=bits, group=group_size, cores=cores, **end)

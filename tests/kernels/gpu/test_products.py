@@ -120,16 +120,17 @@ def test_tiles_that_blocks_share(m, n, bits, group, tiles, cores):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group", "block_k", "stages", "cores"),
+    ("m", "n", "k", "group", "block_k", "stages", "cores", "scale"),
     [
-        (20, 200, 1024, 128, 256, 2, 132),  # two blocks of rows, a tail of N
-        (16, 128, 1408, 128, 256, 4, 132),  # a tail of K, turns that are not whole
-        (3, 512, 1024, 256, 512, 2, 2),  # two whole tiles a block, one after the other
-        (16, 384, 2048, 128, 128, 2, 7),  # three tiles among seven blocks
-        (20, 384, 2048, 128, 128, 3, 4),  # six among four: pieces and whole tiles
+        (20, 200, 1024, 128, 256, 2, 132, jnp.bfloat16),  # two blocks of rows, a tail of N
+        (13, 128, 1408, 128, 256, 4, 132, jnp.float32),  # a tail of K, turns that are not whole
+        (3, 512, 1024, 256, 512, 2, 2, jnp.float16),  # two whole tiles a block, one after the other
+        (9, 384, 2048, 128, 128, 2, 7, jnp.float32),  # three tiles among seven blocks
+        (20, 384, 2048, 128, 128, 3, 4, jnp.bfloat16),  # six among four: pieces and whole tiles
+        (15, 128, 384, 384, 384, 2, 132, jnp.float16),  # one stage
     ],
 )
-def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores):
+def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores, scale):
     pytest.importorskip("absl")
     from qjax_kernels.gpu.digits_kernel import digits, units
 
@@ -137,10 +138,10 @@ def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores):
 
     draw, tiles = np.random.default_rng(0), Tiles(16 if m > 8 else 8, 128, block_k, stages, warpgroups=2, digits=True)
     codes = draw.integers(-8, 8, (n, k))
-    scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group)), jnp.float32)
+    scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group)), scale)
     x, bias = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16), jnp.asarray(draw.normal(size=n), jnp.float32)
     with register_operands():
-        how = {"group_size": group, "tiles": tiles, "cores": cores, "bias": bias, "interpret": interpreter()}
+        how = {"group_size": group, "tiles": tiles, "cores": cores, "bias": bias, "activation": "relu", "interpret": interpreter()}
         y = weight_only.weight_only_matmul(x, jnp.asarray(by_threads(codes), jnp.int4), scales, **how)
     unit = units(jnp.pad(x, ((0, 0), (0, -k % 128))))
     high, low = np.float64(digits(x, unit))
@@ -148,7 +149,7 @@ def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores):
     assert np.abs(held - np.float64(x)).max() <= np.abs(np.float64(x)).max() * 2**-13
     w = codes * np.repeat(np.float64(scales), group, 1)
     expected, magnitude = held @ w.T + np.float64(bias), np.abs(held) @ np.abs(w.T)
-    assert np.all(np.abs(np.float64(y) - expected) <= 2**-8 * np.abs(expected) + k * 2**-24 * magnitude)
+    assert np.all(np.abs(np.float64(y) - np.maximum(expected, 0)) <= 2**-8 * np.abs(expected) + k * 2**-24 * magnitude)
 
 
 @pytest.mark.parametrize(("n", "k", "block_n"), [(28672, 8192, 256), (22016, 4096, 256), (14336, 4096, 128), (13824, 5120, 128)])
@@ -161,9 +162,34 @@ def test_five_to_sixteen_rows_of_wide_weights_are_digits_of_their_blocks(n, k, b
     assert not any(weight_only_tiles(m, n, k - 128, 4).digits for m in range(9, 17))
 
 
-def test_a_weight_whose_tiles_would_be_shared_goes_straight_into_registers():
-    """17408 x 8192: 68 tiles of 256 rows for 132 multiprocessors."""
-    assert isinstance(weight_only_tiles(8, 17408, 8192, 4), Direct) and weight_only_tiles(16, 17408, 8192, 4).digits
+@pytest.mark.parametrize(
+    ("n", "k", "eight", "sixteen"),
+    [
+        (17408, 8192, None, 256),  # 68 of 132 multiprocessors have a block of 256 rows
+        (17408, 4096, None, 256),
+        (16896, 4096, 128, 128),  # 132 blocks of 128
+        (36864, 3072, None, None),  # 144 of 256: a second wave of twelve
+        (57344, 4096, 256, 256),
+        (8192, 8192, None, None),
+    ],
+)
+def test_digits_are_for_weights_that_keep_multiprocessors_busy(n, k, eight, sixteen):
+    found = [weight_only_tiles(m, n, k, 4) for m in (8, 16)]
+    taken = [tiles.block_n if isinstance(tiles, Tiles) and tiles.digits else None for tiles in found]
+    assert taken == [eight, sixteen]
+
+
+@interpreted
+def test_scales_that_were_padded_once_change_nothing():
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.interpreter import interpreter, register_operands
+
+    draw, (m, n, k) = np.random.default_rng(0), (3, 64, 384)
+    codes, x = jnp.asarray(draw.integers(-8, 8, (n, k)), jnp.int4), jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16)
+    scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, 3)), jnp.bfloat16)
+    run = functools.partial(weight_only.weight_only_matmul, x, codes, group_size=128, interpret=interpreter())
+    with register_operands():
+        np.testing.assert_array_equal(run(scales), run(weight_only.whole_rows(scales), padded_scales=True))
 
 
 @interpreted
@@ -270,7 +296,9 @@ def test_float_rows_of_eight_bits_are_lowered(m, n, bias):
         ({"scales": jnp.ones((64, 1))}, r"\(64, 2\), K / `group_size` = 256 / 128 to a row"),
         ({"scales": jnp.ones((64, 2)), "group_size": None}, "2 columns and `group_size` is None"),
         ({"scales": jnp.ones((64, 2), jnp.bfloat16), "group_size": 256}, r"\(64, 1\), K / `group_size` = 256 / 256"),
-        ({"scales": jnp.ones((64, 16), jnp.bfloat16)}, r"\(64, 2\)"),  # 8 are a row of 16 bytes
+        ({"scales": jnp.ones((64, 8), jnp.bfloat16)}, r"\(64, 2\)"),  # a row of 16 bytes, of which nobody said so
+        ({"padded_scales": True}, r"\(64, 4\).*zeros up to a multiple of 4"),
+        ({"scales": jnp.ones((64, 16), jnp.bfloat16), "padded_scales": True}, r"\(64, 8\).*zeros up to a multiple of 8"),
         ({"scales": jnp.ones((64, 2), jnp.int8)}, "`scales` are int8"),
         ({"bias": jnp.ones((63,))}, "`bias` is float32"),
         ({"bias": jnp.ones((64,), jnp.int32)}, "`bias` is int32"),
@@ -303,7 +331,8 @@ def test_rounded_rows_that_do_not_fit_are_refused(rows, scales, named):
         (jnp.zeros((64, 128), jnp.int8), jnp.ones(64), None, r"rows are \(2, 256\)"),
         (jnp.zeros((72, 256), jnp.int8), jnp.ones(72), None, "multiple of 64"),
         (jnp.zeros((64, 256), jnp.int8), jnp.ones(63), None, "one a row"),
-        (jnp.zeros((64, 256), jnp.int8), jnp.ones((1, 64)), None, "`scales` are float32|64 columns"),
+        (jnp.zeros((64, 256), jnp.int8), jnp.ones((1, 64)), None, "one a row"),
+        (jnp.zeros((64, 256), jnp.int8), jnp.ones(64, jnp.int8), None, "`scales` are int8"),
         (jnp.zeros((64, 256), jnp.int8), jnp.ones((64, 2)), None, "one a row"),
         (jnp.zeros((64, 256), jnp.int8), jnp.ones(64), jnp.ones((1, 64)), "`bias` is float32"),
     ],
@@ -539,6 +568,22 @@ def test_groups_that_are_none_are_refused(group):
     x, w = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8)
     with pytest.raises(ValueError, match=f"`group_size` is {group!r}"):
         weight_only.weight_only_matmul(x, w, jnp.ones((64, 2)), group_size=group)
+
+
+@pytest.mark.parametrize("name", ["x", "codes", "scales", "bias"])
+def test_what_is_no_array_is_refused_by_its_name(name):
+    given = {"x": jnp.ones((1, 256), jnp.bfloat16), "codes": jnp.ones((64, 256), jnp.int8)}
+    given |= {"scales": jnp.ones((64, 1)), "bias": jnp.ones(64)}
+    for function in (weight_only.weight_only_matmul, eight_bit.eight_bit_matmul):
+        with pytest.raises(TypeError, match=f"`{name}` is list .*must be an array"):
+            function(**{**given, name: [1.0, 2.0]})
+
+
+def test_codes_that_cannot_lie_by_threads_are_refused():
+    with pytest.raises(TypeError, match="`codes` is list"):
+        by_threads([1, 2])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"`codes` are int4 \(2, 48\); the last axis must be a multiple of 32"):
+        by_threads(jnp.zeros((2, 48), jnp.int4))
 
 
 @pytest.mark.parametrize("k", [256, 1024, 2048])
