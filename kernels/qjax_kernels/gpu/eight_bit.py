@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
-from .operands import check_arrays, check_codes, check_cut, check_vectors
+from .operands import check_arrays, check_codes, check_cut, check_interpreter, check_vectors
 from .tiles import Tiles, check_launch, eight_bit_tiles, padded_rows
 
 E4M3_MAX = 448.0
@@ -108,6 +108,7 @@ def eight_bit_matmul(
 
 def _check(rows: tuple[int, ...], codes: jax.Array, scales: jax.Array, bias: jax.Array | None, tiles, cores: int, interpret) -> None:
     """Raises ValueError where operands do not fit together, TypeError where tiles are of another kernel."""
+    check_interpreter(interpret)
     check_cut(tiles, (Tiles,), cores, foreign=("digits", "scale_first"))
     if codes.dtype not in (jnp.int8, jnp.float8_e4m3fn):
         raise ValueError(f"`codes` are {codes.dtype}; they must be int8 or float8_e4m3fn")
@@ -187,6 +188,7 @@ def scaled_product(
     """
     from .eight_bit_kernel import eight_bit
 
+    check_arrays(rows=rows, row_scales=row_scales, codes=codes, scales=scales, **({} if bias is None else {"bias": bias}))
     _check(rows.shape, codes, scales, bias, tiles, cores, interpret)
     (m, k), n, wide = rows.shape, codes.shape[0], jnp.dtype(out_dtype).itemsize
     if rows.dtype != codes.dtype:

@@ -10,6 +10,12 @@ from .tiles import PIECE, ROWS, Direct, Tiles
 _REAL = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
+def check_interpreter(interpret: Any) -> None:
+    """Raises TypeError where it is neither None nor an interpreter's parameters: a switch that interprets by defaults is none of ours."""
+    if isinstance(interpret, bool | str | int):
+        raise TypeError(f"`interpret` is {interpret!r}; it must be None, or the parameters of jax's interpreter of Mosaic GPU kernels")
+
+
 def check_arrays(**operands: Any) -> None:
     """Raises TypeError where one of the operands has neither shape nor type, by the name that it is given by."""
     for name, value in operands.items():

@@ -68,14 +68,16 @@ class Tiles:
         if self.block_m % 8 or not 8 <= self.block_m <= 256:
             raise ValueError(f"`block_m` is {self.block_m}; it must be a multiple of 8 from 8 to 256")
         left, name = (self.block_m, "block_m") if self.x_left else (self.block_n, "block_n")
+        if self.digits and (self.x_left or self.scale_first):
+            on = "x_left" if self.x_left else "scale_first"
+            raise ValueError(f"`digits` puts rows of w on the left and scales sums of integers; leave `{on}` False")
         if self.warpgroups < 1 or left % (64 * self.warpgroups) or left < 64:
-            raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; every one takes a multiple of 64 rows")
+            least = 64 * max(1, self.warpgroups)
+            raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; it must be a multiple of {least}, 64 rows for each")
         copier = MAKER_REGISTERS if self.digits else COPIER_REGISTERS
         wanted = self.warpgroups * worker_registers(self.warpgroups, copier) + copier
         if self.warpgroups > 1 and wanted > launched_registers(self.warpgroups):
             raise ValueError(f"`warpgroups` is {self.warpgroups}: they would wait for registers that nobody gives back; take 2 or 3")
-        if self.digits and self.x_left:
-            raise ValueError("`digits` puts rows of w on the left; leave `x_left` False")
         if self.digits and (self.warpgroups < 2 or self.cluster > 1 or self.block_m > 32):
             given = f"`warpgroups` {self.warpgroups}, `cluster` {self.cluster} and `block_m` {self.block_m}"
             raise ValueError(f"`digits` with {given}: it needs two warpgroups or more, no cluster, and 32 rows of x at most")
@@ -85,6 +87,9 @@ class Tiles:
             raise ValueError(f"`block_n` is {self.block_n}; the copy engine takes 256 rows at most")
         if self.cluster < 1 or (self.cluster > 1 and self.warpgroups < 2):
             raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
+        shared, name = (self.block_n, "block_n") if self.x_left else (self.block_m, "block_m")
+        if self.cluster > 1 and (self.cluster > 8 or shared % (8 * self.cluster)):
+            raise ValueError(f"`cluster` is {self.cluster} and `{name}` {shared}; it must be 8 at most, and each block read whole eights of rows")
         if self.block_k % 128 or self.block_k < 128:
             raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
         if self.stages < 1 or self.split_k < 1:
@@ -304,7 +309,8 @@ def _digits(m: int, n: int, k: int, cores: int) -> Tiles | None:
     """Blocks that make digits, each for itself: 256 rows of w share them if that leaves two of three multiprocessors work, else 128.
 
     Timed were 64 to 112 blocks of a GPU of 132 multiprocessors. With up to 8 rows nothing is gained where fewer of them have work
-    (17408 x 8192: 24.8 us for 24.5), with more of them 68 blocks that share their tiles are the fastest, too (26.5 for 33.5).
+    (17408 x 8192: 24.8 us for 24.5), with more of them 68 blocks that share their tiles are the fastest, too (26.5 for 33.5): so they are
+    taken wherever there is no second wave of a few.
     """
     if m > _DIGIT_ROWS or k % 512:
         return None
@@ -313,7 +319,8 @@ def _digits(m: int, n: int, k: int, cores: int) -> Tiles | None:
         return tall
     if _busy(n, low, cores) >= 0.8:
         return low
-    return tall if m > DIRECT_ROWS and 128 * cores <= n <= 256 * cores else None
+    even = n <= 256 * cores or _schedule(m, n, k, tall, cores).shared > 0
+    return tall if m > DIRECT_ROWS and n >= 128 * cores and even else None
 
 
 def _busy(n: int, tiles: Tiles, cores: int) -> float:

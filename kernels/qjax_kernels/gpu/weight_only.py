@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ..gradient import like
 from ..request import Request
 from .epilogue import Activation, activated, added_up
-from .operands import check_arrays, check_codes, check_cut, check_vectors
+from .operands import check_arrays, check_codes, check_cut, check_interpreter, check_vectors
 from .order import in_order
 from .tiles import PIECE, Direct, Tiles, check_launch, padded_rows, pipelined_tiles, stays, weight_only_tiles
 
@@ -81,7 +81,7 @@ def weight_only_matmul(
       norm: the row is divided by the root of its mean square and this; None: it is not. A norm's gain belongs to the weight's columns, or
         to x. Of more than eight rows the product is rounded to bfloat16 before.
       padded_scales: scales of groups have been through `whole_rows`, since the copy engine takes rows of a multiple of 16 bytes: once,
-        where each call would pad them.
+        where each call would pad them. Those of other groups that are as long then are not told apart.
       tiles: the cut; None for the one that suits the shape.
       cores: multiprocessors of the GPU; where blocks wait for each other the launch fails with fewer than this.
       interpret: an interpreter's parameters, for tests without a GPU.
@@ -95,6 +95,7 @@ def weight_only_matmul(
       TypeError: an operand that is no array; `tiles` or `norm` of another type.
     """
     check_arrays(x=x, codes=codes, scales=scales, **({} if bias is None else {"bias": bias}))
+    check_interpreter(interpret)
     _check(x, codes, group_size, interpret)
     check_cut(tiles, (Tiles, Direct), cores, foreign=("x_left",))
     _check_norm(norm)
@@ -119,14 +120,20 @@ def _check(x: jax.Array, codes: jax.Array, group: int | None, interpret) -> None
 def _check_scales(codes: jax.Array, scales: jax.Array, group: int | None, padded: bool, bias: jax.Array | None) -> None:
     """Raises ValueError where scales are not those of the groups, or `check_vectors` does."""
     n, k = codes.shape
+    if type(padded) is not bool:
+        raise TypeError(f"`padded_scales` is {padded!r}; it must be True or False")
     if group is None:
         if scales.ndim == 2 and scales.shape[1] > 1:
             raise ValueError(f"`scales` have {scales.shape[1]} columns and `group_size` is None; give it, or one scale a row")
         check_vectors(n, 1, scales, bias)
         return
-    several = 16 // scales.dtype.itemsize if padded else 1  # in 16 bytes
-    wanted = f", K / `group_size` = {k} / {group} to a row" + (f", and zeros up to a multiple of {several}" if padded else "")
-    check_vectors(n, -(-k // group // several) * several, scales, bias, wanted)
+    groups, several = k // group, 16 // scales.dtype.itemsize  # in 16 bytes
+    whole, wanted = -(-groups // several) * several, f", K / `group_size` = {k} / {group} to a row"
+    if padded:
+        wanted += f", and zeros up to a multiple of {several}"
+    elif groups < whole and scales.shape == (n, whole):
+        wanted += ", or with `padded_scales`, if these are zeros behind"
+    check_vectors(n, whole if padded else groups, scales, bias, wanted)
 
 
 def _check_norm(norm: float | None) -> None:
@@ -194,7 +201,9 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     from .digits_kernel import digit_products
     from .weight_only_kernel import weight_only
 
-    m = x.shape[0]
+    m, k = x.shape
+    if tiles.digits and (bits != 4 or group_size is None):
+        raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
     per_copy = 16 // scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
     if group_size is not None and (group_size * per_copy) % tiles.block_k:
@@ -205,9 +214,7 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
     if tiles.digits:
-        if bits != 4 or group_size is None:
-            raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
-        y = digit_products(x, codes, scales, group=group_size, cores=cores, **end)
+        y = digit_products(x, codes, scales, group=group_size or k, cores=cores, **end)
     else:
         y = weight_only(x, codes, scales, bits=bits, group=group_size, cores=cores, **end)
     y = added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y

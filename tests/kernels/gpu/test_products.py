@@ -169,6 +169,7 @@ def test_five_to_sixteen_rows_of_wide_weights_are_digits_of_their_blocks(n, k, b
         (17408, 4096, None, 256),
         (16896, 4096, 128, 128),  # 132 blocks of 128
         (36864, 3072, None, None),  # 144 of 256: a second wave of twelve
+        (36864, 8192, None, 256),  # which all of them share
         (57344, 4096, 256, 256),
         (8192, 8192, None, None),
     ],
@@ -210,12 +211,14 @@ def test_eight_bits_that_blocks_share():
 
 def test_blocks_that_stay_take_no_split():
     x, how = jnp.ones((64, 1024), jnp.bfloat16), {"split_k": 2, "warpgroups": 2}
+    four, eight = jnp.zeros((128, 1024), jnp.int4), jnp.zeros((128, 1024), jnp.int8)
+    for tiles in (Tiles(64, 128, 128, 2, scale_first=True, **how), Tiles(32, 128, 128, 2, digits=True, **how)):
+        run = functools.partial(weight_only.weight_only_matmul, group_size=128, tiles=tiles)
+        with pytest.raises(ValueError, match="leave it 1"):
+            jax.eval_shape(run, x, four, jnp.ones((128, 8)))
     with pytest.raises(ValueError, match="leave it 1"):
-        tiles = Tiles(64, 128, 128, 2, scale_first=True, **how)
-        weight_only.weight_only_matmul(x, jnp.zeros((128, 1024), jnp.int4), jnp.ones((128, 8)), group_size=128, tiles=tiles, interpret=True)
-    with pytest.raises(ValueError, match="leave it 1"):
-        tiles = Tiles(128, 64, 128, 2, x_left=True, **how)
-        eight_bit.eight_bit_matmul(x, jnp.zeros((128, 1024), jnp.int8), jnp.ones(128), tiles=tiles, interpret=True)
+        run = functools.partial(eight_bit.eight_bit_matmul, tiles=Tiles(128, 64, 128, 2, x_left=True, **how))
+        jax.eval_shape(run, x, eight, jnp.ones(128))
 
 
 def kernels_of(function, *arguments) -> list[tuple[list, list]]:
@@ -501,7 +504,10 @@ def test_why_not_names_the_obstacle(request_, named):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3},
+        {"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3}, {"block_n": 512},
+        {"block_n": 128, "warpgroups": 2, "cluster": 3}, {"block_m": 128, "block_n": 128, "warpgroups": 2, "cluster": 16},
+        {"digits": True}, {"block_n": 128, "warpgroups": 2, "digits": True, "scale_first": True},
+        {"block_m": 40, "block_n": 128, "warpgroups": 2, "digits": True},
     ],
 )  # fmt: skip
 def test_tiles_refuse_what_no_kernel_has(fields):
@@ -577,6 +583,24 @@ def test_what_is_no_array_is_refused_by_its_name(name):
     for function in (weight_only.weight_only_matmul, eight_bit.eight_bit_matmul):
         with pytest.raises(TypeError, match=f"`{name}` is list .*must be an array"):
             function(**{**given, name: [1.0, 2.0]})
+
+
+def test_what_is_no_switch_and_no_interpreter_is_refused():
+    x, w, s = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 1))
+    for interpret in (True, False, "yes"):
+        for function in (weight_only.weight_only_matmul, eight_bit.eight_bit_matmul):
+            with pytest.raises(TypeError, match=f"`interpret` is {interpret!r}; it must be None"):
+                function(x, w, s, interpret=interpret)
+    with pytest.raises(TypeError, match="`padded_scales` is 'no'"):
+        weight_only.weight_only_matmul(x, w, s, padded_scales="no")
+
+
+def test_digits_are_refused_for_other_codes_before_their_memory_is_counted():
+    x, tiles = jnp.ones((16, 1024), jnp.bfloat16), Tiles(16, 256, 512, 2, warpgroups=2, digits=True)
+    for codes, scales, group in ((jnp.int8, (256, 8), 128), (jnp.int4, (256, 1), None)):
+        with pytest.raises(ValueError, match=r"`tiles\.digits` is for codes of 4 bits in groups"):
+            w, s = jnp.zeros((256, 1024), codes), jnp.ones(scales, jnp.bfloat16)
+            weight_only.weight_only_matmul(x, w, s, group_size=group, tiles=tiles)
 
 
 def test_codes_that_cannot_lie_by_threads_are_refused():
