@@ -115,5 +115,3 @@ class Handed:
         s = self.s
         behind = self.room.sums + self.w.integer(s.groups * s.most * s.parts * s.units * _PLACE)
         return behind.times((self.order.group * s.parts + member) * s.m + row, 4)
-
-

@@ -89,7 +89,9 @@ class Tiles:
             raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
         shared, name = (self.block_n, "block_n") if self.x_left else (self.block_m, "block_m")
         if self.cluster > 1 and (self.cluster > 8 or shared % (8 * self.cluster)):
-            raise ValueError(f"`cluster` is {self.cluster} and `{name}` {shared}; it must be 8 at most, and each block read whole eights of rows")
+            raise ValueError(
+                f"`cluster` is {self.cluster} and `{name}` {shared}; it must be 8 at most, and each block read whole eights of rows"
+            )
         if self.block_k % 128 or self.block_k < 128:
             raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
         if self.stages < 1 or self.split_k < 1:
