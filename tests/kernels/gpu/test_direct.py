@@ -212,7 +212,7 @@ def test_fields_of_another_type_are_refused(fields):
     ("m", "tiles", "interpret", "cores", "named"),
     [
         (16, Direct(), None, 132, "split K"),
-        (1, Direct(), "interpreter", 132, "on a GPU"),
+        (1, Direct(), object(), 132, "on a GPU"),
         (1, Direct(split_k=4, blocks=1), None, 3, "`tiles.split_k` is 4.*take fewer"),
         (1, Direct(16, split_k=2), None, 132, "share 16 warps"),
         (17, Direct(16, 2, 1, split_k=4, wide=True), None, 132, "x has 17 rows"),
