@@ -33,11 +33,12 @@ from qjax_kernels.gpu.attention import Past  # noqa: E402
 from qjax_kernels.gpu.chain import TILES as CHAIN_TILES  # noqa: E402
 from qjax_kernels.gpu.chain import chain  # noqa: E402
 from qjax_kernels.gpu.chain_shape import shapes_of, shared_bytes  # noqa: E402
+from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, weight_only_tiles  # noqa: E402
 from qjax_kernels.gpu.direct_shape import shape_of  # noqa: E402
 from qjax_kernels.gpu.eight_bit import scaled_product  # noqa: E402
 from qjax_kernels.gpu.rounding_kernel import round_rows  # noqa: E402
 from qjax_kernels.gpu.stock import grouped_matmul  # noqa: E402
-from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_tiles  # noqa: E402
+from qjax_kernels.gpu.tiles import Direct, Tiles  # noqa: E402
 from qjax_kernels.gpu.weight_only import weight_only_matmul  # noqa: E402
 from qjax_kernels.shapes import HOPPER  # noqa: E402
 from sass import instructions, written_under_way  # noqa: E402

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, weight_only_tiles
 from qjax_kernels.gpu.eight_bit import eight_bit_matmul, rounded_rows
-from qjax_kernels.gpu.tiles import Direct, Tiles, eight_bit_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import Direct, Tiles
 from qjax_kernels.gpu.weight_only import weight_only_matmul
 
 GROUP = 128

@@ -5,8 +5,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from h200_programs import Job
+from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, even_rows, pipelined_tiles, staged, weight_only_tiles
 from qjax_kernels.gpu.direct_shape import shape_of
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, even_rows, pipelined_tiles, staged, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles
 
 
 def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direct | None]]:

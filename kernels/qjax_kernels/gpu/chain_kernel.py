@@ -12,10 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from .attention import Past
 from .attention_kernel import Attend, Heads, Mixed, Sources
@@ -23,7 +20,7 @@ from .chain_shape import Link, shared_bytes
 from .direct_kernel import multiply
 from .direct_shape import Shape
 from .mosaic import LANE
-from .warps import Int, Long, Warps
+from .warps import Int, Long, Warps, device_address, shared_address
 
 
 def follow(
@@ -137,8 +134,8 @@ def linked(
     def hopper_chain(*references):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(references))
         def work(_, *own):
-            addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
-            start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
+            addresses = [device_address(ref) for ref in own[:-1]]
+            start = shared_address(own[-1])
             w = Warps(parts, shapes[0].warps)
             follow(w, shapes, links, start + w.part * each, addresses[: len(inputs)], addresses[len(inputs) :], heads)
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from ..request import Request
 from . import eight_bit, weight_only
+from .chosen_tiles import eight_bit_tiles, weight_only_tiles
 from .direct_shape import shape_of
 from .schedule import Schedule
-from .tiles import Direct, Tiles, blocks, eight_bit_tiles, padded_rows, stays, weight_only_tiles
+from .tiles import Direct, Tiles, blocks, padded_rows, stays
 
 CLOCK = 1.755e9  # of the multiprocessors under load
 BANDWIDTH = 4.18e12  # bytes a second that a copy reached, read and written

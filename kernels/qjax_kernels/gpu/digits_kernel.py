@@ -9,7 +9,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from .digits_ring import digits_ring
 from .epilogue import Activation
@@ -20,7 +20,7 @@ from .parts import Parts, room
 from .pipeline import Epilogue, column_values, launch, over_columns, over_rows, row_values, staging, store
 from .schedule import Piece, Schedule
 from .tiles import FRACTION, PIECE, Tiles
-from .warps import Int, Warps
+from .warps import Warps, shared_address
 
 
 def as_met(x: jax.Array) -> jax.Array:
@@ -156,8 +156,7 @@ def digit_products(
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(bk, 16)), plgpu.RefType(swizzled(PIECE, 8)), plgpu.RefType()))
         def made(_, *own):
-            w = Warps()
-            make(w, bm, bk, *(Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(each))) for each in own))
+            make(Warps(), bm, bk, *map(shared_address, own))
 
         made(x_ref, digits_ref, units_ref)  # pyright: ignore[reportCallIssue]
 
@@ -213,6 +212,6 @@ def digit_products(
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
-        **launch(tiles, schedule, (1, 1, 1)),
+        **launch(tiles, schedule),
     )
     return kernel(x, codes, scales, *end.operands)[0]

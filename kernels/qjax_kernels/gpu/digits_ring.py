@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic import Layout, swizzled
 from .parts import Parts
-from .ring import copy_stage
+from .ring import divided, fill, own_pieces, stages_of
 from .schedule import Piece, Schedule
-from .tiles import MAKER_REGISTERS, PIECE, Tiles, worker_registers
+from .tiles import PIECE, Tiles
 
 
 def digits_ring(
@@ -45,78 +45,56 @@ def digits_ring(
       x: (M, K) in device memory.
       shape: of the sum of a warpgroup, float32.
     """
-    bm, bk, workers, slots, group = tiles.block_m, tiles.block_k, tiles.warpgroups, schedule.slots, lax.axis_index("group")
-    count = schedule.count(group)
+    bm, bk, slots = tiles.block_m, tiles.block_k, schedule.slots
+    group, each = own_pieces(schedule)
 
     def scoped(buffers: Sequence, rows, digits, units, produced, here, ready, consumed) -> None:
-        def copy() -> None:
-            plgpu.set_max_registers(MAKER_REGISTERS, action="decrease")
+        def copy(piece: Piece) -> None:
+            maker = _Maker(convert, x, piece, (bm, bk), rows, digits, units, here, ready)
+            weights = blocks(piece.n)
+            ahead = jnp.minimum(piece.first + slots, piece.last)
 
-            @pl.loop(0, count)
-            def _(number):
-                piece = schedule.piece(group, number)
-                maker = _Maker(convert, x, piece, (bm, bk), rows, digits, units, here, ready)
-                weights = blocks(piece.n)
-                ahead = jnp.minimum(piece.first + slots, piece.last)
+            def bring(stage) -> None:
+                fill(weights, operands, buffers, produced, consumed, stage)
 
-                @pl.loop(piece.first, ahead)
-                def _(stage):  # before the codes, behind which they would have to wait
-                    maker.ask(stage)
+            # Rows before the codes, behind which they would have to wait.
+            for work in (maker.ask, bring, maker.make):
+                pl.loop(piece.first, ahead)(work)
 
-                @pl.loop(piece.first, ahead)
-                def _(stage):
-                    plgpu.barrier_wait(consumed.at[lax.rem(stage, slots)])
-                    copy_stage(weights, operands, buffers, produced, stage)
+            @pl.loop(ahead, piece.last)
+            def _(stage):
+                bring(stage)
+                maker.make(stage)
 
-                @pl.loop(piece.first, ahead)
-                def _(stage):
-                    maker.make(stage)
+        def compute(piece: Piece) -> None:
+            begin(piece)
 
-                @pl.loop(ahead, piece.last)
-                def _(stage):
-                    plgpu.barrier_wait(consumed.at[lax.rem(stage, slots)])
-                    copy_stage(weights, operands, buffers, produced, stage)
-                    maker.make(stage)
-
-        def compute() -> None:
-            plgpu.set_max_registers(worker_registers(workers, MAKER_REGISTERS), action="increase")
-            for slot in range(slots):
+            # Turns of the ring written out take more registers than there are.
+            def add(stage, total):
+                slot = lax.rem(stage, slots)
+                plgpu.barrier_wait(produced.at[slot])
+                plgpu.barrier_wait(ready.at[slot])
+                total = advance(stage, *(buffer.at[slot] for buffer in (*buffers, digits, units)), total)
                 plgpu.barrier_arrive(consumed.at[slot])
+                return total
 
-            @pl.loop(0, count)
-            def _(number):
-                piece = schedule.piece(group, number)
-                begin(piece)
+            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), Layout.WGMMA)
+            total = lax.fori_loop(piece.first, piece.last, add, zeros)
+            arrived()
+            parts.end(piece, group, schedule, total, finish)
 
-                # Turns of the ring written out take more registers than there are.
-                def add(stage, total):
-                    slot = lax.rem(stage, slots)
-                    plgpu.barrier_wait(produced.at[slot])
-                    plgpu.barrier_wait(ready.at[slot])
-                    total = advance(stage, *(buffer.at[slot] for buffer in (*buffers, digits, units)), total)
-                    plgpu.barrier_arrive(consumed.at[slot])
-                    return total
-
-                zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), Layout.WGMMA)
-                total = lax.fori_loop(piece.first, piece.last, add, zeros)
-                arrived()
-                parts.end(piece, group, schedule, total, finish)
-
-        lax.cond(lax.axis_index("wg") != workers, compute, copy)
+        divided(lambda: each(copy), lambda: each(compute), tiles, consumed)
 
     pl.run_scoped(
         scoped,
-        [
-            plgpu.SMEM((slots, *spec.block_shape), operand.dtype, transforms=spec.transforms)
-            for spec, operand in zip(blocks(0), operands, strict=True)
-        ],
+        stages_of(blocks(0), operands, slots),
         plgpu.SMEM((slots, bm, bk), x.dtype, transforms=swizzled(bk, 16)),
         plgpu.SMEM((slots, 2 * bm, bk), jnp.int8, transforms=swizzled(PIECE, 8)),
         plgpu.SMEM((slots, bk // PIECE, bm), jnp.float32),
         plgpu.Barrier(num_arrivals=len(operands), num_barriers=slots),
         plgpu.Barrier(num_barriers=slots),
         plgpu.Barrier(num_barriers=slots),
-        plgpu.Barrier(num_arrivals=workers, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=slots),
         collective_axes="wg",
     )
 

@@ -14,10 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from .direct_codes import Codes, piece_of
 from .direct_parts import Handed, Order, Room, room
@@ -25,7 +22,7 @@ from .direct_rows import Rows, inverse_root, write_nothing, write_squares
 from .direct_shape import TILE, Shape, shape_of
 from .mosaic import LANE
 from .tiles import SHARED_BYTES, Direct, check_waiting
-from .warps import Int, Long, Real, Warps
+from .warps import Int, Long, Real, Warps, device_address, shared_address
 
 
 def multiply(
@@ -265,8 +262,8 @@ def direct(
     def hopper_direct(*references):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(operands) + len(met) + 2))
         def work(_, *own):
-            addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
-            start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
+            addresses = [device_address(ref) for ref in own[:-1]]
+            start = shared_address(own[-1])
             w = Warps(together, tiles.warps)
             given, handed = addresses[: len(operands) + 1], addresses[len(operands) + 1 :]
             multiply(w, s, start + w.part * s.bytes, *given, wait=(lambda: _early(w)) if s.early else None,

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from ..gradient import like
 from ..request import Request
+from .chosen_tiles import eight_bit_tiles
 from .epilogue import Activation, activated, added_up
 from .operands import check_arrays, check_codes, check_cut, check_interpreter, check_vectors
-from .tiles import Tiles, check_launch, eight_bit_tiles, padded_rows
+from .tiles import Tiles, check_launch, padded_rows
 
 E4M3_MAX = 448.0
 
@@ -98,7 +99,7 @@ def eight_bit_matmul(
         how: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": given, "cores": cores, "interpret": interpret}
         return scaled_product(rows, row_scales, codes, scales, out_dtype=x.dtype, **how)[:m]
 
-    check_arrays(x=x, codes=codes, scales=scales, **({} if bias is None else {"bias": bias}))
+    check_arrays(x=x, codes=codes, scales=scales, bias=bias)
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"`x` is {x.dtype} {x.shape}; it must be bfloat16, float16 or float32 (M, K): rows that are rounded already go to "
                          "scaled_product")  # fmt: skip
@@ -188,7 +189,7 @@ def scaled_product(
     """
     from .eight_bit_kernel import eight_bit
 
-    check_arrays(rows=rows, row_scales=row_scales, codes=codes, scales=scales, **({} if bias is None else {"bias": bias}))
+    check_arrays(rows=rows, row_scales=row_scales, codes=codes, scales=scales, bias=bias)
     _check(rows.shape, codes, scales, bias, tiles, cores, interpret)
     (m, k), n, wide = rows.shape, codes.shape[0], jnp.dtype(out_dtype).itemsize
     if rows.dtype != codes.dtype:

@@ -16,9 +16,9 @@ def check_interpreter(interpret: Any) -> None:
         raise TypeError(f"`interpret` is {interpret!r}; it must be None, or the parameters of jax's interpreter of Mosaic GPU kernels")
 
 
-def check_arrays(**operands: Any) -> None:
-    """Raises TypeError where one of the operands has neither shape nor type, by the name that it is given by."""
-    for name, value in operands.items():
+def check_arrays(bias: Any = None, **operands: Any) -> None:
+    """Raises TypeError where one of the operands has neither shape nor type, by the name that it is given by; there may be no bias."""
+    for name, value in (operands | ({} if bias is None else {"bias": bias})).items():
         if not (hasattr(value, "shape") and hasattr(value, "dtype")):
             raise TypeError(f"`{name}` is {type(value).__name__} {str(value)[:40]}; it must be an array")
 

@@ -13,11 +13,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import vector
 
 from .mosaic import Layout
 from .schedule import Piece, Schedule
-from .warps import Int, Long, Real, Warps
+from .warps import Int, Long, Real, Warps, device_address
 
 STRETCH = 64  # columns of a sum that are in registers beside it
 THREADS = 128  # of a warpgroup
@@ -136,7 +136,7 @@ class Parts:
         def tell(_, sign):
             mgpu_utils.warpgroup_barrier()  # all threads have written
             with _one_thread():
-                Warps().show(_address(sign), SIGN)
+                Warps().show(device_address(sign), SIGN)
 
         tell(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]
 
@@ -147,7 +147,7 @@ class Parts:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def await_(_, sign):
             with _one_thread():
-                Warps().await_sign(_address(sign), SIGN)
+                Warps().await_sign(device_address(sign), SIGN)
             mgpu_utils.warpgroup_barrier()
 
         await_(self.memory[0].at[group, self.member, self.warpgroup])  # pyright: ignore[reportCallIssue]
@@ -164,13 +164,9 @@ def _one_thread() -> Any:
 
 def _thread_place(reference: Any) -> Long:
     """Where the numbers of a thread of a warpgroup begin: sixteen bytes behind those of the thread before."""
-    return _address(reference) + (Int(mgpu_utils.thread_idx()) % THREADS) * 16
+    return device_address(reference) + (Int(mgpu_utils.thread_idx()) % THREADS) * 16
 
 
 def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
     """The numbers of a thread, which lie in vectors of two."""
     return [vector.extract(register, [], [i]) for _, register in np.ndenumerate(array.registers) for i in range(2)]
-
-
-def _address(reference: Any) -> Long:
-    return Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(reference)))

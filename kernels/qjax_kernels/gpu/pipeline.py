@@ -102,7 +102,7 @@ def stream(
     with_sum(alone)
 
 
-def launch(tiles: Tiles, schedule: Schedule | None, grid: tuple[int, int, int]) -> dict[str, Any]:
+def launch(tiles: Tiles, schedule: Schedule | None, grid: tuple[int, int, int] = (1, 1, 1)) -> dict[str, Any]:
     """What `plgpu.kernel` takes of the thread blocks.
 
     Args:

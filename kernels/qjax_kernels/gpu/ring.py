@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .mosaic import ACC
 from .parts import Parts
 from .schedule import Piece, Schedule
-from .tiles import COPIER_REGISTERS, Tiles, worker_registers
+from .tiles import Tiles
 
 
 def ring(
@@ -45,64 +45,88 @@ def ring(
       dtype: of the sum.
       overlap: a stage begins while the last product of the one before is under way.
     """
-    workers, slots, group = tiles.warpgroups, schedule.slots, lax.axis_index("group")
-    count = schedule.count(group)
+    slots = schedule.slots
+    group, each = own_pieces(schedule)
 
     def scoped(buffers: Sequence, produced, consumed) -> None:
-        def copy() -> None:
-            plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+        def copy(piece: Piece) -> None:
+            specs = blocks(piece.m, piece.n)
 
-            @pl.loop(0, count)
-            def _(number):
-                piece = schedule.piece(group, number)
-                specs = blocks(piece.m, piece.n)
+            @pl.loop(piece.first, piece.last)
+            def _(stage):
+                fill(specs, operands, buffers, produced, consumed, stage)
 
-                @pl.loop(piece.first, piece.last)
-                def _(stage):  # each into a slot that has been given back
-                    plgpu.barrier_wait(consumed.at[lax.rem(stage, slots)])
-                    copy_stage(specs, operands, buffers, produced, stage)
-
+        def copy_all() -> None:
+            each(copy)
             for slot in range(slots):  # nobody leaves while a neighbour may still tell of a stage
                 plgpu.barrier_wait(consumed.at[slot])
 
-        def compute() -> None:
-            plgpu.set_max_registers(worker_registers(workers), action="increase")
-            for slot in range(slots):
-                plgpu.barrier_arrive(consumed.at[slot])
+        def compute(piece: Piece) -> None:
+            begin(piece)
 
-            @pl.loop(0, count)
-            def _(number):
-                piece = schedule.piece(group, number)
-                begin(piece)
+            def summed(acc) -> None:
+                _through(advance, buffers, produced, consumed, schedule, piece, acc, overlap)
+                arrived()
+                parts.end(piece, group, schedule, acc[...], finish)
 
-                def summed(acc) -> None:
-                    _through(advance, buffers, produced, consumed, schedule, piece, acc, overlap)
-                    arrived()
-                    parts.end(piece, group, schedule, acc[...], finish)
+            pl.run_scoped(summed, ACC(shape, dtype))
 
-                pl.run_scoped(summed, ACC(shape, dtype))
-
-        lax.cond(lax.axis_index("wg") != workers, compute, copy)
+        divided(copy_all, lambda: each(compute), tiles, consumed)
 
     if tiles.cluster > 1:  # a neighbour's copies end here, too
-        consumed = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=workers, num_barriers=slots)
+        consumed = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=tiles.warpgroups, num_barriers=slots)
     else:
-        consumed = plgpu.Barrier(num_arrivals=workers, num_barriers=slots)
+        consumed = plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=slots)
     pl.run_scoped(
         scoped,
-        [
-            plgpu.SMEM((slots, *spec.block_shape), operand.dtype, transforms=spec.transforms)
-            for spec, operand in zip(blocks(0, 0), operands, strict=True)
-        ],
+        stages_of(blocks(0, 0), operands, slots),
         plgpu.Barrier(num_arrivals=len(operands), num_barriers=slots),
         consumed,
         collective_axes="wg",
     )
 
 
-def copy_stage(specs: Sequence, operands: Sequence, buffers: Sequence, produced, stage: Any) -> None:
-    """Asks for the blocks of a stage, into its slot."""
+def own_pieces(schedule: Schedule) -> tuple[Any, Callable[[Callable[[Piece], None]], None]]:
+    """The number of a block's group, and what does something with each piece of it, one after another."""
+    group = lax.axis_index("group")
+    count = schedule.count(group)
+
+    def each(work: Callable[[Piece], None]) -> None:
+        @pl.loop(0, count)
+        def _(number):
+            work(schedule.piece(group, number))
+
+    return group, each
+
+
+def divided(copy: Callable[[], None], compute: Callable[[], None], tiles: Tiles, consumed) -> None:
+    """Gives the work of a thread block to its warpgroups: the last one copies, the others compute, and have given all slots back before."""
+
+    def copier() -> None:
+        plgpu.set_max_registers(tiles.copier_registers, action="decrease")
+        copy()
+
+    def worker() -> None:
+        plgpu.set_max_registers(tiles.worker_registers, action="increase")
+        for slot in range(consumed.shape[0]):
+            plgpu.barrier_arrive(consumed.at[slot])
+        compute()
+
+    lax.cond(lax.axis_index("wg") != tiles.warpgroups, worker, copier)
+
+
+def stages_of(specs: Sequence, operands: Sequence, slots: int) -> list:
+    """Shared memory for so many stages of the blocks."""
+    return [
+        plgpu.SMEM((slots, *spec.block_shape), operand.dtype, transforms=spec.transforms)
+        for spec, operand in zip(specs, operands, strict=True)
+    ]  # fmt: skip
+
+
+def fill(specs: Sequence, operands: Sequence, buffers: Sequence, produced, consumed, stage: Any) -> None:
+    """Asks for the blocks of a stage, into its slot, which has to be given back before."""
     slot = lax.rem(stage, buffers[0].shape[0])
+    plgpu.barrier_wait(consumed.at[slot])
     for spec, source, target in zip(specs, operands, buffers, strict=True):
         at = tuple(pl.ds(index * size, size) for index, size in zip(spec.index_map(stage), spec.block_shape, strict=True))
         plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], produced.at[slot], collective_axes=spec.collective_axes or None)

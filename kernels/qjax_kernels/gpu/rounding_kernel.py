@@ -8,13 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from .mosaic import LANE
-from .warps import Int, Long, Real, Warps
+from .warps import Int, Long, Real, Warps, device_address, shared_address
 
 VECTOR = 8  # elements of 16 bits that a thread loads at once
 HELD = 16  # vectors that it keeps at most
@@ -117,8 +114,8 @@ def round_rows(x: jax.Array, dtype: Any, top: float, room: int) -> tuple[jax.Arr
     def hopper_round_rows(*references):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(references))
         def work(_, *own):
-            addresses = [Long(llvm.ptrtoint(ir.Type.parse("i64"), mgpu_utils.memref_ptr(ref))) for ref in own[:-1]]
-            start = Int(llvm.ptrtoint(ir.Type.parse("i32"), mgpu_utils.memref_ptr(own[-1])))
+            addresses = [device_address(ref) for ref in own[:-1]]
+            start = shared_address(own[-1])
             round_row(Warps(), row, start, *addresses)
 
         work(*references)  # pyright: ignore[reportCallIssue]

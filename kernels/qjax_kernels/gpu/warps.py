@@ -114,6 +114,16 @@ class Real(_Number):
         return Real(arith.mulf(*self._pair(other)))
 
 
+def device_address(reference: Any) -> Long:
+    """Where a reference to device memory begins."""
+    return Long(llvm.ptrtoint(_type("i64"), mgpu_utils.memref_ptr(reference)))
+
+
+def shared_address(reference: Any) -> Int:
+    """Where a reference to shared memory begins."""
+    return Int(llvm.ptrtoint(_type("i32"), mgpu_utils.memref_ptr(reference)))
+
+
 class Warps:
     """The instructions of one thread block, written where they are called.
 

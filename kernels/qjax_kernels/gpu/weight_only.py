@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from ..gradient import like
 from ..request import Request
+from .chosen_tiles import pipelined_tiles, weight_only_tiles
 from .epilogue import Activation, activated, added_up
 from .operands import check_arrays, check_codes, check_cut, check_interpreter, check_vectors
 from .order import in_order
-from .tiles import PIECE, Direct, Tiles, check_launch, padded_rows, pipelined_tiles, stays, weight_only_tiles
+from .tiles import PIECE, Direct, Tiles, check_launch, padded_rows, stays
 
 
 def why_not(request: Request) -> str:
@@ -94,7 +95,7 @@ def weight_only_matmul(
       ValueError: operands that do not fit together; tiles that cannot be used for these codes; an unknown activation; a negative `norm`.
       TypeError: an operand that is no array; `tiles` or `norm` of another type.
     """
-    check_arrays(x=x, codes=codes, scales=scales, **({} if bias is None else {"bias": bias}))
+    check_arrays(x=x, codes=codes, scales=scales, bias=bias)
     check_interpreter(interpret)
     _check(x, codes, group_size, interpret)
     check_cut(tiles, (Tiles, Direct), cores, foreign=("x_left",))

@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
+from qjax_kernels.gpu.chosen_tiles import weight_only_tiles
 from qjax_kernels.gpu.cost import BANDWIDTH, estimate
-from qjax_kernels.gpu.tiles import weight_only_tiles
 from qjax_kernels.request import Device, Request, Weight
 
 DECODE = Request(Device("cuda", "sm_90a", 132), 16, 4096, 4096, Weight("int", 4, 128))

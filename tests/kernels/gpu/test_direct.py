@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from qjax_kernels.gpu import weight_only
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, direct_tiles, weight_only_tiles
+from qjax_kernels.gpu.chosen_tiles import direct_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct
 
 pytest.importorskip("absl")
 

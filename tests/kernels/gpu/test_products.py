@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from qjax_kernels import shapes
 from qjax_kernels.gpu import eight_bit, weight_only
+from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, weight_only_tiles
 from qjax_kernels.gpu.epilogue import activated
 from qjax_kernels.gpu.order import by_threads, in_order
 from qjax_kernels.gpu.schedule import Schedule
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, eight_bit_tiles, pipelined_tiles, weight_only_tiles
+from qjax_kernels.gpu.tiles import Tiles
 from qjax_kernels.request import Device, Request, Weight
 
 from qjax.program import compat
@@ -152,34 +153,6 @@ def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores, scale):
     assert np.all(np.abs(np.float64(y) - np.maximum(expected, 0)) <= 2**-8 * np.abs(expected) + k * 2**-24 * magnitude)
 
 
-@pytest.mark.parametrize(("n", "k", "block_n"), [(28672, 8192, 256), (22016, 4096, 256), (14336, 4096, 128), (13824, 5120, 128)])
-def test_five_to_sixteen_rows_of_wide_weights_are_digits_of_their_blocks(n, k, block_n):
-    tiles = [weight_only_tiles(m, n, k, 4) for m in range(1, 33)]
-    assert [isinstance(each, Tiles) and each.digits for each in tiles] == [4 < m <= 16 for m in range(1, 33)]
-    assert {each.block_n for each in tiles[4:16]} == {block_n}
-    assert all(isinstance(weight_only_tiles(m, n, k, 4, normed=True), Direct) for m in range(1, 9)), "a norm goes with the digits there"
-    assert not any(weight_only_tiles(m, n, k, 4, group=None).digits for m in range(9, 17))
-    assert not any(weight_only_tiles(m, n, k - 128, 4).digits for m in range(9, 17))
-
-
-@pytest.mark.parametrize(
-    ("n", "k", "eight", "sixteen"),
-    [
-        (17408, 8192, None, 256),  # 68 of 132 multiprocessors have a block of 256 rows
-        (17408, 4096, None, 256),
-        (16896, 4096, 128, 128),  # 132 blocks of 128
-        (36864, 3072, None, None),  # 144 of 256: a second wave of twelve
-        (36864, 8192, None, 256),  # which all of them share
-        (57344, 4096, 256, 256),
-        (8192, 8192, None, None),
-    ],
-)
-def test_digits_are_for_weights_that_keep_multiprocessors_busy(n, k, eight, sixteen):
-    found = [weight_only_tiles(m, n, k, 4) for m in (8, 16)]
-    taken = [tiles.block_n if isinstance(tiles, Tiles) and tiles.digits else None for tiles in found]
-    assert taken == [eight, sixteen]
-
-
 @interpreted
 def test_scales_that_were_padded_once_change_nothing():
     pytest.importorskip("absl")
@@ -207,18 +180,6 @@ def test_eight_bits_that_blocks_share():
     y = eight_bit.eight_bit_matmul(x, codes, scales, tiles=tiles, cores=cores, interpret=interpreter())
     exact = np.float64(rows) @ np.float64(codes).T * np.float64(row_scales)[:, None] * np.float64(scales)
     np.testing.assert_allclose(np.float64(y), exact, rtol=2**-8, atol=1e-6 * np.abs(exact).max())
-
-
-def test_blocks_that_stay_take_no_split():
-    x, how = jnp.ones((64, 1024), jnp.bfloat16), {"split_k": 2, "warpgroups": 2}
-    four, eight = jnp.zeros((128, 1024), jnp.int4), jnp.zeros((128, 1024), jnp.int8)
-    for tiles in (Tiles(64, 128, 128, 2, scale_first=True, **how), Tiles(32, 128, 128, 2, digits=True, **how)):
-        run = functools.partial(weight_only.weight_only_matmul, group_size=128, tiles=tiles)
-        with pytest.raises(ValueError, match="leave it 1"):
-            jax.eval_shape(run, x, four, jnp.ones((128, 8)))
-    with pytest.raises(ValueError, match="leave it 1"):
-        run = functools.partial(eight_bit.eight_bit_matmul, tiles=Tiles(128, 64, 128, 2, x_left=True, **how))
-        jax.eval_shape(run, x, eight, jnp.ones(128))
 
 
 def kernels_of(function, *arguments) -> list[tuple[list, list]]:
@@ -264,85 +225,6 @@ def test_one_multiprocessor_is_one_group():
     assert weight_only_tiles(512, 4096, 4096, 4, cores=1) and eight_bit_tiles(512, 4096, 4096, cores=1)
     x, w, s = jnp.zeros((300, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 1))
     assert len(kernels_of(functools.partial(eight_bit.eight_bit_matmul, cores=1), x, w, s)) == 2  # rows are rounded, then multiplied
-
-
-@pytest.mark.parametrize("m", [1, 50, 100, 300, 512, 4096])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (8192, 8192), (28672, 8192)])
-def test_float_results_of_eight_bits_fit_into_shared_memory(m, n, k):
-    tiles = eight_bit_tiles(m, n, k, out_bytes=4)
-    assert tiles.shared_bytes(8, 0, 1, 4) <= SHARED_BYTES
-
-
-@pytest.mark.parametrize("bias", [None, jnp.float32])
-@pytest.mark.parametrize(("m", "n"), [(100, 4096), (300, 28672), (512, 8192), (4096, 4096)])
-def test_float_rows_of_eight_bits_are_lowered(m, n, bias):
-    """jax counts the shared memory of a kernel itself, and refuses what is too much."""
-    pytest.importorskip("absl")
-    shapes = [((m, 1024), jnp.float32), ((n, 1024), jnp.int8), ((n, 1), jnp.float32), *([((n,), bias)] if bias else [])]
-    run = jax.jit(lambda x, codes, scales, bias=None: eight_bit.eight_bit_matmul(x, codes, scales, bias=bias))
-    given = [jax.ShapeDtypeStruct(*each) for each in shapes]
-    assert "mosaic_gpu" in run.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"x": jnp.zeros((2, 256), jnp.float32)}, "`x` is float32"),
-        ({"x": jnp.zeros((2, 3, 256), jnp.bfloat16)}, "`x` is bfloat16"),
-        ({"x": jnp.zeros((2, 512), jnp.bfloat16)}, "`codes` are int4"),
-        ({"codes": jnp.zeros((64, 256), jnp.uint4)}, "`codes` are uint4"),
-        ({"codes": jnp.zeros((72, 256), jnp.int4), "scales": jnp.ones((72, 2))}, "multiple of 64"),
-        ({"scales": jnp.ones(64), "group_size": None}, "`scales` are float32"),
-        ({"codes": jnp.zeros((64, 272), jnp.int4), "x": jnp.zeros((2, 272), jnp.bfloat16)}, "K of 128"),
-        ({"group_size": 64}, "`group_size` is 64"),
-        ({"group_size": 384}, "`group_size` is 384"),
-        ({"scales": jnp.ones((64, 1))}, r"\(64, 2\), K / `group_size` = 256 / 128 to a row"),
-        ({"scales": jnp.ones((64, 2)), "group_size": None}, "2 columns and `group_size` is None"),
-        ({"scales": jnp.ones((64, 2), jnp.bfloat16), "group_size": 256}, r"\(64, 1\), K / `group_size` = 256 / 256"),
-        ({"scales": jnp.ones((64, 8), jnp.bfloat16)}, r"\(64, 2\)"),  # a row of 16 bytes, of which nobody said so
-        ({"padded_scales": True}, r"\(64, 4\).*zeros up to a multiple of 4"),
-        ({"scales": jnp.ones((64, 16), jnp.bfloat16), "padded_scales": True}, r"\(64, 8\).*zeros up to a multiple of 8"),
-        ({"scales": jnp.ones((64, 2), jnp.int8)}, "`scales` are int8"),
-        ({"bias": jnp.ones((63,))}, "`bias` is float32"),
-        ({"bias": jnp.ones((64,), jnp.int32)}, "`bias` is int32"),
-    ],
-)
-def test_operands_that_do_not_fit_together_are_refused(changed, named):
-    pytest.importorskip("absl")
-    given = {"x": jnp.zeros((2, 256), jnp.bfloat16), "codes": jnp.zeros((64, 256), jnp.int4), "scales": jnp.ones((64, 2))}
-    with pytest.raises(ValueError, match=named):
-        weight_only.weight_only_matmul(**{**given, "group_size": 128, **changed})
-
-
-@pytest.mark.parametrize(
-    ("rows", "scales", "named"),
-    [
-        (jnp.zeros((9, 256), jnp.int8), jnp.ones(9), "multiple of 8"),
-        (jnp.zeros((8, 256), jnp.int8), jnp.ones(3), "`row_scales` are float32"),
-        (jnp.zeros((8, 256), jnp.float8_e4m3fn), jnp.ones(8), "of one type"),
-    ],
-)
-def test_rounded_rows_that_do_not_fit_are_refused(rows, scales, named):
-    with pytest.raises(ValueError, match=named):
-        eight_bit.scaled_product(rows, scales, jnp.zeros((64, 256), jnp.int8), jnp.ones(64), out_dtype=jnp.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("codes", "scales", "bias", "named"),
-    [
-        (jnp.zeros((64, 256), jnp.int4), jnp.ones(64), None, "`codes` are int4"),
-        (jnp.zeros((64, 128), jnp.int8), jnp.ones(64), None, r"rows are \(2, 256\)"),
-        (jnp.zeros((72, 256), jnp.int8), jnp.ones(72), None, "multiple of 64"),
-        (jnp.zeros((64, 256), jnp.int8), jnp.ones(63), None, "one a row"),
-        (jnp.zeros((64, 256), jnp.int8), jnp.ones((1, 64)), None, "one a row"),
-        (jnp.zeros((64, 256), jnp.int8), jnp.ones(64, jnp.int8), None, "`scales` are int8"),
-        (jnp.zeros((64, 256), jnp.int8), jnp.ones((64, 2)), None, "one a row"),
-        (jnp.zeros((64, 256), jnp.int8), jnp.ones(64), jnp.ones((1, 64)), "`bias` is float32"),
-    ],
-)
-def test_operands_of_eight_bits_that_do_not_fit_together_are_refused(codes, scales, bias, named):
-    with pytest.raises(ValueError, match=named):
-        eight_bit.eight_bit_matmul(jnp.zeros((2, 256), jnp.bfloat16), codes, scales, bias=bias)
 
 
 @interpreted
@@ -454,176 +336,6 @@ def test_gradients_reach_rows_and_bias(activation, monkeypatch):
         assert [a.dtype for a in got] == [x.dtype, bias.dtype]
         np.testing.assert_allclose(np.float32(got[0]), want[0], rtol=2**-8, atol=1e-5)
         np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("m", [1, 8, 9, 16, 24, 32, 33, 64, 65, 128, 512, 4096])
-def test_default_tiles_fit_into_shared_memory(m):
-    for k, n in ((4096, 4096), (8192, 8192), (8192, 28672), (1024, 64), (1152, 6912), (5120, 17408)):
-        assert pipelined_tiles(m, n, k, 4).shared_bytes(4) <= SHARED_BYTES
-        assert pipelined_tiles(m, n, k, 8).shared_bytes(8) <= SHARED_BYTES
-        assert eight_bit_tiles(m, n, k).shared_bytes(8, 0, 1) <= SHARED_BYTES
-
-
-def test_few_rows_have_blocks_enough_and_share_k_only_where_they_must():
-    """Measured at 4096 x 4096, 8192 x 8192 and 8192 x 28672; a short K has no parts to share."""
-    for n, k in ((4096, 4096), (8192, 8192), (28672, 8192), (6912, 1152), (8192, 1024), (8960, 1536), (16384, 896), (17408, 5120)):
-        for m in (16, 32):
-            tiles = pipelined_tiles(m, n, k, 4)
-            if not tiles.digits:
-                count = n // tiles.block_n
-                assert count * tiles.split_k >= 1.5 * 132 and (tiles.split_k == 1 or count < 1.5 * 132), (m, n, k, tiles)
-    found = [pipelined_tiles(32, n, k, 4) for n, k in ((4096, 4096), (8192, 8192), (28672, 8192), (17408, 5120), (8192, 1024))]
-    assert [(tiles.block_n, tiles.split_k) for tiles in found] == [(64, 4), (128, 4), (128, 1), (64, 1), (64, 2)]
-
-
-@pytest.mark.parametrize(("m", "n"), [(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096), (500, 17408)])
-@pytest.mark.parametrize(("codes", "group"), [(jnp.int4, 128), (jnp.int8, 128), (jnp.int8, None)])
-def test_default_tiles_of_rows_that_are_no_power_of_two_are_lowered(m, n, codes, group):
-    pytest.importorskip("absl")
-    x, codes = jax.ShapeDtypeStruct((m, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((n, 1024), codes)
-    scales = jax.ShapeDtypeStruct((n, 1024 // group if group else 1), jnp.bfloat16)
-    run = jax.jit(lambda x, codes, scales: weight_only.weight_only_matmul(x, codes, scales, group_size=group))
-    assert "mosaic_gpu" in run.trace(x, codes, scales).lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize(
-    ("request_", "named"),
-    [
-        (Request(Device("cuda", "sm_80"), 1, 64, 1024, Weight("int", 4, 128)), "sm_90a"),
-        (Request(HOPPER, 1, 64, 1024, Weight("int", 3, 128)), "int3"),
-        (Request(HOPPER, 1, 64, 1024, Weight("int", 4, 64)), "64"),
-        (Request(HOPPER, 1, 100, 1024, Weight("int", 4, 128)), "100"),
-        (Request(HOPPER, 1, 64, 1152, Weight("int", 4, 256)), "not a multiple of the group"),
-        (Request(HOPPER, 1, 64, 1024, Weight("int", 4, 128), dtype="float32"), "float32"),
-    ],
-)
-def test_why_not_names_the_obstacle(request_, named):
-    assert named in weight_only.why_not(request_)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"block_m": 7}, {"block_n": 96}, {"block_k": 64}, {"stages": 0}, {"cluster": 2}, {"warpgroups": 3}, {"block_n": 512},
-        {"block_n": 128, "warpgroups": 2, "cluster": 3}, {"block_m": 128, "block_n": 128, "warpgroups": 2, "cluster": 16},
-        {"digits": True}, {"block_n": 128, "warpgroups": 2, "digits": True, "scale_first": True},
-        {"block_m": 40, "block_n": 128, "warpgroups": 2, "digits": True},
-    ],
-)  # fmt: skip
-def test_tiles_refuse_what_no_kernel_has(fields):
-    with pytest.raises(ValueError, match="`"):
-        Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
-
-
-@pytest.mark.parametrize("fields", [{"block_m": 8.0}, {"stages": True}, {"x_left": 1}, {"cluster": "2"}])
-def test_fields_of_tiles_that_are_of_another_type_are_refused(fields):
-    (name,) = fields
-    with pytest.raises(TypeError, match=f"`{name}` is {fields[name]!r}; it must be"):
-        Tiles(**({"block_m": 8, "block_n": 64, "block_k": 128, "stages": 2} | fields))
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "named"),
-    [
-        ({"tiles": "fast"}, TypeError, "`tiles` are 'fast'; take"),
-        ({"cores": 0}, ValueError, "`cores` is 0"),
-        ({"cores": 132.0}, ValueError, "`cores` is 132.0"),
-    ],
-)
-@pytest.mark.parametrize("name", ["weight-only", "eight bits"])
-def test_a_cut_that_is_none_is_refused(name, changed, error, named):
-    x, w = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8)
-    with pytest.raises(error, match=named):
-        if name == "weight-only":
-            weight_only.weight_only_matmul(x, w, jnp.ones((64, 2), jnp.bfloat16), group_size=128, **changed)
-        else:
-            eight_bit.eight_bit_matmul(x, w, jnp.ones(64, jnp.bfloat16), **changed)
-
-
-def test_tiles_of_single_warps_are_refused_for_eight_bits_on_both_sides():
-    with pytest.raises(TypeError, match=r"take Tiles\(...\), or None"):
-        eight_bit.eight_bit_matmul(jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones(64), tiles=Direct())
-
-
-@pytest.mark.parametrize(
-    ("norm", "error"), [("1e-5", TypeError), (True, TypeError), (-1e-5, ValueError), (float("nan"), ValueError), (float("inf"), ValueError)]
-)
-def test_a_norm_that_is_none_is_refused(norm, error):
-    x, w, s = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 2), jnp.bfloat16)
-    with pytest.raises(error, match="`norm` is"):
-        weight_only.weight_only_matmul(x, w, s, group_size=128, norm=norm)
-
-
-def test_switches_of_other_kernels_are_refused():
-    x, w = jnp.ones((64, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8)
-    with pytest.raises(ValueError, match=r"`tiles\.x_left` is True"):
-        weight_only.weight_only_matmul(x, w, jnp.ones((64, 1)), tiles=Tiles(64, 64, 128, 2, x_left=True))
-    for name in ("digits", "scale_first"):
-        with pytest.raises(ValueError, match=rf"`tiles\.{name}` is True"):
-            eight_bit.eight_bit_matmul(x, w, jnp.ones(64), tiles=Tiles(32, 128, 128, 2, warpgroups=2, **{name: True}))
-
-
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.bool_, jnp.float8_e4m3fn, jnp.complex64])
-def test_rows_of_eight_bits_that_are_no_floats_are_refused(dtype):
-    with pytest.raises(ValueError, match=r"`x` is .*must be bfloat16, float16 or float32"):
-        eight_bit.eight_bit_matmul(jnp.ones((1, 256), dtype), jnp.ones((64, 256), jnp.int8), jnp.ones(64))
-
-
-@pytest.mark.parametrize("group", [128.0, "128", 64])
-def test_groups_that_are_none_are_refused(group):
-    x, w = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8)
-    with pytest.raises(ValueError, match=f"`group_size` is {group!r}"):
-        weight_only.weight_only_matmul(x, w, jnp.ones((64, 2)), group_size=group)
-
-
-@pytest.mark.parametrize("name", ["x", "codes", "scales", "bias"])
-def test_what_is_no_array_is_refused_by_its_name(name):
-    given = {"x": jnp.ones((1, 256), jnp.bfloat16), "codes": jnp.ones((64, 256), jnp.int8)}
-    given |= {"scales": jnp.ones((64, 1)), "bias": jnp.ones(64)}
-    for function in (weight_only.weight_only_matmul, eight_bit.eight_bit_matmul):
-        with pytest.raises(TypeError, match=f"`{name}` is list .*must be an array"):
-            function(**{**given, name: [1.0, 2.0]})
-
-
-def test_what_is_no_switch_and_no_interpreter_is_refused():
-    x, w, s = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((64, 256), jnp.int8), jnp.ones((64, 1))
-    for interpret in (True, False, "yes"):
-        for function in (weight_only.weight_only_matmul, eight_bit.eight_bit_matmul):
-            with pytest.raises(TypeError, match=f"`interpret` is {interpret!r}; it must be None"):
-                function(x, w, s, interpret=interpret)
-    with pytest.raises(TypeError, match="`padded_scales` is 'no'"):
-        weight_only.weight_only_matmul(x, w, s, padded_scales="no")
-
-
-def test_digits_are_refused_for_other_codes_before_their_memory_is_counted():
-    x, tiles = jnp.ones((16, 1024), jnp.bfloat16), Tiles(16, 256, 512, 2, warpgroups=2, digits=True)
-    for codes, scales, group in ((jnp.int8, (256, 8), 128), (jnp.int4, (256, 1), None)):
-        with pytest.raises(ValueError, match=r"`tiles\.digits` is for codes of 4 bits in groups"):
-            w, s = jnp.zeros((256, 1024), codes), jnp.ones(scales, jnp.bfloat16)
-            weight_only.weight_only_matmul(x, w, s, group_size=group, tiles=tiles)
-
-
-def test_codes_that_cannot_lie_by_threads_are_refused():
-    with pytest.raises(TypeError, match="`codes` is list"):
-        by_threads([1, 2])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"`codes` are int4 \(2, 48\); the last axis must be a multiple of 32"):
-        by_threads(jnp.zeros((2, 48), jnp.int4))
-
-
-@pytest.mark.parametrize("k", [256, 1024, 2048])
-def test_a_forgotten_group_size_is_named(k):
-    x, w = jnp.ones((1, k), jnp.bfloat16), jnp.ones((64, k), jnp.int8)
-    with pytest.raises(ValueError, match=f"{k // 128} columns and `group_size` is None"):
-        weight_only.weight_only_matmul(x, w, jnp.ones((64, k // 128), jnp.bfloat16))
-
-
-@pytest.mark.parametrize(("n", "k"), [(0, 256), (64, 0)])
-def test_weights_of_nothing_are_refused(n, k):
-    x, w = jnp.ones((1, k), jnp.bfloat16), jnp.ones((n, k), jnp.int8)
-    with pytest.raises(ValueError, match="neither 0"):
-        weight_only.weight_only_matmul(x, w, jnp.ones((n, 1), jnp.bfloat16))
-    with pytest.raises(ValueError, match="neither 0"):
-        eight_bit.eight_bit_matmul(x, w, jnp.ones(n))
 
 
 @pytest.mark.parametrize("name", ["weight-only", "eight bits"])
