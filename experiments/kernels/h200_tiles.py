@@ -27,10 +27,11 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 3, 1088, 2048, 256, Direct(4, 1, 4)),
         ("int4", 1, 4096, 4096, 128, Direct(16, 8, 1)),
         ("int4", 1, 28672, 4096, 128, None),
-        ("int4", 8, 4096, 14336, 128, None),
+        ("int4", 8, 4096, 14336, 128, Direct(16, 4, 1, 4, wide=True)),
         ("int4", 8, 28672, 8192, 128, Direct(16, 2, 1)),
         ("int4", 4, 8192, 8192, 128, None),
         ("int4", 8, 8192, 8192, 128, None),
+        ("int4", 8, 8192, 8192, 128, Direct(16, 4, 1, 4, wide=True)),
         ("int4", 16, 8192, 8192, 128, None),
         ("int4", 32, 4096, 8192, 128, None),
         ("int4", 27, 17408, 1408, 128, None),
@@ -49,6 +50,11 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 16, 28672, 4096, 128, None),
         ("int4", 7, 14336, 4096, 128, None),
         ("int4", 12, 57344, 1024, 256, None),
+        ("int4", 8, 4096, 14336, 128, None),
+        ("int4", 13, 8192, 28672, 128, None),
+        ("int4", 40, 1984, 1408, 128, Tiles(16, 64, 256, 3, warpgroups=2, digits=True)),
+        ("int4", 20, 1088, 3968, 128, Tiles(8, 64, 256, 2, 3, warpgroups=2, digits=True)),
+        ("int4", 16, 960, 4096, 128, Tiles(16, 192, 512, 2, 4, warpgroups=3, digits=True)),
         ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, cluster=2)),
         ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, cluster=2)),
         ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True)),
@@ -108,7 +114,8 @@ def meeting(dry: bool) -> list[Job]:
         ("W4A16", 8, 8192, 8192),
     )  # fmt: skip
     chosen = [Job("W8A8", 512, 4096, 4096, tall), Job("W4A16", 512, 4096, 8640, uneven), Job("W4A16", 16, 8192, 8192, shared)]
-    chosen += [Job("W4A16", 16, 8192, 8192, digits), Job("W4A16", 16, 8192, 28672)]
+    chosen += [Job("W4A16", 16, 8192, 8192, digits), Job("W4A16", 16, 8192, 28672), Job("W4A16", 16, 8192, 8192)]
+    chosen += [Job("W4A16", 8, 14336, 4096), Job("W4A16", 8, 8192, 8192, Direct(16, 4, 1, 4, wide=True))]
     return [*chosen, *(Job(name, m, k, n) for name, m, k, n in shapes)]
 
 
@@ -157,6 +164,10 @@ def _narrow(m: int, n: int, bits: int, eight: bool) -> list[Iterator[Tiles]]:
 
     def digits() -> Iterator[Tiles]:
         if bits == 4 and m <= 32:
+            shared = ((128, 512, 2, 2), (64, 1024, 3, 1), (64, 1024, 2, 2), (64, 512, 3, 2), (128, 512, 3, 2))
+            for block_n, block_k, stages, split in shared:
+                if 66 <= -(-n // block_n) * split <= 132:
+                    yield Tiles(block_m, block_n, block_k, stages, split, warpgroups=2, digits=True)
             for block_n, stages in itertools.product((256, 128), (2, 3)):
                 yield Tiles(block_m, block_n, 512, stages, warpgroups=2, digits=True)
 

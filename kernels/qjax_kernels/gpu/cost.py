@@ -93,10 +93,10 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         products = s.most * s.high * s.own * 4 * s.quads  # 16 x 32 by 32 x 8
         compute = math.ceil(s.blocks / cores) * products * 16 * 32 * 8 / (2 * MACS) / CLOCK
         return Estimate(name, s.blocks, products, moved, compute, moved / BANDWIDTH, s.launched_bytes(tiles.blocks, cores))
-    if tiles.split_k > 1:
+    if tiles.added_after:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
-    if eight or tiles.digits:
-        moved += 2 * m * k * (2 if tiles.digits else 1)  # rows in another form
+    if eight:
+        moved += 2 * m * k  # rows in another form
     shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2, wide)
     depth = math.ceil(k / (tiles.block_k * tiles.split_k)) * tiles.block_k
     step = 32 if eight or tiles.digits else 16  # k of an instruction, which takes 64 rows of its left side

@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import arith
 
 from .digits_ring import digits_ring
 from .epilogue import Activation
+from .gathered import Gathered, gathering
 from .made_digits import make
 from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
 from .order import in_order
@@ -123,15 +124,16 @@ def digit_products(
     m, k = x.shape
     n = codes.shape[0]
     bm, bn, bk, workers = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
-    rows, pieces = bn // workers, bk // PIECE
+    rows, pieces = bn // tiles.beside, bk // PIECE // tiles.sharing
     shape = (rows, bm)
     staged = staging(shape, transpose=True)
     steps = -(-k // bk)
     per_copy = 16 // scales.dtype.itemsize
-    schedule = Schedule.of(-(-m // bm), -(-n // bn), steps, min(tiles.stages, steps), cores)
+    across, down, slots, alone = -(-m // bm), -(-n // bn), min(tiles.stages, steps), tiles.sums == 1
+    schedule = Schedule.of(across, down, steps, slots, cores) if alone else Schedule.whole(across, down, steps, slots)
 
     def piece(step, p, w_ref, s_ref, x_ref, t_ref, first_row, carry):
-        cols = slice(p * PIECE, (p + 1) * PIECE)
+        cols = pl.ds(p * PIECE, PIECE)
         own = pl.ds(first_row, rows)
         weight = _codes(w_ref.at[own, cols], interpret is not None)
 
@@ -161,18 +163,24 @@ def digit_products(
         made(x_ref, digits_ref, units_ref)  # pyright: ignore[reportCallIssue]
 
     end = Epilogue.of(bias, activation, split=False)
-    handed = room(schedule, 1, workers, shape, jnp.float32)
+    if alone:
+        handed, place = room(schedule, 1, workers, shape, jnp.float32), []
+    else:
+        handed, place = gathering(tiles, shape, schedule.groups, interpret is not None)
 
     def hopper_digits(x_gmem, w_gmem, s_gmem, *rest):
         given, (out_gmem, *rest) = end.taken(rest)
-        memory, (out_smem, *b_smem) = rest[: len(handed)], rest[len(handed) :]
+        memory, rest = rest[: len(handed)], rest[len(handed) :]
+        sums_smem, (out_smem, *b_smem) = rest[: len(place)], rest[len(place) :]
         warpgroup = lax.axis_index("wg")
-        first_row = warpgroup * rows
+        gathered = None if alone else Gathered(tiles, warpgroup, sums_smem[0], memory[0] if memory else None)
+        first_row = lax.rem(warpgroup, tiles.beside) * rows
+        first_piece = lax.div(warpgroup, tiles.beside) * pieces if tiles.sharing > 1 else 0
         added = end.vectors(given, b_smem, warpgroup)
 
         def advance(step, w_ref, s_ref, x_ref, t_ref, carry):
             for p in range(pieces):
-                carry = piece(step, p, w_ref, s_ref, x_ref, t_ref, first_row, carry)
+                carry = piece(step, first_piece + p, w_ref, s_ref, x_ref, t_ref, first_row, carry)
             return carry
 
         def begin(at: Piece):
@@ -200,13 +208,15 @@ def digit_products(
 
         digits_ring(
             advance, begin, arrived, finish, convert, tiles=tiles, schedule=schedule,
-            parts=Parts(memory, 0, warpgroup, interpret is not None), blocks=blocks, operands=[w_gmem, s_gmem], x=x_gmem, shape=shape,
+            parts=Parts(memory, 0, warpgroup, interpret is not None), gathered=gathered, blocks=blocks, operands=[w_gmem, s_gmem],
+            x=x_gmem, shape=shape,
         )  # fmt: skip
 
     kernel = plgpu.kernel(
         hopper_digits,
         out_type=(jax.ShapeDtypeStruct((m, n), jnp.bfloat16), *handed),
         scratch_types=[
+            *place,
             plgpu.SMEM((workers, *staged), jnp.bfloat16, transforms=swizzled(64, 16)),
             *end.scratch(workers, rows),
         ],

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from .gathered import Gathered
 from .mosaic import Layout, swizzled
 from .parts import Parts
 from .ring import divided, fill, own_pieces, stages_of
@@ -24,8 +25,8 @@ from .tiles import PIECE, Tiles
 
 def digits_ring(
     advance: Callable[..., jax.Array], begin: Callable[[Piece], None], arrived: Callable[[], None], finish: Callable,
-    convert: Callable[..., None], *, tiles: Tiles, schedule: Schedule, parts: Parts, blocks: Callable[[Any], Sequence],
-    operands: Sequence, x: Any, shape: tuple[int, int],
+    convert: Callable[..., None], *, tiles: Tiles, schedule: Schedule, parts: Parts, gathered: Gathered | None,
+    blocks: Callable[[Any], Sequence], operands: Sequence, x: Any, shape: tuple[int, int],
 ) -> None:  # fmt: skip
     """Computes the pieces of a thread block.
 
@@ -39,7 +40,8 @@ def digits_ring(
       convert: of references to a tile of x, digits and units: writes the two, so that the tensor cores see them.
       tiles: the cut, of two warpgroups or more.
       schedule: of the pieces.
-      parts: where sums lie that others end.
+      parts: where sums lie that other groups end.
+      gathered: what others of the group have of a sum; None where nobody has.
       blocks: of the block's rows of w: the blocks of a stage, whose index maps take its number.
       operands: references in device memory, one for every block.
       x: (M, K) in device memory.
@@ -50,6 +52,7 @@ def digits_ring(
 
     def scoped(buffers: Sequence, rows, digits, units, produced, here, ready, consumed) -> None:
         def copy(piece: Piece) -> None:
+            piece = gathered.piece(piece) if gathered else piece
             maker = _Maker(convert, x, piece, (bm, bk), rows, digits, units, here, ready)
             weights = blocks(piece.n)
             ahead = jnp.minimum(piece.first + slots, piece.last)
@@ -66,7 +69,11 @@ def digits_ring(
                 bring(stage)
                 maker.make(stage)
 
+            if gathered and gathered.memory is None:
+                gathered.meet()
+
         def compute(piece: Piece) -> None:
+            piece = gathered.piece(piece) if gathered else piece
             begin(piece)
 
             # Turns of the ring written out take more registers than there are.
@@ -81,7 +88,10 @@ def digits_ring(
             zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), Layout.WGMMA)
             total = lax.fori_loop(piece.first, piece.last, add, zeros)
             arrived()
-            parts.end(piece, group, schedule, total, finish)
+            if gathered:
+                gathered.end(piece, group, total, finish)
+            else:
+                parts.end(piece, group, schedule, total, finish)
 
         divided(lambda: each(copy), lambda: each(compute), tiles, consumed)
 

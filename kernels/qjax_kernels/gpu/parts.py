@@ -102,7 +102,7 @@ class Parts:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), Layout.WGMMA))
         def write(_, target, own):
             w, at = Warps(), _thread_place(target)
-            words = [w.as_integer(Real(value)) if own.mlir_dtype == ir.F32Type.get() else Int(value) for value in _scalars(own)]
+            words = words_of(w, own)
             for i in range(0, len(words), 4):
                 w.store_words(at + i * 4 * THREADS, *words[i : i + 4])
 
@@ -118,13 +118,7 @@ class Parts:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=kind)
         def read(_, source):
             w, at = Warps(), _thread_place(source)
-            registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((rows, size)), dtype=object)
-            words = [word for i in range(0, 2 * registers.size, 4) for word in w.load_shared_by_all(at + i * 4 * THREADS, 4)]
-            values = [w.as_real(word).value if dtype == jnp.float32 else word.value for word in words]
-            pair = ir.VectorType.get((2,), values[0].type)
-            for i, index in enumerate(np.ndindex(registers.shape)):
-                registers[index] = vector.from_elements(pair, values[2 * i : 2 * i + 2])
-            return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None if dtype == jnp.float32 else True)
+            return array_of(w, lambda i: w.load_shared_by_all(at + i * 4 * THREADS, 4), (rows, size), dtype)
 
         return read(place)  # pyright: ignore[reportCallIssue]
 
@@ -164,9 +158,26 @@ def _one_thread() -> Any:
 
 def _thread_place(reference: Any) -> Long:
     """Where the numbers of a thread of a warpgroup begin: sixteen bytes behind those of the thread before."""
-    return device_address(reference) + (Int(mgpu_utils.thread_idx()) % THREADS) * 16
+    return device_address(reference) + thread() * 16
 
 
-def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
-    """The numbers of a thread, which lie in vectors of two."""
-    return [vector.extract(register, [], [i]) for _, register in np.ndenumerate(array.registers) for i in range(2)]
+def thread() -> Int:
+    """The number of a thread in its warpgroup."""
+    return Int(mgpu_utils.thread_idx()) % THREADS
+
+
+def words_of(w: Warps, array: mgpu.FragmentedArray) -> list[Int]:
+    """The numbers of a thread, four bytes each, of an array (R, C) that lies as sums of the tensor cores do."""
+    values = [vector.extract(register, [], [i]) for _, register in np.ndenumerate(array.registers) for i in range(2)]
+    return [w.as_integer(Real(value)) if array.mlir_dtype == ir.F32Type.get() else Int(value) for value in values]
+
+
+def array_of(w: Warps, load: Callable[[int], list[Int]], shape: tuple[int, int], dtype: Any) -> mgpu.FragmentedArray:
+    """The array whose words are those of `words_of`: `load` gives four, from one on."""
+    registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+    words = [word for i in range(0, 2 * registers.size, 4) for word in load(i)]
+    values = [w.as_real(word).value if dtype == jnp.float32 else word.value for word in words]
+    pair = ir.VectorType.get((2,), values[0].type)
+    for i, index in enumerate(np.ndindex(registers.shape)):
+        registers[index] = vector.from_elements(pair, values[2 * i : 2 * i + 2])
+    return mgpu.FragmentedArray(_registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None if dtype == jnp.float32 else True)

@@ -112,7 +112,7 @@ def launch(tiles: Tiles, schedule: Schedule | None, grid: tuple[int, int, int] =
     """
     stay = {"grid": (schedule.groups,), "grid_names": ("group",)} if schedule else {"grid": grid, "grid_names": ("k", "n", "m")}
     threads = {} if tiles.warpgroups == 1 else {"num_threads": tiles.warpgroups + 1, "thread_name": "wg"}
-    return stay | threads | ({} if tiles.cluster == 1 else {"cluster": (tiles.cluster,), "cluster_names": ("cluster",)})
+    return stay | threads | ({} if tiles.together == 1 else {"cluster": (tiles.together,), "cluster_names": ("cluster",)})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,6 +66,11 @@ class Schedule:
         equal = every.groups // tiles * tiles
         return dataclasses.replace(every, groups=equal) if equal >= 0.9 * every.groups and equal > tiles else every
 
+    @staticmethod
+    def whole(across: int, down: int, stages: int, slots: int) -> "Schedule":
+        """A group for every tile."""
+        return Schedule(across, down, stages, slots, across * down)
+
     @property
     def longest(self) -> float:
         """Stages that pass until the last group is done, about."""

@@ -7,7 +7,7 @@ ROWS = 64  # of w: those of a weight are a multiple of it
 PIECE = 128  # k that share a scale of x as digits, and that one run of tensor-core instructions takes
 FRACTION = 13  # bits of digits below the leading one of the largest element of a piece
 COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
-MAKER_REGISTERS = 72  # where it makes digits besides
+MAKER_REGISTERS = 104  # where it makes digits besides: with 72 some were put aside (64 rows of w, three stages, jax 0.10.2)
 
 
 def launched_registers(warpgroups: int) -> int:
@@ -31,7 +31,8 @@ class Tiles:
       block_n: rows of w that a thread block takes, a multiple of 64 for every compute warpgroup.
       block_k: of K a pipeline stage holds, a multiple of 128.
       stages: of the pipeline, all in shared memory.
-      split_k: thread blocks that share the K of one tile of y; their float32 sums are added by a second program.
+      split_k: thread blocks that share the K of one tile of y; their float32 sums are added by a second program, or with `digits` inside a
+        cluster, of 8 at most.
       warpgroups: that compute. A single one copies too, and several thread blocks fit on a multiprocessor (few rows, bound by memory);
         beside two or more, another warpgroup copies, and does nothing else but make digits (many rows, bound by the tensor cores).
       scale_first: the weight is scaled before the tensor cores see it (code times scale is rounded to bfloat16); otherwise the float32 sum
@@ -39,7 +40,7 @@ class Tiles:
       x_left: rows of x stand on the left of the tensor cores, 64 for every warpgroup; otherwise rows of w do. Only for eight bits on both
         sides.
       digits: rows of x become two eight-bit digits and the sums of a group integers, for which nibbles need next to no work; the warpgroup
-        that copies makes them. Four-bit codes in groups, and two warpgroups or more.
+        that copies makes them. Four-bit codes in groups, and two warpgroups or more, which share each stage where `block_n` is 64.
       cluster: thread blocks that receive each block of one operand together: of w those with neighbouring rows of x (eight bits on both
         sides), of x those with neighbouring rows of w (weight-only). Needs two warpgroups.
     """
@@ -64,7 +65,7 @@ class Tiles:
         if self.digits and (self.x_left or self.scale_first):
             on = "x_left" if self.x_left else "scale_first"
             raise ValueError(f"`digits` puts rows of w on the left and scales sums of integers; leave `{on}` False")
-        if self.warpgroups < 1 or left % (64 * self.warpgroups) or left < 64:
+        if self.warpgroups < 1 or left % (64 * self.beside) or left < 64:
             least = 64 * max(1, self.warpgroups)
             raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; it must be a multiple of {least}, 64 rows for each")
         wanted = self.warpgroups * self.worker_registers + self.copier_registers
@@ -73,6 +74,11 @@ class Tiles:
         if self.digits and (self.warpgroups < 2 or self.cluster > 1 or self.block_m > 32):
             given = f"`warpgroups` {self.warpgroups}, `cluster` {self.cluster} and `block_m` {self.block_m}"
             raise ValueError(f"`digits` with {given}: it needs two warpgroups or more, no cluster, and 32 rows of x at most")
+        if self.digits and self.split_k > 8:
+            raise ValueError(f"`split_k` is {self.split_k}; with `digits` 8 thread blocks share K at most")
+        if self.block_k // PIECE % self.sharing:
+            shared = PIECE * self.sharing
+            raise ValueError(f"`block_k` is {self.block_k}; {self.sharing} warpgroups share it, so it must be a multiple of {shared}")
         if self.x_left and (self.block_n % 8 or not 8 <= self.block_n <= 256):
             raise ValueError(f"`block_n` is {self.block_n}; with `x_left` it must be a multiple of 8 from 8 to 256")
         if self.block_n > 256:
@@ -88,6 +94,31 @@ class Tiles:
             raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
         if self.stages < 1 or self.split_k < 1:
             raise ValueError(f"`stages` is {self.stages} and `split_k` {self.split_k}; both start at 1")
+
+    @property
+    def beside(self) -> int:
+        """Warpgroups with different rows of w (of x with `x_left`)."""
+        return 1 if self.digits and self.block_n == 64 else self.warpgroups
+
+    @property
+    def sharing(self) -> int:
+        """Warpgroups of a block that share rows, and each stage."""
+        return self.warpgroups // self.beside
+
+    @property
+    def sums(self) -> int:
+        """Warpgroups that have a sum of the same tile, which one of them gathers (`gathered`)."""
+        return self.sharing * (self.split_k if self.digits else 1)
+
+    @property
+    def added_after(self) -> bool:
+        """Whether a second program adds the sums of parts of K."""
+        return self.split_k > 1 and not self.digits
+
+    @property
+    def together(self) -> int:
+        """Thread blocks of a cluster."""
+        return self.split_k if self.digits else self.cluster
 
     @property
     def copier_registers(self) -> int:
@@ -113,10 +144,11 @@ class Tiles:
         bias the bytes are the same.
         """
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
-        out = left * min(right, 64) * (4 if self.split_k > 1 else out_bytes)
+        out = left * min(right, 64) * (4 if self.added_after else out_bytes) * self.sharing
+        gathered = left * right * 4 * self.sums if self.sums > 1 else 0
         of_w, of_x = (self.warpgroups * right, left) if self.x_left else (left, self.warpgroups * right)
         vectors = 4 * (2 * of_w + (of_x if x_bytes == 1 else 0))
-        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + vectors + 1024
+        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + gathered + vectors + 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,13 +202,13 @@ def blocks(m: int, n: int, tiles: Tiles) -> int:
 
 def stays(tiles: Tiles, group: int | None) -> bool:
     """Whether thread blocks stay on their multiprocessors and take one tile after another: where sums stay with the tensor cores, and with
-    digits.
+    digits unless sums are gathered.
 
     Args:
       tiles: the cut.
       group: consecutive k that share a scale, None per channel.
     """
-    return tiles.warpgroups > 1 and (tiles.scale_first or tiles.x_left or tiles.digits or group is None)
+    return tiles.warpgroups > 1 and tiles.sums == 1 and (tiles.scale_first or tiles.x_left or tiles.digits or group is None)
 
 
 def padded_rows(m: int) -> int:

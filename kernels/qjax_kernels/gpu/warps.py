@@ -286,6 +286,24 @@ class Warps:
         text = f"st.shared{self._vector(len(values))}.b32 [$0], {{{named}}};"
         self._asm(text, None, f"r,{kinds},~{{memory}}", offset, *values, effects=True)
 
+    def in_cluster(self) -> Int:
+        """The number of the block in its cluster."""
+        return Int(self._asm("mov.u32 $0, %cluster_ctarank;", "i32", "=r"))
+
+    def of_neighbour(self, offset: Int, block: Int) -> Int:
+        """Where a place of shared memory is in a block of the cluster, for `store_neighbour`."""
+        return Int(self._asm("mapa.shared::cluster.u32 $0, $1, $2;", "i32", "=r,r,r", offset, block))
+
+    def store_neighbour(self, address: Int, *words: Int) -> None:
+        """4 words to the shared memory of a block of the cluster, which has them after `meet_cluster`."""
+        named = ", ".join(f"${i + 1}" for i in range(len(words)))
+        text = f"st.shared::cluster{self._vector(len(words))}.b32 [$0], {{{named}}};"
+        self._asm(text, None, f"r{',r' * len(words)},~{{memory}}", address, *words, effects=True)
+
+    def meet_cluster(self) -> None:
+        """Waits for all threads of the cluster, and for what they wrote before."""
+        self._asm("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;", None, "~{memory}", effects=True)
+
     def product(self, a: Sequence[Int], b: Sequence[Int], c: Sequence[Int]) -> list[Int]:
         """c + a b of 16 x 32 by 32 x 8 signed bytes (mma.m16n8k32)."""
         result = _type("!llvm.struct<(i32, i32, i32, i32)>")

@@ -218,5 +218,5 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
         y = digit_products(x, codes, scales, group=group_size or k, cores=cores, **end)
     else:
         y = weight_only(x, codes, scales, bits=bits, group=group_size, cores=cores, **end)
-    y = added_up(y, bias, activation, x.dtype) if tiles.split_k > 1 else y
+    y = added_up(y, bias, activation, x.dtype) if tiles.added_after else y
     return y[:m]

@@ -1,5 +1,7 @@
 """The tiles of Hopper kernels: which are taken, and that they fit and are lowered."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -27,13 +29,29 @@ def test_five_to_sixteen_rows_of_wide_weights_are_digits_of_their_blocks(n, k, b
         (36864, 3072, None, None),  # 144 of 256: a second wave of twelve
         (36864, 8192, None, 256),  # which all of them share
         (57344, 4096, 256, 256),
-        (8192, 8192, None, None),
+        (8192, 8192, 64, 128),
+        (12288, 4096, None, None),  # 192 of 64, 96 of 128
+        (2048, 4096, None, None),  # 64 of 64, where K is shared by two
+        (4096, 2048, None, None),
     ],
 )
 def test_digits_are_for_weights_that_keep_multiprocessors_busy(n, k, eight, sixteen):
     found = [weight_only_tiles(m, n, k, 4) for m in (8, 16)]
     taken = [tiles.block_n if isinstance(tiles, Tiles) and tiles.digits else None for tiles in found]
     assert taken == [eight, sixteen]
+
+
+@pytest.mark.parametrize(("n", "k", "scale_bytes"), [(8192, 8192, 2), (6144, 4096, 4), (4096, 4096, 2), (4096, 14336, 4), (8192, 28672, 2)])
+def test_narrow_weights_have_one_block_for_a_multiprocessor_which_shares_k(n, k, scale_bytes):
+    for m in (5, 8, 9, 16):
+        tiles = weight_only_tiles(m, n, k, 4, scale_bytes=scale_bytes)
+        if m > 8 and k > 8192 and n == 4096:
+            assert isinstance(tiles, Tiles) and not tiles.digits, "pairs of narrow blocks read x too often there"
+            continue
+        assert isinstance(tiles, Tiles) and tiles.digits and tiles.sums > 1
+        assert 92 <= math.ceil(n / tiles.block_n) * tiles.split_k <= 132
+        assert tiles.shared_bytes(4, scale_bytes) <= SHARED_BYTES
+        assert 128 * 16 // scale_bytes % tiles.block_k == 0, "scales of a stage are copied at once"
 
 
 @pytest.mark.parametrize("m", [1, 50, 100, 300, 512, 4096])

@@ -12,10 +12,13 @@ DECODE = Request(Device("cuda", "sm_90a", 132), 16, 4096, 4096, Weight("int", 4,
 
 def test_bytes_and_instructions_are_those_of_the_tiles():
     least = 4096 * 4096 // 2 + 4096 * 32 * 4
-    cost = estimate(DECODE)  # blocks of 64 rows of w, K in four parts, whose float32 sums are written and read
-    assert cost.bytes == least + 2 * 2 * 16 * 4096 + 2 * 4 * 4 * 16 * 4096
-    assert (cost.blocks, cost.products) == (64 * 4, 1024 // 16)
+    cost = estimate(DECODE)  # pairs of blocks of 64 rows of w, whose sums stay in shared memory, products of 64 x 32 by 32 x 32
+    assert cost.bytes == least + 2 * 2 * 16 * 4096
+    assert (cost.blocks, cost.products) == (64 * 2, 2048 // 32)
     assert cost.memory == cost.bytes / BANDWIDTH == cost.seconds
+    more = estimate(dataclasses.replace(DECODE, m=32))  # blocks of 64 rows of w, K in four parts, whose float32 sums are written and read
+    assert more.bytes == least + 2 * 2 * 32 * 4096 + 2 * 4 * 4 * 32 * 4096
+    assert (more.blocks, more.products) == (64 * 4, 1024 // 16)
     one = estimate(dataclasses.replace(DECODE, m=1))  # a block for each of 256 tiles of 16 rows, products of 16 x 32 by 32 x 8
     assert one.bytes == least + 2 * 2 * 1 * 4096
     assert (one.blocks, one.products) == (4096 // 16, 4096 // 32)

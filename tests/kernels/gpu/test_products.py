@@ -121,23 +121,30 @@ def test_tiles_that_blocks_share(m, n, bits, group, tiles, cores):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("m", "n", "k", "group", "block_k", "stages", "cores", "scale"),
+    ("m", "n", "k", "group", "block_k", "stages", "cores", "scale", "cut"),
     [
-        (20, 200, 1024, 128, 256, 2, 132, jnp.bfloat16),  # two blocks of rows, a tail of N
-        (13, 128, 1408, 128, 256, 4, 132, jnp.float32),  # a tail of K, turns that are not whole
-        (3, 512, 1024, 256, 512, 2, 2, jnp.float16),  # two whole tiles a block, one after the other
-        (9, 384, 2048, 128, 128, 2, 7, jnp.float32),  # three tiles among seven blocks
-        (20, 384, 2048, 128, 128, 3, 4, jnp.bfloat16),  # six among four: pieces and whole tiles
-        (15, 128, 384, 384, 384, 2, 132, jnp.float16),  # one stage
+        (20, 200, 1024, 128, 256, 2, 132, jnp.bfloat16, {}),  # two blocks of rows, a tail of N
+        (13, 128, 1408, 128, 256, 4, 132, jnp.float32, {}),  # a tail of K, turns that are not whole
+        (3, 512, 1024, 256, 512, 2, 2, jnp.float16, {}),  # two whole tiles a block, one after the other
+        (9, 384, 2048, 128, 128, 2, 7, jnp.float32, {}),  # three tiles among seven blocks
+        (20, 384, 2048, 128, 128, 3, 4, jnp.bfloat16, {}),  # six among four: pieces and whole tiles
+        (15, 128, 384, 384, 384, 2, 132, jnp.float16, {}),  # one stage
+        (13, 128, 1408, 128, 256, 2, 132, jnp.float32, {"block_n": 64}),  # warpgroups share stages, the last half full
+        (20, 200, 1536, 384, 384, 3, 4, jnp.bfloat16, {"block_n": 64, "warpgroups": 3}),  # more tiles than multiprocessors
+        (3, 200, 1152, 384, 128, 2, 132, jnp.float32, {"split_k": 2}),  # clusters: nine stages in two parts
+        (9, 128, 256, 128, 128, 2, 132, jnp.bfloat16, {"split_k": 3}),  # the first part has no stage
+        (20, 192, 1024, 128, 256, 2, 132, jnp.bfloat16, {"block_n": 64, "split_k": 2}),  # both, of two blocks of rows
+        (9, 192, 1024, 128, 128, 2, 132, jnp.bfloat16, {"block_n": 192, "warpgroups": 3, "split_k": 2}),  # one block ends two thirds
     ],
 )
-def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores, scale):
+def test_digits_that_blocks_make(m, n, k, group, block_k, stages, cores, scale, cut):
     pytest.importorskip("absl")
     from qjax_kernels.gpu.digits_kernel import digits, units
 
     from tests.kernels.gpu.interpreter import interpreter, register_operands
 
-    draw, tiles = np.random.default_rng(0), Tiles(16 if m > 8 else 8, 128, block_k, stages, warpgroups=2, digits=True)
+    cut = {"block_n": 128, "warpgroups": 2} | cut
+    draw, tiles = np.random.default_rng(0), Tiles(16 if m > 8 else 8, block_k=block_k, stages=stages, digits=True, **cut)
     codes = draw.integers(-8, 8, (n, k))
     scales = jnp.asarray(draw.uniform(0.01, 0.1, (n, k // group)), scale)
     x, bias = jnp.asarray(draw.normal(size=(m, k)), jnp.bfloat16), jnp.asarray(draw.normal(size=n), jnp.float32)

@@ -16,7 +16,7 @@ HOPPER = Device("cuda", "sm_90a", 132)
 def test_blocks_that_stay_take_no_split():
     x, how = jnp.ones((64, 1024), jnp.bfloat16), {"split_k": 2, "warpgroups": 2}
     four, eight = jnp.zeros((128, 1024), jnp.int4), jnp.zeros((128, 1024), jnp.int8)
-    for tiles in (Tiles(64, 128, 128, 2, scale_first=True, **how), Tiles(32, 128, 128, 2, digits=True, **how)):
+    for tiles in (Tiles(64, 128, 128, 2, scale_first=True, **how), Tiles(32, 128, 256, 2, scale_first=True, **how)):
         run = functools.partial(weight_only.weight_only_matmul, group_size=128, tiles=tiles)
         with pytest.raises(ValueError, match="leave it 1"):
             jax.eval_shape(run, x, four, jnp.ones((128, 8)))
@@ -108,6 +108,8 @@ def test_why_not_names_the_obstacle(request_, named):
         {"block_n": 128, "warpgroups": 2, "cluster": 3}, {"block_m": 128, "block_n": 128, "warpgroups": 2, "cluster": 16},
         {"digits": True}, {"block_n": 128, "warpgroups": 2, "digits": True, "scale_first": True},
         {"block_m": 40, "block_n": 128, "warpgroups": 2, "digits": True},
+        {"warpgroups": 2, "digits": True}, {"block_n": 128, "warpgroups": 3, "digits": True},
+        {"block_n": 128, "warpgroups": 2, "digits": True, "split_k": 9},
     ],
 )  # fmt: skip
 def test_tiles_refuse_what_no_kernel_has(fields):

@@ -24,6 +24,7 @@ CASES = [  # blocks hand each other sums in all of them: bits, M, N, K, tiles; t
     (4, 384, 1984, 2048, CUT),
     (8, 256, 1024, 2048, PAIR),
     (None, 512, 1024, 2048, LEFT),
+    (4, 16, 1024, 4096, Tiles(16, 64, 512, 2, 2, warpgroups=2, digits=True)),
     (4, 16, 1024, 8192, Direct(16, 2, 1, split_k=4, wide=True)),
 ]
 
