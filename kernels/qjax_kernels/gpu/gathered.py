@@ -14,7 +14,7 @@ from .mosaic import Layout
 from .parts import THREADS, array_of, thread, words_of
 from .schedule import Piece
 from .tiles import Tiles
-from .warps import Warps, shared_address
+from .warps import Int, Warps, shared_address
 
 
 def gathering(tiles: Tiles, shape: tuple[int, int], groups: int, interpreted: bool) -> tuple[tuple[jax.ShapeDtypeStruct, ...], list]:
@@ -123,10 +123,7 @@ class Gathered:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), Layout.WGMMA))
         def send(_, place, sums):
             w = Warps()
-            words, warpgroup, block = words_of(w, sums), w.thread // THREADS, w.in_cluster()
-            rows, number = warpgroup % tiles.beside, block * tiles.sharing + warpgroup // tiles.beside
-            at = shared_address(place) + (rows * tiles.sums + number) * (total.size * 4) + thread() * 16
-            at = w.of_neighbour(at, rows % tiles.split_k)
+            words, at = words_of(w, sums), sent_to(w, tiles, shared_address(place), total.size * 4)
             for i in range(0, len(words), 4):
                 w.store_neighbour(at + i * 4 * THREADS, *words[i : i + 4])
 
@@ -144,3 +141,17 @@ class Gathered:
             return array_of(w, lambda i: w.load_shared(at + i * 4 * THREADS, 4), shape, jnp.float32)
 
         return take(self.place.at[self.rows, number])  # pyright: ignore[reportCallIssue]
+
+
+def sent_to(w: Warps, tiles: Tiles, place: Int, size: int) -> Int:
+    """Where the numbers of a thread go: into its part of the sum of its warpgroup, in the block that ends those rows.
+
+    Args:
+      w: the instructions.
+      tiles: the cut.
+      place: where (beside, sums) sums begin in shared memory.
+      size: of a sum, in bytes.
+    """
+    warpgroup, thread_of = w.thread // THREADS, w.thread % THREADS
+    rows, number = warpgroup % tiles.beside, w.in_cluster() * tiles.sharing + warpgroup // tiles.beside
+    return w.of_neighbour(place + (rows * tiles.sums + number) * size + thread_of * 16, rows % tiles.split_k)

@@ -146,9 +146,10 @@ class Tiles:
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
         out = left * min(right, 64) * (4 if self.added_after else out_bytes) * self.sharing
         gathered = left * right * 4 * self.sums if self.sums > 1 else 0
+        between = 2048 if self.digits else 1024  # with barriers; arrays begin at multiples of up to 1024 bytes
         of_w, of_x = (self.warpgroups * right, left) if self.x_left else (left, self.warpgroups * right)
         vectors = 4 * (2 * of_w + (of_x if x_bytes == 1 else 0))
-        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + gathered + vectors + 1024
+        return self.stages * self.stage_bytes(bits, scale_bytes, x_bytes) + out + gathered + vectors + between
 
 
 @dataclasses.dataclass(frozen=True)

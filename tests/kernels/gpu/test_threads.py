@@ -2,19 +2,16 @@
 
 import concurrent.futures
 import functools
-import re
 import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src.interpreters import mlir
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from qjax_kernels.gpu.eight_bit import eight_bit_matmul
 from qjax_kernels.gpu.tiles import Direct, Tiles
-from qjax_kernels.gpu.weight_only import weight_only_matmul
+
+from tests.kernels.gpu.lowering import lowered
 
 PAIR = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
 CUT = Tiles(128, 192, 128, 2, warpgroups=3, scale_first=True)
@@ -27,33 +24,6 @@ CASES = [  # blocks hand each other sums in all of them: bits, M, N, K, tiles; t
     (4, 16, 1024, 4096, Tiles(16, 64, 512, 2, 2, warpgroups=2, digits=True)),
     (4, 16, 1024, 8192, Direct(16, 2, 1, split_k=4, wide=True)),
 ]
-
-
-def lowered(bits: int | None, m: int, n: int, k: int, tiles) -> list[str]:
-    """The kernels of a product, as they go to the compiler, without names of files."""
-    shape = jax.ShapeDtypeStruct
-    x, codes = shape((m, k), jnp.bfloat16), shape((n, k), jnp.int4 if bits == 4 else jnp.int8)
-    if bits is None:
-        function, scales = lambda x, w, s: eight_bit_matmul(x, w, s, tiles=tiles), shape((n, 1), jnp.bfloat16)
-    else:
-        function = lambda x, w, s: weight_only_matmul(x, w, s, group_size=128, tiles=tiles)  # noqa: E731
-        scales = shape((n, k // 128), jnp.bfloat16)
-    module = jax.jit(function).trace(x, codes, scales).lower(lowering_platforms=("cuda",)).compiler_ir()
-    found: list[str] = []
-
-    def visit(operation) -> ir.WalkResult:
-        if operation.name == "stablehlo.custom_call" and "mhlo.backend_config" in operation.attributes:
-            context = mlir.make_ir_context()
-            context.allow_unregistered_dialects = True
-            with context:
-                kernel = ir.Module.parse(ir.StringAttr(operation.attributes["mhlo.backend_config"]["module"]).value_bytes)
-                text = str(kernel.operation.get_asm(enable_debug_info=False))
-            found.append(re.sub(r'mosaic_gpu.dump_basename( = "\w*")?', "", text))
-        return ir.WalkResult.ADVANCE
-
-    assert module is not None
-    module.operation.walk(visit)
-    return found
 
 
 @pytest.fixture
