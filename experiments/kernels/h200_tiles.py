@@ -16,6 +16,7 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 8, 64, 1024, 128, Tiles(8, 64, 256, 2)),
         ("int4", 16, 64, 1024, 128, Tiles(16, 64, 256, 2)),
         ("int8c", 3, 192, 512, None, Tiles(8, 64, 128, 2, split_k=2)),
+        ("int4", 5, 128, 768, 128, Tiles(8, 64, 256, 2, 2, warpgroups=2, digits=True)),
     ]
     if dry:
         return small

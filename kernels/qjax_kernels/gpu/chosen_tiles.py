@@ -13,7 +13,7 @@ def weight_only_tiles(
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
     With 1 to 8 rows codes go straight into registers (`direct_tiles`), of eight bits up to 16 where a weight in groups is large, of four
-    bits up to 4 where it is wide enough for blocks that make digits; else through a pipeline (`pipelined_tiles`).
+    bits up to 4 where blocks that make digits keep most multiprocessors busy; else through a pipeline (`pipelined_tiles`).
 
     Args:
       m: rows of x.
@@ -30,15 +30,15 @@ def weight_only_tiles(
 
     Example:
       >>> weight_only_tiles(1, 28672, 8192, 4), weight_only_tiles(16, 4096, 4096, 4).split_k
-      (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 4)
+      (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 2)
     """
     large = bits == 8 and group is not None and n * k >= _LARGE
-    digits = bits == 4 and group is not None and m > 4 and not normed and _digits(m, n, k, cores, group, scale_bytes) is not None
+    digits = bits == 4 and group is not None and m > 4 and not normed and _digits(m, n, k, cores) is not None
     if (m <= DIRECT_ROWS and not digits) or (m <= 2 * DIRECT_ROWS and large):
         tiles = direct_tiles(m, k, bits, scale_bytes)
         if tiles.split_k <= cores * tiles.blocks:  # so many wait for each other
             return tiles
-    return pipelined_tiles(m, n, k, bits, cores, group, scale_bytes)
+    return pipelined_tiles(m, n, k, bits, cores, group)
 
 
 # Rows of x; 16, of four bits, were slower than a pipeline: 4096 x 4096 7.7 for 7.0 us, 8192 x 8192 16.7 for 15.0, 8192 x 28672 42 for 39.5.
@@ -81,7 +81,7 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
     return tiles
 
 
-def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2) -> Tiles:
+def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128) -> Tiles:
     """The tiles of products whose codes pass through shared memory.
 
     Few rows are bound by memory: thread blocks are small, so that a few of them live on every multiprocessor, and K is split until they all
@@ -97,7 +97,6 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
       bits: of a code, 4 or 8.
       cores: multiprocessors of the GPU.
       group: consecutive k that share a scale; None per channel.
-      scale_bytes: of a scale.
 
     Returns:
       Tiles that fit into shared memory.
@@ -108,7 +107,7 @@ def pipelined_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: 
         return _many_rows(m, n, k, bits, cores)
     if packed and n >= 64 * 2 * cores and m > _NARROW_ROWS:
         return Tiles(block_m, 256, 128, 4, warpgroups=2, cluster=_pairs(n, block_m))
-    if packed and group is not None and (tiles := _digits(m, n, k, cores, group, scale_bytes)):
+    if packed and group is not None and (tiles := _digits(m, n, k, cores)):
         return tiles
     if packed and m > _NARROW_ROWS:
         pair = Tiles(block_m, 128, 128, 4, warpgroups=2)
@@ -124,7 +123,7 @@ def _whole_eights(m: int) -> int:
     return max(8, math.ceil(m / 8) * 8)
 
 
-def _digits(m: int, n: int, k: int, cores: int, group: int, scale_bytes: int) -> Tiles | None:
+def _digits(m: int, n: int, k: int, cores: int) -> Tiles | None:
     """Blocks that make digits, each for itself: 256 rows of w share them if that leaves two of three multiprocessors work, else 128.
 
     Timed were 64 to 112 blocks of a GPU of 132 multiprocessors. With up to 8 rows nothing is gained where fewer of them have work
@@ -141,22 +140,21 @@ def _digits(m: int, n: int, k: int, cores: int, group: int, scale_bytes: int) ->
     even = n <= 256 * cores or _schedule(m, n, k, tall, cores).shared > 0
     if m > DIRECT_ROWS and n >= 128 * cores and even:
         return tall
-    return _gathered(m, n, k, cores, group, scale_bytes)
+    return _gathered(m, n, k, cores)
 
 
-def _gathered(m: int, n: int, k: int, cores: int, group: int, scale_bytes: int) -> Tiles | None:
+def _gathered(m: int, n: int, k: int, cores: int) -> Tiles | None:
     """Blocks that make digits, one for a multiprocessor, whose warpgroups or pairs share K: of weights too narrow for those of `_digits`.
 
-    Pairs of blocks of 64 rows read x the most often: at 16 rows of 14336 x 4096 they take 14.9 us for 14.6, of 4096 x 4096 6.4 for 6.9.
-    Stages of 512 columns are slower (13.3 us for 12.1 at 8 rows of 8192 x 8192), but scales of four bytes are copied for so many. A
-    shorter K was not timed.
+    Pairs of blocks of 64 rows read x the most often: at 16 rows of 14336 x 4096 they take 14.9 to 15.6 us for 14.6, of
+    4096 x 4096 6.4 for 6.9.
+    Timed were scales of two bytes; a shorter K was not.
     """
     if k < 4096:
         return None
-    long = group * 16 // scale_bytes % 1024 == 0
     halves = Tiles(_whole_eights(m), 128, 512, 2, split_k=2, warpgroups=2, digits=True)
-    narrow = dataclasses.replace(halves, block_n=64, block_k=1024 if long else 512, stages=2 if long else 3)
-    ways = [halves] if m > DIRECT_ROWS or not long else [dataclasses.replace(narrow, split_k=1, stages=3)]
+    narrow = dataclasses.replace(halves, block_n=64, block_k=1024)
+    ways = [halves] if m > DIRECT_ROWS else [dataclasses.replace(narrow, split_k=1, stages=3)]
     ways += [narrow] if m <= DIRECT_ROWS or k <= 8192 else []
     return next((tiles for tiles in ways if 0.7 * cores <= blocks(m, n, tiles) <= cores), None)
 

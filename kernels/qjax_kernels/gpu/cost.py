@@ -22,6 +22,7 @@ from .tiles import Direct, Tiles, blocks, padded_rows, stays
 
 CLOCK = 1.755e9  # of the multiprocessors under load
 BANDWIDTH = 4.18e12  # bytes a second that a copy reached, read and written
+SCALE_BYTES = 4  # as `qjax.prepack` lays them out
 MACS = 2048  # bfloat16 multiply-adds a cycle and multiprocessor; twice as many of eight bits
 
 
@@ -83,8 +84,8 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         raise ValueError(f"no Hopper kernel takes the `request`: {reason}")
     eight, wide = request.activation is not None, jnp.dtype(request.dtype).itemsize
     bits, group = request.weight.bits, request.weight.group_size
-    tiles = eight_bit_tiles(m, n, k, cores, wide) if eight else weight_only_tiles(m, n, k, bits, cores, group)
-    scales = 4 * n * (k // group if group else 1)
+    tiles = eight_bit_tiles(m, n, k, cores, wide) if eight else weight_only_tiles(m, n, k, bits, cores, group, SCALE_BYTES)
+    scales = SCALE_BYTES * n * (k // group if group else 1)
     moved = n * k * bits // 8 + scales + wide * (padded_rows(m) * k + m * n)
     name = f"W{bits}A{8 if eight else 16}"
     if isinstance(tiles, Direct):
@@ -97,7 +98,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         moved += 2 * 4 * tiles.split_k * m * n  # written by one program, read by the next
     if eight:
         moved += 2 * m * k  # rows in another form
-    shared = tiles.shared_bytes(bits, 2 if group else 0, 1 if eight else 2, wide)
+    shared = tiles.shared_bytes(bits, SCALE_BYTES if group else 0, 1 if eight else 2, wide)
     depth = math.ceil(k / (tiles.block_k * tiles.split_k)) * tiles.block_k
     step = 32 if eight or tiles.digits else 16  # k of an instruction, which takes 64 rows of its left side
     products = (tiles.block_m if tiles.x_left else tiles.block_n) // 64 * (depth // step)

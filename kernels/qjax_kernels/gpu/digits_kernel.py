@@ -20,7 +20,7 @@ from .order import in_order
 from .parts import Parts, room
 from .pipeline import Epilogue, column_values, launch, over_columns, over_rows, row_values, staging, store
 from .schedule import Piece, Schedule
-from .tiles import FRACTION, PIECE, Tiles
+from .tiles import FRACTION, PIECE, Tiles, at_once
 from .warps import Warps, shared_address
 
 
@@ -128,9 +128,9 @@ def digit_products(
     shape = (rows, bm)
     staged = staging(shape, transpose=True)
     steps = -(-k // bk)
-    per_copy = 16 // scales.dtype.itemsize
+    per_copy = at_once(tiles, group, scales.dtype.itemsize)
     across, down, slots, alone = -(-m // bm), -(-n // bn), min(tiles.stages, steps), tiles.sums == 1
-    schedule = Schedule.of(across, down, steps, slots, cores) if alone else Schedule.whole(across, down, steps, slots)
+    schedule = Schedule.of(across, down, steps, slots, cores if alone else across * down)
 
     def piece(step, p, w_ref, s_ref, x_ref, t_ref, first_row, carry):
         cols = pl.ds(p * PIECE, PIECE)

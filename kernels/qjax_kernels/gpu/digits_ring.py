@@ -1,6 +1,7 @@
 """The ring of stages of products of digits: the warpgroup that copies makes digits of x besides, a stage ahead of those that multiply.
 
-As in `ring`, blocks stay on their multiprocessor and compute one piece after another. Here a sum is an ordinary array, since the tensor
+As in `ring`, blocks stay on their multiprocessor and compute one piece after another, but for those that gather sums (`gathered`), which
+have one. Here a sum is an ordinary array, since the tensor
 cores add integers of one group alone, and a stage has two kinds of shared memory: codes and scales, and rows of x, which become digits
 beside them.
 """

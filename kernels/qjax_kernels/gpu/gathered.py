@@ -123,11 +123,12 @@ class Gathered:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), Layout.WGMMA))
         def send(_, place, sums):
             w = Warps()
-            words, at = words_of(w, sums), sent_to(w, tiles, shared_address(place), total.size * 4)
+            words, at = words_of(w, sums), sent_to(w, tiles, shared_address(place))
             for i in range(0, len(words), 4):
                 w.store_neighbour(at + i * 4 * THREADS, *words[i : i + 4])
 
-        send(self.place, plgpu.layout_cast(total, Layout.WGMMA))  # pyright: ignore[reportCallIssue]
+        own = self.place.at[self.rows, self.number]
+        send(own, plgpu.layout_cast(total, Layout.WGMMA))  # pyright: ignore[reportCallIssue]
 
     def _taken(self, number: Any, group: Any, shape: tuple[int, int]) -> jax.Array:
         """The sum of another warpgroup."""
@@ -143,15 +144,13 @@ class Gathered:
         return take(self.place.at[self.rows, number])  # pyright: ignore[reportCallIssue]
 
 
-def sent_to(w: Warps, tiles: Tiles, place: Int, size: int) -> Int:
-    """Where the numbers of a thread go: into its part of the sum of its warpgroup, in the block that ends those rows.
+def sent_to(w: Warps, tiles: Tiles, place: Int) -> Int:
+    """Where the numbers of a thread go: to the place of its sum in the block that ends those rows (`Gathered.last`).
 
     Args:
       w: the instructions.
       tiles: the cut.
-      place: where (beside, sums) sums begin in shared memory.
-      size: of a sum, in bytes.
+      place: where the sum of its warpgroup would begin in the shared memory of its own block.
     """
-    warpgroup, thread_of = w.thread // THREADS, w.thread % THREADS
-    rows, number = warpgroup % tiles.beside, w.in_cluster() * tiles.sharing + warpgroup // tiles.beside
-    return w.of_neighbour(place + (rows * tiles.sums + number) * size + thread_of * 16, rows % tiles.split_k)
+    rows = w.thread // THREADS % tiles.beside
+    return w.of_neighbour(place + w.thread % THREADS * 16, rows % tiles.split_k)

@@ -107,7 +107,7 @@ def launch(tiles: Tiles, schedule: Schedule | None, grid: tuple[int, int, int] =
 
     Args:
       tiles: the cut.
-      schedule: of blocks that stay on their multiprocessors, or None.
+      schedule: of blocks that go by pieces (`ring`, `digits_ring`), or None.
       grid: of the other ones: parts of K, groups of blocks of rows of w, blocks of rows of x.
     """
     stay = {"grid": (schedule.groups,), "grid_names": ("group",)} if schedule else {"grid": grid, "grid_names": ("k", "n", "m")}

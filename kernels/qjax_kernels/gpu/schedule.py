@@ -47,7 +47,7 @@ class Schedule:
       down: groups of blocks of rows of w.
       stages: that a tile takes.
       slots: stages that a share is a multiple of, but for the end of a tile.
-      groups: of blocks that live together, at most one for each `slots` stages.
+      groups: of blocks that live together, at most one for each `slots` stages; or one for each tile, however many live together.
     """
 
     across: int
@@ -65,11 +65,6 @@ class Schedule:
             return dataclasses.replace(every, groups=min(groups, tiles))
         equal = every.groups // tiles * tiles
         return dataclasses.replace(every, groups=equal) if equal >= 0.9 * every.groups and equal > tiles else every
-
-    @staticmethod
-    def whole(across: int, down: int, stages: int, slots: int) -> "Schedule":
-        """A group for every tile."""
-        return Schedule(across, down, stages, slots, across * down)
 
     @property
     def longest(self) -> float:

@@ -10,11 +10,6 @@ COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
 MAKER_REGISTERS = 104  # where it makes digits besides: with 72 some were put aside (64 rows of w, three stages, jax 0.10.2)
 
 
-def launched_registers(warpgroups: int) -> int:
-    """Registers, for a thread of every warpgroup together, that a kernel is started with: an equal part of 512 each, in eights."""
-    return (warpgroups + 1) * (512 // (warpgroups + 1) // 8 * 8)
-
-
 def _check_ints(tiles: "Tiles | Direct") -> None:
     for field in dataclasses.fields(tiles):
         value, wanted = getattr(tiles, field.name), bool if isinstance(field.default, bool) else int
@@ -28,7 +23,7 @@ class Tiles:
 
     Attributes:
       block_m: rows of x that a thread block takes, a multiple of 8 up to 256; more rows are more thread blocks.
-      block_n: rows of w that a thread block takes, a multiple of 64 for every compute warpgroup.
+      block_n: rows of w that a thread block takes, a multiple of 64 for every compute warpgroup; with `digits` also 64, which all share.
       block_k: of K a pipeline stage holds, a multiple of 128.
       stages: of the pipeline, all in shared memory.
       split_k: thread blocks that share the K of one tile of y; their float32 sums are added by a second program, or with `digits` inside a
@@ -62,18 +57,24 @@ class Tiles:
         if self.block_m % 8 or not 8 <= self.block_m <= 256:
             raise ValueError(f"`block_m` is {self.block_m}; it must be a multiple of 8 from 8 to 256")
         left, name = (self.block_m, "block_m") if self.x_left else (self.block_n, "block_n")
+        for field in ("warpgroups", "cluster", "stages", "split_k"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}` is {getattr(self, field)}; it starts at 1")
         if self.digits and (self.x_left or self.scale_first):
             on = "x_left" if self.x_left else "scale_first"
             raise ValueError(f"`digits` puts rows of w on the left and scales sums of integers; leave `{on}` False")
-        if self.warpgroups < 1 or left % (64 * self.beside) or left < 64:
-            least = 64 * max(1, self.warpgroups)
-            raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; it must be a multiple of {least}, 64 rows for each")
-        wanted = self.warpgroups * self.worker_registers + self.copier_registers
-        if self.warpgroups > 1 and wanted > launched_registers(self.warpgroups):
+        if left % (64 * self.beside) or left < 64:
+            least, narrow = 64 * self.beside, ", or 64, which they share" if self.digits else ""
+            wanted = f"a multiple of {least}, 64 rows for each{narrow}"
+            raise ValueError(f"`{name}` is {left} with {self.warpgroups} warpgroups; it must be {wanted}")
+        if self.warpgroups > 3:
             raise ValueError(f"`warpgroups` is {self.warpgroups}: they would wait for registers that nobody gives back; take 2 or 3")
-        if self.digits and (self.warpgroups < 2 or self.cluster > 1 or self.block_m > 32):
-            given = f"`warpgroups` {self.warpgroups}, `cluster` {self.cluster} and `block_m` {self.block_m}"
-            raise ValueError(f"`digits` with {given}: it needs two warpgroups or more, no cluster, and 32 rows of x at most")
+        if self.digits and self.warpgroups < 2:
+            raise ValueError(f"`warpgroups` is {self.warpgroups}; `digits` needs two or more, beside which another one makes them")
+        if self.digits and self.cluster > 1:
+            raise ValueError(f"`cluster` is {self.cluster}; with `digits` a cluster is blocks that share K: leave it 1, give `split_k`")
+        if self.digits and self.block_m > 32:
+            raise ValueError(f"`block_m` is {self.block_m}; with `digits` it must be 32 at most")
         if self.digits and self.split_k > 8:
             raise ValueError(f"`split_k` is {self.split_k}; with `digits` 8 thread blocks share K at most")
         if self.block_k // PIECE % self.sharing:
@@ -83,7 +84,7 @@ class Tiles:
             raise ValueError(f"`block_n` is {self.block_n}; with `x_left` it must be a multiple of 8 from 8 to 256")
         if self.block_n > 256:
             raise ValueError(f"`block_n` is {self.block_n}; the copy engine takes 256 rows at most")
-        if self.cluster < 1 or (self.cluster > 1 and self.warpgroups < 2):
+        if self.cluster > 1 and self.warpgroups < 2:
             raise ValueError(f"`cluster` is {self.cluster} with {self.warpgroups} warpgroups; clusters need two or more")
         shared, name = (self.block_n, "block_n") if self.x_left else (self.block_m, "block_m")
         if self.cluster > 1 and (self.cluster > 8 or shared % (8 * self.cluster)):
@@ -92,8 +93,6 @@ class Tiles:
             )
         if self.block_k % 128 or self.block_k < 128:
             raise ValueError(f"`block_k` is {self.block_k}; it must be a multiple of 128")
-        if self.stages < 1 or self.split_k < 1:
-            raise ValueError(f"`stages` is {self.stages} and `split_k` {self.split_k}; both start at 1")
 
     @property
     def beside(self) -> int:
@@ -131,8 +130,8 @@ class Tiles:
         return (512 - self.copier_registers) // self.warpgroups // 8 * 8
 
     def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
-        """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w."""
-        scales = self.block_n * 16 if scale_bytes else 0
+        """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w, or as many as `at_once`."""
+        scales = self.block_n * (32 if self.digits and self.block_k // PIECE * scale_bytes > 16 else 16) if scale_bytes else 0
         # Two digits an element of x, and one float32 for a row and 128 columns.
         digits = self.block_m * self.block_k * 2 + self.block_k // 128 * self.block_m * 4 if self.digits else 0
         return self.block_n * self.block_k * bits // 8 + self.block_m * self.block_k * x_bytes + scales + digits
@@ -210,6 +209,19 @@ def stays(tiles: Tiles, group: int | None) -> bool:
       group: consecutive k that share a scale, None per channel.
     """
     return tiles.warpgroups > 1 and tiles.sums == 1 and (tiles.scale_first or tiles.x_left or tiles.digits or group is None)
+
+
+def at_once(tiles: Tiles, group: int, scale_bytes: int) -> int:
+    """Scales of a row of w that are copied for a stage, which has none of others: 16 bytes of them, with digits also 32; 0 where both end
+    within a stage.
+
+    Args:
+      tiles: the cut.
+      group: consecutive k that share a scale.
+      scale_bytes: of a scale.
+    """
+    counts = [size // scale_bytes for size in ((16, 32) if tiles.digits else (16,))]
+    return next((count for count in counts if group * count % tiles.block_k == 0), 0)
 
 
 def padded_rows(m: int) -> int:

@@ -286,10 +286,6 @@ class Warps:
         text = f"st.shared{self._vector(len(values))}.b32 [$0], {{{named}}};"
         self._asm(text, None, f"r,{kinds},~{{memory}}", offset, *values, effects=True)
 
-    def in_cluster(self) -> Int:
-        """The number of the block in its cluster."""
-        return Int(self._asm("mov.u32 $0, %cluster_ctarank;", "i32", "=r"))
-
     def of_neighbour(self, offset: Int, block: Int) -> Int:
         """Where a place of shared memory is in a block of the cluster, for `store_neighbour`."""
         return Int(self._asm("mapa.shared::cluster.u32 $0, $1, $2;", "i32", "=r,r,r", offset, block))

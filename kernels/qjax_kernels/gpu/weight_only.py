@@ -14,7 +14,7 @@ from .chosen_tiles import pipelined_tiles, weight_only_tiles
 from .epilogue import Activation, activated, added_up
 from .operands import check_arrays, check_codes, check_cut, check_interpreter, check_vectors
 from .order import in_order
-from .tiles import PIECE, Direct, Tiles, check_launch, padded_rows, stays
+from .tiles import PIECE, Direct, Tiles, at_once, check_launch, padded_rows, stays
 
 
 def why_not(request: Request) -> str:
@@ -205,13 +205,14 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     m, k = x.shape
     if tiles.digits and (bits != 4 or group_size is None):
         raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
-    per_copy = 16 // scales.dtype.itemsize
+    size = scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
-    if group_size is not None and (group_size * per_copy) % tiles.block_k:
+    if group_size is not None and not at_once(tiles, group_size, size):
+        most = group_size * (32 if tiles.digits else 16) // size
         raise ValueError(
-            f"`tiles.block_k` is {tiles.block_k}; it must divide {group_size * per_copy}, the k whose scales are copied at once"
+            f"`tiles.block_k` is {tiles.block_k}; it must divide {most}, the k whose scales ({scales.dtype}) are copied at once"
         )
-    check_launch(tiles, stays(tiles, group_size), tiles.shared_bytes(bits))
+    check_launch(tiles, stays(tiles, group_size), tiles.shared_bytes(bits, size))
     end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
     if tiles.digits:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, pipelined_tiles, weight_only_tiles
-from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles
+from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, at_once
 
 
 @pytest.mark.parametrize(("n", "k", "block_n"), [(28672, 8192, 256), (22016, 4096, 256), (14336, 4096, 128), (13824, 5120, 128)])
@@ -32,6 +32,7 @@ def test_five_to_sixteen_rows_of_wide_weights_are_digits_of_their_blocks(n, k, b
         (8192, 8192, 64, 128),
         (12288, 4096, None, None),  # 192 of 64, 96 of 128
         (2048, 4096, None, None),  # 64 of 64, where K is shared by two
+        (2816, 4096, None, None),  # 88
         (4096, 2048, None, None),
     ],
 )
@@ -51,7 +52,7 @@ def test_narrow_weights_have_one_block_for_a_multiprocessor_which_shares_k(n, k,
         assert isinstance(tiles, Tiles) and tiles.digits and tiles.sums > 1
         assert 92 <= math.ceil(n / tiles.block_n) * tiles.split_k <= 132
         assert tiles.shared_bytes(4, scale_bytes) <= SHARED_BYTES
-        assert 128 * 16 // scale_bytes % tiles.block_k == 0, "scales of a stage are copied at once"
+        assert all(at_once(tiles, group, scale_bytes) for group in (128, 256, 384, 640, k))
 
 
 @pytest.mark.parametrize("m", [1, 50, 100, 300, 512, 4096])

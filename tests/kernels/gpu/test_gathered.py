@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from qjax_kernels.gpu.gathered import sent_to
+from qjax_kernels.gpu.gathered import Gathered, sent_to
 from qjax_kernels.gpu.tiles import Tiles
 
 CUTS = [
@@ -22,33 +22,39 @@ def cut(**fields) -> Tiles:
 
 
 class Block:
-    """The threads of one block of a cluster; an address in it is (the block whose memory it is, the offset)."""
+    """The threads of a block of a cluster; an address in it is (the block whose memory it is, the offset)."""
 
-    def __init__(self, number: int, threads: int):
-        self.number, self.thread = number, np.arange(threads)
-
-    def in_cluster(self):
-        return self.number
+    def __init__(self, threads: int):
+        self.thread = np.arange(threads)
 
     def of_neighbour(self, offset, block):
         return np.stack([np.broadcast_to(block, offset.shape), offset])
 
 
 @pytest.mark.parametrize("fields", CUTS)
-def test_every_thread_has_a_place_of_its_own_in_the_block_that_ends_its_rows(fields):
-    tiles, start = cut(**fields), 4096
-    size = tiles.block_n // tiles.beside * tiles.block_m * 4
-    wanted, found = [], []
+def test_every_thread_writes_sixteen_bytes_of_its_own_in_the_block_that_ends_its_rows(fields):
+    tiles = cut(**fields)
+    blocks, offsets = sent_to(Block(128 * tiles.warpgroups), tiles, 4096)
+    for warpgroup in range(tiles.warpgroups):
+        own = slice(128 * warpgroup, 128 * (warpgroup + 1))
+        rows = Gathered(tiles, warpgroup, None, None).rows
+        assert set(blocks[own]) == {int(rows) % tiles.split_k}
+        np.testing.assert_array_equal(offsets[own], 4096 + 16 * np.arange(128))
+
+
+@pytest.mark.parametrize("fields", CUTS)
+def test_each_sum_has_a_number_and_one_of_them_is_the_last(fields, monkeypatch):
+    tiles, numbers, last = cut(**fields), {}, {}
     for block in range(tiles.split_k):
-        found += [sent_to(Block(block, 128 * tiles.warpgroups), tiles, start, size).T]
+        monkeypatch.setattr(Gathered, "block", block)
         for warpgroup in range(tiles.warpgroups):
-            member, rows = divmod(warpgroup, tiles.beside)
-            number = block * tiles.sharing + member  # as `Gathered` reads it, from (beside, sums)
-            at = start + (rows * tiles.sums + number) * size + np.arange(128) * 16
-            wanted += [np.stack([np.full(128, rows % tiles.split_k), at], 1)]
-    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(wanted))
-    assert len(np.unique(np.concatenate(found), axis=0)) == 128 * tiles.warpgroups * tiles.split_k
-    assert np.concatenate(found)[:, 1].max() < start + tiles.beside * tiles.sums * size
+            found = Gathered(tiles, warpgroup, None, None)
+            numbers.setdefault(int(found.rows), []).append(int(found.number))
+            last.setdefault(int(found.rows), set()).add(int(found.last))
+            if found.number == found.last:
+                assert block == found.rows % tiles.split_k, "others send their sums there"
+    assert all(sorted(each) == list(range(tiles.sums)) for each in numbers.values()) and len(numbers) == tiles.beside
+    assert all(len(each) == 1 and each <= set(range(tiles.sums)) for each in last.values())
 
 
 @pytest.mark.parametrize("fields", [{}, *CUTS])

@@ -134,6 +134,8 @@ def test_tiles_that_blocks_share(m, n, bits, group, tiles, cores):
         (3, 200, 1152, 384, 128, 2, 132, jnp.float32, {"split_k": 2}),  # clusters: nine stages in two parts
         (9, 128, 256, 128, 128, 2, 132, jnp.bfloat16, {"split_k": 3}),  # the first part has no stage
         (20, 192, 1024, 128, 256, 2, 132, jnp.bfloat16, {"block_n": 64, "split_k": 2}),  # both, of two blocks of rows
+        (9, 128, 2560, 128, 1024, 2, 132, jnp.float32, {"block_n": 64}),  # scales of a stage are 32 bytes, half a stage at the end
+        (3, 64, 3840, 384, 1024, 2, 132, jnp.float32, {"block_n": 64}),  # eight scales, of three stages
         (9, 192, 1024, 128, 128, 2, 132, jnp.bfloat16, {"block_n": 192, "warpgroups": 3, "split_k": 2}),  # one block ends two thirds
     ],
 )
