@@ -35,7 +35,7 @@ from qjax_kernels.shapes import HOPPER as SHAPES  # noqa: E402
 ROWS = (1, 8, 16, 32, 64, 128, 512, 4096)
 PARTS = ("correct", "stress", "ceilings", "decode", "times", "search", "again")
 LEAST = 15  # seconds that a process needs
-SEARCHED = ("W4A16", "W8A16", "W8A8", "FP8")
+SEARCHED = ("W4A16", "W4A16 f32", "W8A16", "W8A8", "FP8")
 BROKEN = 75  # the status of a process in which the device refuses further work
 
 

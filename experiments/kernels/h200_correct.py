@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from h200_programs import GROUP, Job, ours, rows, short, unrolled, weights
+from h200_programs import GROUP, Job, bits_of, ours, rows, short, unrolled, weights
 from h200_tiles import cases, meeting
 from h200_timing import Broken, Clock, Record, side_by_side
 from qjax_kernels.gpu.eight_bit import rounded_rows
@@ -76,7 +76,8 @@ def _compared(program, case: tuple, given: tuple, times: int) -> dict[str, Any]:
     """The largest error of a program that is run a few times."""
     kind, m, n, _, group, _ = case
     x, codes, scales = given
-    expected, errors, worst = reference(multiplied(kind, x, codes), in_order(codes) if kind == "int4" else codes, scales, group), [], 0.0
+    w, errors, worst = in_order(codes) if bits_of(kind) == 4 else codes, [], 0.0
+    expected = reference(multiplied(kind, x, codes), w, scales, group)
     for _ in range(times):
         poison = [jnp.full((max(m, 8) * n * size,), jnp.nan, jnp.bfloat16) for size in (1, 1, 2, 8, 16)]
         jax.block_until_ready(poison)
@@ -99,7 +100,7 @@ def several(record: Record, clock: Clock) -> None:
         ws = [weights(job.kind, n, k, record.seed() + 10 * i + j) for j in range(3)]
         program, errors = unrolled(job).lower(xs, ws).compile(), []
         for y, x, (codes, scales) in zip(program(xs, ws), xs, ws, strict=True):
-            w, group = (in_order(codes), GROUP) if job.kind == "int4" else (codes, None)
+            w, group = (in_order(codes), GROUP) if bits_of(job.kind) == 4 else (codes, None)
             expected = reference(multiplied(job.kind, x, codes), w, scales, group)
             errors.append(float(np.linalg.norm(np.asarray(y.astype(jnp.float32), np.float64) - expected) / np.linalg.norm(expected)))
         record.add("correct", row | {"error": max(errors), "right": bool(max(errors) < 4e-3)})

@@ -13,6 +13,7 @@ from qjax_kernels.gpu.tiles import Direct, Tiles
 from qjax_kernels.gpu.weight_only import weight_only_matmul
 
 GROUP = 128
+FOUR = ("int4", "int4 f32")  # kinds of four bits
 CACHE_BYTES = 60 * 2**20
 
 
@@ -20,7 +21,8 @@ def weights(kind: str, n: int, k: int, seed: int, group: int | None = GROUP) -> 
     """A weight (N, K) and its scales on the device, freshly drawn.
 
     Args:
-      kind: "bf16", "int4", "int8", "int8c" and "fp8" (one scale a row).
+      kind: "bf16", "int4", "int4 f32" (scales float32, as `qjax.prepack` has them; else they are bfloat16), "int8", "int8c" and "fp8"
+        (one scale a row).
       n: rows.
       k: columns.
       seed: of the draw.
@@ -37,14 +39,24 @@ def weights(kind: str, n: int, k: int, seed: int, group: int | None = GROUP) -> 
         if kind == "fp8":
             codes = (jax.random.normal(keys[0], (n, k), jnp.bfloat16) * 64).astype(jnp.float8_e4m3fn)
         else:
-            top = 8 if kind == "int4" else 128
-            codes = jax.random.randint(keys[0], (n, k), -top, top, jnp.int8).astype(jnp.int4 if kind == "int4" else jnp.int8)
-        columns = k // group if kind in ("int4", "int8") and group else 1
-        unit = {"int4": 4.6, "fp8": 64.0}.get(kind, 74.0)
-        scales = (jax.random.uniform(keys[1], (n, columns), jnp.float32, 0.5, 1.5) * k**-0.5 / unit).astype(jnp.bfloat16)
-        return codes, scales
+            top = 8 if bits_of(kind) == 4 else 128
+            codes = jax.random.randint(keys[0], (n, k), -top, top, jnp.int8).astype(jnp.int4 if bits_of(kind) == 4 else jnp.int8)
+        columns = k // group if kind in (*FOUR, "int8") and group else 1
+        unit = 4.6 if bits_of(kind) == 4 else 64.0 if kind == "fp8" else 74.0
+        scales = jax.random.uniform(keys[1], (n, columns), jnp.float32, 0.5, 1.5) * k**-0.5 / unit
+        return codes, scales.astype(jnp.float32 if scale_bytes(kind) == 4 else jnp.bfloat16)
 
     return jax.jit(draw)(keys)
+
+
+def bits_of(kind: str) -> int:
+    """Of a code: 4 or 8."""
+    return 4 if kind in FOUR else 8
+
+
+def scale_bytes(kind: str) -> int:
+    """Of a scale."""
+    return 4 if kind == "int4 f32" else 2
 
 
 def rows(m: int, k: int, seed: int) -> jax.Array:
@@ -86,6 +98,7 @@ PROGRAMS = {
     "W8A8 XLA": ("int8c", xla_eight),
     "FP8 XLA": ("fp8", xla_eight),
     "W4A16": ("int4", None),
+    "W4A16 f32": ("int4 f32", None),
     "W8A16": ("int8", None),
     "W8A8": ("int8c", None),
     "FP8": ("fp8", None),
@@ -120,16 +133,18 @@ class Job:
         """The tiles that it runs with."""
         if PROGRAMS[self.name][1] is not None or self.tiles is not None:
             return self.tiles
-        default = eight_bit_tiles if self.kind in ("int8c", "fp8") else None
-        return default(self.m, self.n, self.k) if default else weight_only_tiles(self.m, self.n, self.k, 4 if self.kind == "int4" else 8)
+        if self.kind in ("int8c", "fp8"):
+            return eight_bit_tiles(self.m, self.n, self.k)
+        return weight_only_tiles(self.m, self.n, self.k, bits_of(self.kind), scale_bytes=scale_bytes(self.kind))
 
 
-WEIGHT_BYTES = {"bf16": 2.0, "int4": 0.5, "int8": 1.0, "int8c": 1.0, "fp8": 1.0}
+WEIGHT_BYTES = {"bf16": 2.0, "int4": 0.5, "int4 f32": 0.5, "int8": 1.0, "int8c": 1.0, "fp8": 1.0}
 
 
 def fewest_bytes(job: Job) -> float:
     """Bytes that have to pass through device memory: the weight, its scales, x and y."""
-    scales = {"bf16": 0, "int4": job.k // GROUP, "int8": job.k // GROUP}.get(job.kind, 1) * job.n * 2
+    columns = 0 if job.kind == "bf16" else job.k // GROUP if job.kind in (*FOUR, "int8") else 1
+    scales = columns * job.n * scale_bytes(job.kind)
     return WEIGHT_BYTES[job.kind] * job.n * job.k + scales + 2 * job.m * (job.k + job.n)
 
 

@@ -4,8 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
-from h200_programs import Job
-from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, even_rows, pipelined_tiles, staged, weight_only_tiles
+from h200_programs import Job, bits_of, scale_bytes
+from qjax_kernels.gpu.chosen_tiles import even_rows, pipelined_tiles, staged
 from qjax_kernels.gpu.direct_shape import shape_of
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles
 
@@ -56,6 +56,16 @@ def cases(dry: bool) -> list[tuple[str, int, int, int, int | None, Tiles | Direc
         ("int4", 40, 1984, 1408, 128, Tiles(16, 64, 256, 3, warpgroups=2, digits=True)),
         ("int4", 20, 1088, 3968, 128, Tiles(8, 64, 256, 2, 3, warpgroups=2, digits=True)),
         ("int4", 16, 960, 4096, 128, Tiles(16, 192, 512, 2, 4, warpgroups=3, digits=True)),
+        ("int4 f32", 1, 4096, 4096, 128, None),
+        ("int4 f32", 4, 8192, 8192, 128, None),
+        ("int4 f32", 8, 8192, 8192, 128, None),
+        ("int4 f32", 16, 8192, 8192, 128, None),
+        ("int4 f32", 8, 4096, 14336, 128, None),
+        ("int4 f32", 16, 4096, 4096, 128, None),
+        ("int4 f32", 16, 28672, 4096, 128, None),
+        ("int4 f32", 13, 1088, 3840, 384, Tiles(16, 64, 1024, 2, 2, warpgroups=2, digits=True)),
+        ("int4 f32", 40, 4096, 4096, 128, None),
+        ("int4 f32", 300, 4096, 4096, 128, None),
         ("int4", 64, 1024, 4096, 128, Tiles(64, 256, 128, 4, warpgroups=2, cluster=2)),
         ("int4", 300, 1024, 4096, 128, Tiles(128, 256, 128, 3, warpgroups=2, scale_first=True, cluster=2)),
         ("int4", 300, 1088, 4096, 128, Tiles(128, 128, 256, 2, warpgroups=2, scale_first=True)),
@@ -112,7 +122,7 @@ def meeting(dry: bool) -> list[Job]:
         ("W8A8", 512, 8192, 28672), ("W8A8", 100, 14336, 8192), ("FP8", 128, 4096, 4096),
         ("W4A16", 256, 4096, 4096), ("W4A16", 128, 8192, 8192), ("W4A16", 512, 8192, 28672), ("W4A16", 64, 8192, 28672),
         ("W8A16", 520, 2048, 8192), ("W8A16", 64, 8192, 28672), ("W8A16", 128, 8192, 28672), ("W8A16", 16, 8192, 28672),
-        ("W4A16", 8, 8192, 8192),
+        ("W4A16", 8, 8192, 8192), ("W4A16 f32", 8, 8192, 8192), ("W4A16 f32", 16, 4096, 4096),
     )  # fmt: skip
     chosen = [Job("W8A8", 512, 4096, 4096, tall), Job("W4A16", 512, 4096, 8640, uneven), Job("W4A16", 16, 8192, 8192, shared)]
     chosen += [Job("W4A16", 16, 8192, 8192, digits), Job("W4A16", 16, 8192, 28672), Job("W4A16", 16, 8192, 8192)]
@@ -122,33 +132,33 @@ def meeting(dry: bool) -> list[Job]:
 
 def candidates(name: str, m: int, n: int, k: int) -> list[Tiles | Direct]:
     """Tiles worth a try: those that are the default, then of every kind one after the other, so that the first ones are of all kinds."""
-    bits, eight = (4 if name == "W4A16" else 8), name in ("W8A8", "FP8")
-    default = eight_bit_tiles(m, n, k) if eight else weight_only_tiles(m, n, k, bits)
+    job, eight = Job(name, m, k, n), name in ("W8A8", "FP8")
+    sizes, bits, default = _sizes(job.kind), bits_of(job.kind), job.chosen()
     kinds: list[Iterable[Tiles | Direct]] = []
     if m <= 16 and not eight:
         kinds += [_few(m), [pipelined_tiles(m, n, k, bits)]]
-    kinds += [(_staged(tiles, k, bits, eight) for tiles in kind) for kind in _narrow(m, n, bits, eight) if m <= 64]
-    kinds += [(_staged(tiles, k, bits, eight) for tiles in _many(m, n, eight))] if m > 32 else []
+    kinds += [(_staged(tiles, k, sizes) for tiles in kind) for kind in _narrow(m, n, bits, eight) if m <= 64]
+    kinds += [(_staged(tiles, k, sizes) for tiles in _many(m, n, eight))] if m > 32 else []
     turns = (tiles for turn in itertools.zip_longest(*kinds) for tiles in turn if tiles is not None)
-    return [tiles for tiles in dict.fromkeys([default, *turns]) if _used(tiles, m, n, k, bits, eight) <= SHARED_BYTES]
+    return [tiles for tiles in dict.fromkeys([default, *turns]) if _used(tiles, m, n, k, sizes) <= SHARED_BYTES]
 
 
-def _staged(tiles: Tiles, k: int, bits: int, eight: bool) -> Tiles:
+def _staged(tiles: Tiles, k: int, sizes: tuple[int, int, int]) -> Tiles:
     """With as many of its stages as fit; narrow blocks leave room for others on their multiprocessor."""
     room = SHARED_BYTES // (3 if tiles.warpgroups == 1 else 1)
-    return staged(tiles, min(tiles.stages, k // tiles.block_k), room, *_sizes(bits, eight))
+    return staged(tiles, min(tiles.stages, k // tiles.block_k), room, *sizes)
 
 
-def _sizes(bits: int, eight: bool) -> tuple[int, int, int]:
+def _sizes(kind: str) -> tuple[int, int, int]:
     """Of a code, and bytes of a scale and of an element of x in a stage."""
-    return (bits, 0, 1) if eight else (bits, 2, 2)
+    return (8, 0, 1) if kind in ("int8c", "fp8") else (bits_of(kind), scale_bytes(kind), 2)
 
 
-def _used(tiles: Tiles | Direct, m: int, n: int, k: int, bits: int, eight: bool) -> int:
+def _used(tiles: Tiles | Direct, m: int, n: int, k: int, sizes: tuple[int, int, int]) -> int:
     """Bytes of shared memory."""
     if isinstance(tiles, Tiles):
-        return tiles.shared_bytes(*_sizes(bits, eight))
-    s = shape_of(m, n, k, group=128, columns=k // 128, dtype="bfloat16", tiles=tiles, cores=132, bits=bits)
+        return tiles.shared_bytes(*sizes)
+    s = shape_of(m, n, k, group=128, columns=k // 128, dtype="bfloat16", tiles=tiles, cores=132, bits=sizes[0])
     return s.launched_bytes(tiles.blocks, 132)
 
 

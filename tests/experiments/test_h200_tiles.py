@@ -24,12 +24,12 @@ def test_those_chosen_beforehand_fit():
 
 def test_those_of_the_cases_and_of_the_stress_fit():
     found = [(kind, tiles) for kind, _, _, _, _, tiles in cases(False)] + [(job.kind, job.chosen()) for job in meeting(False)]
-    sized = [(tiles, _sizes(4 if kind == "int4" else 8, kind in ("int8c", "fp8"))) for kind, tiles in found]
+    sized = [(tiles, _sizes(kind)) for kind, tiles in found]
     assert len(found) > 70
     assert all(tiles.shared_bytes(*sizes) <= SHARED_BYTES for tiles, sizes in sized if isinstance(tiles, Tiles))
 
 
-@pytest.mark.parametrize("name", ["W4A16", "W8A16", "W8A8", "FP8"])
+@pytest.mark.parametrize("name", ["W4A16", "W4A16 f32", "W8A16", "W8A8", "FP8"])
 @pytest.mark.parametrize("m", [1, 16, 64, 512])
 def test_those_searched_are_many_and_different(name, m):
     found = candidates(name, m, 4096, 4096)
