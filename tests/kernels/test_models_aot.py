@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
     ("target", "expected"),
     [
         ("v6e", ({"weight_only": SHIPPED}, {"weight_only": LAYER}, {"rounded_product_int8": LAYER}, {"experts": 1}, ROTATED)),
-        ("h200", ({"hopper_weight_only": SHIPPED}, {"hopper_weight_only": LAYER}, {"hopper_eight_bit": LAYER})),
+        # Of a layer q, k, v and out, 4096 x 4096, make digits of their rows.
+        ("h200", ({"hopper_weight_only": SHIPPED}, {"hopper_digits": 4, "hopper_weight_only": LAYER - 4}, {"hopper_eight_bit": LAYER})),
     ],
 )
 def test_every_packed_product_is_a_kernel_of_the_compiled_program(target, expected, rows_of):
