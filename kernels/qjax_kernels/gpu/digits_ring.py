@@ -53,7 +53,6 @@ def digits_ring(
 
     def scoped(buffers: Sequence, rows, digits, units, produced, here, ready, consumed) -> None:
         def copy(piece: Piece) -> None:
-            piece = gathered.piece(piece) if gathered else piece
             maker = _Maker(convert, x, piece, (bm, bk), rows, digits, units, here, ready)
             weights = blocks(piece.n)
             ahead = jnp.minimum(piece.first + slots, piece.last)
@@ -74,7 +73,6 @@ def digits_ring(
                 gathered.meet()
 
         def compute(piece: Piece) -> None:
-            piece = gathered.piece(piece) if gathered else piece
             begin(piece)
 
             # Turns of the ring written out take more registers than there are.
@@ -94,7 +92,10 @@ def digits_ring(
             else:
                 parts.end(piece, group, schedule, total, finish)
 
-        divided(lambda: each(copy), lambda: each(compute), tiles, consumed)
+        def own(work: Callable[[Piece], None]) -> None:
+            each(lambda piece: work(gathered.piece(piece) if gathered else piece))
+
+        divided(lambda: own(copy), lambda: own(compute), tiles, consumed)
 
     pl.run_scoped(
         scoped,

@@ -120,6 +120,11 @@ class Tiles:
         return self.split_k if self.digits else self.cluster
 
     @property
+    def scale_rows(self) -> tuple[int, ...]:
+        """Bytes of scales of a row of w that a stage may copy, the fewest first."""
+        return (16, 32) if self.digits else (16,)
+
+    @property
     def copier_registers(self) -> int:
         """Registers that a thread of the copying warpgroup keeps once the kernel runs."""
         return MAKER_REGISTERS if self.digits else COPIER_REGISTERS
@@ -220,7 +225,7 @@ def at_once(tiles: Tiles, group: int, scale_bytes: int) -> int:
       group: consecutive k that share a scale.
       scale_bytes: of a scale.
     """
-    counts = [size // scale_bytes for size in ((16, 32) if tiles.digits else (16,))]
+    counts = [size // scale_bytes for size in tiles.scale_rows]
     return next((count for count in counts if group * count % tiles.block_k == 0), 0)
 
 

@@ -208,7 +208,7 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     size = scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
     if group_size is not None and not at_once(tiles, group_size, size):
-        most = group_size * (32 if tiles.digits else 16) // size
+        most = group_size * tiles.scale_rows[-1] // size
         raise ValueError(
             f"`tiles.block_k` is {tiles.block_k}; it must divide {most}, the k whose scales ({scales.dtype}) are copied at once"
         )
