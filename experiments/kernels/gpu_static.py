@@ -127,8 +127,8 @@ def chosen(kernel: str, m: int, n: int, k: int) -> tuple[Tiles | Direct, tuple[i
     if kernel in ("W8A8", "FP8"):
         return eight_bit_tiles(m, n, k), (8, 0, 1)
     bits, grouped = int(kernel[1]), "g128" in kernel
-    tiles = weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None, scale_bytes=2 if "bf16" in kernel else 4)
-    return tiles, (bits, 2 if grouped else 0, 2)
+    tiles = weight_only_tiles(m, n, k, bits, group=GROUP if grouped else None)
+    return tiles, (bits, (2 if "bf16" in kernel else 4) if grouped else 0, 2)
 
 
 def shared(tiles: Tiles | Direct, sizes: tuple[int, int, int], m: int, n: int, k: int) -> int:

@@ -135,7 +135,7 @@ class Job:
             return self.tiles
         if self.kind in ("int8c", "fp8"):
             return eight_bit_tiles(self.m, self.n, self.k)
-        return weight_only_tiles(self.m, self.n, self.k, bits_of(self.kind), scale_bytes=scale_bytes(self.kind))
+        return weight_only_tiles(self.m, self.n, self.k, bits_of(self.kind))
 
 
 WEIGHT_BYTES = {"bf16": 2.0, "int4": 0.5, "int4 f32": 0.5, "int8": 1.0, "int8c": 1.0, "fp8": 1.0}

@@ -7,13 +7,11 @@ from .schedule import Schedule
 from .tiles import SHARED_BYTES, Direct, Tiles, blocks, stays
 
 
-def weight_only_tiles(
-    m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, scale_bytes: int = 2, normed: bool = False
-) -> Tiles | Direct:
+def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, normed: bool = False) -> Tiles | Direct:
     """The tiles that were the fastest on an H200 (experiments/kernels/h200), by rules that take them to other shapes.
 
     With 1 to 8 rows codes go straight into registers (`direct_tiles`), of eight bits up to 16 where a weight in groups is large, of four
-    bits up to 4 where blocks that make digits keep most multiprocessors busy; else through a pipeline (`pipelined_tiles`).
+    bits up to 4 (2 of a long K) where blocks that make digits keep most multiprocessors busy; else through a pipeline (`pipelined_tiles`).
 
     Args:
       m: rows of x.
@@ -22,7 +20,6 @@ def weight_only_tiles(
       bits: of a code, 4 or 8.
       cores: multiprocessors of the GPU.
       group: consecutive k that share a scale; None per channel.
-      scale_bytes: of a scale.
       normed: rows are divided by the root of their mean square, which up to 8 of them are on their way to registers.
 
     Returns:
@@ -33,9 +30,10 @@ def weight_only_tiles(
       (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 2)
     """
     large = bits == 8 and group is not None and n * k >= _LARGE
-    digits = bits == 4 and group is not None and m > 4 and not normed and _digits(m, n, k, cores) is not None
+    several = m > (2 if k > _DEEP else 4)
+    digits = bits == 4 and group is not None and several and not normed and _digits(m, n, k, cores) is not None
     if (m <= DIRECT_ROWS and not digits) or (m <= 2 * DIRECT_ROWS and large):
-        tiles = direct_tiles(m, k, bits, scale_bytes)
+        tiles = direct_tiles(m, k, bits)
         if tiles.split_k <= cores * tiles.blocks:  # so many wait for each other
             return tiles
     return pipelined_tiles(m, n, k, bits, cores, group)
@@ -43,21 +41,21 @@ def weight_only_tiles(
 
 # Rows of x; 16, of four bits, were slower than a pipeline: 4096 x 4096 7.7 for 7.0 us, 8192 x 8192 16.7 for 15.0, 8192 x 28672 42 for 39.5.
 DIRECT_ROWS = 8
+_DEEP = 8192  # of K whose digits are so many that blocks that make them are faster at 3 rows: 28672 x 8192 34.5 us for 35.7
 _LARGE = 1 << 26  # codes of eight bits, at 16 rows: 8192 x 8192 took 22.5 for 23.5 us, 4096 x 4096 9.2 for 8.8
 
 
-def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
+def direct_tiles(m: int, k: int, bits: int = 4) -> Direct:
     """The tiles of few rows.
 
     Digits of x take 256 bytes of shared memory for a row and a piece, and time that nothing else fills: where they are many, one block of
     sixteen warps makes them for a whole multiprocessor; of five rows and more blocks share K besides, and warps multiply 64 rows of w
-    together. With scales of four bytes a turn of four pieces takes more registers than there are, and of two pieces it is faster alone.
+    together.
 
     Args:
       m: rows of x, up to 8, of eight bits up to 16.
       k: the contracted length.
       bits: of a code, 4 or 8.
-      scale_bytes: of a scale.
 
     Returns:
       Tiles that fit into shared memory.
@@ -67,8 +65,8 @@ def direct_tiles(m: int, k: int, bits: int = 4, scale_bytes: int = 2) -> Direct:
     elif bits == 8:
         tiles = Direct(turn=2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1, blocks=1)
     elif m <= 2:
-        tiles = Direct(turn=2 if scale_bytes == 4 else 4)
-    elif m <= 4 or (k >= 8192 and scale_bytes == 4):
+        tiles = Direct()
+    elif m <= 4:
         tiles = Direct(warps=16, turn=2, blocks=1)
     else:
         tiles = Direct(warps=16, turn=4 if k >= 8192 else 2, blocks=1, split_k=min(4, max(1, k // 1024)), wide=True)
@@ -146,17 +144,15 @@ def _digits(m: int, n: int, k: int, cores: int) -> Tiles | None:
 def _gathered(m: int, n: int, k: int, cores: int) -> Tiles | None:
     """Blocks that make digits, one for a multiprocessor, whose warpgroups or pairs share K: of weights too narrow for those of `_digits`.
 
-    Pairs of blocks of 64 rows read x the most often: at 16 rows of 14336 x 4096 they take 14.9 to 15.6 us for 14.6, of
-    4096 x 4096 6.4 for 6.9.
-    Timed were scales of two bytes; a shorter K was not.
+    Pairs of blocks of 64 rows read x the most often: at 16 rows of 14336 x 4096 they take as long as a pipeline (14.6 us), at 9 to 15,
+    which that has padded, 2 us less. A shorter K was not timed.
     """
     if k < 4096:
         return None
     halves = Tiles(_whole_eights(m), 128, 512, 2, split_k=2, warpgroups=2, digits=True)
     narrow = dataclasses.replace(halves, block_n=64, block_k=1024)
-    ways = [halves] if m > DIRECT_ROWS else [dataclasses.replace(narrow, split_k=1, stages=3)]
-    ways += [narrow] if m <= DIRECT_ROWS or k <= 8192 else []
-    return next((tiles for tiles in ways if 0.7 * cores <= blocks(m, n, tiles) <= cores), None)
+    wide = halves if m > DIRECT_ROWS else dataclasses.replace(narrow, split_k=1, stages=3)
+    return next((tiles for tiles in (wide, narrow) if 0.7 * cores <= blocks(m, n, tiles) <= cores), None)
 
 
 def _busy(n: int, tiles: Tiles, cores: int) -> float:

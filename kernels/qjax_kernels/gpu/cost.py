@@ -84,9 +84,10 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
         raise ValueError(f"no Hopper kernel takes the `request`: {reason}")
     eight, wide = request.activation is not None, jnp.dtype(request.dtype).itemsize
     bits, group = request.weight.bits, request.weight.group_size
-    tiles = eight_bit_tiles(m, n, k, cores, wide) if eight else weight_only_tiles(m, n, k, bits, cores, group, SCALE_BYTES)
+    tiles = eight_bit_tiles(m, n, k, cores, wide) if eight else weight_only_tiles(m, n, k, bits, cores, group)
     scales = SCALE_BYTES * n * (k // group if group else 1)
-    moved = n * k * bits // 8 + scales + wide * (padded_rows(m) * k + m * n)
+    rows = m if isinstance(tiles, Direct) or tiles.digits else padded_rows(m)
+    moved = n * k * bits // 8 + scales + wide * (rows * k + m * n)
     name = f"W{bits}A{8 if eight else 16}"
     if isinstance(tiles, Direct):
         s = shape_of(m, n, k, group=group or k, columns=k // (group or k), dtype=jnp.bfloat16, tiles=tiles, cores=cores, bits=bits)

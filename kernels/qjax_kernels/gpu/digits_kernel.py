@@ -15,13 +15,14 @@ from .digits_ring import digits_ring
 from .epilogue import Activation
 from .gathered import Gathered, gathering
 from .made_digits import make
-from .mosaic import ACC, LANE, Layout, load, swizzled, transposed
+from .mosaic import ACC, LANE, Layout, load, swizzled, swizzled_rows, transposed
 from .order import in_order
 from .parts import Parts, room
-from .pipeline import Epilogue, column_values, launch, over_columns, over_rows, row_values, staging, store
+from .pipeline import Epilogue, column_values, launch, over_columns, over_rows, row_values
 from .schedule import Piece, Schedule
 from .tiles import FRACTION, PIECE, Tiles, at_once
 from .warps import Warps, shared_address
+from .written_rows import write
 
 
 def as_met(x: jax.Array) -> jax.Array:
@@ -126,7 +127,6 @@ def digit_products(
     bm, bn, bk, workers = tiles.block_m, tiles.block_n, tiles.block_k, tiles.warpgroups
     rows, pieces = bn // tiles.beside, bk // PIECE // tiles.sharing
     shape = (rows, bm)
-    staged = staging(shape, transpose=True)
     steps = -(-k // bk)
     per_copy = at_once(tiles, group, scales.dtype.itemsize)
     across, down, slots, alone = -(-m // bm), -(-n // bn), min(tiles.stages, steps), tiles.sums == 1
@@ -156,7 +156,7 @@ def digit_products(
             units_ref[...] = unit.T
             return
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(bk, 16)), plgpu.RefType(swizzled(PIECE, 8)), plgpu.RefType()))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled_rows(bk, 16)), plgpu.RefType(swizzled(PIECE, 8)), plgpu.RefType()))
         def made(_, *own):
             make(Warps(), bm, bk, *map(shared_address, own))
 
@@ -171,7 +171,7 @@ def digit_products(
     def hopper_digits(x_gmem, w_gmem, s_gmem, *rest):
         given, (out_gmem, *rest) = end.taken(rest)
         memory, rest = rest[: len(handed)], rest[len(handed) :]
-        sums_smem, (out_smem, *b_smem) = rest[: len(place)], rest[len(place) :]
+        sums_smem, b_smem = rest[: len(place)], rest[len(place) :]
         warpgroup = lax.axis_index("wg")
         gathered = None if alone else Gathered(tiles, warpgroup, sums_smem[0], memory[0] if memory else None)
         first_row = lax.rem(warpgroup, tiles.beside) * rows
@@ -192,13 +192,8 @@ def digit_products(
                 vector.arrived()
 
         def finish(at: Piece, columns):
-            def target(start, size):
-                return out_gmem.at[pl.ds(at.m * bm + start, size), pl.ds(at.n * bn + first_row, staged[1])]
-
-            def finished(start, size):  # codes are sixteen times themselves
-                return end.rows(columns(start, size) * 0.0625, added).astype(jnp.bfloat16)
-
-            store(finished, shape, out_smem.at[warpgroup], target, transpose=True)
+            total = end.rows(columns(0, bm) * 0.0625, added)  # codes are sixteen times themselves
+            write(out_gmem, total, (at.m, at.n * bn + first_row), bn, interpret is not None)
 
         def blocks(n_block):
             return [
@@ -215,11 +210,7 @@ def digit_products(
     kernel = plgpu.kernel(
         hopper_digits,
         out_type=(jax.ShapeDtypeStruct((m, n), jnp.bfloat16), *handed),
-        scratch_types=[
-            *place,
-            plgpu.SMEM((workers, *staged), jnp.bfloat16, transforms=swizzled(64, 16)),
-            *end.scratch(workers, rows),
-        ],
+        scratch_types=[*place, *end.scratch(workers, rows)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=LANE),
         interpret=interpret,
         **launch(tiles, schedule),

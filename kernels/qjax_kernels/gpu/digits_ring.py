@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .gathered import Gathered
-from .mosaic import Layout, swizzled
+from .mosaic import Layout, swizzled, swizzled_rows
 from .parts import Parts
 from .ring import divided, fill, own_pieces, stages_of
 from .schedule import Piece, Schedule
@@ -100,7 +100,7 @@ def digits_ring(
     pl.run_scoped(
         scoped,
         stages_of(blocks(0), operands, slots),
-        plgpu.SMEM((slots, bm, bk), x.dtype, transforms=swizzled(bk, 16)),
+        plgpu.SMEM((slots, bm, bk), x.dtype, transforms=swizzled_rows(bk, 16)),
         plgpu.SMEM((slots, 2 * bm, bk), jnp.int8, transforms=swizzled(PIECE, 8)),
         plgpu.SMEM((slots, bk // PIECE, bm), jnp.float32),
         plgpu.Barrier(num_arrivals=len(operands), num_barriers=slots),

@@ -11,7 +11,10 @@ from .warps import Int, Long, Real, Warps
 
 
 class Codes:
-    """Codes and scales of a block: of a piece a thread takes 16 bytes (32 with eight bits) of rows g and g + 8; four lanes share a row."""
+    """Codes and scales of a block: of a piece a thread takes 16 bytes (32 with eight bits) of rows g and g + 8; four lanes share a row.
+
+    They have four scales of it where a turn is four pieces: words that all of them had of their own would take the registers of codes.
+    """
 
     def __init__(self, w: Warps, s: Shape, order: Order, codes: Long, scales: Long) -> None:
         """Those that begin at `codes` and `scales`."""
@@ -22,7 +25,8 @@ class Codes:
         self.scales = scales.times(row, s.columns * self.width)
         # Words of scales of neighbouring groups in one load, where they fill words; a scale a row has no neighbours, even of K = 128.
         neighbours = s.group == PIECE and s.columns * self.width % 16 == 0
-        self.packed = s.turn * self.width // 4 if neighbours and s.turn * self.width in (4, 8, 16) else 0
+        self.spread = s.turn == 4 and not (neighbours and self.width == 2)
+        self.packed = s.turn * self.width // 4 if neighbours and s.turn * self.width in (4, 8, 16) and not self.spread else 0
 
     @property
     def width(self) -> int:
@@ -32,7 +36,12 @@ class Codes:
     @property
     def count(self) -> int:
         """Words of a turn."""
-        return self.s.words * self.s.turn + 2 * (self.packed or self.s.turn)
+        return self.s.words * self.s.turn + 2 * self._scale_words
+
+    @property
+    def _scale_words(self) -> int:
+        """Words of scales that a thread has of a row and a turn."""
+        return self.packed or (1 if self.spread else self.s.turn)
 
     def load(self, i: Int) -> list[Int]:
         """Codes of rows g and g + 8 of a block's turn i, then their scales; zeros behind the last one and behind the end of K."""
@@ -58,7 +67,8 @@ class Codes:
             if self.packed:
                 found += w.load_shared_by_all(at + first * self.width, self.packed)
                 continue
-            for piece in pieces:
+            own = [w.minimum(first + (w.thread & 3), s.pieces - 1)] if self.spread else pieces
+            for piece in own:
                 column = at + (piece * PIECE // s.group) * self.width
                 found += [w.load_half(column)] if self.width == 2 else w.load_shared_by_all(column, 1)
         return found
@@ -69,14 +79,12 @@ class Codes:
         codes, rest = found[s.words * u : s.words * (u + 1)], found[s.words * s.turn :]
         scales = []
         for half in (0, 1):
-            words = rest[half * (self.packed or s.turn) :]
-            if self.width == 4:
-                scales.append(w.as_real(words[u]))
-            elif self.packed:
-                word = words[u // 2]
-                scales.append(w.half_as_real(word >> 16 if u % 2 else word & 0xFFFF, s.dtype))
+            words = rest[half * self._scale_words :]
+            if self.packed and self.width == 2:
+                word = words[u // 2] >> 16 if u % 2 else words[u // 2] & 0xFFFF
             else:
-                scales.append(w.half_as_real(words[u], s.dtype))
+                word = w.of_four(words[0], u) if self.spread else words[u]
+            scales.append(w.as_real(word) if self.width == 4 else w.half_as_real(word, s.dtype))
         return codes[: s.bits], codes[s.bits :], scales
 
 

@@ -22,22 +22,23 @@ def make(w: Warps, block_m: int, block_k: int, x: Int, digits: Int, units: Int) 
       w: the instructions.
       block_m: rows, a multiple of 8.
       block_k: columns, a multiple of 128.
-      x: where the tile (block_m, block_k) bfloat16 begins in shared memory, as the copy engine lays it.
+      x: where the tile (block_m, block_k) bfloat16 begins in shared memory, row behind row (`mosaic.swizzled_rows`).
       digits: where (2 block_m, block_k) int8 begin, as the tensor cores read them: the high digits, then the low ones, columns in the
         order in which nibbles are met (`digits_kernel.as_met`).
       units: where (block_k / 128, block_m) float32 begin.
     """
     thread = w.thread % THREADS
-    lane, wanted, at_once = thread & (LANES - 1), block_m * block_k // PIECE, THREADS // LANES
+    pieces = block_k // PIECE
+    lane, wanted, at_once = thread & (LANES - 1), block_m * pieces, THREADS // LANES
     each = min(_AHEAD, math.ceil(wanted / at_once))
 
     def some(go: Int, carry: list[Any]) -> list[Any]:
         numbers = [w.minimum((go * each + i) * at_once + thread // LANES, wanted - 1) for i in range(each)]
-        places = [(number % block_m, number // block_m) for number in numbers]
+        places = [(number // pieces, number % pieces) for number in numbers]
         taken = [_taken(w, x, block_k, lane, *place) for place in places]
         for (row, piece), words, (unit, inverse) in zip(places, taken, piece_units(w, taken), strict=True):
             for side, found in enumerate(digit_words(w, as_elements(w, words), inverse, NIBBLES)):
-                at = digits + _tile(row + side * block_m, piece, block_k // PIECE) + (lane & 1) * 8
+                at = digits + _tile(row + side * block_m, piece, pieces) + (lane & 1) * 8
                 for parity in (0, 1):
                     w.store_shared(at + (((lane >> 1) * 2 + parity) ^ (row & 7)) * 16, found[parity], found[parity + 2])
             w.when(lane == 0, lambda row=row, piece=piece, unit=unit: w.store_shared(units + (piece * block_m + row) * 4, unit))
@@ -54,5 +55,6 @@ def _tile(row: Int, column: Int, columns: int) -> Int:
 
 def _taken(w: Warps, x: Int, block_k: int, lane: Int, row: Int, piece: Int) -> list[Int]:
     """A thread's elements, as `direct_rows.nibble_words` gives them."""
-    at, first = x + _tile(row, piece * 2 + (lane >> 2), block_k // 64) + (lane & 1) * 8, ((lane >> 1) & 1) * 4
-    return met_by_nibbles(*(w.load_shared(at + ((first + i) ^ (row & 7)) * 16, 2) for i in range(4)))
+    stretch = row * (block_k // 64) + piece * 2 + (lane >> 2)  # of 128 bytes, whose sixteens are swapped by its number
+    at, first = x + stretch * 128 + (lane & 1) * 8, ((lane >> 1) & 1) * 4
+    return met_by_nibbles(*(w.load_shared(at + ((first + i) ^ (stretch & 7)) * 16, 2) for i in range(4)))

@@ -144,11 +144,11 @@ class Tiles:
     def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, out_bytes: int = 2) -> int:
         """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, vectors and barriers.
 
-        Each warpgroup has its own stretches of scales of channels and bias, and of scales of x where that has eight bits; with or without a
-        bias the bytes are the same.
+        With digits y goes its way without. Each warpgroup has its own stretches of scales of channels and bias, and of scales of x where
+        that has eight bits; with or without a bias the bytes are the same.
         """
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
-        out = left * min(right, 64) * (4 if self.added_after else out_bytes) * self.sharing
+        out = 0 if self.digits else left * min(right, 64) * (4 if self.added_after else out_bytes)
         gathered = left * right * 4 * self.sums if self.sums > 1 else 0
         between = 2048 if self.digits else 1024  # with barriers; arrays begin at multiples of up to 1024 bytes
         of_w, of_x = (self.warpgroups * right, left) if self.x_left else (left, self.warpgroups * right)

@@ -45,6 +45,11 @@ class Int(_Number):
 
     kind = "i32"
 
+    @staticmethod
+    def of_index(value: Any) -> Int:
+        """One of MLIR's `index`."""
+        return Int(arith.index_castui(_type("i32"), value))
+
     def __add__(self, other: Any) -> Int:
         return Int(arith.addi(*self._pair(other)))
 
@@ -203,6 +208,11 @@ class Warps:
         """What the thread has whose number in the warp differs in this bit."""
         text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
         return Real(self._asm(text, "f32", "=f,f", a, effects=True))
+
+    def of_four(self, a: Int, number: int) -> Int:
+        """What the thread with this number has, of the four to which a thread belongs."""
+        text = f"shfl.sync.idx.b32 $0, $1, {number}, 0x1c1f, 0xffffffff;"  # 0x1c: of a lane, what stays
+        return Int(self._asm(text, "i32", "=r,r", a, effects=True))
 
     def larger(self, a: Real, b: Real) -> Real:
         """The larger, NaN where one is."""

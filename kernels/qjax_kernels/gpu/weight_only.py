@@ -176,7 +176,7 @@ def _run(
     if m == 0:
         return jnp.zeros((0, n), x.dtype)
     if tiles is None and interpret is None:
-        tiles = weight_only_tiles(m, n, k, bits, cores, group_size, scales.dtype.itemsize, norm is not None)
+        tiles = weight_only_tiles(m, n, k, bits, cores, group_size, norm is not None)
     elif tiles is None:  # an interpreter knows no single warps
         tiles = pipelined_tiles(m, n, k, bits, cores, group_size)
     if isinstance(tiles, Direct):
@@ -202,9 +202,11 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     from .digits_kernel import digit_products
     from .weight_only_kernel import weight_only
 
-    m, k = x.shape
-    if tiles.digits and (bits != 4 or group_size is None):
-        raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
+    m = x.shape[0]
+    if tiles.digits:
+        if bits != 4 or group_size is None:
+            raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
+        check_codes(codes, interpreted=False)  # whole sixty-fours are written, with an interpreter as well
     size = scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)
     if group_size is not None and not at_once(tiles, group_size, size):
@@ -213,11 +215,10 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
             f"`tiles.block_k` is {tiles.block_k}; it must divide {most}, the k whose scales ({scales.dtype}) are copied at once"
         )
     check_launch(tiles, stays(tiles, group_size), tiles.shared_bytes(bits, size))
-    end: dict[str, Any] = {"bias": bias, "activation": activation, "tiles": tiles, "interpret": interpret}
-    x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
+    how: dict[str, Any] = {"group": group_size, "bias": bias, "activation": activation, "tiles": tiles, "cores": cores}
     if tiles.digits:
-        y = digit_products(x, codes, scales, group=group_size or k, cores=cores, **end)
-    else:
-        y = weight_only(x, codes, scales, bits=bits, group=group_size, cores=cores, **end)
+        return digit_products(x, codes, scales, **how, interpret=interpret)
+    x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))  # the copy engine writes few rows of y, or whole eights
+    y = weight_only(x, codes, scales, bits=bits, **how, interpret=interpret)
     y = added_up(y, bias, activation, x.dtype) if tiles.added_after else y
     return y[:m]

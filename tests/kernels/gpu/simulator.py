@@ -88,6 +88,10 @@ class Simulator:
         assert self.active.reshape(-1, 32).all(1).sum() * 32 == self.active.sum(), "whole warps exchange"
         return a[np.arange(self.threads) ^ distance]
 
+    def of_four(self, a, number):
+        assert self.active.reshape(-1, 32).all(1).sum() * 32 == self.active.sum(), "whole warps exchange"
+        return a[np.arange(self.threads) // 4 * 4 + number]
+
     def larger(self, a, b):
         return np.maximum(a, b)
 

@@ -79,6 +79,10 @@ def exact(x, codes, scales, group):
         (1, 192, 512, 4, 128, BF16, Direct(4, 2, 1)),
         (3, 128, 1280, 4, 128, BF16, Direct()),  # ten pieces for eight warps of four
         (4, 64, 2048, 4, 128, F32, Direct(4, 4, 1)),
+        (1, 64, 1408, 4, 128, F32, Direct(8, 4, 1)),  # a lane has the scale of a piece: of the last turn, that of the last piece
+        (2, 64, 3072, 4, 384, F16, Direct(4, 4, 1)),  # of groups that end within a turn
+        (8, 128, 1024, 4, 128, F32, Direct(8, 4, 1, split_k=2, wide=True)),
+        (1, 64, 1024, 4, 1024, F32, Direct(8, 4, 1)),
         (5, 64, 1024, 4, 128, F16, Direct(8, 2, 1)),
         (8, 64, 1408, 4, 128, BF16, Direct(16, 2, 1)),  # eleven pieces: a turn of two ends behind K
         (2, 64, 384, 4, 128, F32, Direct(4, 1, 2)),
@@ -117,7 +121,7 @@ def test_a_row_of_one_piece_may_have_one_scale(m, bits, dtype):
     """Whose rows are not of 16 bytes."""
     x, codes, scales = drawn(m, 64, 128, 128, dtype, bits)
     scales = np.ascontiguousarray(scales[:, :1])
-    y, _ = ran(x, codes, scales, 128, direct_tiles(m, 128, bits, np.dtype(dtype).itemsize), bits, whole=False)
+    y, _ = ran(x, codes, scales, 128, direct_tiles(m, 128, bits), bits, whole=False)
     expected, magnitude = exact(x, codes, scales, 128)
     assert np.all(np.abs(y - expected) <= 2**-20 * magnitude)
 
@@ -160,7 +164,7 @@ def test_what_is_not_finite_stays_in_its_row():
 def test_default_tiles_fit_into_shared_memory(dtype, bits):
     for m in range(1, 17 if bits == 8 else 9):
         for k in (128, 1408, 4096, 8192, 14336, 22656, 28672, 45312, 49280):
-            tiles = direct_tiles(m, k, bits, np.dtype(dtype).itemsize)
+            tiles = direct_tiles(m, k, bits)
             s = shape_of(m, 4096, k, group=128, columns=k // 128, dtype=dtype, tiles=tiles, cores=132, norm=1e-5, bits=bits)
             assert s.bytes * tiles.blocks <= SHARED_BYTES, (m, k, tiles)
             assert s.blocks % tiles.split_k == 0 and s.own * tiles.split_k >= k // 128
@@ -175,6 +179,8 @@ def test_few_rows_go_this_way_and_no_others(bits, group):
     assert large == [*range(1, 17 if bits == 8 and group else 5 if group else 9)]
     wide = [m for m in range(1, 65) if isinstance(weight_only_tiles(m, 28672, 8192, bits, group=group), Direct)]
     assert wide == [*range(1, 17 if bits == 8 and group else 5 if group else 9)]
+    deep = [m for m in range(1, 65) if isinstance(weight_only_tiles(m, 8192, 28672, bits, group=group), Direct)]
+    assert deep == [*range(1, 17 if bits == 8 and group else 3 if group else 9)]
 
 
 @pytest.mark.parametrize(("n", "tiles"), [(4096, Direct()), (4288, Direct(8, 4, 2, split_k=3, wide=True)), (4160, Direct(4, 2, 4))])
@@ -185,9 +191,9 @@ def test_blocks_of_a_multiprocessor_are_one_thread_block(n, tiles):
 
 @pytest.mark.parametrize("m", [1, 7, 16])
 @pytest.mark.parametrize(("n", "k"), [(4096, 2176), (28672, 8192), (64, 45312)])
-@pytest.mark.parametrize(("bits", "scale_bytes"), [(4, 2), (4, 4), (8, 4)])
-def test_a_gpu_of_one_multiprocessor_waits_for_nobody(m, n, k, bits, scale_bytes):
-    tiles = weight_only_tiles(m, n, k, bits, cores=1, scale_bytes=scale_bytes)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gpu_of_one_multiprocessor_waits_for_nobody(m, n, k, bits):
+    tiles = weight_only_tiles(m, n, k, bits, cores=1)
     assert not isinstance(tiles, Direct) or tiles.split_k <= tiles.blocks
 
 

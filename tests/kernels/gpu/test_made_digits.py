@@ -13,8 +13,15 @@ from qjax_kernels.gpu.made_digits import make
 from tests.kernels.gpu.simulator import launch
 
 
+def rows_laid(tile: np.ndarray) -> np.ndarray:
+    """Bytes of a matrix as the copy engine lays whole rows: stretches of 128 bytes, whose sixteens swap places by the stretch's number."""
+    sixteens = np.ascontiguousarray(tile).view(np.uint8).reshape(-1, 8, 16)
+    stretch, place = np.ogrid[: len(sixteens), :8]
+    return sixteens[stretch, place ^ (stretch & 7)].reshape(-1)
+
+
 def laid(tile: np.ndarray) -> np.ndarray:
-    """Bytes of a matrix as the copy engine and the tensor cores lay it: tiles of eight rows of 128 bytes, whose sixteens swap places."""
+    """Bytes of a matrix as the tensor cores read it: tiles of eight rows of 128 bytes, whose sixteens swap places."""
     rows, size = tile.shape[0], tile.itemsize
     cut = tile.reshape(rows // 8, 8, -1, 128 // size).swapaxes(1, 2)  # eight rows, columns, row, column
     sixteens = np.ascontiguousarray(cut).view(np.uint8).reshape(*cut.shape[:3], 8, 16)
@@ -33,7 +40,7 @@ def test_digits_and_units_are_those_of_the_formula(block_m, block_k):
     begin = [0, x.nbytes, 2 * x.nbytes]
 
     def block(w, _shared):
-        w.shared[: x.nbytes], w.written[: x.nbytes] = laid(x), True  # the copy engine has
+        w.shared[: x.nbytes], w.written[: x.nbytes] = rows_laid(x), True  # the copy engine has
         make(w, block_m, block_k, *(w.integer(each) for each in begin))
 
     (machine,) = launch(block, 1, 128, [], begin[2] + 4 * pieces * block_m)

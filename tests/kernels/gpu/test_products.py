@@ -123,15 +123,15 @@ def test_tiles_that_blocks_share(m, n, bits, group, tiles, cores):
 @pytest.mark.parametrize(
     ("m", "n", "k", "group", "block_k", "stages", "cores", "scale", "cut"),
     [
-        (20, 200, 1024, 128, 256, 2, 132, jnp.bfloat16, {}),  # two blocks of rows, a tail of N
+        (20, 192, 1024, 128, 256, 2, 132, jnp.bfloat16, {}),  # two blocks of rows, a tail of N
         (13, 128, 1408, 128, 256, 4, 132, jnp.float32, {}),  # a tail of K, turns that are not whole
         (3, 512, 1024, 256, 512, 2, 2, jnp.float16, {}),  # two whole tiles a block, one after the other
         (9, 384, 2048, 128, 128, 2, 7, jnp.float32, {}),  # three tiles among seven blocks
         (20, 384, 2048, 128, 128, 3, 4, jnp.bfloat16, {}),  # six among four: pieces and whole tiles
         (15, 128, 384, 384, 384, 2, 132, jnp.float16, {}),  # one stage
         (13, 128, 1408, 128, 256, 2, 132, jnp.float32, {"block_n": 64}),  # warpgroups share stages, the last half full
-        (20, 200, 1536, 384, 384, 3, 4, jnp.bfloat16, {"block_n": 64, "warpgroups": 3}),  # more tiles than multiprocessors
-        (3, 200, 1152, 384, 128, 2, 132, jnp.float32, {"split_k": 2}),  # clusters: nine stages in two parts
+        (20, 256, 1536, 384, 384, 3, 4, jnp.bfloat16, {"block_n": 64, "warpgroups": 3}),  # more tiles than multiprocessors
+        (3, 192, 1152, 384, 128, 2, 132, jnp.float32, {"split_k": 2}),  # clusters: nine stages in two parts
         (9, 128, 256, 128, 128, 2, 132, jnp.bfloat16, {"split_k": 3}),  # the first part has no stage
         (20, 192, 1024, 128, 256, 2, 132, jnp.bfloat16, {"block_n": 64, "split_k": 2}),  # both, of two blocks of rows
         (9, 128, 2560, 128, 1024, 2, 132, jnp.float32, {"block_n": 64}),  # scales of a stage are 32 bytes, half a stage at the end

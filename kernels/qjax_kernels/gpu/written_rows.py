@@ -1,0 +1,64 @@
+"""Rows of y that threads write themselves, as many as there are: the copy engine takes fewer than eight, or whole eights."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .mosaic import Layout
+from .tiles import ROWS
+from .warps import Int, Real, Warps, device_address
+
+
+def write(y: Any, total: jax.Array, place: tuple[Any, Any], block_n: int, interpreted: bool) -> None:
+    """Rounds a sum to bfloat16 and writes it; what lies past the edge is left out.
+
+    Args:
+      y: (M, N) bfloat16 in device memory, N a multiple of 64.
+      total: the sum (R, C) float32 of a warpgroup, R rows of w, a multiple of 64, and C rows of x.
+      place: the number of the block of rows of x; the first row of w.
+      block_n: rows of w of a thread block.
+      interpreted: there are no threads.
+    """
+    (m, n), (rows, columns), (block, first) = y.shape, total.shape, place
+
+    def put(count: int) -> None:
+        for start in range(0, rows, ROWS):
+            target = y.at[pl.ds(block * columns, count), pl.ds(first + start, ROWS)]
+            part = functools.partial(_put, target, total[start : start + ROWS], n, interpreted)
+            if n % block_n == 0:
+                part()
+            else:
+                pl.when(first + start < n)(part)
+
+    whole, rest = divmod(m, columns)
+    if not rest or not whole:
+        put(rest or columns)
+    else:
+        lax.cond(block < whole, lambda: put(columns), lambda: put(rest))
+
+
+def _put(target: Any, part: jax.Array, n: int, interpreted: bool) -> None:
+    """Each thread writes what it has of a part, two bytes at a time; columns that the target has no rows for are left out."""
+    count = target.shape[0]
+    if interpreted:
+        target[...] = part.T[:count].astype(jnp.bfloat16)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), Layout.WGMMA))
+    def put(_, own, values):
+        w, at = Warps(), device_address(own)
+
+        def one(value: Any, index: tuple[Any, Any]) -> None:
+            row, column = map(Int.of_index, index)
+            store: Callable[[], None] = lambda: w.store_bfloat16(at.times(column, 2 * n) + row * 2, Real(value))  # noqa: E731
+            store() if count == part.shape[1] else w.when(column < count, store)
+
+        values.foreach(one)
+
+    put(target, plgpu.layout_cast(part, Layout.WGMMA))  # pyright: ignore[reportCallIssue]
