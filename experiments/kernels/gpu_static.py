@@ -86,6 +86,7 @@ def cases() -> list[tuple[str, int, tuple[int, int], Tiles | Direct | None]]:
         ("W4A16 column", 128, SMALL, None),
         ("W4A16 g128", 3, (1088, 2048), None),
         ("W8A16 g128", 1, LARGE, None),
+        ("W4A16 column", 8, (8192, 8192), None),
         ("W8A16 column", 8, SMALL, None),
         ("W8A16 g128", 16, LARGE, None),
         ("W8A16 g128", 16, SMALL, None),

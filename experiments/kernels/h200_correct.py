@@ -131,10 +131,12 @@ def repeated(function: Callable, launches: int) -> Callable:
 
 def stress(record: Record, clock: Clock, dry: bool, interpret, launches: int, threads: int) -> None:
     """Kernels whose blocks wait for each other, launched many times: does each end, with the same bits (`correct` says if right)."""
+    wanted = [(job, row) for job in meeting(dry) if record.known("stress", row := job.row() | {"launches": launches}) is None]
+    if not wanted:
+        return
     if clock.left() < 60:
         print("stress: the budget was spent", flush=True)
         return
-    wanted = [(job, row) for job in meeting(dry) if record.known("stress", row := job.row() | {"launches": launches}) is None]
     given = [(jnp.stack([rows(job.m, job.k, i) for i in (1, 2)]), *weights(job.kind, job.n, job.k, 3)) for job, _ in wanted]
     functions = [repeated(ours(job.kind, job.tiles, interpret), launches) for job, _ in wanted]
     waiting = side_by_side(list(zip(functions, given, strict=True)), threads)

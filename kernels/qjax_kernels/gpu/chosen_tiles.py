@@ -41,7 +41,9 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
 
 # Rows of x; 16, of four bits, were slower than a pipeline: 4096 x 4096 7.7 for 7.0 us, 8192 x 8192 16.7 for 15.0, 8192 x 28672 42 for 39.5.
 DIRECT_ROWS = 8
-_DEEP = 8192  # of K whose digits are so many that blocks that make them are faster at 3 rows: 28672 x 8192 34.5 us for 35.7
+# Of K, whose digits are so many that blocks that make them are faster at 3 and 4 rows: 28672 x 8192 34.5 and 34.1 us for 35.7 and 37.4,
+# 14336 x 4096 12.0 and 11.9 for 12.3 and 12.5.
+_DEEP = 8192
 _LARGE = 1 << 26  # codes of eight bits, at 16 rows: 8192 x 8192 took 22.5 for 23.5 us, 4096 x 4096 9.2 for 8.8
 
 
@@ -144,15 +146,16 @@ def _digits(m: int, n: int, k: int, cores: int) -> Tiles | None:
 def _gathered(m: int, n: int, k: int, cores: int) -> Tiles | None:
     """Blocks that make digits, one for a multiprocessor, whose warpgroups or pairs share K: of weights too narrow for those of `_digits`.
 
-    Pairs of blocks of 64 rows read x the most often: at 16 rows of 14336 x 4096 they take as long as a pipeline (14.6 us), at 9 to 15,
-    which that has padded, 2 us less. A shorter K was not timed.
+    Pairs of blocks of 64 rows read x the most often: of 16 rows and a K beyond 8192 a pipeline is as fast (14336 x 4096: 14.5 us, some
+    of its tiles 13.7), but it has 9 to 15 rows padded, which takes 2 us. A shorter K was not timed.
     """
     if k < 4096:
         return None
     halves = Tiles(_whole_eights(m), 128, 512, 2, split_k=2, warpgroups=2, digits=True)
     narrow = dataclasses.replace(halves, block_n=64, block_k=1024)
-    wide = halves if m > DIRECT_ROWS else dataclasses.replace(narrow, split_k=1, stages=3)
-    return next((tiles for tiles in (wide, narrow) if 0.7 * cores <= blocks(m, n, tiles) <= cores), None)
+    ways = [halves] if m > DIRECT_ROWS else [dataclasses.replace(narrow, split_k=1, stages=3)]
+    ways += [narrow] if m % 8 or m <= DIRECT_ROWS or k <= _DEEP else []
+    return next((tiles for tiles in ways if 0.7 * cores <= blocks(m, n, tiles) <= cores), None)
 
 
 def _busy(n: int, tiles: Tiles, cores: int) -> float:
@@ -162,13 +165,17 @@ def _busy(n: int, tiles: Tiles, cores: int) -> float:
 
 
 def _small(m: int, n: int, k: int, block_m: int, packed: bool, enough: float) -> Tiles:
-    """Blocks of 128 rows of w if there are enough of them, or of 64; else they share K, wide ones of four bits in up to four parts."""
+    """Blocks of 128 rows of w if there are enough of them, or of 64; else they share K, wide ones of four bits in up to four parts.
+
+    Eight parts of a long K are faster up to 16 rows: 13.7 us for 14.6 (14336 x 4096). More rows were not timed with the stages that fit.
+    """
     wide, narrow = (Tiles(block_m, block_n, block_k=256 if block_m <= 32 else 128, stages=1) for block_n in (128, 64))
     for tiles in (wide, narrow):
         if blocks(m, n, tiles) >= enough:
             return tiles
     parts = _narrow_parts(m, n, k, wide, enough)
-    if packed and parts <= 4 and blocks(m, n, wide) * parts >= enough:
+    most = 8 if k > _DEEP and block_m <= 16 else 4
+    if packed and parts <= most and blocks(m, n, wide) * parts >= enough:
         return dataclasses.replace(wide, split_k=parts)
     return dataclasses.replace(narrow, split_k=_narrow_parts(m, n, k, narrow, enough))
 

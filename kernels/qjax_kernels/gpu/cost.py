@@ -4,7 +4,7 @@ measurement.
     seconds = max(waves x instructions of a tile x cycles of one / clock, bytes / bandwidth)
 
 Waves are whole where a thread block takes one tile, and parts of one where blocks stay and share what does not fill them. It knows nothing
-of conversions, waiting and launches. What was measured (experiments/kernels): 1.0x to 1.3x of it for up to 16 rows of 8192 x 28672, 1.4x
+of conversions, waiting and launches. What was measured (experiments/kernels): 1.0x to 1.3x of it for up to 16 rows of 8192 x 28672, 1.2x
 for 512; 2.2x to 3.2x for 4096 x 4096, whose launches take as long as the product.
 """
 
@@ -66,7 +66,7 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
       An `Estimate`.
 
     Raises:
-      ValueError: no kernel of ours takes the request.
+      ValueError: no kernel of ours takes the request, which may have no rows; another `kernel`.
 
     Example:
       >>> from qjax_kernels.request import Device, Weight
@@ -74,6 +74,10 @@ def estimate(request: Request, kernel: str | None = None) -> Estimate:
       >>> 3.5 < estimate(decode, "bf16").seconds / estimate(decode).seconds < 4
       True
     """
+    if kernel not in (None, "bf16"):
+        raise ValueError(f"`kernel` is {kernel!r}; it must be 'bf16', or None for the kernel that takes the request")
+    if request.m < 1 or request.n < 1 or request.k < 1:
+        raise ValueError(f"`request` is of M, N, K = {request.m}, {request.n}, {request.k}; all must be 1 or more")
     m, n, k, cores = request.m, request.n, request.k, max(request.device.cores, 1)
     if kernel == "bf16":
         moved, tiles = 2 * (n * k + m * k + m * n), Tiles(128, 256, 128, 3, warpgroups=2)

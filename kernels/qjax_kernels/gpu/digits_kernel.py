@@ -156,7 +156,7 @@ def digit_products(
             units_ref[...] = unit.T
             return
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled_rows(bk, 16)), plgpu.RefType(swizzled(PIECE, 8)), plgpu.RefType()))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled_rows(16)), plgpu.RefType(swizzled(PIECE, 8)), plgpu.RefType()))
         def made(_, *own):
             make(Warps(), bm, bk, *map(shared_address, own))
 
@@ -184,7 +184,7 @@ def digit_products(
             return carry
 
         def begin(at: Piece):
-            for vector in added:
+            for vector in added:  # all threads have read the one before: a copy begins behind a barrier of its warpgroup
                 vector.fetch(at.n * bn + first_row)
 
         def arrived():

@@ -100,7 +100,7 @@ def digits_ring(
     pl.run_scoped(
         scoped,
         stages_of(blocks(0), operands, slots),
-        plgpu.SMEM((slots, bm, bk), x.dtype, transforms=swizzled_rows(bk, 16)),
+        plgpu.SMEM((slots, bm, bk), x.dtype, transforms=swizzled_rows(16)),
         plgpu.SMEM((slots, 2 * bm, bk), jnp.int8, transforms=swizzled(PIECE, 8)),
         plgpu.SMEM((slots, bk // PIECE, bm), jnp.float32),
         plgpu.Barrier(num_arrivals=len(operands), num_barriers=slots),

@@ -13,7 +13,9 @@ from .warps import Int, Long, Real, Warps
 class Codes:
     """Codes and scales of a block: of a piece a thread takes 16 bytes (32 with eight bits) of rows g and g + 8; four lanes share a row.
 
-    They have four scales of it where a turn is four pieces: words that all of them had of their own would take the registers of codes.
+    The scales of a turn come in one of three ways: those of neighbouring groups in one load (`packed`), which all four lanes have; or, of
+    four pieces whose scales fill more than two words, one in each lane (`spread`), since copies would take the registers of codes; or one
+    a piece.
     """
 
     def __init__(self, w: Warps, s: Shape, order: Order, codes: Long, scales: Long) -> None:
@@ -23,10 +25,11 @@ class Codes:
         row = (lane >> 2) + (w.thread >> 5 & 3) * TILE if s.wide else lane >> 2
         self.codes = codes.times(row, s.k * s.bits // 8) + (lane & 3) * 16
         self.scales = scales.times(row, s.columns * self.width)
-        # Words of scales of neighbouring groups in one load, where they fill words; a scale a row has no neighbours, even of K = 128.
-        neighbours = s.group == PIECE and s.columns * self.width % 16 == 0
-        self.spread = s.turn == 4 and not (neighbours and self.width == 2)
-        self.packed = s.turn * self.width // 4 if neighbours and s.turn * self.width in (4, 8, 16) and not self.spread else 0
+        # A scale a row has no neighbours, even of K = 128.
+        neighbours, size = s.group == PIECE and s.columns * self.width % 16 == 0, s.turn * self.width
+        self.packed = neighbours and size in (4, 8, 16) and not (s.turn == 4 and self.width == 4)
+        self.spread = s.turn == 4 and not self.packed
+        self.scale_words = size // 4 if self.packed else 1 if self.spread else s.turn  # of a row
 
     @property
     def width(self) -> int:
@@ -36,12 +39,7 @@ class Codes:
     @property
     def count(self) -> int:
         """Words of a turn."""
-        return self.s.words * self.s.turn + 2 * self._scale_words
-
-    @property
-    def _scale_words(self) -> int:
-        """Words of scales that a thread has of a row and a turn."""
-        return self.packed or (1 if self.spread else self.s.turn)
+        return self.s.words * self.s.turn + 2 * self.scale_words
 
     def load(self, i: Int) -> list[Int]:
         """Codes of rows g and g + 8 of a block's turn i, then their scales; zeros behind the last one and behind the end of K."""
@@ -65,7 +63,7 @@ class Codes:
         for half in (0, 1):
             at = near + half * 8 * s.columns * self.width
             if self.packed:
-                found += w.load_shared_by_all(at + first * self.width, self.packed)
+                found += w.load_shared_by_all(at + first * self.width, self.scale_words)
                 continue
             own = [w.minimum(first + (w.thread & 3), s.pieces - 1)] if self.spread else pieces
             for piece in own:
@@ -79,7 +77,7 @@ class Codes:
         codes, rest = found[s.words * u : s.words * (u + 1)], found[s.words * s.turn :]
         scales = []
         for half in (0, 1):
-            words = rest[half * self._scale_words :]
+            words = rest[half * self.scale_words :]
             if self.packed and self.width == 2:
                 word = words[u // 2] >> 16 if u % 2 else words[u // 2] & 0xFFFF
             else:

@@ -255,8 +255,8 @@ def direct(
         raise ValueError(f"`tiles` are {tiles}: {s.blocks} blocks wait for each other on {cores} multiprocessors, which is no whole number "
                          "of `blocks` each; leave `blocks` 1, or take another `split_k`")  # fmt: skip
     if used > SHARED_BYTES:
-        raise ValueError(f"`tiles` need {used} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K, or "
-                         "take fewer `blocks`")  # fmt: skip
+        raise ValueError(f"`tiles` need {used} bytes of shared memory for {m} rows of K = {k}, the GPU has {SHARED_BYTES}; split K"
+                         + (", or take fewer `blocks`" if tiles.blocks > 1 else ""))  # fmt: skip
     operands, met = [x, codes, scales, *([] if bias is None else [bias])], room(s)
 
     def hopper_direct(*references):

@@ -34,7 +34,7 @@ def make(w: Warps, block_m: int, block_k: int, x: Int, digits: Int, units: Int) 
 
     def some(go: Int, carry: list[Any]) -> list[Any]:
         numbers = [w.minimum((go * each + i) * at_once + thread // LANES, wanted - 1) for i in range(each)]
-        places = [(number // pieces, number % pieces) for number in numbers]
+        places = [(number % block_m, number // block_m) for number in numbers]
         taken = [_taken(w, x, block_k, lane, *place) for place in places]
         for (row, piece), words, (unit, inverse) in zip(places, taken, piece_units(w, taken), strict=True):
             for side, found in enumerate(digit_words(w, as_elements(w, words), inverse, NIBBLES)):

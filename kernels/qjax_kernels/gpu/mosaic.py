@@ -37,18 +37,15 @@ def swizzled(columns: int, bits: int):
     return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
 
 
-def swizzled_rows(columns: int, bits: int):
+def swizzled_rows(bits: int):
     """Transforms of a matrix in shared memory whose rows lie one behind the other, of any number of rows in device memory.
 
-    The tensor cores cannot read it.
+    The tensor cores cannot read it. A row is a multiple of 128 bytes.
 
     Args:
-      columns: of the matrix in shared memory, a multiple of 128 bytes.
       bits: of an element.
 
     Returns:
       The transforms: stretches of 128 bytes, whose sixteens swap places by the number of the stretch.
     """
-    if columns * bits % 1024:
-        raise ValueError(f"`columns` is {columns}; a row must be a multiple of 128 bytes")
     return (plgpu.TilingTransform((1024 // bits,)), plgpu.SwizzleTransform(128))

@@ -7,7 +7,8 @@ ROWS = 64  # of w: those of a weight are a multiple of it
 PIECE = 128  # k that share a scale of x as digits, and that one run of tensor-core instructions takes
 FRACTION = 13  # bits of digits below the leading one of the largest element of a piece
 COPIER_REGISTERS = 40  # of a thread of the warpgroup that copies
-MAKER_REGISTERS = 104  # where it makes digits besides: with 72 some were put aside (64 rows of w, three stages, jax 0.10.2)
+REGISTERS = 65536  # of a multiprocessor
+MAKER_REGISTERS = 112  # where it makes digits besides: with 104 some were put aside (64 rows of w, three stages, jax 0.10.2)
 
 
 def _check_ints(tiles: "Tiles | Direct") -> None:
@@ -131,8 +132,13 @@ class Tiles:
 
     @property
     def worker_registers(self) -> int:
-        """Registers that a thread of a computing warpgroup asks for then: what is left of 512, in eights."""
-        return (512 - self.copier_registers) // self.warpgroups // 8 * 8
+        """Registers that a thread of a computing warpgroup asks for then: what is left of those of the launch, in eights.
+
+        A launch gives each of its threads as many, in eights; who asked for more than others give back would wait for ever.
+        """
+        warpgroups = self.warpgroups + 1
+        launched = REGISTERS // (128 * warpgroups) // 8 * 8 * warpgroups
+        return (launched - self.copier_registers) // self.warpgroups // 8 * 8
 
     def stage_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2) -> int:
         """Bytes of shared memory that a stage takes: codes, rows of x and sixteen bytes of scales a row of w, or as many as `at_once`."""
@@ -144,8 +150,8 @@ class Tiles:
     def shared_bytes(self, bits: int, scale_bytes: int = 2, x_bytes: int = 2, out_bytes: int = 2) -> int:
         """Bytes of shared memory that a thread block takes: stages, the tile of y on its way out, vectors and barriers.
 
-        With digits y goes its way without. Each warpgroup has its own stretches of scales of channels and bias, and of scales of x where
-        that has eight bits; with or without a bias the bytes are the same.
+        With digits no tile of y lies there: threads write it. Each warpgroup has its own stretches of scales of channels and bias, and of
+        scales of x where that has eight bits; with or without a bias the bytes are the same.
         """
         left, right = (self.block_m, self.block_n) if self.x_left else (self.block_n, self.block_m)
         out = 0 if self.digits else left * min(right, 64) * (4 if self.added_after else out_bytes)

@@ -211,7 +211,8 @@ class Warps:
 
     def of_four(self, a: Int, number: int) -> Int:
         """What the thread with this number has, of the four to which a thread belongs."""
-        text = f"shfl.sync.idx.b32 $0, $1, {number}, 0x1c1f, 0xffffffff;"  # 0x1c: of a lane, what stays
+        kept, most = 0b11100, 31  # bits of the number of a lane that stay its own; the last lane
+        text = f"shfl.sync.idx.b32 $0, $1, {number}, {kept << 8 | most}, 0xffffffff;"
         return Int(self._asm(text, "i32", "=r,r", a, effects=True))
 
     def larger(self, a: Real, b: Real) -> Real:

@@ -205,7 +205,8 @@ def _pipelined(x, codes, scales, *, bits, group_size, tiles, cores, interpret, b
     m = x.shape[0]
     if tiles.digits:
         if bits != 4 or group_size is None:
-            raise ValueError("`tiles.digits` is for codes of 4 bits in groups; leave it False")
+            given = f"codes of {bits} bits and `group_size` {group_size}"
+            raise ValueError(f"`tiles.digits` is True with {given}; it is for 4 bits in groups: leave it False")
         check_codes(codes, interpreted=False)  # whole sixty-fours are written, with an interpreter as well
     size = scales.dtype.itemsize
     scales = scales if group_size is None else whole_rows(scales)

@@ -11,7 +11,7 @@ from qjax_kernels.gpu.tiles import Direct, Tiles
 from qjax_kernels.gpu.weight_only import weight_only_matmul
 
 
-def lowered(bits: int | None, m: int, n: int, k: int, tiles: Tiles | Direct, group: int = 128) -> list[str]:
+def lowered(bits: int | None, m: int, n: int, k: int, tiles: Tiles | Direct, group: int = 128, scale=jnp.bfloat16) -> list[str]:
     """The kernels of a product, as they go to the compiler, without names of files."""
     shape = jax.ShapeDtypeStruct
     x, codes = shape((m, k), jnp.bfloat16), shape((n, k), jnp.int4 if bits == 4 else jnp.int8)
@@ -19,7 +19,7 @@ def lowered(bits: int | None, m: int, n: int, k: int, tiles: Tiles | Direct, gro
         function, scales = lambda x, w, s: eight_bit_matmul(x, w, s, tiles=tiles), shape((n, 1), jnp.bfloat16)
     else:
         function = lambda x, w, s: weight_only_matmul(x, w, s, group_size=group, tiles=tiles)  # noqa: E731
-        scales = shape((n, k // group), jnp.bfloat16)
+        scales = shape((n, k // group), scale)
     module = jax.jit(function).trace(x, codes, scales).lower(lowering_platforms=("cuda",)).compiler_ir()
     found: list[str] = []
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from qjax_kernels.gpu.chosen_tiles import weight_only_tiles
 from qjax_kernels.gpu.cost import BANDWIDTH, estimate
+from qjax_kernels.gpu.tiles import Tiles
 from qjax_kernels.request import Device, Request, Weight
 
 DECODE = Request(Device("cuda", "sm_90a", 132), 16, 4096, 4096, Weight("int", 4, 128))
@@ -41,6 +42,16 @@ def test_blocks_that_stay_share_the_last_wave():
     assert estimate(alone).blocks == 2  # a cluster at least
 
 
+@pytest.mark.parametrize(("n", "rows"), [(8192, 12), (2048, 16)])
+def test_rows_are_padded_where_the_copy_engine_takes_whole_eights(n, rows):
+    """Not of weights whose digits are made in blocks, as those of 8192 rows are."""
+    tiles = weight_only_tiles(12, n, 4096, 4)
+    assert isinstance(tiles, Tiles) and tiles.digits == (rows == 12)
+    parts = 2 * 4 * tiles.split_k * 12 * n if tiles.added_after else 0
+    found = estimate(dataclasses.replace(DECODE, m=12, n=n, k=4096)).bytes
+    assert found == n * 4096 // 2 + n * 32 * 4 + 2 * (rows * 4096 + 12 * n) + parts
+
+
 def test_what_no_kernel_takes_is_refused():
     with pytest.raises(ValueError, match="int3"):
         estimate(dataclasses.replace(DECODE, weight=Weight("int", 3, 128)))
@@ -53,3 +64,11 @@ def test_the_parts_of_a_split_take_less_than_the_float_weight_would():
                 for bits in (4, 8):
                     split = weight_only_tiles(m, n, k, bits).split_k
                     assert split == 1 or 4 * split * m * n < 2 * n * k, (m, n, k, bits, split)
+
+
+@pytest.mark.parametrize(
+    ("m", "kernel", "named"), [(16, "hopper_digits", "`kernel` is 'hopper_digits'"), (0, None, "M, N, K = 0, 4096, 4096")]
+)
+def test_bad_requests_are_named(m, kernel, named):
+    with pytest.raises(ValueError, match=named):
+        estimate(dataclasses.replace(DECODE, m=m), kernel)

@@ -116,6 +116,20 @@ def test_every_thread_computes_its_part_of_the_product(m, n, k, bits, group, dty
     assert n * k * bits // 8 <= read <= n * math.ceil(k // 128 / tiles.turn) * tiles.turn * 16 * bits
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tiles", "group", "handed"),
+    [(F32, Direct(), 128, True), (BF16, Direct(), 256, True), (BF16, Direct(), 128, False), (F32, Direct(turn=2), 128, False)],
+)
+def test_a_lane_hands_its_scale_to_the_four_that_share_a_row(dtype, tiles, group, handed):
+    """Where the scales of a turn fill more than two words; 0x1c1f: bits 8 to 12 of a lane's number stay its own, 31 is the last lane."""
+    pytest.importorskip("absl")
+    from tests.kernels.gpu.lowering import lowered
+
+    (kernel,) = lowered(4, 1, 128, 4096, tiles, group, dtype)
+    for number in range(4):  # of two rows, in the two ways of a turn
+        assert kernel.count(f"shfl.sync.idx.b32 $0, $1, {number}, {0x1C1F}, 0xffffffff;") == (4 if handed else 0)
+
+
 @pytest.mark.parametrize(("m", "bits", "dtype"), [(1, 4, BF16), (3, 4, F32), (8, 4, BF16), (2, 8, BF16)])
 def test_a_row_of_one_piece_may_have_one_scale(m, bits, dtype):
     """Whose rows are not of 16 bytes."""

@@ -29,7 +29,7 @@ def laid(tile: np.ndarray) -> np.ndarray:
     return sixteens[:, :, row, place ^ row].reshape(-1)
 
 
-@pytest.mark.parametrize(("block_m", "block_k"), [(16, 512), (8, 128), (24, 256), (8, 1024), (32, 128)])
+@pytest.mark.parametrize(("block_m", "block_k"), [(16, 512), (8, 128), (24, 256), (8, 1024), (32, 128), (16, 384), (24, 640)])
 def test_digits_and_units_are_those_of_the_formula(block_m, block_k):
     draw = np.random.default_rng(block_m)
     x = (draw.normal(size=(block_m, block_k)) * np.exp(3 * draw.normal(size=(block_m, 1)))).astype(ml_dtypes.bfloat16)

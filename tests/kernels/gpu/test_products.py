@@ -136,6 +136,8 @@ def test_tiles_that_blocks_share(m, n, bits, group, tiles, cores):
         (20, 192, 1024, 128, 256, 2, 132, jnp.bfloat16, {"block_n": 64, "split_k": 2}),  # both, of two blocks of rows
         (9, 128, 2560, 128, 1024, 2, 132, jnp.float32, {"block_n": 64}),  # scales of a stage are 32 bytes, half a stage at the end
         (3, 64, 3840, 384, 1024, 2, 132, jnp.float32, {"block_n": 64}),  # eight scales, of three stages
+        (13, 320, 512, 128, 256, 2, 132, jnp.float16, {"block_n": 256}),  # warpgroups of 128 rows of w, the last of 64
+        (8, 128, 640, 128, 128, 2, 132, jnp.bfloat16, {"block_n": 256, "split_k": 2}),
         (9, 192, 1024, 128, 128, 2, 132, jnp.bfloat16, {"block_n": 192, "warpgroups": 3, "split_k": 2}),  # one block ends two thirds
     ],
 )

@@ -209,7 +209,7 @@ def test_what_is_no_switch_and_no_interpreter_is_refused():
 def test_digits_are_refused_for_other_codes_before_their_memory_is_counted():
     x, tiles = jnp.ones((16, 1024), jnp.bfloat16), Tiles(16, 256, 512, 2, warpgroups=2, digits=True)
     for codes, scales, group in ((jnp.int8, (256, 8), 128), (jnp.int4, (256, 1), None)):
-        with pytest.raises(ValueError, match=r"`tiles\.digits` is for codes of 4 bits in groups"):
+        with pytest.raises(ValueError, match=r"`tiles\.digits` is True with codes of \d bits and `group_size` .*; it is for 4 bits"):
             w, s = jnp.zeros((256, 1024), codes), jnp.ones(scales, jnp.bfloat16)
             weight_only.weight_only_matmul(x, w, s, group_size=group, tiles=tiles)
 

@@ -4,11 +4,17 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 from qjax_kernels.gpu.tiles import Tiles
 from qjax_kernels.gpu.weight_only import weight_only_matmul
 
 pytest.importorskip("absl")
+
+from qjax_kernels.gpu.written_rows import element
+
+from tests.kernels.gpu.simulator import launch
 
 
 def shapes(m, n, k):
@@ -56,3 +62,23 @@ def test_each_element_is_written_once_and_none_behind_the_last_row(m, n, fields,
     left = m % tiles.block_m
     guard = rf"value = {left} : i32}}[^\n]*\n[^\n]*arith.cmpi\"\([^\n]*predicate = 6 [^\n]*\n[^\n]*scf.if"  # 6: less, unsigned
     assert len(re.findall(guard, kernel)) == (each if left else 0)
+
+
+@pytest.mark.parametrize(("columns", "count"), [(8, None), (16, 12), (24, 17), (8, 3)])
+def test_threads_write_where_numbers_belong(columns, count):
+    """Of 64 rows of w and so many of x, as the sums of the tensor cores lie: into the middle of a wider y."""
+    n, (above, left) = 200, (2, 72)
+    y = np.full((above + columns + 3, n), np.nan, ml_dtypes.bfloat16)
+    part = np.random.default_rng(0).normal(size=(64, columns)).astype(np.float32)
+
+    def block(w, _shared, base):
+        at = base + w.integer(2 * (above * n + left))
+        for i, half, j in np.ndindex(columns // 8, 2, 2):
+            row = w.thread // 32 * 16 + w.thread % 32 // 4 + 8 * half
+            column = w.thread % 4 * 2 + 8 * i + j
+            element(w, at, n, row, column, part[row, column], count)
+
+    launch(block, 1, 128, [y], 16)
+    expected = np.full_like(y, np.nan)
+    expected[above : above + (count or columns), left : left + 64] = part.T[:count]
+    np.testing.assert_array_equal(y.astype(np.float32), expected.astype(np.float32))
