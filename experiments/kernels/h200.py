@@ -101,7 +101,9 @@ def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
 
 def markdown(record: Record) -> str:
     """The timed programs as two tables, by the device's clock and by the wall's: microseconds, and how often faster than bfloat16."""
-    return "\n\n".join(f"{title}:\n\n{_table(record, key)}" for title, key in (("device, us", "device us"), ("whole, us", "us")))
+    tables = [f"{title}:\n\n{_table(record, key)}" for title, key in (("device, us", "device us"), ("whole, us", "us"))]
+    dry = any(row.get("dry") for row in record.found.get("device", []))
+    return "\n\n".join((["A dry run: nothing here is the time of a kernel."] if dry else []) + tables)
 
 
 def _table(record: Record, key: str) -> str:
@@ -180,7 +182,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--search-rows", type=counts, default=[1, 16, 64, 512, 4096])
     parser.add_argument("--search-names", type=several_of(SEARCHED), default=list(SEARCHED[:-1]))
     parser.add_argument("--limit", type=positive, default=12, help="tiles tried for one kernel at one shape")
-    parser.add_argument("--cases", type=positive, default=100, help="of correctness, the first ones")
+    parser.add_argument("--cases", type=positive, help="of correctness, the first ones; all without")
     parser.add_argument("--launches", type=positive, help="of stress, a kernel: 20000, 3 of a dry run")
     parser.add_argument("--threads", type=positive, default=4, help="that compile")
     parser.add_argument("--profile", action="store_true", help="which kernels take how long in a step of decode")

@@ -29,7 +29,7 @@ def multiplied(kind: str, x, codes) -> np.ndarray:
     return np.asarray(q.astype(jnp.float32), np.float64) * np.asarray(s, np.float64)[:, None]
 
 
-def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int, threads: int) -> None:
+def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int | None, threads: int) -> None:
     """Every kernel on fresh inputs against float64; device memory is filled with NaN first, so that what is not written shows.
 
     As many as there are threads are compiled side by side, then run one by one.

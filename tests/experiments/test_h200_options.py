@@ -8,7 +8,8 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "experiments" / "kernels"))
 
-from h200 import PARTS, counts, positive, read_options, several_of, sizes, wrong
+from h200 import PARTS, counts, markdown, positive, read_options, several_of, sizes, wrong
+from h200_timing import Record
 
 
 @pytest.mark.parametrize(
@@ -56,3 +57,11 @@ def test_results_that_are_not_right_are_listed():
     assert wrong(good) == []
     bad = {"correct": [{"right": False}, {"failed": "run"}], "stress": [{"different": 3}, {"failed": "run"}], "search": [{"failed": "no"}]}
     assert len(wrong({part: good.get(part, []) + rows for part, rows in bad.items()})) == 5
+
+
+def test_tables_of_a_dry_run_say_that_they_are_none(tmp_path):
+    for folder, more in (("device", {}), ("dry", {"dry": True})):
+        record = Record(tmp_path / folder)
+        record.add("device", {"kind": "cpu"} | more)
+        record.add("times", {"name": "bf16", "k": 256, "n": 128, "m": 1, "us": 3.0, "device us": 2.0})
+        assert ("A dry run" in markdown(record)) == bool(more) and "| 256 x 128 | 1 | 2.0 |" in markdown(record)
