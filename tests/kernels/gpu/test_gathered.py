@@ -1,5 +1,7 @@
 """Sums that warpgroups of a block and blocks of a cluster gather: where each goes, who waits, and the shared memory for them."""
 
+import itertools
+
 import numpy as np
 import pytest
 from qjax_kernels.gpu.gathered import Gathered, sent_to
@@ -71,8 +73,7 @@ def test_all_warpgroups_of_a_cluster_meet_once(fields):
     assert cluster(kernel) == tiles.split_k
 
 
-@pytest.mark.parametrize("fields", [{}, *CUTS])
-@pytest.mark.parametrize("block_m", [8, 16, 24])
+@pytest.mark.parametrize(("fields", "block_m"), zip([{}, *CUTS], itertools.cycle((8, 16, 24)), strict=False))
 def test_shared_memory_is_counted(fields, block_m):
     """With the bias, which these have not, and what lies between arrays."""
     pytest.importorskip("absl")
