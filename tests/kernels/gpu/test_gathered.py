@@ -73,7 +73,7 @@ def test_all_warpgroups_of_a_cluster_meet_once(fields):
     assert cluster(kernel) == tiles.split_k
 
 
-@pytest.mark.parametrize(("fields", "block_m"), zip([{}, *CUTS], itertools.cycle((8, 16, 24)), strict=False))
+@pytest.mark.parametrize(("fields", "block_m"), list(zip([{}, *CUTS], itertools.cycle((8, 16, 24)), strict=False)))
 def test_shared_memory_is_counted(fields, block_m):
     """With the bias, which these have not, and what lies between arrays."""
     pytest.importorskip("absl")
