@@ -59,26 +59,17 @@ def test_each_sum_has_a_number_and_one_of_them_is_the_last(fields, monkeypatch):
     assert all(len(each) == 1 and each <= set(range(tiles.sums)) for each in last.values())
 
 
-@pytest.mark.parametrize("fields", [{}, *CUTS])
-def test_all_warpgroups_of_a_cluster_meet_once(fields):
+@pytest.mark.parametrize(("fields", "block_m"), list(zip([{}, *CUTS], itertools.cycle((8, 16, 24)), strict=False)))
+def test_warpgroups_of_a_cluster_meet_once_and_their_memory_is_counted(fields, block_m):
     """Those that multiply and the one that copies: who were missing, or came twice, would hold the others for ever."""
     pytest.importorskip("absl")
-    from tests.kernels.gpu.lowering import cluster, lowered
+    from tests.kernels.gpu.lowering import cluster, lowered, shared_memory
 
-    tiles = cut(**fields)
-    (kernel,) = lowered(4, 16, 384, 3072, tiles, group=384 if tiles.block_k == 384 else 128)
+    tiles = cut(**fields, block_m=block_m)
+    (kernel,) = lowered(4, block_m, 384, 3072, tiles, group=384 if tiles.block_k == 384 else 128)
     alone = tiles.sums == 1
     assert kernel.count("barrier.cluster.arrive.release;") == kernel.count("barrier.cluster.wait.acquire;") == (0 if alone else 2)
     assert kernel.count("mapa.shared::cluster") == (0 if alone else 1)
     assert cluster(kernel) == tiles.split_k
-
-
-@pytest.mark.parametrize(("fields", "block_m"), list(zip([{}, *CUTS], itertools.cycle((8, 16, 24)), strict=False)))
-def test_shared_memory_is_counted(fields, block_m):
-    """With the bias, which these have not, and what lies between arrays."""
-    pytest.importorskip("absl")
-    from tests.kernels.gpu.lowering import lowered, shared_memory
-
-    tiles = cut(**fields, block_m=block_m)
-    (kernel,) = lowered(4, block_m, 384, 3072, tiles, group=384 if tiles.block_k == 384 else 128)
+    # With the bias, which these have not, and what lies between arrays.
     assert tiles.shared_bytes(4) - 3584 <= shared_memory(kernel) <= tiles.shared_bytes(4)
