@@ -14,6 +14,7 @@ import qjax
 from qjax.evaluation import batches, calibration_windows, encode, perplexity, windows
 from qjax.models import Llama, books_llama, calibration_lines, heldout_text
 
+WAYS = {"paper": qjax.gptq(mse=False), "range search": qjax.gptq()}
 
 def ours(model, params, data, spec, method):
     """Seconds to quantize, and the packed parameters. A new function each time: nothing is remembered between runs."""
@@ -26,6 +27,7 @@ def ours(model, params, data, spec, method):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="of finding the ranges")
     parser.add_argument("--peer", action="store_true", help="time gptqmodel too (needs torch, transformers, gptqmodel)")
     parser.add_argument("--perplexity", action="store_true", help="the table of perplexities too")
     arguments = parser.parse_args()
@@ -34,15 +36,14 @@ def main():
     tokens = calibration_windows(checkpoint.tokenizer, calibration_lines())
     data = [jnp.asarray(b) for b in batches(tokens, 8)]
     clock, peer_times = CompileClock(), []
-    ways = {"paper": qjax.gptq(mse=False), "range search": qjax.gptq()}
-    times = {name: [] for name in ways}
+    times = {name: [] for name in arguments.ways}
     peer = Peer(tokens) if arguments.peer else None
     spec = qjax.int4(group_size=128)
     for _ in range(arguments.repeats):  # in turns
-        for name, method in ways.items():
+        for name, each in times.items():
             jax.clear_caches()
             clock.read()
-            times[name].append((ours(model, params, data, spec, method)[0], clock.read()))
+            each.append((ours(model, params, data, spec, WAYS[name])[0], clock.read()))
         if peer is not None:
             peer_times.append(peer.run(4))
     seconds = {

@@ -10,7 +10,7 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 ALONE = [
     ("gptq_solver", ["--size", "128", "--small", "128", "--repeats", "2", "--cold-repeats", "1", "--all"], r"qjax +median +[\d.]+ s"),
-    ("gptq_model", ["--repeats", "1"], r'"without": [\d.]+'),
+    ("gptq_model", ["--repeats", "1", "--ways", "paper"], r'"without": [\d.]+'),
     ("w8a8", ["--windows", "8", "--tables", "w8a8", "--rows", "float", "static min-max"], r"static min-max \| [\d.]+ \|"),
     ("ptq_methods", ["--model", "shipped", "--only", "4 g64 FP4", "--windows", "4", "--json", "TMP/r.json", "--cache", "TMP/cache"],
      r"FP4: \d\d\.\d{3} in"),

@@ -10,6 +10,7 @@ import pytest
 
 import qjax
 from qjax.core import QTensor
+from tests.parameters import every_other
 from tests.program.cases import CASES, jitted_helper, normal
 
 
@@ -30,7 +31,7 @@ SPECS = [qjax.int8(), qjax.int3(), qjax.uint4(per="tensor"), qjax.nf4(group_size
 
 
 # Every case meets a spec, and neighbouring cases different ones: the specs themselves are tested one by one in tests/core.
-@pytest.mark.parametrize(("case", "spec"), [(c, SPECS[(i + j) % 4]) for i, c in enumerate(CASES) for j in (0, 2)], ids=str)
+@pytest.mark.parametrize(("case", "spec"), every_other((c, SPECS[(i + j) % 4]) for i, c in enumerate(CASES) for j in (0, 2)), ids=str)
 def test_packed_equals_float_on_dequantized_weights(case, spec):
     params = packed(case, spec)
     assert any(is_q(x) for x in jax.tree.leaves(params, is_leaf=is_q))

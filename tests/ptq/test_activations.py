@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import qjax
+from tests.parameters import every_other
 from tests.program.cases import CASES, normal
 
 CANNOT_BE_SEEN = {"shard_map": "split over devices", "while_loops": "condition of a loop"}
@@ -24,7 +25,7 @@ def range_of(q, part=()):
     return (spec.qmin - zero) * scale, (spec.qmax + half - zero) * scale
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", every_other(CASES), ids=str)
 def test_every_program_with_static_ranges(case):
     policy = star(qjax.static(qjax.int8()))
     if case.name in CANNOT_BE_SEEN:

@@ -27,6 +27,7 @@ from qjax.core import (
     uint4,
 )  # fmt: skip
 from qjax.ptq.gptq_solver import GPTQOptions, check_solved, solve
+from tests.parameters import every_other
 
 
 def output_mse(w, w_hat, hessian):
@@ -154,7 +155,7 @@ REFERENCE_CASES = [
 # Every other one runs in the ordinary test line, all of them in the gate.
 @pytest.mark.parametrize(
     ("n", "k", "spec", "options"),
-    [c if i % 2 == 0 else pytest.param(*c, marks=pytest.mark.slow) for i, c in enumerate(REFERENCE_CASES)],
+    every_other(REFERENCE_CASES),
     ids=describe,
 )
 def test_agrees_with_a_plain_numpy_gptq(n, k, spec, options):

@@ -11,6 +11,7 @@ from jax import lax
 import qjax
 from qjax.core import quantize, round_activation, views
 from qjax.ptq.method import Problem
+from tests.parameters import every_other
 
 SPEC = qjax.int2(group_size=8)
 
@@ -107,7 +108,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow) if i % 2 else f for i, f in enumerate(FORMS)])
+@pytest.mark.parametrize("form", every_other(FORMS))
 def test_every_form_multiplies_by_the_thin_parts(form):
     fn, shape, x_shape = FORMS[form]
     params, x = {"w": normal(*shape)}, normal(*x_shape, seed=3)

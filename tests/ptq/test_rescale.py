@@ -13,6 +13,7 @@ from qjax import Policy, Rule
 from qjax.core import QTensor, quantize
 from qjax.ptq.awq import CLIPS
 from qjax.ptq.candidates import Member, best
+from tests.parameters import every_other
 from tests.program.cases import normal
 
 W8A8 = {"weight": qjax.int8(), "activation": qjax.static(qjax.int8())}
@@ -220,7 +221,7 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", every_other(FORMS))
 @pytest.mark.parametrize("method", [SEARCHED, pytest.param(AWQ, marks=pytest.mark.slow)], ids=lambda m: m.name)
 def test_every_form(form, method):
     fn, params, inputs = FORMS[form]

@@ -251,7 +251,7 @@ def test_learned_steps_begin_where_they_are_told_and_zeros_stay(start, dtype):
         assert start == "mse" or np.array_equal(fake, packed.dequantize())
 
 
-@pytest.mark.parametrize("spec", [qjax.int4(), qjax.int8(), qjax.uint4()], ids=str)
+@pytest.mark.parametrize("spec", [qjax.int4(), *(pytest.param(s, marks=pytest.mark.slow) for s in (qjax.int8(), qjax.uint4()))], ids=str)
 def test_a_learned_scale_that_steps_across_zero_counts_by_its_magnitude(spec):
     """An update of Adam is a fixed step, and scales of 8 bits are a few of them: the sign turns, and training goes on."""
     w, x = np.random.default_rng(0).normal(size=(33, 6)).astype(np.float32), jnp.ones((2, 33))

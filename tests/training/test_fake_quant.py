@@ -11,6 +11,7 @@ import qjax
 from qjax import Policy, Rule
 from qjax.core import IntSpec, QTensor
 from qjax.training import straight_through
+from tests.parameters import every_other
 from tests.program.cases import CASES, doubled_backward, normal
 
 SPECS = [
@@ -27,7 +28,7 @@ def is_q(x):
     return isinstance(x, QTensor)
 
 
-@pytest.mark.parametrize(("case", "spec"), [(c, SPECS[i % 6]) for i, c in enumerate(CASES)], ids=str)
+@pytest.mark.parametrize(("case", "spec"), every_other((c, SPECS[i % 6]) for i, c in enumerate(CASES)), ids=str)
 def test_fake_quant_computes_with_the_packed_weights_bit_for_bit(case, spec):
     policy = Policy([Rule("*", weight=spec)])
     packed = qjax.quantize(case.fn, case.params, policy, calibration=[case.inputs]).params

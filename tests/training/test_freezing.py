@@ -14,6 +14,7 @@ from flax import nnx
 
 import qjax
 from qjax import Policy, Rule
+from tests.parameters import every_other
 from tests.program.cases import normal
 from tests.training.test_state import STACK, X, scanned
 
@@ -73,7 +74,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", every_other(CASES))
 def test_what_is_frozen_stands_still_to_the_bit_and_moves_before(name):
     fq, optimizer = CASES[name]
     more = lambda quant: 0.02 * qjax.training.rounding_penalty(quant, FREEZE) if name == "adaround" else 0.0  # noqa: E731

@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax import Policy, Rule
+from tests.parameters import every_other
 from tests.program.cases import normal
 
 
@@ -31,7 +32,7 @@ def begun(spec, method, params=PARAMS, train=None, activation=None):
     return fq, result, *fq.from_packed(jax.random.key(0), result.params, X, params=params)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", every_other(METHODS))
 def test_a_methods_codes_and_scales_are_where_training_begins(name):
     fq, result, params, quant = begun(*METHODS[name])
     again = qjax.convert(fq, params, X, quant=quant).params

@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax import Policy, Rule
+from tests.parameters import every_other
 from tests.program.cases import CASES, doubled_backward, normal
 from tests.training.test_state import STACK, X, scanned
 
@@ -85,7 +86,7 @@ REASONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REASONS)
+@pytest.mark.parametrize("name", every_other(REASONS))
 def test_floats_do_not_pass_for_integers(name):
     """Asked for integers and having none is an error that says why; unasked, floats are what they always were."""
     settings, reason = REASONS[name]

@@ -16,6 +16,7 @@ import qjax
 from qjax import Policy, Rule
 from qjax.core import QTensor
 from qjax.training import LearnedStep
+from tests.parameters import every_other
 from tests.program.cases import normal
 
 INT8, STATIC = qjax.int8(), qjax.static(qjax.int8())
@@ -119,7 +120,7 @@ TRAINS = [
 ]
 
 
-@pytest.mark.parametrize(("weight", "activation", "train"), TRAINS, ids=str)
+@pytest.mark.parametrize(("weight", "activation", "train"), every_other(TRAINS), ids=str)
 def test_packed_weights_are_the_trained_ones_bit_for_bit(weight, activation, train):
     fq = qjax.fake_quant(dense, Policy([Rule("*", weight=weight, activation=activation, train=train)]))
     quant = fq.init(jax.random.key(0), DENSE, X)
