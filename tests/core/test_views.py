@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qjax.core import assemble, bf16, int4, int8, mxfp4, nf4, nvfp4, quantize, uint4, views
+from tests.parameters import every_other
 
 
 def normal(*shape):
@@ -100,7 +101,7 @@ def random_view(rng, shape):
             )
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("name", every_other(TENSORS))
 def test_random_chains(name):
     done = []
 

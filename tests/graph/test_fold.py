@@ -12,6 +12,7 @@ import qjax.graph
 from qjax.graph import Fold, NoFold, NotPreserved, apply_fold, channels, exact_scales, find_fold, find_folds, verifier, verify, verify_fold
 from qjax.program import shared_inputs, trace
 from tests.graph.programs import EXAMPLES
+from tests.parameters import every_other
 from tests.program.cases import CASES, normal
 
 FOLDED_CASES = {
@@ -39,7 +40,7 @@ def check(fold, params, compare):
     assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in zip(params, new, strict=True))
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+@pytest.mark.parametrize("example", every_other(EXAMPLES), ids=str)
 def test_examples(example):
     program = trace(example.fn, example.params, *example.inputs)
     answers, params = find_folds(program), jax.tree.leaves(example.params)

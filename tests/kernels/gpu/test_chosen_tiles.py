@@ -9,6 +9,8 @@ from qjax_kernels.gpu import eight_bit, weight_only
 from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, pipelined_tiles, weight_only_tiles
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, at_once
 
+from tests.parameters import every_other
+
 
 @pytest.mark.parametrize(("n", "k", "block_n"), [(28672, 8192, 256), (22016, 4096, 256), (14336, 4096, 128), (13824, 5120, 128)])
 def test_five_to_sixteen_rows_of_wide_weights_are_digits_of_their_blocks(n, k, block_n):
@@ -93,7 +95,7 @@ def test_few_rows_have_blocks_enough_and_share_k_only_where_they_must():
     assert [(tiles.block_n, tiles.split_k) for tiles in found] == [(64, 4), (128, 4), (128, 1), (64, 1), (64, 2)]
 
 
-@pytest.mark.parametrize(("m", "n"), [(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096), (500, 17408)])
+@pytest.mark.parametrize(("m", "n"), every_other([(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096), (500, 17408)]))
 @pytest.mark.parametrize(("codes", "group"), [(jnp.int4, 128), (jnp.int8, None)])
 def test_default_tiles_of_rows_that_are_no_power_of_two_are_lowered(m, n, codes, group):
     pytest.importorskip("absl")
