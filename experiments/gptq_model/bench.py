@@ -16,6 +16,7 @@ from qjax.models import Llama, books_llama, calibration_lines, heldout_text
 
 WAYS = {"paper": qjax.gptq(mse=False), "range search": qjax.gptq()}
 
+
 def ours(model, params, data, spec, method):
     """Seconds to quantize, and the packed parameters. A new function each time: nothing is remembered between runs."""
     policy = qjax.Policy([qjax.Rule("*embed*", weight=None), qjax.Rule("*", weight=spec, method=method)])

@@ -152,7 +152,6 @@ REFERENCE_CASES = [
 ]
 
 
-# Every other one runs in the ordinary test line, all of them in the gate.
 @pytest.mark.parametrize(
     ("n", "k", "spec", "options"),
     every_other(REFERENCE_CASES),

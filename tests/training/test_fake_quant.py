@@ -28,7 +28,8 @@ def is_q(x):
     return isinstance(x, QTensor)
 
 
-@pytest.mark.parametrize(("case", "spec"), every_other((c, SPECS[i % 6]) for i, c in enumerate(CASES)), ids=str)
+# Every spec is met in the ordinary test line, too.
+@pytest.mark.parametrize(("case", "spec"), every_other((c, SPECS[i // 2 % 6]) for i, c in enumerate(CASES)), ids=str)
 def test_fake_quant_computes_with_the_packed_weights_bit_for_bit(case, spec):
     policy = Policy([Rule("*", weight=spec)])
     packed = qjax.quantize(case.fn, case.params, policy, calibration=[case.inputs]).params

@@ -96,7 +96,7 @@ def test_few_rows_have_blocks_enough_and_share_k_only_where_they_must():
 
 
 @pytest.mark.parametrize(("m", "n"), every_other([(40, 17408), (56, 17408), (33, 28672), (64, 17408), (300, 4096), (500, 17408)]))
-@pytest.mark.parametrize(("codes", "group"), [(jnp.int4, 128), (jnp.int8, None)])
+@pytest.mark.parametrize(("codes", "group"), [(jnp.int4, 128), pytest.param(jnp.int8, 128, marks=pytest.mark.slow), (jnp.int8, None)])
 def test_default_tiles_of_rows_that_are_no_power_of_two_are_lowered(m, n, codes, group):
     pytest.importorskip("absl")
     x, codes = jax.ShapeDtypeStruct((m, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((n, 1024), codes)
