@@ -49,7 +49,7 @@ def test_the_first_of_them_are_of_every_kind(name, m):
 
 def searched() -> dict[str, list[dict]]:
     """What was timed on the device, beside each other in each of these lists."""
-    files = ("fourteenth", "fifteenth", "sixteenth", "seventeenth", "eighteenth")
+    files = ("fourteenth", "fifteenth", "sixteenth", "seventeenth", "eighteenth", "twentieth")
     records = {file: json.loads((FOUND / f"{file}.json").read_text()) for file in files}
     found = {file: record["search"] for file, record in records.items()}
     return found | {part: [row for row in records["seventeenth"][part] if row["name"] != "bf16"] for part in ("beside", "turns")}

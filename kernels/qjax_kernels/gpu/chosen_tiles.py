@@ -44,6 +44,10 @@ DIRECT_ROWS = 8
 # Of K, whose digits are so many that blocks that make them are faster at 3 and 4 rows: 28672 x 8192 34.5 and 34.1 us for 35.7 and 37.4,
 # 14336 x 4096 12.0 and 11.9 for 12.3 and 12.5.
 _DEEP = 8192
+# Of K, which sixteen warps read in one turn. One row of it took 6.1 for 7.1 us (4096 x 6144), 5.0 for 5.1 (4096 x 4096), of a longer K 10.9
+# for 10.7 (8192 x 8192), 30.8 for 29.5 (8192 x 28672) and 32.4 for 30.2 (28672 x 8192); two rows 11.1 for 12.0 (8192 x 8192), 5.1 for 5.7
+# (4096 x 4096), 31.0 for 30.7 (8192 x 28672).
+_ONE_TURN = 4096
 _LARGE = 1 << 26  # codes of eight bits, at 16 rows: 8192 x 8192 took 22.5 for 23.5 us, 4096 x 4096 9.2 for 8.8
 
 
@@ -66,7 +70,7 @@ def direct_tiles(m: int, k: int, bits: int = 4) -> Direct:
         tiles = Direct(warps=16, turn=2, blocks=1, split_k=2, wide=True)
     elif bits == 8:
         tiles = Direct(turn=2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1, blocks=1)
-    elif m <= 2:
+    elif m == 1 and k > _ONE_TURN:
         tiles = Direct()
     elif m <= 4:
         tiles = Direct(warps=16, turn=2, blocks=1)

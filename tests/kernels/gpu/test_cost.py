@@ -20,9 +20,9 @@ def test_bytes_and_instructions_are_those_of_the_tiles():
     more = estimate(dataclasses.replace(DECODE, m=32))  # blocks of 64 rows of w, K in four parts, whose float32 sums are written and read
     assert more.bytes == least + 2 * 2 * 32 * 4096 + 2 * 4 * 4 * 32 * 4096
     assert (more.blocks, more.products) == (64 * 4, 1024 // 16)
-    one = estimate(dataclasses.replace(DECODE, m=1))  # a block for each of 256 tiles of 16 rows, products of 16 x 32 by 32 x 8
+    one = estimate(dataclasses.replace(DECODE, m=1))  # 132 blocks that share 256 tiles of 16 rows, products of 16 x 32 by 32 x 8
     assert one.bytes == least + 2 * 2 * 1 * 4096
-    assert (one.blocks, one.products) == (4096 // 16, 4096 // 32)
+    assert (one.blocks, one.products) == (132, 2 * 4096 // 32)
 
 
 def test_many_rows_are_bound_by_arithmetic_and_eight_bits_take_half():
