@@ -73,7 +73,7 @@ def fastest(found: list[dict]) -> dict[str, dict]:
     """
     table: dict[str, dict] = {}
     for row in sorted((row for row in found if "device us" in row), key=lambda row: row["device us"]):
-        kept = {key: row[key] for key in ("tiles", "us", "device us") if key in row}
+        kept = {key: row[key] for key in ("tiles", "us", "device us")}
         table.setdefault(row["name"], {}).setdefault(f"{row['m']},{row['k']},{row['n']}", kept)
     return table
 

@@ -73,20 +73,22 @@ def _function(case: tuple, interpret) -> Callable:
 
 
 def _compared(program, case: tuple, given: tuple, times: int) -> dict[str, Any]:
-    """The largest error of a program that is run a few times."""
+    """The largest error of a program that is run a few times, and whether its results are the same to the bit."""
     kind, m, n, _, group, _ = case
     x, codes, scales = given
-    w, errors, worst = in_order(codes) if bits_of(kind) == 4 else codes, [], 0.0
+    w, found, errors, worst = in_order(codes) if bits_of(kind) == 4 else codes, [], [], 0.0
     expected = reference(multiplied(kind, x, codes), w, scales, group)
     for _ in range(times):
         poison = [jnp.full((max(m, 8) * n * size,), jnp.nan, jnp.bfloat16) for size in (1, 1, 2, 8, 16)]
         jax.block_until_ready(poison)
         del poison
         y = np.asarray(program(x, codes, scales).astype(jnp.float32), np.float64)
+        found.append(y)
         errors.append(float(np.linalg.norm(y - expected) / np.linalg.norm(expected)))
         worst = max(worst, float(np.abs(y - expected).max() / expected.std()))
-    right = bool(max(errors) < 4e-3 and worst < 0.05)
-    return {"error": max(errors), "repeatable": len(set(errors)) == 1, "worst": worst, "right": right}
+    same = all(np.array_equal(y, found[0]) for y in found)
+    right = bool(max(errors) < 4e-3 and worst < 0.05 and same)
+    return {"error": max(errors), "repeatable": same, "worst": worst, "right": right}
 
 
 def several(record: Record, clock: Clock) -> None:

@@ -174,7 +174,7 @@ def _used(tiles: Tiles | Direct, m: int, n: int, k: int, sizes: tuple[int, int, 
 
 
 def _few(m: int) -> Iterator[Direct]:
-    """Codes go straight into registers: one or two rows are read by every block, of more rows blocks may share K."""
+    """Codes go straight into registers; blocks may share K, and from three rows on four warps multiply together."""
     cuts, ways = ((16, 2, 1), (8, 2, 2), (8, 4, 2), (16, 1, 1), (16, 4, 1), (12, 2, 1)), ((1, False), (4, m > 2), (2, m > 2))
     for (warps, turn, blocks), (split, wide) in itertools.product(cuts, ways):
         yield Direct(warps, turn, blocks, split, wide=wide)
@@ -227,6 +227,7 @@ def _many(m: int, n: int, eight: bool) -> Iterator[Tiles]:
 
 def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
     """Tiles that reasoning ahead of time puts first, by (K, N) and rows."""
+    both = [Direct(8, 4, 2), Direct(16, 2, 1)]
     few = [Direct(8, 4, 2), Direct(8, 4, 1), Direct(16, 4, 1), Direct(16, 2, 1), Direct(8, 4, 2, early=True)]
     more = [Direct(16, 2, 1), Direct(16, 2, 1, 4, wide=True), Direct(16, 4, 1, 4, wide=True), Direct(16, 2, 1, 2, wide=True)]
     fast = Tiles(128, 128, 128, 4, warpgroups=2, scale_first=True)
@@ -236,6 +237,7 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
     return {
         (4096, 4096): {
             1: few,
+            2: both,
             8: more,
             16: [*more, Tiles(16, 64, 256, 4, split_k=8)],
             64: [Tiles(64, 128, 128, 4, split_k=4, warpgroups=2), Tiles(64, 64, 128, 2, split_k=8)],
@@ -243,12 +245,17 @@ def chosen() -> dict[tuple[int, int], dict[int, list[Tiles | Direct]]]:
         },
         (8192, 28672): {
             1: few,
+            2: both,
             8: more,
             16: [*more[1:], digits],
             64: [pair, dataclasses.replace(pair, scale_first=True)],
             512: [Tiles(128, 192, 128, 4, warpgroups=3, scale_first=True, cluster=2), dataclasses.replace(wide, cluster=2)],
         },
-        (4096, 6144): {1: few, 8: more},
-        (14336, 4096): {1: few, 8: more[1:]},
-        (4096, 28672): {1: few, 8: more, 16: [*more, digits]},
+        (4096, 6144): {1: few, 2: both, 8: more},
+        (14336, 4096): {1: few, 2: both, 8: more[1:]},
+        (4096, 28672): {1: few, 2: both, 8: more, 16: [*more, digits]},
+        (8192, 8192): {1: both, 2: both},
+        (4096, 14336): {1: both, 2: both},
+        (8192, 10240): {1: both, 2: both},
+        (28672, 8192): {1: both, 2: [Direct(8, 4, 2, split_k=2), Direct(16, 2, 1)]},
     }

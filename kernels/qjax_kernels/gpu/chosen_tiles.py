@@ -44,19 +44,19 @@ DIRECT_ROWS = 8
 # Of K, whose digits are so many that blocks that make them are faster at 3 and 4 rows: 28672 x 8192 34.5 and 34.1 us for 35.7 and 37.4,
 # 14336 x 4096 12.0 and 11.9 for 12.3 and 12.5.
 _DEEP = 8192
-# Of K, which sixteen warps read in one turn. One row of it took 6.1 for 7.1 us (4096 x 6144), 5.0 for 5.1 (4096 x 4096), of a longer K 10.9
-# for 10.7 (8192 x 8192), 30.8 for 29.5 (8192 x 28672) and 32.4 for 30.2 (28672 x 8192); two rows 11.1 for 12.0 (8192 x 8192), 5.1 for 5.7
-# (4096 x 4096), 31.0 for 30.7 (8192 x 28672).
-_ONE_TURN = 4096
+# Of K, one row of which one block of sixteen warps takes faster than two of eight (K x N): 4096 x 6144 6.1 for 7.1 us, 4096 x 4096 5.0 for
+# 5.1; 8192 x 8192 10.9 for 10.7, 8192 x 28672 30.8 for 29.5, 28672 x 8192 32.4 for 30.2, but 8192 x 10240 12.8 for 13.2. No K between was
+# timed, nor a shorter one. Two rows of any K: 4096 x 4096 5.1 for 5.7, 8192 x 8192 11.1 for 12.0, 8192 x 28672 31.0 for 30.7.
+_SHORT = 4096
 _LARGE = 1 << 26  # codes of eight bits, at 16 rows: 8192 x 8192 took 22.5 for 23.5 us, 4096 x 4096 9.2 for 8.8
 
 
 def direct_tiles(m: int, k: int, bits: int = 4) -> Direct:
     """The tiles of few rows.
 
-    Digits of x take 256 bytes of shared memory for a row and a piece, and time that nothing else fills: where they are many, one block of
-    sixteen warps makes them for a whole multiprocessor; of five rows and more blocks share K besides, and warps multiply 64 rows of w
-    together.
+    Digits of x take 256 bytes of shared memory for a row and a piece, and time that nothing else fills: of two rows and more one block of
+    sixteen warps makes them for a whole multiprocessor (of one row only where K is short); of five rows and more blocks share K besides,
+    and warps multiply 64 rows of w together.
 
     Args:
       m: rows of x, up to 8, of eight bits up to 16.
@@ -70,7 +70,7 @@ def direct_tiles(m: int, k: int, bits: int = 4) -> Direct:
         tiles = Direct(warps=16, turn=2, blocks=1, split_k=2, wide=True)
     elif bits == 8:
         tiles = Direct(turn=2) if m <= 4 and k <= 8192 else Direct(warps=16, turn=1, blocks=1)
-    elif m == 1 and k > _ONE_TURN:
+    elif m == 1 and k > _SHORT:
         tiles = Direct()
     elif m <= 4:
         tiles = Direct(warps=16, turn=2, blocks=1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from qjax_kernels.gpu import eight_bit, weight_only
-from qjax_kernels.gpu.chosen_tiles import eight_bit_tiles, pipelined_tiles, weight_only_tiles
+from qjax_kernels.gpu.chosen_tiles import direct_tiles, eight_bit_tiles, pipelined_tiles, weight_only_tiles
 from qjax_kernels.gpu.tiles import SHARED_BYTES, Direct, Tiles, at_once
 
 from tests.parameters import every_other
@@ -55,6 +55,13 @@ def test_narrow_weights_have_one_block_for_a_multiprocessor_which_shares_k(n, k,
         assert 92 <= math.ceil(n / tiles.block_n) * tiles.split_k <= 132
         assert tiles.shared_bytes(4, scale_bytes) <= SHARED_BYTES
         assert all(at_once(tiles, group, scale_bytes) for group in (128, 256, 384, 640, k))
+
+
+def test_two_rows_and_one_of_a_short_k_have_one_block_for_a_multiprocessor():
+    lengths = (1024, 4096, 4224, 28672)
+    assert [direct_tiles(1, k).blocks for k in lengths] == [1, 1, 2, 2]
+    assert [direct_tiles(2, k).blocks for k in lengths] == [1, 1, 1, 1]
+    assert [direct_tiles(m, 4096).warps for m in (1, 2, 3, 4)] == [16] * 4 and direct_tiles(1, 8192).warps == 8
 
 
 @pytest.mark.parametrize("m", [1, 50, 100, 300, 512, 4096])

@@ -1,7 +1,5 @@
 """Sums that warpgroups of a block and blocks of a cluster gather: where each goes, who waits, and the shared memory for them."""
 
-import itertools
-
 import numpy as np
 import pytest
 from qjax_kernels.gpu.gathered import Gathered, sent_to
@@ -59,7 +57,17 @@ def test_each_sum_has_a_number_and_one_of_them_is_the_last(fields, monkeypatch):
     assert all(len(each) == 1 and each <= set(range(tiles.sums)) for each in last.values())
 
 
-@pytest.mark.parametrize(("fields", "block_m"), list(zip([{}, *CUTS], itertools.cycle((8, 16, 24)), strict=False)))
+def of_all_rows(cuts: list[dict]) -> list:
+    """Each cut with each of three numbers of rows, one of them in the ordinary test line."""
+    sizes = (8, 16, 24)
+    return [
+        pytest.param(fields, rows, marks=[] if rows == sizes[i % 3] else pytest.mark.slow)
+        for i, fields in enumerate(cuts)
+        for rows in sizes
+    ]
+
+
+@pytest.mark.parametrize(("fields", "block_m"), of_all_rows([{}, *CUTS]))
 def test_warpgroups_of_a_cluster_meet_once_and_their_memory_is_counted(fields, block_m):
     """Those that multiply and the one that copies: who were missing, or came twice, would hold the others for ever."""
     pytest.importorskip("absl")
