@@ -37,6 +37,7 @@ PARTS = ("correct", "stress", "ceilings", "decode", "times", "search", "again")
 LEAST = 15  # seconds that a process needs
 SEARCHED = ("W4A16", "W4A16 f32", "W8A16", "W8A8", "FP8")
 BROKEN = 75  # the status of a process in which the device refuses further work
+UNFINISHED = 3  # and where the budget ended before everything was done
 
 
 def ceilings(record: Record, clock: Clock, dry: bool) -> None:
@@ -57,8 +58,7 @@ def ceilings(record: Record, clock: Clock, dry: bool) -> None:
 def search(bench: Bench, names: list[str], shapes, row_counts, limit: int) -> None:
     """The fastest tiles of every kernel at every shape, kept in a table."""
     for (k, n), name, m in itertools.product(shapes, names, row_counts):
-        if bench.clock.left() < 20:
-            print(f"search: the budget was spent before {name} M={m} {k}x{n}", flush=True)
+        if bench.clock.spent(20, f"search {name} M={m} {k}x{n}"):
             continue
         found = candidates(name, m, n, k)
         print(f"search: {name} M={m} {k}x{n}, {min(limit, len(found))} of {len(found)} candidates", flush=True)
@@ -84,8 +84,7 @@ def again(bench: Bench, row_counts: list[int]) -> None:
         for m, found in by_rows.items():
             if m not in row_counts:
                 continue
-            if bench.clock.left() < 15:
-                print(f"again: the budget was spent before M={m} {k}x{n}", flush=True)
+            if bench.clock.spent(15, f"again M={m} {k}x{n}"):
                 continue
             bench.run([Job("bf16", m, k, n), *(Job("W4A16", m, k, n, tiles) for tiles in found)], "again")
 
@@ -93,8 +92,7 @@ def again(bench: Bench, row_counts: list[int]) -> None:
 def times(bench: Bench, names: list[str], shapes, row_counts) -> None:
     """Every program at every shape with the default tiles."""
     for (k, n), m in itertools.product(shapes, row_counts):
-        if bench.clock.left() < 20:
-            print(f"times: the budget was spent before M={m} {k}x{n}", flush=True)
+        if bench.clock.spent(20, f"times M={m} {k}x{n}"):
             continue
         bench.run([Job(name, m, k, n) for name in names], "times")
 
@@ -175,13 +173,15 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a folder for findings, of one kind of device")
     parser.add_argument("--budget", type=float, default=480, help=f"seconds, more than {LEAST}")
-    parser.add_argument("--parts", type=several_of(PARTS), default=list(PARTS[:-1]), help=", ".join(PARTS))
-    parser.add_argument("--rows", type=counts, default=list(ROWS), help="of times and again")
-    parser.add_argument("--shapes", type=sizes, default=list(SHAPES), help="K x N, of times and search")
-    parser.add_argument("--names", type=several_of(tuple(PROGRAMS)), default=list(PROGRAMS), help="of times")
-    parser.add_argument("--search-rows", type=counts, default=[1, 16, 64, 512, 4096])
-    parser.add_argument("--search-names", type=several_of(SEARCHED), default=list(SEARCHED[:-1]))
-    parser.add_argument("--limit", type=positive, default=12, help="tiles tried for one kernel at one shape")
+    parser.add_argument("--parts", type=several_of(PARTS), help="what to do, by commas; all but again without: " + ", ".join(PARTS))
+    parser.add_argument("--rows", type=counts, help=f"of x, in times and again; without {', '.join(map(str, ROWS))}")
+    parser.add_argument("--shapes", type=sizes, help="K x N as in 4096x14336,8192x8192, in times and search; without those of the tables")
+    parser.add_argument("--names", type=several_of(tuple(PROGRAMS)), help=f"programs of times; without all: {', '.join(PROGRAMS)}")
+    parser.add_argument("--search-rows", type=counts, default=[1, 16, 64, 512, 4096], help="of x, in search")
+    parser.add_argument(
+        "--search-names", type=several_of(SEARCHED), default=list(SEARCHED[:-1]), help=f"kernels of search: {', '.join(SEARCHED)}"
+    )
+    parser.add_argument("--limit", type=positive, default=12, help="tiles tried for one kernel at one shape, 12 without")
     parser.add_argument("--cases", type=positive, help="of correctness, the first ones; all without")
     parser.add_argument("--launches", type=positive, help="of stress, a kernel: 20000, 3 of a dry run")
     parser.add_argument("--threads", type=positive, default=4, help="that compile")
@@ -194,22 +194,25 @@ def read_options() -> argparse.Namespace:
         parser.error(f"argument --out: {options.out} is a file; give a folder")
     if options.dry and jax.__version_info__ < (0, 11):
         parser.error(f"argument --dry: the interpreter needs jax 0.11 or newer, this is {jax.__version__}")
-    if options.dry and set(options.parts) <= {"search", "again"}:
-        parser.error(f"argument --parts: {', '.join(options.parts)} of a dry run; it has neither search nor again")
-    if options.budget <= LEAST and not options.child:
-        parser.error(f"argument --budget: {options.budget}; a process needs more than {LEAST} seconds")
+    if options.dry and (asked := {"search", "again"} & set(options.parts or ())):
+        parser.error(f"argument --parts: {', '.join(sorted(asked))} of a dry run; it has neither search nor again")
+    if options.dry and (given := [name for name in ("rows", "shapes", "names") if getattr(options, name)]):
+        parser.error(f"argument --{given[0]}: a dry run has its own; leave it out")
+    options.parts, options.rows = options.parts or list(PARTS[:-1]), options.rows or list(ROWS)
+    options.shapes, options.names = options.shapes or list(SHAPES), options.names or list(PROGRAMS)
+    if not LEAST < options.budget < float("inf") and not options.child:
+        parser.error(f"argument --budget: {options.budget}; give seconds, more than the {LEAST} that a process needs")
     return options
 
 
 def main() -> None:
-    """Runs the parts asked for; its status is 1 where a result is wrong or a program failed."""
+    """Runs the parts asked for; its status is 1 where a result is wrong or a program failed, else 3 where something is left to do."""
     options = read_options()
     if options.child:
         try:
-            work(options)
+            sys.exit(UNFINISHED if work(options) else 0)
         except Broken:
             sys.exit(BROKEN)
-        return
     # A failed kernel, or one that hangs (the watchdog's status is 1), takes its process with it: another one goes on from what is on the
     # disk. A process that ends otherwise without a finding would end so again.
     clock = Clock(options.budget)
@@ -220,7 +223,7 @@ def main() -> None:
     while clock.left() > LEAST:
         command = [sys.executable, __file__, *arguments, "--child", "--budget", str(clock.left())]
         status = subprocess.run(command, check=False, env=environment).returncode
-        if status == 0:
+        if status in (0, UNFINISHED):
             break
         print("process ended with", status, flush=True)
         if status != BROKEN and not running.exists():
@@ -228,7 +231,9 @@ def main() -> None:
     lines = wrong(json.loads(file.read_text())) if file.exists() else []
     for line in lines:
         print("not right:", line, flush=True)
-    sys.exit(status or bool(lines))
+    if status in (UNFINISHED, BROKEN):
+        print(f"unfinished: the same call with `--out {options.out}` goes on", flush=True)
+    sys.exit(1 if lines else UNFINISHED if status == BROKEN else status)
 
 
 def check_device(record: Record, dry: bool) -> None:
@@ -244,8 +249,8 @@ def check_device(record: Record, dry: bool) -> None:
         record.add("device", {"device": str(device), **here})
 
 
-def work(options: argparse.Namespace) -> None:
-    """Runs the parts in this process."""
+def work(options: argparse.Namespace) -> list[str]:
+    """Runs the parts in this process, and returns what the budget was not enough for."""
     clock, record = Clock(options.budget), Record(options.out)
     check_device(record, options.dry)
     parts, interpret, scope = options.parts, None, contextlib.nullcontext()
@@ -276,6 +281,7 @@ def work(options: argparse.Namespace) -> None:
     table = markdown(record)
     (record.folder / "h200.md").write_text(table + "\n")
     print(table, flush=True)
+    return clock.left_out
 
 
 if __name__ == "__main__":

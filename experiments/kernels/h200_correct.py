@@ -42,8 +42,7 @@ def correct(record: Record, clock: Clock, dry: bool, interpret, limit: int | Non
             wanted.append((seed + i, case, row))
     for first in range(0, len(wanted), threads):
         batch = wanted[first : first + threads]
-        if clock.left() < 20:
-            print(f"correct: the budget was spent before {len(wanted) - first} cases, the first {batch[0][2]}", flush=True)
+        if clock.spent(20, f"correct, {len(wanted) - first} cases, the first {batch[0][2]}"):
             return
         prepared = [_operands(case, seed) for seed, case, _ in batch]
         functions = [_function(case, interpret) for _, case, _ in batch]
@@ -95,7 +94,7 @@ def several(record: Record, clock: Clock) -> None:
     """Products that follow one another in a program, of shapes whose tiles blocks share: each against float64."""
     for i, (name, m, (k, n)) in enumerate((("W4A16", 256, (4096, 4096)), ("W4A16", 128, (8192, 8192)), ("W8A8", 512, (4096, 4096)))):
         job, row = Job(name, m, k, n), {"kind": f"{name}, three in a program", "m": m, "n": n, "k": k}
-        if clock.left() < 0 or record.known("correct", row):
+        if record.known("correct", row) or clock.spent(0, f"correct {row}"):
             continue
         record.begin("correct", row)
         xs = [rows(m, k, record.seed() + 10 * i + j) for j in range(3)]
@@ -136,15 +135,13 @@ def stress(record: Record, clock: Clock, dry: bool, interpret, launches: int, th
     wanted = [(job, row) for job in meeting(dry) if record.known("stress", row := job.row() | {"launches": launches}) is None]
     if not wanted:
         return
-    if clock.left() < 60:
-        print("stress: the budget was spent", flush=True)
+    if clock.spent(60, "stress"):
         return
     given = [(jnp.stack([rows(job.m, job.k, i) for i in (1, 2)]), *weights(job.kind, job.n, job.k, 3)) for job, _ in wanted]
     functions = [repeated(ours(job.kind, job.tiles, interpret), launches) for job, _ in wanted]
     waiting = side_by_side(list(zip(functions, given, strict=True)), threads)
     for (_, row), each, future in zip(wanted, given, waiting, strict=True):
-        if clock.left() < 20:
-            print("stress: the budget was spent before", row, flush=True)
+        if clock.spent(20, f"stress from {row} on"):
             return
         record.begin("stress", row)
         if (error := future.exception()) is not None:

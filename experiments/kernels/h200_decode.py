@@ -47,7 +47,7 @@ def right(record: Record, clock: Clock, dry: bool) -> None:
             "layer": f"after {place} tokens of {context}",
             "tiles": short(tiles) if tiles else "default",
         }
-        if clock.left() < 0 or record.known("correct", row):
+        if record.known("correct", row) or clock.spent(0, f"correct {row}"):
             continue
         record.begin("correct", row)
         (layer,) = made(shape, kind, CHAINED)["layers"]
@@ -97,8 +97,7 @@ def decode(record: Record, clock: Clock, dry: bool, profile: bool) -> None:
         concurrent.futures.wait([future for both in waiting for future in both])
     for (kind, how, _), both in zip(wanted, waiting, strict=True):
         row: dict[str, Any] = {"kind": kind, "how": how}
-        if clock.left() < 15:
-            print("decode: the budget was spent before", row, flush=True)
+        if clock.spent(15, f"decode from {row} on"):
             return
         if failure := next((error for future in both if (error := future.exception()) is not None), None):
             record.add("decode", row | {"failed": f"{type(failure).__name__}: {failure}"[:300]})

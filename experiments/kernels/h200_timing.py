@@ -15,15 +15,23 @@ from h200_programs import Job, copies, fewest_bytes, products, rows, unrolled, w
 
 
 class Clock:
-    """What is left of the budget."""
+    """What is left of the budget, and what it was not enough for."""
 
     def __init__(self, seconds: float) -> None:
         """Starts it."""
-        self.end = time.monotonic() + seconds
+        self.end, self.left_out = time.monotonic() + seconds, []
 
     def left(self) -> float:
         """Seconds left."""
         return self.end - time.monotonic()
+
+    def spent(self, least: float, what: str) -> bool:
+        """Whether fewer seconds are left than `what` needs, which then is noted as left out."""
+        if self.left() >= least:
+            return False
+        print(f"{what}: left out, the budget was spent", flush=True)
+        self.left_out.append(what)
+        return True
 
 
 class Record:
@@ -164,8 +172,7 @@ class Bench:
         waiting = side_by_side([(unrolled(job), (xs, ws)) for job, xs, ws in prepared], self.threads)
         for (job, row), (_, xs, ws), future in zip(named, prepared, waiting, strict=True):
             broken = False
-            if self.clock.left() < 0:
-                print(part, "the budget was spent before", row, flush=True)
+            if self.clock.spent(0, f"{part} {row}"):
                 continue
             self.record.begin(part, row)
             if (error := future.exception()) is not None:

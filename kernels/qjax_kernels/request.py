@@ -1,9 +1,11 @@
 """What a product asks of a kernel: facts alone, known when a program is traced."""
 
 import dataclasses
-from typing import Literal
+import re
+from typing import Literal, get_args
 
 Platform = Literal["cpu", "cuda", "tpu"]
+_GPU = re.compile(r"sm_[1-8]\d|sm_(9|1\d|2\d)\da|unknown")  # from sm_90 on with the features of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +17,23 @@ class Device:
       chip: the generation that kernels are written for: "v5e", "v5p", "v6e", "tpu7x"; "sm_80", "sm_90a", "sm_100a"; on CPUs the best
         instruction set that is there: "amx", "avx512_vnni", "avx2", "neon", "plain".
       cores: multiprocessors of a GPU, cores of a TPU chip, threads of a CPU; never asked of a device while compiling without one.
+
+    Raises:
+      ValueError: the platform is another spelling of one that kernels are written for, or no GPU is called so.
     """
 
     platform: Platform
     chip: str
     cores: int = 1
+
+    def __post_init__(self) -> None:
+        known, spelled = get_args(Platform), str(self.platform).lower()
+        if self.platform not in known and spelled in (*known, "gpu"):
+            raise ValueError(f"`platform` is {self.platform!r}; write {'cuda' if spelled == 'gpu' else spelled!r}, one of {known}")
+        if self.platform == "cuda" and not _GPU.fullmatch(self.chip):
+            raise ValueError(
+                f"`chip` is {self.chip!r}; a GPU is called as code is compiled for it: 'sm_80' (A100), 'sm_90a' (H100, H200), 'sm_100a'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,8 @@ def device_of(device: Any = None) -> Device:
     if device is None:
         device = _default()
     if not hasattr(device, "platform") or not hasattr(device, "device_kind"):
-        raise TypeError(f"`device` must be a qjax.Device or a jax.Device, got {type(device).__name__}: qjax.Device('tpu', 'v6e')")
+        raise TypeError(f"`device` must be a qjax.Device or a jax.Device, got {type(device).__name__}: qjax.Device('tpu', 'v6e'), "
+                        "qjax.Device('cuda', 'sm_90a', 132)")  # fmt: skip
     if device.platform == "tpu":
         kind = str(device.device_kind)
         return Device("tpu", _TPUS.get(kind, kind), _cores(device))

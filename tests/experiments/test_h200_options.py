@@ -2,14 +2,16 @@
 
 import argparse
 import pathlib
+import subprocess
 import sys
+import types
 
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "experiments" / "kernels"))
 
-from h200 import PARTS, counts, markdown, positive, read_options, several_of, sizes, wrong
-from h200_timing import Record
+from h200 import PARTS, UNFINISHED, counts, main, markdown, positive, read_options, several_of, sizes, wrong
+from h200_timing import Clock, Record
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,10 @@ def test_what_is_unknown_is_named(read, text, named):
     ("arguments", "version", "named"),
     [
         (["--dry", "--parts", "search,again"], (0, 11, 2), "neither search nor again"),
+        (["--dry", "--parts", "ceilings,search"], (0, 11, 2), "search of a dry run"),
+        (["--dry", "--rows", "3"], (0, 11, 2), "--rows: a dry run has its own"),
+        (["--dry", "--parts", "times", "--names", "W8A8"], (0, 11, 2), "--names: a dry run has its own"),
+        (["--budget", "nan"], (0, 11, 2), "--budget: nan; give seconds, more than the 15"),
         (["--dry"], (0, 10, 2), "jax 0.11 or newer"),
         (["--cases", "0"], (0, 11, 2), "--cases: '0'"),
         (["--out", __file__], (0, 11, 2), "is a file; give a folder"),
@@ -45,6 +51,26 @@ def test_what_would_check_nothing_is_refused(arguments, version, named, tmp_path
     with pytest.raises(SystemExit):
         read_options()
     assert named in capsys.readouterr().err
+
+
+def test_what_the_budget_was_not_enough_for_is_noted(capsys):
+    clock = Clock(100)
+    assert not clock.spent(20, "times") and clock.left_out == []
+    assert clock.spent(200, "search W4A16") and clock.left_out == ["search W4A16"]
+    assert "search W4A16: left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("child", "right", "status"), [(0, True, 0), (UNFINISHED, True, UNFINISHED), (UNFINISHED, False, 1), (0, False, 1), (9, True, 9)]
+)
+def test_the_status_says_whether_all_was_done_and_right(child, right, status, tmp_path, monkeypatch, capsys):
+    Record(tmp_path).add("correct", {"right": right})
+    monkeypatch.setattr(sys, "argv", ["h200.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=child))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == status
+    assert ("goes on" in capsys.readouterr().out) == (child == UNFINISHED)
 
 
 def test_lists_may_have_spaces():

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import numbers
 
 from .schedule import Schedule
-from .tiles import SHARED_BYTES, Direct, Tiles, blocks, stays
+from .tiles import PIECE, SHARED_BYTES, Direct, Tiles, blocks, stays
 
 
 def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group: int | None = 128, normed: bool = False) -> Tiles | Direct:
@@ -25,10 +26,16 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
     Returns:
       Tiles that fit into shared memory.
 
+    Raises:
+      ValueError: a size is no whole number from 1 on, or codes have other bits.
+
     Example:
       >>> weight_only_tiles(1, 28672, 8192, 4), weight_only_tiles(16, 4096, 4096, 4).split_k
       (Direct(warps=8, turn=4, blocks=2, split_k=1, early=False, wide=False), 2)
     """
+    _check(m=m, n=n, k=k, cores=cores, group=PIECE if group is None else group)
+    if bits not in (4, 8):
+        raise ValueError(f"`bits` is {bits!r}; codes have 4 or 8")
     large = bits == 8 and group is not None and n * k >= _LARGE
     several = m > (2 if k > _DEEP else 4)
     digits = bits == 4 and group is not None and several and not normed and _digits(m, n, k, cores) is not None
@@ -37,6 +44,12 @@ def weight_only_tiles(m: int, n: int, k: int, bits: int, cores: int = 132, group
         if tiles.split_k <= cores * tiles.blocks:  # so many wait for each other
             return tiles
     return pipelined_tiles(m, n, k, bits, cores, group)
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or size < 1:
+            raise ValueError(f"`{name}` is {size!r}; it must be a whole number from 1 on")
 
 
 # Rows of x; 16, of four bits, were slower than a pipeline: 4096 x 4096 7.7 for 7.0 us, 8192 x 8192 16.7 for 15.0, 8192 x 28672 42 for 39.5.
@@ -281,7 +294,11 @@ def eight_bit_tiles(m: int, n: int, k: int, cores: int = 132, out_bytes: int = 2
 
     Returns:
       Tiles that fit into shared memory.
+
+    Raises:
+      ValueError: a size is no whole number from 1 on.
     """
+    _check(m=m, n=n, k=k, cores=cores)
     if m > 64:
         wide = Tiles(block_m=128, block_n=256, block_k=128, stages=4, warpgroups=2, x_left=True)
         if m >= 4096 and n >= 128 * cores:

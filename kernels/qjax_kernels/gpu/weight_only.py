@@ -130,6 +130,9 @@ def _check_scales(codes: jax.Array, scales: jax.Array, group: int | None, padded
         return
     groups, several = k // group, 16 // scales.dtype.itemsize  # in 16 bytes
     whole, wanted = -(-groups // several) * several, f", K / `group_size` = {k} / {group} to a row"
+    columns = scales.shape[1] if scales.ndim == 2 else groups
+    if not padded and columns != groups and columns and k % (PIECE * columns) == 0:
+        wanted += f"; {columns} to a row are those of `group_size` {k // columns}"
     if padded:
         wanted += f", and zeros up to a multiple of {several}"
     elif groups < whole and scales.shape == (n, whole):

@@ -64,6 +64,16 @@ def test_two_rows_and_one_of_a_short_k_have_one_block_for_a_multiprocessor():
     assert [direct_tiles(m, 4096).warps for m in (1, 2, 3, 4)] == [16] * 4 and direct_tiles(1, 8192).warps == 8
 
 
+@pytest.mark.parametrize(("name", "value"), [("m", 0), ("m", 1.5), ("n", -64), ("k", "4096"), ("cores", 0), ("group", 0), ("bits", 3)])
+def test_sizes_of_no_product_are_refused(name, value):
+    sizes = {"m": 16, "n": 4096, "k": 4096, "cores": 132}
+    with pytest.raises(ValueError, match=f"`{name}` is {value!r}"):
+        weight_only_tiles(**({"bits": 4} | sizes | {name: value}))
+    if name in sizes:
+        with pytest.raises(ValueError, match=f"`{name}` is {value!r}"):
+            eight_bit_tiles(**(sizes | {name: value}))
+
+
 @pytest.mark.parametrize("m", [1, 50, 100, 300, 512, 4096])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (8192, 8192), (28672, 8192)])
 def test_float_results_of_eight_bits_fit_into_shared_memory(m, n, k):

@@ -36,7 +36,7 @@ def test_blocks_that_stay_take_no_split():
         ({"codes": jnp.zeros((64, 272), jnp.int4), "x": jnp.zeros((2, 272), jnp.bfloat16)}, "K of 128"),
         ({"group_size": 64}, "`group_size` is 64"),
         ({"group_size": 384}, "`group_size` is 384"),
-        ({"scales": jnp.ones((64, 1))}, r"\(64, 2\), K / `group_size` = 256 / 128 to a row"),
+        ({"scales": jnp.ones((64, 1))}, r"\(64, 2\), K / `group_size` = 256 / 128 to a row; 1 to a row are those of `group_size` 256"),
         ({"scales": jnp.ones((64, 2)), "group_size": None}, "2 columns and `group_size` is None"),
         ({"scales": jnp.ones((64, 2), jnp.bfloat16), "group_size": 256}, r"\(64, 1\), K / `group_size` = 256 / 256"),
         ({"scales": jnp.ones((64, 8), jnp.bfloat16)}, r"\(64, 2\)"),  # a row of 16 bytes, of which nobody said so
