@@ -1,15 +1,18 @@
-"""What the script for an H200 is asked is checked before a device is."""
+"""What the script for an H200 is asked is checked before a device is, and that it runs without one."""
 
 import argparse
+import json
 import pathlib
 import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "experiments" / "kernels"))
 
+import h200
 from h200 import PARTS, UNFINISHED, counts, main, markdown, positive, read_options, several_of, sizes, wrong
 from h200_timing import Clock, Record
 
@@ -91,3 +94,14 @@ def test_tables_of_a_dry_run_say_that_they_are_none(tmp_path):
         record.add("device", {"kind": "cpu"} | more)
         record.add("times", {"name": "bf16", "k": 256, "n": 128, "m": 1, "us": 3.0, "device us": 2.0})
         assert ("A dry run" in markdown(record)) == bool(more) and "| 256 x 128 | 1 | 2.0 |" in markdown(record)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of these kernels needs jax 0.11 or newer")
+def test_a_dry_run_where_jax_has_the_interpreter_finds_its_parts_right(tmp_path):
+    pytest.importorskip("absl")
+    command = [sys.executable, h200.__file__, "--out", str(tmp_path), "--dry", "--parts", "correct,stress,times", "--budget", "240"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads((tmp_path / "h200.json").read_text())
+    assert all(row["right"] for row in found["correct"]) and [row["different"] for row in found["stress"]] == [0]
+    assert {(row["name"], row["m"]) for row in found["times"]} == {(name, m) for name in ("bf16", "W4A16 XLA") for m in (1, 8)}
